@@ -1,0 +1,101 @@
+# Everything a person or CI types. Environments are made on first use and made again only when a
+# lock file or pyproject.toml changes.
+
+PYTHON ?= python3.12
+VENV ?= .venv
+# PyTorch lives apart: it may need another Python, and nothing of it may leak into a run.
+REFERENCE_PYTHON ?= python3.12
+REFERENCE_VENV ?= .venv-reference
+CONFIG ?= tiny
+TRAIN_FLAGS ?= --emulate 8 --layout cube
+BENCH ?= step
+# Compiling dominates the tests, so a worker per core pays; a file stays whole for its fixtures.
+PYTEST_FLAGS ?= -n logical --dist loadfile
+
+PY = $(VENV)/bin/python
+PIP_INSTALL = -m pip --disable-pip-version-check install --quiet --progress-bar off
+# Without this, pyright asks the network whether it is the newest.
+export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
+# tests/conftest.py finds the reference environment by it.
+export REFERENCE_VENV
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help train env dev-env test slow gpu-test lint format types reference-env reference bench \
+	clean distclean
+
+help:  ## list these targets
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
+
+train: $(VENV)/.base  ## train a preset: CONFIG=tiny TRAIN_FLAGS="--emulate 8 --layout cube"
+	$(PY) train.py --config $(CONFIG) $(TRAIN_FLAGS)
+
+env: $(VENV)/.base  ## environment of a run
+dev-env: $(VENV)/.dev  ## the same with test, lint and type tools
+
+test: $(VENV)/.dev  ## default tests
+	$(PY) -m pytest $(PYTEST_FLAGS)
+
+slow: $(VENV)/.dev  ## tests too long for the default suite
+	$(PY) -m pytest $(PYTEST_FLAGS) -m "slow and not gpu and not reference"
+
+gpu-test: $(VENV)/.dev  ## tests that need a GPU (first: .venv/bin/python -m pip install -e ".[cuda13]")
+	JAX_PLATFORMS=cuda,cpu $(PY) -m pytest -m gpu
+
+lint: $(VENV)/.dev  ## formatting and lint, nothing is changed
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/ruff check
+
+format: $(VENV)/.dev  ## format and mend what can be mended
+	$(VENV)/bin/ruff format
+	$(VENV)/bin/ruff check --fix
+
+types: $(VENV)/.dev  ## type check of packages and entry points
+	$(VENV)/bin/pyright --pythonpath $(PY)
+
+reference-env: $(REFERENCE_VENV)/.installed  ## PyTorch and transformers, apart: REFERENCE_PYTHON=python3.12
+
+reference: $(VENV)/.dev $(REFERENCE_VENV)/.installed  ## parity with PyTorch
+	$(PY) -m pytest $(PYTEST_FLAGS) -m reference
+
+bench: $(VENV)/.base  ## one measurement: BENCH=step
+	$(PY) -m bench.$(BENCH)
+
+clean:  ## remove tool caches; environments, data caches and runs stay
+	rm -rf .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+distclean: clean  ## also remove environments, data caches and runs
+	rm -rf $(VENV) $(REFERENCE_VENV) cache runs
+
+# A launcher may be on the PATH and still not run (pyenv), so the check runs it. $(1) is the
+# interpreter, $(2) its lowest minor version, $(3) the variable that names another.
+define require_python
+	@$(1) -c 'import ensurepip, venv, sys; sys.exit(sys.version_info < (3, $(2)))' >/dev/null 2>&1 || { \
+	echo "$(1) does not run here, is older than Python 3.$(2), or lacks the venv module." >&2; \
+	echo "Install Python 3.$(2) or newer with venv, or name one: make $(3)=/path/to/python $(MAKECMDGOALS)" >&2; \
+	exit 1; }
+endef
+
+$(PY):
+	$(call require_python,$(PYTHON),12,PYTHON)
+	$(PYTHON) -m venv $(VENV)
+
+# The lock holds the build backend too, so the editable install fetches nothing.
+$(VENV)/.base: requirements.lock pyproject.toml | $(PY)
+	@echo "Installing requirements.lock into $(VENV) (about a minute)"
+	$(PY) $(PIP_INSTALL) -r requirements.lock
+	$(PY) $(PIP_INSTALL) --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.lock $(VENV)/.base
+	$(PY) $(PIP_INSTALL) -r requirements-dev.lock
+	@touch $@
+
+# torch first: a CPU build of this version that pip can see is then taken as it is.
+$(REFERENCE_VENV)/.installed: pyproject.toml
+	$(call require_python,$(REFERENCE_PYTHON),10,REFERENCE_PYTHON)
+	@test -x $(REFERENCE_VENV)/bin/python || $(REFERENCE_PYTHON) -m venv $(REFERENCE_VENV)
+	$(REFERENCE_VENV)/bin/python $(PIP_INSTALL) torch==2.13.0
+	$(REFERENCE_VENV)/bin/python $(PIP_INSTALL) transformers==5.23.0
+	@touch $@

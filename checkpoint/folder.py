@@ -1,0 +1,45 @@
+"""What lies in a checkpoint folder: steps, unfinished saves, and reasons not to trust one."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+"""Version of the layout of a checkpoint folder, in every `meta`."""
+
+_STEP = re.compile(r"step_(\d{8,})")
+_META_KEYS = frozenset({"format", "step", "config", "mesh", "metrics", "checksums"})
+
+
+def find_steps(folder: Path) -> list[tuple[int, Path]]:
+    """(step, path) of everything named like a checkpoint, oldest step first, good or not."""
+    if not folder.is_dir():
+        return []
+    found = ((_STEP.fullmatch(path.name), path) for path in folder.iterdir())
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def unfinished(folder: Path) -> list[Path]:
+    """Folders of saves that were interrupted: Orbax gives them their name at the very end."""
+    return sorted(folder.glob("step_*.orbax-checkpoint-tmp*"))
+
+
+def read_meta(path: Path) -> Any:
+    """The JSON saved beside the arrays. Errors: OSError, ValueError as the file gives them."""
+    return json.loads((path / "meta" / "metadata").read_text(encoding="utf-8"))
+
+
+def unreadable_reason(path: Path) -> str | None:
+    """Why `path` is no checkpoint of this program, from its small files; None when it may be."""
+    try:
+        meta = read_meta(path)
+    except FileNotFoundError:
+        return "not a checkpoint of this program (it has no meta/metadata)"
+    except (OSError, ValueError) as error:
+        return f"its meta/metadata cannot be read ({error})"
+    if not isinstance(meta, dict) or not meta.keys() >= _META_KEYS:
+        return "not a checkpoint of this program (meta/metadata lacks its fields)"
+    if meta["format"] != FORMAT:
+        return f"saved in format {meta['format']}; this version reads format {FORMAT}"
+    return None

@@ -1,0 +1,183 @@
+"""Everything between files and batches, in order: list, tokenizer, stores, checks.
+
+Results are kept under `cache_dir` by the hash of what they are made from, so a change of any source
+file, of the tokenizer or of the split makes new ones and a run in progress keeps its own. Old ones
+stay until the folder is deleted. Processes of one machine wait for each other; over several
+machines, call `prepare` on one first and on the others after it.
+"""
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+import tokenizers
+
+from data import storage
+from data.config import DataConfig
+from data.report import SourceReport
+from data.sources import Document, Source, check_disjoint, documents, find_source
+from data.split import check_split, is_held_out, unit_hash
+from data.store import FORMAT, TokenStore, build_store, find_store, seal_store
+from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+
+TRAINING_TEXT = 64 << 20
+"""Bytes of text a tokenizer is trained on; of a larger corpus a sample of documents is taken."""
+SECONDS_PER_LINE = 5.0
+
+Progress = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """Data ready to be read; see data/loader.py and data/evaluation.py."""
+
+    config: DataConfig
+    seq_len: int
+    seed: int
+    tokenizer: Tokenizer
+    stores: tuple[TokenStore, ...]
+    """One per source, in the order of the configuration."""
+    reports: tuple[SourceReport, ...]
+    """What each source yielded and what was left out, by name."""
+
+
+def prepare(
+    config: DataConfig, seq_len: int, seed: int, progress: Progress = lambda line: None
+) -> Prepared:
+    """Builds or finds tokenizer and token stores. progress: receives lines of text.
+
+    seq_len (tokens per row) and seed are kept for the readers; neither changes a store.
+    Raises ValueError on any configuration that cannot work and on sources without documents.
+    """
+    check_config(config, seq_len, seed)
+    sources = [find_source(source) for source in config.sources]
+    check_disjoint(sources)
+    with storage.one_builder(config.cache_dir):
+        tokenizer = _tokenizer(config, sources, progress)
+        if config.fim_rate > 0 and tokenizer.fim is None:
+            raise ValueError(
+                f"fim_rate={config.fim_rate}, but tokenizer {config.tokenizer!r} has no "
+                "fill-in-the-middle tokens; set fim_rate=0"
+            )
+        stores = tuple(_store(config, source, tokenizer, progress) for source in sources)
+    reports = tuple(SourceReport(**store.meta["report"]) for store in stores)
+    for line in (line for report in reports for line in report.lines()):
+        progress(line)
+    return Prepared(config, seq_len, seed, tokenizer, stores, reports)
+
+
+def check_config(config: DataConfig, seq_len: int, seed: int) -> None:
+    """Raises ValueError on values that cannot work, before any file is read."""
+
+    def require(ok: bool, message: str) -> None:
+        if not ok:
+            raise ValueError(f"data config: {message}")
+
+    require(seq_len > 0, f"seq_len is {seq_len}; it must be positive")
+    require(0 <= seed < 1 << 32, f"seed is {seed}, outside 0..2^32-1")
+    require(len(config.sources) > 0, "sources is empty; name at least one")
+    for source in config.sources:
+        require(
+            0 < source.weight < float("inf"),
+            f"source {source.path!r} has weight {source.weight}; weights must be positive. Remove "
+            "the source to leave it out",
+        )
+    paths = [source.path for source in config.sources]
+    twice = sorted({path for path in paths if paths.count(path) > 1})
+    require(not twice, f"sources {twice} are listed twice; raise the weight instead")
+    require(0 <= config.held_out < 1, f"held_out is {config.held_out}, outside 0..1 (1 excluded)")
+    require(0 <= config.fim_rate <= 1, f"fim_rate is {config.fim_rate}, outside 0..1")
+
+
+# ---- Tokenizer -----------------------------------------------------------------------------------
+
+
+def _tokenizer(config: DataConfig, sources: list[Source], progress: Progress) -> Tokenizer:
+    if config.tokenizer:
+        tokenizer = load_tokenizer(config.tokenizer)
+        progress(f"tokenizer: {config.tokenizer}, {tokenizer.vocab_size} ids")
+        return tokenizer
+    made_from = [_fingerprint(config, source) for source in sources]
+    key = _hash([made_from, config.vocab_size, TRAINING_TEXT, tokenizers.__version__])
+    place, name = storage.join(config.cache_dir, "tokenizers"), f"{key}.json"
+    kept = storage.read_bytes(place, name)
+    if kept is not None:
+        return Tokenizer(kept.decode("utf-8"))
+    start = time.monotonic()
+    tokenizer = train_tokenizer(_training_texts(config, sources, progress), config.vocab_size)
+    storage.write_bytes(place, name, tokenizer.json.encode("utf-8"))
+    progress(f"tokenizer: trained {config.vocab_size} ids in {time.monotonic() - start:.1f} s")
+    return tokenizer
+
+
+def _training_texts(config: DataConfig, sources: list[Source], progress: Progress) -> Iterator[str]:
+    """Training documents, or a sample of them if there is more text than TRAINING_TEXT. Held-out
+    documents are left out: merges learned from them would flatter the held-out loss."""
+    share = min(1.0, TRAINING_TEXT / max(sum(source.size for source in sources), 1))
+    sampled = f" on {100 * share:.2g}% of the documents" if share < 1 else ""
+    progress(f"tokenizer: training byte-level BPE{sampled}")
+    for source in sources:
+        unreported = SourceReport(source.config.path)  # the store's pass reports
+        for document in documents(source, config.min_file_bytes, unreported):
+            held_out = is_held_out(document.name, config.held_out)
+            if not held_out and unit_hash(document.name, "tokenizer") < share:
+                yield document.text
+
+
+# ---- Stores --------------------------------------------------------------------------------------
+
+
+def _store(
+    config: DataConfig, source: Source, tokenizer: Tokenizer, progress: Progress
+) -> TokenStore:
+    fingerprint = _hash([FORMAT, _fingerprint(config, source), tokenizer.sha256])
+    stem = "".join(c if c.isascii() and c.isalnum() else "_" for c in source.config.path)[-40:]
+    place = storage.join(config.cache_dir, "stores", f"{stem}-{fingerprint[:16]}")
+    store = find_store(place)
+    if store is not None:
+        return store
+    start = time.monotonic()
+    report = SourceReport(source.config.path)
+    found = documents(source, config.min_file_bytes, report)
+    meta = {"source": source.config.path, "fingerprint": fingerprint}
+    meta = build_store(place, _told(found, report, progress), tokenizer, config.held_out, meta)
+    if report.documents == 0:
+        raise ValueError("\n".join(["no document could be read", *report.lines()]))
+    counts = meta["splits"]
+    documents_in = [counts[name]["documents"] for name in ("train", "held_out")]
+    check_split(source.config.path, documents_in[0], documents_in[1], config.held_out)
+    seal_store(place, {**meta, "report": dataclasses.asdict(report)})
+    progress(
+        f"{source.config.path}: {counts['train']['tokens']} training tokens in {documents_in[0]} "
+        f"documents, {counts['held_out']['tokens']} held-out tokens in {documents_in[1]}, stored "
+        f"in {place} in {time.monotonic() - start:.1f} s"
+    )
+    store = find_store(place)
+    assert store is not None
+    return store
+
+
+def _told(
+    found: Iterable[Document], report: SourceReport, progress: Progress
+) -> Iterator[Document]:
+    """Passes documents on and tells how far they are."""
+    last = time.monotonic()
+    for document in found:
+        yield document
+        if time.monotonic() - last > SECONDS_PER_LINE:
+            last = time.monotonic()
+            progress(
+                f"{report.source}: {report.documents} documents, {report.text_bytes / 1e6:.1f} MB"
+            )
+
+
+def _fingerprint(config: DataConfig, source: Source) -> list:
+    """What decides a source's documents and their split."""
+    own = [source.config.path, source.config.field, source.fingerprint()]
+    return [*own, config.min_file_bytes, config.held_out]
+
+
+def _hash(content: object) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -1,0 +1,271 @@
+"""Documents from files: text, JSONL and Parquet, in a stable order and under stable names.
+
+A source is a folder (searched recursively), one file, a glob, or `stdlib`: the running
+interpreter's own standard library, which every machine that can run this project already has. Names
+that begin with a dot and `__pycache__` are left out of folders, as shell globs leave them out;
+everything else that cannot become a document is counted and named in the report.
+
+A document's name is the file's path relative to the source's folder, plus `:line` in JSONL or
+`:row` in Parquet (both from 1). It decides the split, so it must not depend on where the folder
+lies.
+"""
+
+import dataclasses
+import glob
+import hashlib
+import importlib
+import json
+import os
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from data.config import SourceConfig
+from data.report import SourceReport
+
+STDLIB = "stdlib"
+STDLIB_LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
+"""Folders of the standard library that are other people's packages or test data."""
+
+
+class Document(NamedTuple):
+    """One text under its stable name."""
+
+    name: str
+    text: str
+    text_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceFile:
+    """One file of a source; size and mtime are -1 where the file cannot be examined."""
+
+    name: str
+    path: Path
+    size: int
+    mtime_ns: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A source with its files listed, in the order in which they are read."""
+
+    config: SourceConfig
+    files: tuple[SourceFile, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return sum(max(file.size, 0) for file in self.files)
+
+    def fingerprint(self) -> str:
+        """Hash of the files' names, sizes and mtimes: equal while the text is surely the same."""
+        rows = [(file.name, file.size, file.mtime_ns) for file in self.files]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def find_source(config: SourceConfig) -> Source:
+    """Lists a source's files, sorted by name.
+
+    Raises ValueError if the path does not exist or holds no file, or if it holds Parquet files and
+    pyarrow cannot be imported.
+    """
+    root, paths = _expand(config.path)
+    files = sorted((_examine(path, root) for path in paths), key=lambda file: file.name)
+    if any(file.path.suffix.lower() == ".parquet" for file in files):
+        _parquet_module(config.path)
+    return Source(config, tuple(files))
+
+
+def documents(source: Source, min_bytes: int, report: SourceReport) -> Iterator[Document]:
+    """Reads a source's documents one by one; what is left out goes into `report`.
+
+    min_bytes: shorter documents (UTF-8 bytes) are left out as empty; at least 1 is required.
+    """
+    report.files += len(source.files)
+    seen: set[str] = set()
+    for file in source.files:
+        real = os.path.realpath(file.path)
+        if real in seen:  # a link beside its target would leak held-out text into training
+            report.skip("duplicate (link to a file already read)", file.name)
+            continue
+        seen.add(real)
+        if file.size < 0 or not file.path.is_file():  # never open a pipe: it would block
+            report.skip("unreadable", file.name)
+            continue
+        read = _READERS.get(file.path.suffix.lower(), _read_text)
+        try:
+            for document in read(file, source.config.field, report.skip):
+                if document.text_bytes < max(min_bytes, 1):
+                    report.skip("empty", document.name)
+                    continue
+                report.add(document.text_bytes)
+                yield document
+        except OSError:
+            report.skip("unreadable", file.name)
+
+
+def check_disjoint(sources: Iterable[Source]) -> None:
+    """Raises ValueError if two sources share a file: held-out text of one would train in the
+    other."""
+    owner: dict[str, str] = {}
+    for source in sources:
+        for real in sorted({os.path.realpath(file.path) for file in source.files}):
+            other = owner.setdefault(real, source.config.path)
+            if other != source.config.path:
+                raise ValueError(
+                    f"sources {other!r} and {source.config.path!r} both hold {real}; each name "
+                    "would be split on its own and held-out text would be trained on. Make them "
+                    "disjoint."
+                )
+
+
+# ---- Listing -------------------------------------------------------------------------------------
+
+
+def _expand(path: str) -> tuple[Path, list[Path]]:
+    """The folder that names are relative to, and the files."""
+    if path == STDLIB:
+        root = Path(sysconfig.get_path("stdlib"))
+        paths = [found for found in _walk(root, STDLIB_LEFT_OUT) if found.suffix == ".py"]
+        if not paths:
+            raise ValueError(
+                f"source 'stdlib': no *.py under {root}; this interpreter carries no source text. "
+                "Give a folder of text instead."
+            )
+        return root, paths
+    given = Path(path).expanduser()
+    if given.is_dir():
+        paths = list(_walk(given, frozenset()))
+        if not paths:
+            raise ValueError(f"source {path!r}: no files match '**/*' in folder {given.resolve()}")
+        return given, paths
+    if given.exists():
+        return given.parent, [given]
+    if not glob.has_magic(path):
+        raise ValueError(f"source {path!r}: {given.absolute()} does not exist")
+    matches = glob.glob(str(given), recursive=True)
+    paths = [Path(match) for match in matches if not os.path.isdir(match)]
+    root = _fixed_part(given)
+    if not paths:
+        raise ValueError(f"source {path!r}: no files match the pattern in folder {root.absolute()}")
+    return root, paths
+
+
+def _walk(root: Path, left_out: frozenset[str]) -> Iterator[Path]:
+    """Files below `root`; links to folders are followed, each real folder once."""
+    visited = {os.path.realpath(root)}
+
+    def enter(folder: str, name: str) -> bool:
+        if name.startswith(".") or name == "__pycache__" or name in left_out:
+            return False
+        real = os.path.realpath(os.path.join(folder, name))
+        new = real not in visited
+        visited.add(real)
+        return new
+
+    closed: list[str] = []
+    walk = os.walk(root, onerror=lambda error: closed.append(error.filename), followlinks=True)
+    for folder, folders, names in walk:
+        folders[:] = [name for name in sorted(folders) if enter(folder, name)]
+        yield from (Path(folder, name) for name in names if not name.startswith("."))
+    yield from map(Path, closed)  # listed like a file, and then reported as unreadable
+
+
+def _fixed_part(pattern: Path) -> Path:
+    """The folder before the first wildcard."""
+    fixed = Path(pattern.anchor)
+    for part in pattern.parts[1:] if pattern.anchor else pattern.parts:
+        if glob.has_magic(part):
+            break
+        fixed /= part
+    return fixed
+
+
+def _examine(path: Path, root: Path) -> SourceFile:
+    # A file name may be any bytes; what UTF-8 cannot say is written as \xNN, so names always print.
+    relative = Path(os.path.relpath(path, root)).as_posix()
+    name = os.fsencode(relative).decode("utf-8", "backslashreplace")
+    try:
+        status = path.stat()
+    except OSError:
+        return SourceFile(name, path, -1, -1)
+    return SourceFile(name, path, status.st_size, status.st_mtime_ns)
+
+
+# ---- Reading -------------------------------------------------------------------------------------
+
+Skip = Callable[[str, str], None]
+
+
+def _read_text(file: SourceFile, field: str, skip: Skip) -> Iterator[Document]:
+    """A whole file as one document, byte for byte: line ends and NUL bytes stay as they are."""
+    del field
+    content = file.path.read_bytes()
+    try:
+        yield Document(file.name, content.decode("utf-8"), len(content))
+    except UnicodeDecodeError:
+        skip("not UTF-8", file.name)
+
+
+def _read_jsonl(file: SourceFile, field: str, skip: Skip) -> Iterator[Document]:
+    """One document per line; blank lines hold none."""
+    with file.path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            name = f"{file.name}:{number}"
+            try:
+                record = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError:
+                skip("not UTF-8", name)
+            except (ValueError, RecursionError):
+                skip("malformed line", name)
+            else:
+                text = record.get(field) if isinstance(record, dict) else None
+                yield from _field_document(name, text, field, skip)
+
+
+def _read_parquet(file: SourceFile, field: str, skip: Skip) -> Iterator[Document]:
+    """One document per row, read in batches of rows."""
+    parquet, ArrowInvalid = _parquet_module(file.name)
+    try:
+        table = parquet.ParquetFile(file.path)
+    except ArrowInvalid:
+        skip("not a Parquet file", file.name)
+        return
+    if field not in table.schema_arrow.names:
+        skip(f"no text in field {field!r}", file.name)
+        return
+    row = 0
+    for batch in table.iter_batches(batch_size=256, columns=[field]):
+        for text in batch.column(0).to_pylist():
+            row += 1
+            yield from _field_document(f"{file.name}:{row}", text, field, skip)
+
+
+_READERS = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+
+
+def _field_document(name: str, text: object, field: str, skip: Skip) -> Iterator[Document]:
+    if not isinstance(text, str):
+        skip(f"no text in field {field!r}", name)
+        return
+    try:
+        text_bytes = len(text.encode("utf-8"))
+    except UnicodeEncodeError:  # JSON can spell lone surrogates, which are no text
+        skip("not UTF-8", name)
+        return
+    yield Document(name, text, text_bytes)
+
+
+def _parquet_module(asked_by: str):
+    try:
+        parquet = importlib.import_module("pyarrow.parquet")
+        return parquet, importlib.import_module("pyarrow").ArrowInvalid
+    except ImportError as error:
+        raise ValueError(
+            f"source {asked_by!r} holds Parquet files, and pyarrow cannot be imported: install it "
+            "(pip install pyarrow), or convert the files to JSONL"
+        ) from error

@@ -1,0 +1,196 @@
+"""Text to token ids and back: any `tokenizer.json`, or a byte-level BPE trained as DeepSeek's is.
+
+A trained tokenizer has DeepSeek-V3's pre-tokeniser and special tokens: bos, eos and pad are ids 0,
+1 and 2, then bytes and merges, then place-holders up to the size asked for, then the remaining
+special tokens at the end of the vocabulary. The report also splits a share of the tokens that join
+punctuation and line breaks at random (V3 report, 4.1); that share is not published and we do not.
+
+The text of a special token inside a document is text. Documents are encoded by a tokenizer without
+any added token, so no document can forge the end of a turn.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+BOS = "<｜begin▁of▁sentence｜>"
+EOS = "<｜end▁of▁sentence｜>"
+PAD = "<｜▁pad▁｜>"
+THINK = ("<think>", "</think>")
+FIM_HOLE, FIM_BEGIN, FIM_END = (f"<｜fim▁{part}｜>" for part in ("hole", "begin", "end"))
+TURNS = ("<｜User｜>", "<｜Assistant｜>", "<|EOT|>")
+TOOLS = tuple(
+    f"<｜tool▁{part}｜>"
+    for part in (
+        "calls▁begin", "calls▁end", "call▁begin", "call▁end",
+        "outputs▁begin", "outputs▁end", "output▁begin", "output▁end", "sep",
+    )
+)  # fmt: skip
+FIRST = (BOS, EOS, PAD)
+LAST = (*THINK, FIM_HOLE, FIM_BEGIN, FIM_END, *TURNS, *TOOLS)
+MIN_VOCAB = len(FIRST) + 256 + len(LAST)
+"""Special tokens and single bytes; merges come on top."""
+
+# Patterns of DeepSeek-V3's published tokenizer, applied in this order.
+DIGITS = r"\p{N}{1,3}"
+CJK = "[一-龥\u3040-ゟ゠-ヿ]+"
+WORDS = (
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+    r"""| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class FimTokens:
+    """Ids of the fill-in-the-middle tokens."""
+
+    begin: int
+    hole: int
+    end: int
+
+
+class Tokenizer:
+    """A `tokenizer.json` with DeepSeek's names for its special tokens.
+
+    Attributes: json (its text), sha256, vocab_size (largest id + 1), bos_id, eos_id, pad_id,
+    fim (FimTokens, or None if the vocabulary has none), and byte_lengths: int32 [vocab_size], UTF-8
+    bytes that each id stands for (0 for special tokens), or None if tokens are not byte strings.
+    """
+
+    def __init__(self, json_text: str, bos: str = BOS, eos: str = EOS, pad: str = PAD):
+        self.json = json_text
+        self.sha256 = hashlib.sha256(json_text.encode()).hexdigest()
+        spec = json.loads(json_text)
+        self._full = tokenizers.Tokenizer.from_str(json_text)
+        plain = {**spec, "added_tokens": [], "post_processor": None}
+        self._plain = tokenizers.Tokenizer.from_str(json.dumps(plain))
+        for tokenizer in (self._full, self._plain):
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+        vocab = self._full.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocab.values()) + 1
+        self._special = np.zeros(self.vocab_size, bool)
+        self._special[[vocab[token["content"]] for token in spec.get("added_tokens", ())]] = True
+        self.bos_id, self.eos_id = self.token_id(bos), self.token_id(eos)
+        self.pad_id = vocab.get(pad, self.eos_id)  # DeepSeek's own config pads with eos
+        has_fim = {FIM_BEGIN, FIM_HOLE, FIM_END} <= vocab.keys()
+        self.fim = FimTokens(vocab[FIM_BEGIN], vocab[FIM_HOLE], vocab[FIM_END]) if has_fim else None
+        self.byte_lengths = self._byte_lengths(vocab) if _is_byte_level(spec) else None
+
+    def token_id(self, token: str) -> int:
+        """Id of a token by its exact name; ValueError if the vocabulary has no such token."""
+        found = self._full.token_to_id(token)
+        if found is None:
+            raise ValueError(f"the tokenizer has no token {token!r} among {self.vocab_size}")
+        return found
+
+    def encode(self, text: str, special: bool = False) -> np.ndarray:
+        """Token ids, int32 [n]. special: read the names of special tokens as those tokens (chat
+        templates); otherwise they are plain text. Nothing is put before or after."""
+        if special:
+            ids = self._full.encode(text, add_special_tokens=False).ids
+            return np.asarray(ids, np.int32)
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids of plain texts, int32 [n] each; the texts are encoded in parallel."""
+        encoded = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
+        rows = [np.asarray(item.ids, np.int32) for item in encoded]
+        for row in rows:
+            if self._special[row].any():
+                name = self._full.id_to_token(int(row[self._special[row]][0]))
+                raise ValueError(
+                    f"the tokenizer's model turns plain text into the special token {name!r}; a "
+                    "document could forge it. Use a tokenizer whose model has no rule for it."
+                )
+        return rows
+
+    def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
+        """Text of token ids. skip_special: leave out tokens marked special (not <think>)."""
+        return self._full.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    def _byte_lengths(self, vocab: dict[str, int]) -> np.ndarray:
+        # A byte-level token's name has one character per byte.
+        lengths = np.zeros(self.vocab_size, np.int32)
+        for name, index in vocab.items():
+            lengths[index] = len(name)
+        lengths[self._special] = 0
+        return lengths
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Loads a `tokenizer.json`. Special tokens go by DeepSeek's names, or by those that a
+    `tokenizer_config.json` in the same folder gives. ValueError if there is no bos or eos."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise ValueError(
+            f"tokenizer {path.absolute()} is no file; give a tokenizer.json, or '' to train"
+        )
+    beside = path.with_name("tokenizer_config.json")
+    try:
+        names = json.loads(beside.read_text("utf-8")) if beside.is_file() else {}
+        text = path.read_text("utf-8")
+        tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise ValueError(f"tokenizer {path} cannot be read: {error}") from error
+    known = {"bos": BOS, "eos": EOS, "pad": PAD}
+    for key in known:
+        given = names.get(f"{key}_token")
+        given = given.get("content") if isinstance(given, dict) else given
+        known[key] = given or known[key]
+    try:
+        return Tokenizer(text, **known)
+    except ValueError as error:
+        raise ValueError(
+            f"tokenizer {path}: {error}. Name its tokens (bos_token, eos_token) in {beside.name} "
+            "beside it."
+        ) from error
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Trains a byte-level BPE of exactly `vocab_size` ids; equal texts give an equal tokenizer.
+
+    A corpus with too few merges leaves ids over: they become place-holders, as DeepSeek's
+    vocabulary has. Raises ValueError if vocab_size has no room for bytes and special tokens.
+    """
+    if vocab_size < MIN_VOCAB:
+        raise ValueError(
+            f"vocab_size={vocab_size} is too small: {len(FIRST) + len(LAST)} special tokens and "
+            f"256 bytes need at least {MIN_VOCAB}"
+        )
+    bpe = tokenizers.Tokenizer(models.BPE())
+    splits = [pre_tokenizers.Split(tokenizers.Regex(p), "isolated") for p in (DIGITS, CJK, WORDS)]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(LAST),
+        special_tokens=list(FIRST),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    spec = json.loads(bpe.to_str())
+    learned = bpe.get_vocab_size()
+    for index in range(learned, vocab_size - len(LAST)):  # no merge leads to them
+        spec["model"]["vocab"][f"<｜place▁holder▁no▁{index - learned}｜>"] = index
+    bpe = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    # Reasoning must survive decoding without special tokens, so <think> is added but not special.
+    bpe.add_tokens([tokenizers.AddedToken(name, normalized=False) for name in THINK])
+    bpe.add_special_tokens([name for name in LAST if name not in THINK])
+    trained = Tokenizer(bpe.to_str())
+    assert trained.vocab_size == vocab_size
+    return trained
+
+
+def _is_byte_level(spec: dict) -> bool:
+    decoder = spec.get("decoder") or {}
+    return decoder.get("type") == "ByteLevel" or any(
+        part["type"] == "ByteLevel" for part in decoder.get("decoders", ())
+    )

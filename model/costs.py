@@ -1,0 +1,63 @@
+"""What a model costs: parameters, FLOPs and cache bytes, counted from its abstract weights.
+
+Formulas: V3 report table of sizes; FLOPs as published by DeepSeek (ISCA 2025, table 2): 6 per active
+parameter, attention counted causally (half the square) or not, MTP and recomputation excluded.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+
+from model.blueprint import blueprint
+from model.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterCount:
+    """Numbers of parameters; router biases count as parameters, as in the released checkpoints."""
+
+    total: int
+    """Main model."""
+    active: int
+    """Used for one token: chosen instead of all routed experts, embedding and head included."""
+    mtp: int
+    """MTP modules, without the shared embedding and head."""
+
+
+def _size(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def count_parameters(config: ModelConfig) -> ParameterCount:
+    """Count the weights of the abstract model; allocates nothing."""
+    plan = blueprint(config)
+    main = {k: v for k, v in plan.params.items() if k != "mtp"}
+    bias = {k: v for k, v in plan.router_bias.items() if k != "mtp"}
+    total = _size(main) + _size(bias)
+    idle = 0
+    if config.num_moe_layers:
+        moe = plan.params["moe_layers"]["moe"]
+        routed = _size([moe["w_gate"], moe["w_up"], moe["w_down"]])
+        idle = routed * (config.num_experts - config.experts_per_token) // config.num_experts
+    mtp = _size(plan.params.get("mtp", {})) + _size(plan.router_bias.get("mtp", {}))
+    return ParameterCount(total, total - idle, mtp)
+
+
+def attention_flops_per_token(config: ModelConfig, seq_len: int, causal: bool = True) -> float:
+    """Forward FLOPs per token of the products with the keys and the values, all layers."""
+    per_key = 2 * config.num_heads * (config.qk_head_dim + config.v_head_dim)
+    return per_key * seq_len * config.num_layers * (0.5 if causal else 1.0)
+
+
+def train_flops_per_token(config: ModelConfig, seq_len: int, causal: bool = True) -> float:
+    """FLOPs per token of forward and backward: 6 (active - V d) + 3 attention."""
+    active = count_parameters(config).active - config.vocab_size * config.hidden_size
+    return 6.0 * active + 3.0 * attention_flops_per_token(config, seq_len, causal)
+
+
+def cache_bytes_per_token(config: ModelConfig, bytes_per_value: int = 2) -> int:
+    """Latent cache: kv_lora_rank + qk_rope_head_dim values per layer and token."""
+    latent = config.kv_lora_rank + config.qk_rope_head_dim
+    return config.num_layers * latent * bytes_per_value

@@ -1,0 +1,102 @@
+"""Building blocks: weight declaration, RMSNorm, SwiGLU, and stacks of equal layers.
+
+Letters: B batch, T sequence, D hidden width, F inner width of an MLP, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sharding.partition import constrain
+
+LATENT_EPS = 1e-6
+"""Epsilon of the two latent norms, whatever the model's `norm_eps` says (facts of the released code)."""
+
+
+class RouterBias(nnx.Variable):
+    """Per-expert selection bias: no gradient, no optimizer, no decay (V3 report, section 2.1.2)."""
+
+
+def weight(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float) -> nnx.Param:
+    """One weight: shape, logical axes, N(0, std). Master copies are fp32."""
+    assert len(shape) == len(axes)
+    value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
+    return nnx.Param(value, out_sharding=axes, eager_sharding=False)
+
+
+def router_bias(num_experts: int) -> RouterBias:
+    """Selection biases of one router, starting at 0; fp32."""
+    return RouterBias(jnp.zeros(num_experts), out_sharding=("router",), eager_sharding=False)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) * scale over the last dimension, statistics in fp32, result in x's type."""
+    x32 = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (x32 * inverse * scale).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """RMSNorm with a gain per channel."""
+
+    def __init__(self, size: int, eps: float):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(size), out_sharding=("norm",), eager_sharding=False)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return rms_norm(x, self.scale[...], self.eps)
+
+
+def project(equation: str, x: jax.Array, w: nnx.Param) -> jax.Array:
+    """Einsum of an activation with a weight, in the activation's type."""
+    return jnp.einsum(equation, x, w[...].astype(x.dtype))
+
+
+class SwiGLU(nnx.Module):
+    """down(silu(gate(x)) * up(x)), without biases. Serves dense layers and shared experts."""
+
+    def __init__(self, rngs: nnx.Rngs, size: int, inner: int, std: float):
+        self.w_gate = weight(rngs, (size, inner), ("embed", "ffn"), std)
+        self.w_up = weight(rngs, (size, inner), ("embed", "ffn"), std)
+        self.w_down = weight(rngs, (inner, size), ("ffn", "embed"), std)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        gate_BTF = project("BTD,DF->BTF", x_BTD, self.w_gate)
+        up_BTF = project("BTD,DF->BTF", x_BTD, self.w_up)
+        h_BTF = constrain(jax.nn.silu(gate_BTF) * up_BTF, "batch", "seq", "ffn")
+        # y[B, T, D]{U_tp} -> AllReduce_tp -> y[B, T, D]
+        return constrain(project("BTF,FD->BTD", h_BTF, self.w_down), "batch", "seq", "embed")
+
+
+def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module | None:
+    """`count` modules as one whose weights have a leading `layers` axis, each with its own key.
+
+    None for a count of 0.
+    """
+    if count == 0:
+        return None
+
+    @nnx.split_rngs(splits=count)
+    @nnx.vmap(axis_size=count, transform_metadata={nnx.PARTITION_NAME: "layers"})
+    def build(rngs: nnx.Rngs) -> nnx.Module:
+        return make(rngs)
+
+    return build(rngs)
+
+
+def scan_layers(
+    layers: nnx.Module, x: Any, apply: Callable[[Any, Any], tuple[Any, Any]]
+) -> tuple[Any, Any]:
+    """Run `x, stats = apply(layer, x)` over a stack; stats come back stacked by layer.
+
+    One compiled body serves all layers, so compile time does not grow with depth.
+    """
+    graph, weights = nnx.split(layers)
+
+    def body(x, layer_weights):
+        return apply(nnx.merge(graph, layer_weights), x)
+
+    return jax.lax.scan(body, x, weights)

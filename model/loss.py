@@ -1,0 +1,239 @@
+"""Cross-entropy of the next token and of the tokens beyond, without ever holding all logits.
+
+Letters: B batch, T sequence, D hidden width, V vocabulary (this device's part), C tokens of a chunk.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from model.config import ModelConfig
+from model.moe import MoEStats
+from model.recipe import Recipe
+from model.transformer import DeepSeekV3, Tokens
+from sharding.partition import constrain, max_over, on_shards, shard_index, sum_over, vary
+
+CHUNK_BYTES = 4 << 20
+"""Logits a device holds at a time, fp32; a few MiB stay in the last-level cache of a CPU."""
+
+_HIDDEN, _KERNEL, _TOKENS = ("batch", "seq", "embed"), ("embed", "vocab"), ("batch", "seq")
+
+
+def _chunk_length(B: int, T: int, V: int) -> int:
+    """Largest divisor of T whose B x length x V fp32 logits fit CHUNK_BYTES (at least 1)."""
+    lengths = [n for n in range(1, T + 1) if T % n == 0 and 4 * B * n * V <= CHUNK_BYTES]
+    return max(lengths, default=1)
+
+
+def _chunks(x: jax.Array, length: int) -> jax.Array:
+    """[B, T, ...] -> [T / length, B, length, ...], so that a scan walks along the sequence."""
+    B, T = x.shape[:2]
+    return x.reshape(B, T // length, length, *x.shape[2:]).swapaxes(0, 1)
+
+
+def _softmax_parts(x_BCD, w_DV, targets_BC):
+    """exp(logits - max), its sum, log-sum-exp and one-hot targets, over the whole vocabulary."""
+    logits_BCV = jnp.einsum("BCD,DV->BCV", x_BCD, w_DV, preferred_element_type=jnp.float32)
+    V = w_DV.shape[1]
+    largest_BC = max_over(logits_BCV.max(-1), "vocab")
+    exp_BCV = jnp.exp(logits_BCV - largest_BC[..., None])
+    sum_BC = sum_over(exp_BCV.sum(-1), "vocab")
+    hit_BCV = (targets_BC - shard_index("vocab") * V)[..., None] == jnp.arange(V)
+    target_BC = sum_over(jnp.sum(jnp.where(hit_BCV, logits_BCV, 0.0), -1), "vocab")
+    return exp_BCV, sum_BC, jnp.log(sum_BC) + largest_BC - target_BC, hit_BCV
+
+
+def _loss_on_shard(x_BTD, w_DV, targets_BT, weights_BT):
+    """Weighted sum of -log p(target)."""
+
+    def body(total, chunk):
+        x_BCD, targets_BC, weights_BC = chunk
+        _, _, nll_BC, _ = _softmax_parts(x_BCD, w_DV, targets_BC)
+        return total + vary(jnp.sum(nll_BC * weights_BC)), None
+
+    length = _chunk_length(*x_BTD.shape[:2], w_DV.shape[1])
+    xs = tuple(_chunks(a, length) for a in (x_BTD, targets_BT, weights_BT))
+    total, _ = jax.lax.scan(body, vary(jnp.zeros((), jnp.float32)), xs)
+    return (max_over(sum_over(total, "batch", "seq"), "vocab"),)
+
+
+def _loss_and_grads_on_shard(x_BTD, w_DV, targets_BT, weights_BT):
+    """The loss, and its gradients with respect to x and w while the logits are at hand."""
+
+    def body(carry, chunk):
+        total, dw_DV = carry
+        x_BCD, targets_BC, weights_BC = chunk
+        exp_BCV, sum_BC, nll_BC, hit_BCV = _softmax_parts(x_BCD, w_DV, targets_BC)
+        dlogits_BCV = exp_BCV * (weights_BC / sum_BC)[..., None]
+        dlogits_BCV = dlogits_BCV - jnp.where(hit_BCV, weights_BC[..., None], 0.0)
+        dlogits_BCV = dlogits_BCV.astype(x_BCD.dtype)
+        dw_DV = dw_DV + jnp.einsum(
+            "BCD,BCV->DV", x_BCD, dlogits_BCV, preferred_element_type=jnp.float32
+        )
+        dx_BCD = jnp.einsum("BCV,DV->BCD", dlogits_BCV, w_DV)
+        return (total + vary(jnp.sum(nll_BC * weights_BC)), dw_DV), dx_BCD
+
+    length = _chunk_length(*x_BTD.shape[:2], w_DV.shape[1])
+    xs = tuple(_chunks(a, length) for a in (x_BTD, targets_BT, weights_BT))
+    start = (vary(jnp.zeros((), jnp.float32)), vary(jnp.zeros(w_DV.shape, jnp.float32)))
+    (total, dw_DV), dx = jax.lax.scan(body, start, xs)
+    dx_BTD = dx.swapaxes(0, 1).reshape(x_BTD.shape)
+    # dx[B, T, D]{U_vocab} -> AllReduce_tp ; dw[D, V_tp]{U_batch} -> AllReduce over the batch axes
+    dx_BTD, dw_DV = sum_over(dx_BTD, "vocab"), sum_over(dw_DV, "batch", "seq")
+    return max_over(sum_over(total, "batch", "seq"), "vocab"), dx_BTD, dw_DV
+
+
+@jax.custom_vjp
+def cross_entropy_sum(
+    x_BTD: jax.Array, kernel_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
+) -> jax.Array:
+    """sum(weights * -log softmax(x @ kernel)[target]), an fp32 scalar.
+
+    Logits are made a chunk of the sequence at a time, in fp32, and used up at once: the forward
+    pass computes the gradients too, so the backward pass only scales them and no logits are
+    recomputed. Works with batch, sequence and vocabulary sharded. No gradient for the weights.
+    """
+    run = on_shards(_loss_on_shard, (_HIDDEN, _KERNEL, _TOKENS, _TOKENS), ((),))
+    return run(x_BTD, kernel_DV.astype(x_BTD.dtype), targets_BT, weights_BT)[0]
+
+
+def _forward(x_BTD, kernel_DV, targets_BT, weights_BT):
+    outs = ((), _HIDDEN, _KERNEL)
+    run = on_shards(_loss_and_grads_on_shard, (_HIDDEN, _KERNEL, _TOKENS, _TOKENS), outs)
+    loss, dx_BTD, dw_DV = run(x_BTD, kernel_DV.astype(x_BTD.dtype), targets_BT, weights_BT)
+    return loss, (dx_BTD, dw_DV.astype(kernel_DV.dtype))
+
+
+def _backward(residuals, g):
+    dx_BTD, dw_DV = residuals
+    return dx_BTD * g.astype(dx_BTD.dtype), dw_DV * g.astype(dw_DV.dtype), None, None
+
+
+cross_entropy_sum.defvjp(_forward, _backward)
+
+
+class LossWeights(NamedTuple):
+    """Denominators and coefficients, the same for every micro batch of a step."""
+
+    num_targets: jax.Array
+    """Valid next-token targets of the whole global batch."""
+    num_sequences: jax.Array
+    """Sequences of the whole global batch."""
+    mtp: jax.Array
+    """lambda (eq. 25)."""
+    balance: float
+    """alpha (eq. 17)."""
+
+
+class LossParts(NamedTuple):
+    """What a micro batch adds to the step's means; already divided by the global counts."""
+
+    main: jax.Array
+    """Mean next-token loss, nats per target."""
+    mtp: jax.Array
+    """Mean multi-token-prediction loss over modules (eq. 24, before lambda)."""
+    balance: jax.Array
+    """Balance loss per sequence, summed over layers (before alpha)."""
+    counts_LE: jax.Array
+    """Tokens per expert and MoE layer."""
+    dropped: jax.Array
+    """Choices that no expert computed."""
+
+
+def target_weights(
+    targets_BT: jax.Array, segments_BT: jax.Array | None, target_segments_BT: jax.Array | None
+) -> jax.Array:
+    """1.0 where the target belongs to the same document as its input, else 0.0 (fp32).
+
+    Without segments every target counts: pre-training predicts across document borders.
+    """
+    if segments_BT is None or target_segments_BT is None:
+        return jnp.ones(targets_BT.shape, jnp.float32)
+    return ((segments_BT == target_segments_BT) & (segments_BT > 0)).astype(jnp.float32)
+
+
+def ahead(x_BT: jax.Array, k: int, fill: int = 0) -> jax.Array:
+    """x shifted left by k along the sequence, `fill` entering at the end."""
+    return jnp.pad(x_BT[:, k:], ((0, 0), (0, k)), constant_values=fill)
+
+
+def training_loss(
+    model: DeepSeekV3, batch: dict[str, jax.Array], weights: LossWeights, recipe: Recipe
+) -> tuple[jax.Array, LossParts]:
+    """This micro batch's share of L = L_main + lambda/D sum_k L_MTP^k + alpha sum_l L_bal.
+
+    `batch` holds tokens [B, T+1] and, with documents kept apart, segments [B, T+1].
+    Summing over the micro batches of a step gives the loss of the whole batch exactly.
+    """
+    tokens, targets_BT, weights_BT = inputs_and_targets(batch)
+    output = model(tokens, recipe, next_ids_BT=targets_BT)
+    kernel_DV = model.head.kernel[...]
+    main = cross_entropy_sum(output.hidden_BTD, kernel_DV, targets_BT, weights_BT)
+    main = main / weights.num_targets
+    mtp = jnp.zeros((), jnp.float32)
+    for k, hidden_BTD in enumerate(output.mtp_hidden, start=1):
+        shifted = mtp_targets(batch, targets_BT, k)
+        # Divided by the same count as the main loss, not by T - k (eq. 24).
+        mtp += cross_entropy_sum(hidden_BTD, kernel_DV, *shifted) / weights.num_targets
+    mtp = mtp / max(len(output.mtp_hidden), 1)
+    balance, counts_LE, dropped = _moe_parts(output.stats, weights, model.config)
+    loss = main + weights.mtp * mtp + weights.balance * balance
+    return loss, LossParts(main, mtp, balance, counts_LE, dropped)
+
+
+def inputs_and_targets(batch: dict[str, jax.Array]) -> tuple[Tokens, jax.Array, jax.Array]:
+    """Inputs, next-token targets [B, T] and target weights [B, T] of a batch of rows [B, T+1]."""
+    rows, segments = batch["tokens"], batch.get("segments")
+    ids_BT, targets_BT = rows[:, :-1], rows[:, 1:]
+    positions_BT = jnp.broadcast_to(jnp.arange(ids_BT.shape[1], dtype=jnp.int32), ids_BT.shape)
+    if segments is None:
+        weights_BT = target_weights(targets_BT, None, None)
+        inputs = Tokens(ids_BT, positions_BT, None)
+    else:
+        # Positions may run on across documents: RoPE sees only differences within one.
+        weights_BT = target_weights(targets_BT, segments[:, :-1], segments[:, 1:])
+        inputs = Tokens(ids_BT, positions_BT, segments[:, :-1])
+    if "mask" in batch:
+        weights_BT = weights_BT * batch["mask"].astype(jnp.float32)
+    return inputs, targets_BT, weights_BT
+
+
+def mtp_targets(
+    batch: dict[str, jax.Array], targets_BT: jax.Array, k: int
+) -> tuple[jax.Array, jax.Array]:
+    """Targets of MTP module k, the token k + 1 ahead, and their weights."""
+    shifted_BT = ahead(targets_BT, k)
+    segments = batch.get("segments")
+    if segments is None:
+        weights_BT = jnp.broadcast_to(
+            jnp.arange(targets_BT.shape[1]) < targets_BT.shape[1] - k, targets_BT.shape
+        ).astype(jnp.float32)
+    else:
+        weights_BT = target_weights(targets_BT, segments[:, :-1], ahead(segments[:, 1:], k))
+    if "mask" in batch:
+        weights_BT = weights_BT * ahead(batch["mask"], k).astype(jnp.float32)
+    return shifted_BT, weights_BT
+
+
+def _moe_parts(stats: MoEStats | None, weights: LossWeights, config: ModelConfig):
+    """Balance loss per sequence summed over layers, expert counts, dropped choices."""
+    if stats is None:
+        zero = jnp.zeros((), jnp.float32)
+        return zero, jnp.zeros((0, config.num_experts), jnp.float32), zero
+    counts_LE = jax.lax.stop_gradient(stats.counts_E)
+    return stats.balance.sum() / weights.num_sequences, counts_LE, stats.dropped.sum()
+
+
+def greedy_ids(x_BTD: jax.Array, kernel_DV: jax.Array) -> jax.Array:
+    """Most likely token at every position, int32 [B, T]; a chunk of logits at a time."""
+
+    def best(x_BCD):
+        logits = jnp.einsum(
+            "BCD,DV->BCV", x_BCD, kernel_DV.astype(x_BCD.dtype), preferred_element_type=jnp.float32
+        )
+        return jnp.argmax(constrain(logits, "batch", "seq", "vocab"), -1)
+
+    B, T = x_BTD.shape[:2]
+    chunks = _chunks(x_BTD, _chunk_length(B, T, kernel_DV.shape[1]))
+    return jax.lax.map(best, chunks).swapaxes(0, 1).reshape(B, T)

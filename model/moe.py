@@ -1,0 +1,108 @@
+"""DeepSeekMoE: shared experts for every token, routed experts for the tokens that chose them.
+
+V3 report, eq. 12. Letters: B batch, T sequence, N = B*T tokens of one device, K choices per token,
+M rows sorted by expert, D hidden width, E experts, F inner width of one expert.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from model.config import ModelConfig
+from model.layers import SwiGLU, router_bias, weight
+from model.recipe import Recipe, keep
+from model.router import affinities, balance_loss, expert_counts, select
+from pallas_kernels.expert_ffn import expert_ffn
+from pallas_kernels.permute import combine_rows, gather_rows, sort_by_expert
+from sharding import expert
+from sharding.partition import constrain, max_over, on_shards, sum_over, vary
+
+
+class MoEStats(NamedTuple):
+    """What a MoE layer reports; sums over the tokens it was given, over all devices."""
+
+    counts_E: jax.Array
+    """Tokens routed to each expert."""
+    balance: jax.Array
+    """Sequence-wise balance loss before its factor, summed over sequences."""
+    dropped: jax.Array
+    """Routed token-expert pairs that no expert computed; must be 0."""
+
+
+class Router(nnx.Module):
+    """The fp32 gate, and the selection bias where the method has one."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        shape = (config.hidden_size, config.num_experts)
+        self.kernel = weight(rngs, shape, ("embed", "router"), config.init_std)
+        self.bias = router_bias(config.num_experts) if config.topk_method == "noaux_tc" else None
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """Gate logits [B, T, E]; fp32 operands whatever the recipe, or near ties flip experts."""
+        kernel_DE = self.kernel[...].astype(jnp.float32)
+        logits_BTE = jnp.einsum(
+            "BTD,DE->BTE", x_BTD.astype(jnp.float32), kernel_DE, precision=jax.lax.Precision.HIGHEST
+        )
+        return constrain(logits_BTE, "batch", "seq", "router")
+
+
+class MoE(nnx.Module):
+    """Shared and routed experts. Dropless: every choice of every token is computed."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        c, std = config, config.init_std
+        D, E, F = c.hidden_size, c.num_experts, c.expert_ffn_size
+        self.router = Router(c, rngs)
+        self.w_gate = weight(rngs, (E, D, F), ("experts", "embed", "expert_ffn"), std)
+        self.w_up = weight(rngs, (E, D, F), ("experts", "embed", "expert_ffn"), std)
+        self.w_down = weight(rngs, (E, F, D), ("experts", "expert_ffn", "embed"), std)
+        shared_width = c.num_shared_experts * F
+        self.shared = SwiGLU(rngs, D, shared_width, std) if shared_width else None
+        self.config = config
+
+    def __call__(
+        self, x_BTD: jax.Array, valid_BT: jax.Array, recipe: Recipe
+    ) -> tuple[jax.Array, MoEStats]:
+        """Output [B, T, D] and the layer's statistics over valid tokens."""
+        c, bias = self.config, self.router.bias
+        scores_BTE = affinities(self.router.logits(x_BTD), c)
+        ids_BTK, weights_BTK = select(scores_BTE, None if bias is None else bias[...], c)
+        ids_BTK, weights_BTK = keep(ids_BTK), keep(weights_BTK)
+        y_BTD, dropped = self.routed(x_BTD, ids_BTK, weights_BTK, recipe)
+        if self.shared is not None:
+            y_BTD = y_BTD + self.shared(x_BTD)
+        counts_E = expert_counts(ids_BTK, valid_BT, c.num_experts)
+        return y_BTD, MoEStats(counts_E, balance_loss(scores_BTE, valid_BT, c), dropped)
+
+    def routed(self, x_BTD, ids_BTK, weights_BTK, recipe: Recipe) -> tuple[jax.Array, jax.Array]:
+        """Weighted sum of the chosen experts' outputs [B, T, D], and the count of missed choices."""
+        tokens, choices = ("batch", "seq", "embed"), ("batch", "seq", "choices")
+        w_in, w_out = ("experts", "embed", "expert_ffn"), ("experts", "expert_ffn", "embed")
+
+        def region(*arrays):
+            return _experts_on_shard(*arrays, kernels=recipe.kernels)
+
+        run = on_shards(region, (tokens, choices, choices, w_in, w_in, w_out), (tokens, ()))
+        cast = [w[...].astype(x_BTD.dtype) for w in (self.w_gate, self.w_up, self.w_down)]
+        return run(x_BTD, ids_BTK, weights_BTK, *cast)
+
+
+def _experts_on_shard(x_BTD, ids_BTK, weights_BTK, w_gate_EDF, w_up_EDF, w_down_EFD, *, kernels):
+    """One device's part: fetch tokens, sort by expert, compute, weigh, send back."""
+    B, T, D = x_BTD.shape
+    K = ids_BTK.shape[-1]
+    x_ND, ids_NK, weights_NK = expert.dispatch(
+        x_BTD.reshape(B * T, D), ids_BTK.reshape(B * T, K), weights_BTK.reshape(B * T, K)
+    )
+    num_local = w_gate_EDF.shape[0]
+    plan = sort_by_expert(ids_NK - expert.first_local_expert(num_local), num_local)
+    x_MD = gather_rows(x_ND, plan)
+    weights = (w_gate_EDF, w_up_EDF, w_down_EFD)
+    y_MD = expert_ffn(x_MD, *weights, plan.group_sizes_E, backend=kernels)
+    y_ND = expert.combine(combine_rows(y_MD, weights_NK, plan))
+    # Over all devices, choices made minus choices that some expert computed.
+    missed = vary(B * T * K - jnp.sum(plan.group_sizes_E))
+    dropped = max_over(sum_over(missed, "batch", "seq"), "expert_ffn")
+    return y_ND.reshape(B, T, D), dropped.astype(jnp.float32)

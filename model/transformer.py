@@ -1,0 +1,189 @@
+"""DeepSeek-V3: embedding, dense layers, scanned MoE layers, multi-token prediction, head.
+
+Letters: B batch, T sequence, D hidden width, V vocabulary, L layers, E experts.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from model.config import ModelConfig
+from model.layers import RMSNorm, SwiGLU, project, scan_layers, stack, weight
+from model.mla import MLA
+from model.moe import MoE, MoEStats
+from model.recipe import Recipe
+from sharding.partition import constrain, on_shards, shard_index, sum_over
+
+
+class Tokens(NamedTuple):
+    """A batch as the model reads it."""
+
+    ids_BT: jax.Array
+    """Token ids, int32."""
+    positions_BT: jax.Array
+    """Position of each token for RoPE, int32."""
+    segments_BT: jax.Array | None
+    """Document of each token, 0 for padding; None: one document, nothing padded."""
+
+    @property
+    def valid_BT(self) -> jax.Array:
+        """1.0 for tokens, 0.0 for padding, fp32."""
+        if self.segments_BT is None:
+            return jnp.ones(self.ids_BT.shape, jnp.float32)
+        return (self.segments_BT > 0).astype(jnp.float32)
+
+
+class Output(NamedTuple):
+    """What a forward pass returns."""
+
+    hidden_BTD: jax.Array
+    """Last hidden state after the final norm; the head's input."""
+    mtp_hidden: tuple[jax.Array, ...]
+    """Per MTP module, its normed output [B, T, D]; input of the shared head for the token 2, 3.. ahead."""
+    stats: MoEStats | None
+    """Statistics of every MoE layer, stacked [L]; MTP modules last. None for a dense model."""
+
+
+class Block(nnx.Module):
+    """Pre-norm decoder layer: latent attention, then a dense MLP or experts."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, moe: bool):
+        size, eps = config.hidden_size, config.norm_eps
+        self.attn_norm = RMSNorm(size, eps)
+        self.attn = MLA(config, rngs)
+        self.ffn_norm = RMSNorm(size, eps)
+        if moe:
+            self.moe = MoE(config, rngs)
+        else:
+            self.mlp = SwiGLU(rngs, size, config.dense_ffn_size, config.init_std)
+        self.has_experts = moe
+
+    def __call__(self, x_BTD: jax.Array, tokens: Tokens, recipe: Recipe):
+        """Next hidden state [B, T, D] and the layer's MoEStats (None for a dense layer)."""
+        x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), tokens.positions_BT, tokens.segments_BT)
+        normed_BTD = self.ffn_norm(x_BTD)
+        if not self.has_experts:
+            return x_BTD + self.mlp(normed_BTD), None
+        y_BTD, stats = self.moe(normed_BTD, tokens.valid_BT, recipe)
+        return x_BTD + y_BTD, stats
+
+
+class Embedding(nnx.Module):
+    """Token embedding table; MTP modules read the same one."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        shape = (config.vocab_size, config.hidden_size)
+        self.table = weight(rngs, shape, ("vocab", "embed"), config.init_std)
+
+    def __call__(self, ids_BT: jax.Array, recipe: Recipe) -> jax.Array:
+        table_VD = self.table[...].astype(recipe.activation_dtype)
+        tokens = ("batch", "seq")
+        run = on_shards(_look_up, (("vocab", "embed"), tokens), ((*tokens, "embed"),))
+        return run(table_VD, ids_BT)[0]
+
+
+def _look_up(table_VD: jax.Array, ids_BT: jax.Array) -> tuple[jax.Array]:
+    """Rows of a table of which this device holds a part: x[B, T, D]{U_vocab} -> AllReduce -> x."""
+    local_BT = ids_BT - shard_index("vocab") * table_VD.shape[0]
+    here_BT = (local_BT >= 0) & (local_BT < table_VD.shape[0])
+    rows_BTD = table_VD[jnp.where(here_BT, local_BT, 0)]
+    return (sum_over(jnp.where(here_BT[..., None], rows_BTD, 0), "vocab"),)
+
+
+class Head(nnx.Module):
+    """Output projection, not tied to the embedding; MTP modules read the same one."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        shape = (config.hidden_size, config.vocab_size)
+        self.kernel = weight(rngs, shape, ("embed", "vocab"), config.init_std)
+
+
+class MTP(nnx.Module):
+    """One multi-token prediction module (V3 report, section 2.2, eq. 21-23)."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        size, eps = config.hidden_size, config.norm_eps
+        self.embed_norm = RMSNorm(size, eps)
+        self.hidden_norm = RMSNorm(size, eps)
+        shape = (2 * size, size)
+        self.proj = Projection(rngs, shape, config.init_std)
+        self.block = Block(config, rngs, moe=True)
+        self.out_norm = RMSNorm(size, eps)
+
+    def __call__(self, hidden_BTD, embedded_BTD, tokens: Tokens, recipe: Recipe):
+        """Normed hidden state, input of the head and of the next module, and MoEStats.
+
+        `embedded_BTD` holds, at position i, the embedding of the token k ahead. The released
+        checkpoints concatenate embedding first, hidden second, unlike the paper's figure. Every
+        module reads its predecessor's state after that one's output norm, the main model included.
+        """
+        pair = jnp.concatenate([self.embed_norm(embedded_BTD), self.hidden_norm(hidden_BTD)], -1)
+        x_BTD = constrain(project("BTP,PD->BTD", pair, self.proj.kernel), "batch", "seq", "embed")
+        x_BTD, stats = self.block(x_BTD, tokens, recipe)
+        return self.out_norm(x_BTD), stats
+
+
+class Projection(nnx.Module):
+    """A plain matrix."""
+
+    def __init__(self, rngs: nnx.Rngs, shape: tuple[int, int], std: float):
+        self.kernel = weight(rngs, shape, ("embed_pair", "embed_out"), std)
+
+
+class DeepSeekV3(nnx.Module):
+    """The whole model. Layers of one kind are stacked and scanned."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        c = config
+        self.embed = Embedding(c, rngs)
+        self.dense_layers = stack(lambda r: Block(c, r, moe=False), c.num_dense_layers, rngs)
+        self.moe_layers = stack(lambda r: Block(c, r, moe=True), c.num_moe_layers, rngs)
+        self.final_norm = RMSNorm(c.hidden_size, c.norm_eps)
+        self.head = Head(c, rngs)
+        self.mtp = stack(lambda r: MTP(c, r), c.mtp_depth, rngs)
+        self.config = c
+
+    def __call__(
+        self, tokens: Tokens, recipe: Recipe, next_ids_BT: jax.Array | None = None
+    ) -> Output:
+        """Hidden states of all positions.
+
+        `next_ids_BT` is the token after each position (the targets); with it the MTP modules run.
+        """
+        x_BTD = self.embed(tokens.ids_BT, recipe)
+
+        @recipe.rematerialize
+        def apply(layer: Block, x_BTD):
+            return layer(x_BTD, tokens, recipe)
+
+        stats = []
+        if self.dense_layers is not None:
+            x_BTD, _ = scan_layers(self.dense_layers, x_BTD, apply)
+        if self.moe_layers is not None:
+            x_BTD, layer_stats = scan_layers(self.moe_layers, x_BTD, apply)
+            stats.append(layer_stats)
+        hidden_BTD = self.final_norm(x_BTD)
+        mtp_hidden: tuple[jax.Array, ...] = ()
+        if self.mtp is not None and next_ids_BT is not None:
+            mtp_hidden, mtp_stats = self._predict_ahead(hidden_BTD, next_ids_BT, tokens, recipe)
+            stats.append(mtp_stats)
+        merged = jax.tree.map(lambda *a: jnp.concatenate(a), *stats) if stats else None
+        return Output(hidden_BTD, mtp_hidden, merged)
+
+    def _predict_ahead(self, hidden_BTD, next_ids_BT, tokens: Tokens, recipe: Recipe):
+        """Run the MTP modules one after the other; module k reads the token k ahead (eq. 21)."""
+
+        @recipe.rematerialize
+        def apply(module: MTP, carry):
+            hidden_BTD, ids_BT = carry
+            embedded_BTD = self.embed(ids_BT, recipe)
+            hidden_BTD, stats = module(hidden_BTD, embedded_BTD, tokens, recipe)
+            # The token one further ahead; what enters at the end has no target and no weight.
+            further_BT = jnp.pad(ids_BT[:, 1:], ((0, 0), (0, 1)))
+            return (hidden_BTD, further_BT), (hidden_BTD, stats)
+
+        assert self.mtp is not None
+        _, (hidden, stats) = scan_layers(self.mtp, (hidden_BTD, next_ids_BT), apply)
+        return tuple(hidden), stats

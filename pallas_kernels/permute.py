@@ -1,0 +1,158 @@
+"""Dispatch plan and row movement of experts on one device, without a scatter-add.
+
+Shape letters: N tokens, K choices per token, E experts, D width, R = N*K choices.
+
+Choices are numbered n*K + k ("flat") and sorted by expert. Both directions of every movement, and
+both of their derivatives, are gathers: a sorted row knows its choice (`order`), a choice its
+sorted row (`inverse`). Choices of experts outside [0, E) belong to other shards; they sit in the
+tail after the last group and neither give nor receive anything, whatever the tail rows hold.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+
+class Plan(NamedTuple):
+    """Where choices go when sorted by expert, int32."""
+
+    order_R: Array
+    """Sorted position to flat choice."""
+    inverse_R: Array
+    """Flat choice to sorted position."""
+    group_sizes_E: Array
+    """Choices of each expert; their sum is the first row of the tail."""
+
+
+def sort_by_expert(expert_ids_NK: Array, num_experts: int) -> Plan:
+    """Stable sort of the choices by expert.
+
+    Args:
+        expert_ids_NK: chosen experts, int [N, K]; ids outside [0, num_experts) go to the tail.
+        num_experts: experts held here [E].
+
+    Raises:
+        ValueError: ids are not an integer matrix, or too many for int32 positions.
+    """
+    if expert_ids_NK.ndim != 2 or not jnp.issubdtype(expert_ids_NK.dtype, jnp.integer):
+        raise ValueError(
+            f"expert ids have shape {expert_ids_NK.shape} and type {expert_ids_NK.dtype}; "
+            "give integers [tokens, choices]"
+        )
+    R = expert_ids_NK.size
+    if R >= 2**31:
+        raise ValueError(f"{R} choices do not fit int32 positions; split the batch")
+    ids_R = expert_ids_NK.reshape(R)
+    ids_R = jnp.where((ids_R >= 0) & (ids_R < num_experts), ids_R, num_experts).astype(jnp.int32)
+    index_R = jnp.arange(R, dtype=jnp.int32)
+    if (num_experts + 1) * R < 2**31:
+        # Expert and position in one integer: a sort of one operand is the fast path of XLA on CPU
+        # and of CUB on GPU, and the position makes it stable.
+        order_R = lax.sort(ids_R * R + index_R, is_stable=False) % R
+    else:
+        order_R = jnp.argsort(ids_R, stable=True).astype(jnp.int32)
+    inverse_R = (
+        jnp.zeros_like(order_R)
+        .at[order_R]
+        .set(index_R, mode="promise_in_bounds", unique_indices=True)
+    )
+    group_sizes_E = jnp.sum(
+        ids_R[:, None] == jnp.arange(num_experts, dtype=jnp.int32), axis=0, dtype=jnp.int32
+    )
+    return Plan(order_R, inverse_R, group_sizes_E)
+
+
+def _take(x: Array, index: Array) -> Array:
+    return x.at[index].get(mode="promise_in_bounds")
+
+
+def _keep(values: Array, keep: Array) -> Array:
+    return jnp.where(keep[..., None], values, 0)
+
+
+def gather_rows(x_ND: Array, plan: Plan) -> Array:
+    """Row of each choice's token, sorted by expert [R, D]; tail rows are copies like the others.
+
+    The gradient of a token sums over its choices in fp32, those in the tail left out.
+
+    Raises:
+        ValueError: `x_ND` does not have the plan's number of tokens.
+    """
+    N, R = x_ND.shape[0], plan.order_R.size
+    if N == 0 or R % N:
+        raise ValueError(f"{N} rows do not fit a plan of {R} choices; use the plan's own tokens")
+    return _gather_rows(R // N, x_ND, plan)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gather_rows(K: int, x_ND: Array, plan: Plan) -> Array:
+    return _take(x_ND, plan.order_R // K)
+
+
+def _gather_rows_fwd(K: int, x_ND: Array, plan: Plan):
+    return _gather_rows(K, x_ND, plan), plan
+
+
+def _gather_rows_bwd(K: int, plan: Plan, dxs_RD: Array):
+    inverse_NK = plan.inverse_R.reshape(-1, K)
+    here_NK = inverse_NK < jnp.sum(plan.group_sizes_E)
+    # One gather per choice, added as they come: XLA makes a single pass, without an [N, K, D].
+    dx_ND = sum(
+        _keep(_take(dxs_RD, inverse_NK[:, k]), here_NK[:, k]).astype(jnp.float32) for k in range(K)
+    )
+    return jnp.asarray(dx_ND, dxs_RD.dtype), None
+
+
+_gather_rows.defvjp(_gather_rows_fwd, _gather_rows_bwd)
+
+
+def combine_rows(y_RD: Array, weights_NK: Array, plan: Plan) -> Array:
+    """out[n] = sum over k of weights[n, k] * y[row of choice (n, k)], summed in fp32 [N, D].
+
+    Choices in the tail add nothing. The result has the type of `y_RD`. Source: DeepSeek-V3
+    report, eq. 12 (the routed sum).
+
+    Raises:
+        ValueError: rows or weights do not have the plan's number of choices.
+    """
+    R = plan.order_R.size
+    if weights_NK.ndim != 2 or weights_NK.size != R or y_RD.shape[0] != R:
+        raise ValueError(
+            f"rows {y_RD.shape} and weights {weights_NK.shape} do not fit a plan of {R} choices; "
+            "give one row and one weight [tokens, choices] per choice"
+        )
+    return _combine_rows(y_RD, weights_NK, plan)
+
+
+@jax.custom_vjp
+def _combine_rows(y_RD: Array, weights_NK: Array, plan: Plan) -> Array:
+    inverse_NK = plan.inverse_R.reshape(weights_NK.shape)
+    here_NK = inverse_NK < jnp.sum(plan.group_sizes_E)
+    weights_NK = weights_NK.astype(jnp.float32)
+    out_ND = sum(
+        _keep(_take(y_RD, inverse_NK[:, k]) * weights_NK[:, k, None], here_NK[:, k])
+        for k in range(weights_NK.shape[1])
+    )
+    return jnp.asarray(out_ND, y_RD.dtype)
+
+
+def _combine_rows_fwd(y_RD: Array, weights_NK: Array, plan: Plan):
+    return _combine_rows(y_RD, weights_NK, plan), (y_RD, weights_NK, plan)
+
+
+def _combine_rows_bwd(saved, dout_ND: Array):
+    y_RD, weights_NK, plan = saved
+    R, K = plan.order_R.size, weights_NK.shape[1]
+    here_R = jnp.arange(R, dtype=jnp.int32) < jnp.sum(plan.group_sizes_E)
+    dout_RD = _take(dout_ND, plan.order_R // K).astype(jnp.float32)
+    weights_R = _take(weights_NK.reshape(R), plan.order_R).astype(jnp.float32)
+    dy_RD = _keep(dout_RD * weights_R[:, None], here_R)
+    dweights_R = jnp.where(here_R, jnp.sum(dout_RD * y_RD.astype(jnp.float32), axis=1), 0)
+    dweights_NK = _take(dweights_R, plan.inverse_R).reshape(weights_NK.shape)
+    return dy_RD.astype(y_RD.dtype), dweights_NK.astype(weights_NK.dtype), None
+
+
+_combine_rows.defvjp(_combine_rows_fwd, _combine_rows_bwd)

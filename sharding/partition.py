@@ -1,0 +1,192 @@
+"""Logical names to placements: what the model says (`constrain`, `on_shards`) and where state lives.
+
+The model names the axes of its arrays and never sees a mesh. Without an active layout, or on one
+device, every function here is the identity, so the same model code is the one-device reference.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import math
+from collections.abc import Callable, Generator
+from typing import Any
+
+import jax
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sharding.rules import COMPUTED, STORED, Rules, axes_of, check_divides, spec
+
+Names = tuple[str | None, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A mesh and the two tables that map logical axes onto it."""
+
+    mesh: Mesh
+    stored: Rules = dataclasses.field(default_factory=lambda: STORED, hash=False)
+    computed: Rules = dataclasses.field(default_factory=lambda: COMPUTED, hash=False)
+    zero1: bool = True
+
+
+_active: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout", default=None)
+_region: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("region", default=())
+
+
+@contextlib.contextmanager
+def use_layout(layout: Layout | None) -> Generator[None]:
+    """Make `layout` the one that `constrain` and `on_shards` act on while tracing."""
+    token = _active.set(layout)
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Tell XLA how an activation with these logical axes is laid out."""
+    layout = _active.get()
+    if layout is None or layout.mesh.size == 1:
+        return x
+    return lax.with_sharding_constraint(x, NamedSharding(layout.mesh, spec(names, layout.computed)))
+
+
+def on_shards(
+    fn: Callable, in_names: tuple[Names, ...], out_names: tuple[Names, ...]
+) -> Callable[..., Any]:
+    """`fn` run on every device on its own shards of arrays with these logical axes.
+
+    Inside, every value counts as different on all devices of the axes that occur in `in_names`:
+    the gradient of an input that was replicated is therefore summed over them, and an output must
+    have been reduced (`sum_over`, `scatter_sum`) over every axis it does not mention. `fn` returns
+    a tuple with one entry per element of `out_names`.
+    """
+    layout = _active.get()
+    if layout is None or layout.mesh.size == 1:
+        return fn
+    in_specs = tuple(spec(names, layout.computed) for names in in_names)
+    out_specs = tuple(spec(names, layout.computed) for names in out_names)
+    axes = tuple(a for a in layout.mesh.axis_names if any(a in _flat(s) for s in in_specs))
+
+    def body(*args):
+        token = _region.set(axes)
+        try:
+            return fn(*(vary(x) for x in args))
+        finally:
+            _region.reset(token)
+
+    return jax.shard_map(body, mesh=layout.mesh, in_specs=in_specs, out_specs=out_specs)
+
+
+def _flat(partition: PartitionSpec) -> list[str]:
+    return [axis for entry in partition for axis in axes_of(entry)]
+
+
+def _axes(*names: str) -> tuple[str, ...]:
+    """Mesh axes behind logical names inside the current region; none outside of one."""
+    layout = _active.get()
+    if layout is None or not _region.get():
+        return ()
+    return tuple(axis for name in names for axis in layout.computed[name])
+
+
+def vary(x: jax.Array) -> jax.Array:
+    """Mark a value as different on every device of the current region (fresh loop carries)."""
+    missing = tuple(a for a in _region.get() if a not in jax.typeof(x).manual_axis_type.varying)
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
+def sum_over(x: jax.Array, *names: str) -> jax.Array:
+    """Sum over the devices that share these logical axes: x{U_names} -> AllReduce -> x."""
+    axes = _axes(*names)
+    return lax.psum(x, axes) if axes else x
+
+
+def max_over(x: jax.Array, *names: str) -> jax.Array:
+    """Largest value over the devices that share these logical axes."""
+    axes = _axes(*names)
+    return lax.pmax(x, axes) if axes else x
+
+
+def gather(x: jax.Array, name: str) -> jax.Array:
+    """Concatenate dimension 0 over the devices of `name`: x[N_name, ...] -> AllGather -> x[N, ...]."""
+    axes = _axes(name)
+    return lax.all_gather(x, axes, axis=0, tiled=True) if axes else x
+
+
+def scatter_sum(x: jax.Array, name: str) -> jax.Array:
+    """Sum over the devices of `name`, each keeping its part of dimension 0 (ReduceScatter)."""
+    axes = _axes(name)
+    return lax.psum_scatter(x, axes, scatter_dimension=0, tiled=True) if axes else x
+
+
+def shard_index(name: str) -> jax.Array | int:
+    """Which shard of logical axis `name` this device holds, counted from 0."""
+    axes = _axes(name)
+    return lax.axis_index(axes) if axes else 0
+
+
+def stored_shardings(layout: Layout, shapes: Any, axes: Any) -> Any:
+    """Placement of every parameter: a tree of NamedSharding like `shapes`.
+
+    `shapes` is a tree of arrays or ShapeDtypeStructs, `axes` one of logical-name tuples.
+    Raises ValueError naming the first parameter that does not divide.
+    """
+
+    def place(name: str, shape: tuple[int, ...], names: Names) -> NamedSharding:
+        check_divides(name, shape, names, layout.mesh, layout.stored)
+        return NamedSharding(layout.mesh, spec(names, layout.stored))
+
+    return _map_named(place, shapes, axes)
+
+
+def optimizer_shardings(layout: Layout, shapes: Any, axes: Any) -> Any:
+    """Placement of per-parameter optimizer state: as stored, and with ZeRO-1 also over `data`.
+
+    The first dimension that `data` still divides takes it; a parameter without one stays whole.
+    """
+    data = layout.mesh.shape["data"]
+
+    def extend(placement: NamedSharding, leaf) -> NamedSharding:
+        entries = [axes_of(entry) for entry in placement.spec]
+        for i, size in enumerate(leaf.shape):
+            taken = math.prod(layout.mesh.shape[axis] for axis in entries[i])
+            if size % (taken * data) == 0:
+                entries[i] += ("data",)
+                break
+        return NamedSharding(layout.mesh, PartitionSpec(*(entry or None for entry in entries)))
+
+    stored = stored_shardings(layout, shapes, axes)
+    if not layout.zero1 or data == 1:
+        return stored
+    return jax.tree.map(extend, stored, shapes)
+
+
+def _map_named(fn: Callable, shapes: Any, axes: Any) -> Any:
+    """fn(path, shape, logical axes) over a tree and its equal of logical-axes tuples."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
+    names = structure.flatten_up_to(axes)
+    placed = [
+        fn("parameter " + jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, axes)
+        for (path, leaf), axes in zip(leaves, names, strict=True)
+    ]
+    return structure.unflatten(placed)
+
+
+def batch_sharding(layout: Layout, names: Names) -> NamedSharding:
+    """Placement of a batch array with these logical axes."""
+    return NamedSharding(layout.mesh, spec(names, layout.computed))
+
+
+def replicated(layout: Layout) -> NamedSharding:
+    """Placement of a value that every device holds whole."""
+    return NamedSharding(layout.mesh, PartitionSpec())
+
+
+def check_batch(layout: Layout, micro_batch_size: int) -> None:
+    """Raise ValueError unless a micro batch splits over the batch axes."""
+    check_divides(
+        "micro batch (sequences per forward pass)",
+        (micro_batch_size,), ("batch",), layout.mesh, layout.computed,
+    )  # fmt: skip

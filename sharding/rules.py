@@ -1,0 +1,97 @@
+"""Which mesh axis each logical axis maps to: once as parameters are stored, once as math is done.
+
+The difference of the two tables is ZeRO-3: `embed` is stored in shards over `fsdp` but computed
+whole, so XLA all-gathers a weight where it is used and reduce-scatters its gradient.
+"""
+
+import math
+from collections.abc import Mapping
+
+from jax.sharding import Mesh, PartitionSpec
+
+Rules = Mapping[str, tuple[str, ...]]
+
+STORED: Rules = {
+    "layers": ("pipe",),
+    "vocab": ("tensor",),
+    "embed": ("fsdp",),
+    "embed_out": (),
+    "embed_pair": ("fsdp",),
+    "norm": (),
+    "latent": ("fsdp",),
+    "latent_out": (),
+    "heads": ("tensor",),
+    "head_dim": (),
+    "ffn": ("tensor",),
+    "router": (),
+    "experts": ("expert",),
+    "expert_ffn": ("tensor",),
+}
+"""Parameters, and gradients and optimizer state with them."""
+
+COMPUTED: Rules = {
+    "batch": ("data", "fsdp", "expert"),
+    "seq": ("context",),
+    "layers": (),
+    "vocab": ("tensor",),
+    "embed": (),
+    "embed_out": (),
+    "embed_pair": (),
+    "norm": (),
+    "latent": (),
+    "latent_out": (),
+    "heads": ("tensor",),
+    "head_dim": (),
+    "ffn": ("tensor",),
+    "router": (),
+    "experts": ("expert",),
+    "expert_ffn": ("tensor",),
+    "choices": (),
+}
+"""Activations, and weights as a sharded region receives them."""
+
+
+def spec(names: tuple[str | None, ...], rules: Rules) -> PartitionSpec:
+    """Partition spec of an array whose dimensions carry these logical names (None: whole).
+
+    Raises ValueError for a name without a rule and for a mesh axis used twice.
+    """
+    used: dict[str, str] = {}
+    entries: list[tuple[str, ...] | None] = []
+    for name in names:
+        if name is not None and name not in rules:
+            raise ValueError(
+                f"no sharding rule for logical axis {name!r} of {names}; known: {', '.join(rules)}"
+            )
+        axes = rules[name] if name is not None else ()
+        for axis in axes:
+            if axis in used:
+                raise ValueError(
+                    f"mesh axis {axis!r} would shard both {used[axis]!r} and {name!r} of an array "
+                    f"with axes {names}; change one of their rules in sharding/rules.py"
+                )
+            used[axis] = str(name)
+        entries.append(axes or None)
+    return PartitionSpec(*entries)
+
+
+def axes_of(entry: None | str | tuple[str, ...]) -> tuple[str, ...]:
+    """Mesh axes of one entry of a partition spec, which JAX shortens where it can."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
+def check_divides(what: str, shape: tuple[int, ...], names, mesh: Mesh, rules: Rules) -> None:
+    """Raise ValueError unless every dimension of `what` splits evenly over its mesh axes."""
+    if len(shape) != len(names):
+        raise ValueError(f"{what}: shape {shape} has {len(shape)} dimensions, axes {names}")
+    for size, name, entry in zip(shape, names, spec(names, rules), strict=True):
+        axes = axes_of(entry)
+        shards = math.prod(mesh.shape[axis] for axis in axes)
+        if size % shards:
+            product = " x ".join(
+                f"{axis}={mesh.shape[axis]}" for axis in axes if mesh.shape[axis] > 1
+            )
+            raise ValueError(
+                f"{what}: axis {name!r} has size {size}, which does not split over {product}; "
+                f"choose mesh sizes that divide {size}"
+            )

@@ -1,0 +1,42 @@
+"""Eight CPU devices for every test, and what tests share."""
+
+import os
+import pathlib
+
+# Both are read when jax is first imported, so they are set before anything imports it. A platform
+# chosen outside stays: the `gpu` tests run with JAX_PLATFORMS=cuda.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import hypothesis
+import jax
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# Derandomised: what is red here is red on the next machine. No deadline: a first example compiles.
+hypothesis.settings.register_profile(
+    "meshseek", deadline=None, derandomize=True, database=None, max_examples=25
+)
+hypothesis.settings.load_profile("meshseek")
+
+
+@pytest.fixture
+def strict_promotion():
+    """Arrays of unlike types do not mix: an unintended fp32 or bf16 is an error.
+
+    Not on for every test, because optax computes its bias correction as float ** int32.
+    """
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def reference_python() -> str:
+    """Interpreter with torch and transformers; `make reference-env` makes it."""
+    python = ROOT / os.environ.get("REFERENCE_VENV", ".venv-reference") / "bin" / "python"
+    if not python.exists():
+        pytest.fail(f"{python} does not exist; run `make reference-env`", pytrace=False)
+    return str(python)

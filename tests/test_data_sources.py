@@ -1,0 +1,274 @@
+"""Documents from files: what is read, under which names, and what is said of the rest."""
+
+import json
+import os
+import sys
+
+import pytest
+
+from data.config import SourceConfig
+from data.report import NAMES_KEPT, SourceReport
+from data.sources import check_disjoint, documents, find_source
+from data.split import check_split, is_held_out
+
+
+def read(path, min_bytes=1, field="text"):
+    report = SourceReport(str(path))
+    source = find_source(SourceConfig(str(path), field=field))
+    return list(documents(source, min_bytes, report)), report
+
+
+def test_folder_is_read_recursively_in_sorted_order_by_relative_name(tmp_path):
+    (tmp_path / "b").mkdir()
+    for name in ("z.txt", "b/a.py", "a.txt", ".hidden"):
+        (tmp_path / name).write_text(f"text of {name}")
+    found, report = read(tmp_path)
+    assert [(d.name, d.text) for d in found] == [
+        (name, f"text of {name}") for name in ("a.txt", "b/a.py", "z.txt")
+    ]
+    assert (report.files, report.documents) == (3, 3)
+    assert report.text_bytes == sum(d.text_bytes for d in found)
+
+
+def test_names_do_not_depend_on_where_the_folder_lies(tmp_path):
+    for parent in ("here", "over/there"):
+        (tmp_path / parent / "sub").mkdir(parents=True)
+        (tmp_path / parent / "sub/x.txt").write_text("x")
+    names = [[d.name for d in read(tmp_path / p)[0]] for p in ("here", "over/there")]
+    assert names[0] == names[1] == ["sub/x.txt"]
+
+
+def test_text_is_kept_byte_for_byte(tmp_path):
+    content = "\ufeffNUL \x00, CRLF\r\n, tab\t, é, 語, 🙂, no newline at end".encode()
+    (tmp_path / "odd.txt").write_bytes(content)
+    (document,), report = read(tmp_path)
+    assert document.text.encode() == content
+    assert document.text_bytes == len(content)
+    assert not report.skipped
+
+
+def test_bad_files_are_counted_and_named_and_do_not_stop_the_rest(tmp_path):
+    (tmp_path / "good.txt").write_text("good")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+    (tmp_path / "broken.txt").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "good.txt")
+    found, report = read(tmp_path)
+    assert [d.name for d in found] == ["good.txt"]
+    assert report.names == {
+        "unreadable": ["broken.txt"],
+        "empty": ["empty.txt"],
+        "not UTF-8": ["latin.txt"],
+        "duplicate (link to a file already read)": ["link.txt"],
+    }
+    assert "left out: 1 duplicate" in report.lines()[0]
+    assert "  not UTF-8: latin.txt" in report.lines()
+
+
+def test_a_file_that_cannot_be_opened_is_reported(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "locked.txt").write_text("b")
+    original = type(tmp_path).read_bytes
+
+    def refuse(path):
+        if path.name == "locked.txt":
+            raise PermissionError(13, "Permission denied")
+        return original(path)
+
+    monkeypatch.setattr(type(tmp_path), "read_bytes", refuse)
+    found, report = read(tmp_path)
+    assert [d.name for d in found] == ["a.txt"]
+    assert report.names == {"unreadable": ["locked.txt"]}
+
+
+def test_a_folder_that_cannot_be_listed_is_reported(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.txt").write_text("a")
+    original = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    found, report = read(tmp_path)
+    assert [d.name for d in found] == ["a.txt"]
+    assert report.names == {"unreadable": ["closed"]}
+
+
+def test_min_bytes_counts_utf8_bytes(tmp_path):
+    (tmp_path / "short.txt").write_text("abc")
+    (tmp_path / "wide.txt").write_text("語語")  # 2 characters, 6 bytes
+    found, report = read(tmp_path, min_bytes=4)
+    assert [d.name for d in found] == ["wide.txt"]
+    assert report.names == {"empty": ["short.txt"]}
+
+
+def test_empty_files_are_left_out_at_any_limit(tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    assert read(tmp_path, min_bytes=0)[1].names == {"empty": ["empty.txt"]}
+
+
+def test_report_keeps_the_first_names_and_counts_the_others():
+    report = SourceReport("x")
+    for number in range(NAMES_KEPT + 3):
+        report.skip("empty", f"f{number}")
+    assert report.skipped == {"empty": NAMES_KEPT + 3}
+    assert report.lines()[1].endswith(f"f{NAMES_KEPT - 1} and 3 more")
+
+
+def test_a_name_that_is_not_utf8_can_be_printed(tmp_path):
+    path = str(tmp_path).encode() + b"/caf\xe9.txt"
+    with open(path, "w") as file:
+        file.write("text")
+    (document,), _ = read(tmp_path)
+    assert document.name == r"caf\xe9.txt"
+
+
+# ---- JSONL and Parquet ---------------------------------------------------------------------------
+
+
+def test_jsonl_lines_are_documents_and_bad_lines_are_named(tmp_path):
+    lines = [
+        json.dumps({"text": "first"}),
+        "",
+        "{broken",
+        json.dumps({"other": "no text"}),
+        json.dumps(["a list"]),
+        json.dumps({"text": 3}),
+        '{"text": "\\ud800"}',
+        json.dumps({"text": ""}),
+        json.dumps({"text": "zweite é"}, ensure_ascii=False),
+    ]
+    (tmp_path / "d.jsonl").write_bytes("\r\n".join(lines).encode() + b'\n{"text": "\xff"}\n')
+    found, report = read(tmp_path / "d.jsonl")
+    assert [(d.name, d.text) for d in found] == [("d.jsonl:1", "first"), ("d.jsonl:9", "zweite é")]
+    assert report.names == {
+        "malformed line": ["d.jsonl:3"],
+        "no text in field 'text'": ["d.jsonl:4", "d.jsonl:5", "d.jsonl:6"],
+        "not UTF-8": ["d.jsonl:7", "d.jsonl:10"],
+        "empty": ["d.jsonl:8"],
+    }
+
+
+def test_jsonl_field_is_chosen_by_name(tmp_path):
+    (tmp_path / "d.jsonl").write_text(json.dumps({"text": "no", "content": "yes"}))
+    assert [d.text for d in read(tmp_path / "d.jsonl", field="content")[0]] == ["yes"]
+
+
+def test_jsonl_is_read_line_by_line(tmp_path):
+    """The first document comes before a later line is looked at."""
+    (tmp_path / "d.jsonl").write_text('{"text": "a"}\n{broken\n')
+    report = SourceReport("d")
+    stream = documents(find_source(SourceConfig(str(tmp_path / "d.jsonl"))), 1, report)
+    assert next(stream).text == "a"
+    assert not report.skipped
+    assert list(stream) == []
+    assert report.skipped == {"malformed line": 1}
+
+
+def test_parquet_rows_are_documents(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"text": ["one", None, "three"], "n": [1, 2, 3]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    (tmp_path / "b.parquet").write_bytes(b"not parquet")
+    found, report = read(tmp_path)
+    assert [(d.name, d.text) for d in found] == [("a.parquet:1", "one"), ("a.parquet:3", "three")]
+    assert report.names["no text in field 'text'"] == ["a.parquet:2"]
+    assert report.names["not a Parquet file"] == ["b.parquet"]
+    assert read(tmp_path / "a.parquet", field="body")[1].names == {
+        "no text in field 'body'": ["a.parquet"]
+    }
+
+
+def test_parquet_without_pyarrow_names_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    (tmp_path / "a.parquet").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"pip install pyarrow.*JSONL"):
+        find_source(SourceConfig(str(tmp_path)))
+
+
+# ---- Paths ---------------------------------------------------------------------------------------
+
+
+def test_one_file_and_globs(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("a.txt", "b.py", "sub/c.txt"):
+        (tmp_path / name).write_text(name)
+    names = lambda path: [d.name for d in read(path)[0]]  # noqa: E731
+    assert names(tmp_path / "a.txt") == ["a.txt"]
+    assert names(tmp_path / "*.txt") == ["a.txt"]
+    assert names(tmp_path / "**/*.txt") == ["a.txt", "sub/c.txt"]
+    assert names(tmp_path / "s*/*") == ["sub/c.txt"]
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real/a.txt").write_text("a")
+    (tmp_path / "real/loop").symlink_to(tmp_path)
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus/linked").symlink_to(tmp_path / "real")
+    assert [d.name for d in read(tmp_path / "corpus")[0]] == ["linked/a.txt"]
+
+
+def test_missing_path_and_empty_folder_name_what_was_looked_for(tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path}/nowhere does not exist"):
+        find_source(SourceConfig(str(tmp_path / "nowhere")))
+    with pytest.raises(ValueError, match=rf"no files match '\*\*/\*' in folder {tmp_path}"):
+        find_source(SourceConfig(str(tmp_path)))
+    with pytest.raises(ValueError, match=rf"'{tmp_path}/\*\.md'.*pattern in folder {tmp_path}"):
+        find_source(SourceConfig(str(tmp_path / "*.md")))
+
+
+def test_stdlib_is_the_interpreters_own_source():
+    source = find_source(SourceConfig("stdlib"))
+    names = [file.name for file in source.files]
+    assert names == sorted(names)
+    assert {"argparse.py", "json/decoder.py"} <= set(names)
+    parts = {part for name in names for part in name.split("/")}
+    assert not parts & {"site-packages", "test", "tests", "__pycache__", "idle_test"}
+    assert source.fingerprint() == find_source(SourceConfig("stdlib")).fingerprint()
+
+
+def test_fingerprint_follows_names_sizes_and_mtimes(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("one")
+    os.utime(path, ns=(0, 1000))
+    first = find_source(SourceConfig(str(tmp_path))).fingerprint()
+    os.utime(path, ns=(0, 2000))
+    touched = find_source(SourceConfig(str(tmp_path))).fingerprint()
+    path.rename(tmp_path / "b.txt")
+    renamed = find_source(SourceConfig(str(tmp_path))).fingerprint()
+    assert len({first, touched, renamed}) == 3
+
+
+def test_sources_that_share_a_file_are_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    sources = [find_source(SourceConfig(str(p))) for p in (tmp_path, tmp_path / "*.txt")]
+    with pytest.raises(ValueError, match=r"both hold .*a\.txt"):
+        check_disjoint(sources)
+    check_disjoint(sources[:1])
+
+
+# ---- Split ---------------------------------------------------------------------------------------
+
+
+def test_split_takes_its_share_and_raising_it_only_adds():
+    names = [f"doc{n}" for n in range(4000)]
+    small, large = ({n for n in names if is_held_out(n, share)} for share in (0.05, 0.2))
+    assert small < large
+    assert len(small) / len(names) == pytest.approx(0.05, abs=0.015)  # 4 sigma
+    assert len(large) / len(names) == pytest.approx(0.2, abs=0.026)
+    assert not any(is_held_out(n, 0.0) for n in names)
+
+
+def test_an_empty_side_of_the_split_is_an_error_with_the_numbers():
+    check_split("s", 5, 0, 0.0)
+    check_split("s", 5, 1, 0.1)
+    with pytest.raises(ValueError, match=r"none of its 5 documents.*held_out=0.05 keeps about 0.2"):
+        check_split("s", 5, 0, 0.05)
+    with pytest.raises(ValueError, match="all 2 documents fall into the held-out split"):
+        check_split("s", 0, 2, 0.9)

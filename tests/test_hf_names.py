@@ -1,0 +1,122 @@
+"""Checkpoint names and configurations of Hugging Face, to ours and back, on the golden files."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from model.blueprint import blueprint
+from model.config import ModelConfig
+from tests.reference.cases import CASES
+from tests.reference.golden import Reference, golden
+from tests.reference.hf_config import from_hf_config, to_hf_config
+from tests.reference.mapping import from_hf, to_hf
+
+
+@pytest.fixture(params=list(CASES))
+def ref(request) -> Reference:
+    return golden(request.param)
+
+
+def test_tree_is_the_models(ref):
+    plan = blueprint(ref.config)
+    shapes = functools.partial(jax.tree.map, np.shape)
+    assert shapes(ref.weights["params"]) == shapes(plan.params)
+    assert shapes(ref.weights["router_bias"]) == shapes(plan.router_bias)
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_names_round_trip(ref, fuse):
+    state = to_hf(ref.weights, ref.config, fuse=fuse)
+    if fuse:
+        assert {name for name in state if not is_copy(name, ref.config)} == ref.state.keys()
+        for name, array in ref.state.items():
+            np.testing.assert_array_equal(state[name], array)
+    again = from_hf(state, ref.config)
+    jax.tree.map(np.testing.assert_array_equal, again, ref.weights)
+
+
+def is_copy(name: str, config: ModelConfig) -> bool:
+    parts = name.split(".")
+    ahead = parts[1] == "layers" and int(parts[2]) >= config.num_layers
+    return ahead and parts[3:] in (["embed_tokens", "weight"], ["shared_head", "head", "weight"])
+
+
+def test_expert_names_of_released_checkpoints():
+    """One tensor per expert under the names of the R1 checkpoint, and the copies of layer 61."""
+    ref = golden("v3_mtp")
+    state = to_hf(ref.weights, ref.config)
+    assert state["model.layers.1.mlp.experts.15.gate_proj.weight"].shape == (8, 32)
+    fused = ref.state["model.layers.1.mlp.experts.gate_up_proj"][15]
+    np.testing.assert_array_equal(
+        state["model.layers.1.mlp.experts.15.gate_proj.weight"], fused[:8]
+    )
+    np.testing.assert_array_equal(state["model.layers.1.mlp.experts.15.up_proj.weight"], fused[8:])
+    for copy, name in (("embed_tokens", "model.embed_tokens"), ("shared_head.head", "lm_head")):
+        np.testing.assert_array_equal(
+            state[f"model.layers.2.{copy}.weight"], state[f"{name}.weight"]
+        )
+
+
+def test_missing_and_unknown_tensors_are_named():
+    ref = golden("v3_mtp")
+    state = to_hf(ref.weights, ref.config)
+    gone = {k: v for k, v in state.items() if k != "model.layers.1.mlp.experts.3.up_proj.weight"}
+    with pytest.raises(ValueError, match=r"missing.*: model\.layers\.1\.mlp\.experts\.3\.up_proj"):
+        from_hf(gone, ref.config)
+    with pytest.raises(ValueError, match=r"1 tensors .* no place .*: model\.layers\.0\.surprise"):
+        from_hf(state | {"model.layers.0.surprise": np.ones(1)}, ref.config)
+    with pytest.raises(ValueError, match=r"no place .*model\.layers\.2\."):
+        from_hf(state, dataclasses.replace(ref.config, mtp_depth=0))
+    with pytest.raises(ValueError, match=r"lm_head\.weight has shape \(32, 64\).*\(64, 32\)"):
+        from_hf(state | {"lm_head.weight": state["lm_head.weight"].T}, ref.config)
+    name = "model.layers.2.shared_head.head.weight"
+    with pytest.raises(ValueError, match=r"head\.weight differs from lm_head"):
+        from_hf(state | {name: state[name] + 1}, ref.config)
+    frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4)}
+    jax.tree.map(
+        np.testing.assert_array_equal, from_hf(state | frequencies, ref.config), ref.weights
+    )
+
+
+def test_missing_and_unknown_arrays_are_named():
+    ref = golden("v2_lite")
+    params = dict(ref.weights["params"])
+    del params["head"]
+    with pytest.raises(ValueError, match="missing from the parameter tree: params/head/kernel"):
+        to_hf(ref.weights | {"params": params}, ref.config)
+    params = ref.weights["params"] | {"surprise": {"kernel": np.ones(1)}}
+    with pytest.raises(ValueError, match="not in a checkpoint: params/surprise/kernel"):
+        to_hf(ref.weights | {"params": params}, ref.config)
+
+
+def test_config_round_trip(ref):
+    assert from_hf_config(to_hf_config(ref.config)) == ref.config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "deepseek_v32"}, "model_type is 'deepseek_v32'"),
+        ({"attention_bias": True}, "attention_bias is True; only False"),
+        ({"num_key_value_heads": 2}, "num_key_value_heads is 2"),
+        ({"index_topk": 2048}, "unknown keys index_topk"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "type 'linear' not implemented"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "missing original_max_position"),
+    ],
+)
+def test_configurations_that_would_be_misread(change, message):
+    with pytest.raises(ValueError, match=message):
+        from_hf_config(CASES["v3"].hf | change)
+
+
+def test_temperature_given_by_half_is_refused():
+    scaling = CASES["v3_yarn"].hf["rope_scaling"]
+    with pytest.raises(ValueError, match="give both or neither"):
+        from_hf_config(CASES["v3_yarn"].hf | {"rope_scaling": scaling | {"mscale": None}})
+    neither = {k: v for k, v in scaling.items() if not k.startswith("mscale")}
+    yarn = from_hf_config(CASES["v3_yarn"].hf | {"rope_scaling": neither}).yarn
+    assert yarn is not None
+    assert (yarn.mscale, yarn.mscale_all_dim) == (1.0, 0.0)

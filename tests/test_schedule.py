@@ -1,0 +1,170 @@
+"""Schedules and the batch plan against closed forms and the published V2/V3 numbers."""
+
+import dataclasses
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from configs import deepseek_schedules as published
+from training.config import Phase, TrainConfig
+from training.schedule import BatchPlan, check_schedules, knobs_at, value_at
+
+V3 = TrainConfig(
+    steps=1,
+    **published.V3_BATCH._asdict(),
+    micro_batch_size=48,
+    learning_rate=published.v3_learning_rate(),
+    bias_update_rate=published.v3_bias_update_rate(),
+    mtp_weight=published.v3_mtp_weight(),
+)
+
+
+def constant(batch_size: int = 4, seq_len: int = 10) -> BatchPlan:
+    return BatchPlan(TrainConfig(steps=100, seq_len=seq_len, batch_size=batch_size))
+
+
+def test_v3_batch_ramp_has_the_derived_length():
+    # Continuous linear-in-tokens ramp: dt/ds = b(t) * T, so steps = tokens/T/(b1-b0) * ln(b1/b0).
+    plan = BatchPlan(V3)
+    closed_form = 469e9 / 4096 / (15360 - 3072) * math.log(15360 / 3072)
+    assert plan.steps_at(469e9) == pytest.approx(closed_form, rel=1e-3)
+    assert plan.steps_at(469e9) == pytest.approx(15_000, rel=2e-3)
+    assert plan.steps_for(14.8e12) - plan.steps_for(469e9) == pytest.approx(227_800, rel=1e-3)
+    assert plan.at(0).batch_size == 3072
+    assert plan.at(100_000).batch_size == 15360
+
+
+def test_plan_agrees_with_a_loop_over_steps():
+    train = TrainConfig(
+        steps=1, seq_len=8, batch_size=24, micro_batch_size=4,
+        batch_ramp_from=8, batch_ramp_tokens=4000,
+    )  # fmt: skip
+    plan, sequences = BatchPlan(train), 0
+    for step in range(60):
+        exact = 8 + 16 * min(1.0, sequences * 8 / 4000)
+        expected = 4 * math.floor(exact / 4 + 0.5)
+        assert plan.at(step) == (expected, expected // 4, sequences, sequences * 8)
+        sequences += expected
+    assert plan.at(59).batch_size == 24
+    assert plan.micro_batch_counts() == (2, 3, 4, 5, 6)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    micro=st.integers(1, 5),
+    start=st.integers(1, 6),
+    more=st.integers(0, 12),
+    ramp=st.floats(1, 1e5),
+    step=st.integers(0, 3000),
+)
+def test_plan_is_consistent(micro, start, more, ramp, step):
+    train = TrainConfig(
+        steps=1, seq_len=16, batch_size=(start + more) * micro, micro_batch_size=micro,
+        batch_ramp_from=start * micro, batch_ramp_tokens=ramp,
+    )  # fmt: skip
+    plan = BatchPlan(train)
+    now, after = plan.at(step), plan.at(step + 1)
+    assert after.first_sequence == now.first_sequence + now.batch_size  # no gap, no overlap
+    assert after.batch_size >= now.batch_size == now.micro_batches * micro
+    assert plan.steps_at(now.tokens_before) == pytest.approx(step, abs=1e-6)
+    if now.tokens_before >= ramp:
+        assert now.batch_size == train.batch_size
+
+
+def test_v3_learning_rate_at_its_corners():
+    plan = BatchPlan(V3)
+    rate = lambda tokens: value_at(V3.learning_rate, plan, plan.steps_for(tokens))  # noqa: E731
+    assert value_at(V3.learning_rate, plan, 1) == pytest.approx(2.2e-4 / 2000)
+    assert value_at(V3.learning_rate, plan, 2000) == pytest.approx(2.2e-4)
+    assert rate(5e12) == 2.2e-4
+    assert rate(12.15e12) == pytest.approx((2.2e-4 + 2.2e-5) / 2, rel=1e-4)  # half of the cosine
+    assert rate(14.299e12) == pytest.approx(2.2e-5, rel=1e-4)
+    assert rate(14.5e12) == 2.2e-5
+    assert rate(14.7e12) == 7.3e-6
+    assert rate(20e12) == 7.3e-6  # the last value holds
+
+
+def test_v3_knobs():
+    plan = BatchPlan(V3)
+    check_schedules(V3, plan)
+    early, late, last = (plan.steps_for(t) for t in (1e12, 12e12, 14.5e12))
+    assert knobs_at(V3, plan, early) == {
+        "learning_rate": 2.2e-4, "bias_update_rate": 0.001, "mtp_weight": 0.3,
+    }  # fmt: skip
+    assert knobs_at(V3, plan, late)["mtp_weight"] == 0.1
+    assert knobs_at(V3, plan, late)["bias_update_rate"] == 0.001
+    assert knobs_at(V3, plan, last)["bias_update_rate"] == 0.0
+
+
+def test_v2_step_decay():
+    train = dataclasses.replace(V3, **published.V2_BATCH._asdict(), micro_batch_size=0)
+    train = dataclasses.replace(train, micro_batch_size=256)
+    plan, phases = BatchPlan(train), published.v2_learning_rate()
+    values = [value_at(phases, plan, plan.steps_for(share * 8.1e12)) for share in (0.5, 0.7, 0.95)]
+    assert values == pytest.approx([2.4e-4, 2.4e-4 * 0.316, 2.4e-4 * 0.316**2])
+    lite = published.v2_lite_learning_rate()
+    at = constant(4608, 4096)
+    values = [value_at(lite, at, at.steps_for(share * 5.7e12)) for share in (0.7, 0.85, 0.95)]
+    assert values == pytest.approx([4.2e-4, 4.2e-4 * 0.316, 4.2e-4 * 0.316**2])
+
+
+def test_a_linear_phase_starts_where_the_other_unit_ended():
+    # Warm-up to step 10 = token 400 at 40 tokens a step, then linear to 0 at token 800 = step 20.
+    phases = (Phase(10, 1.0, "linear", "steps"), Phase(800, 0.0, "linear", "tokens"))
+    values = [value_at(phases, constant(), steps) for steps in (0, 5, 10, 15, 20, 30)]
+    assert values == pytest.approx([0.0, 0.5, 1.0, 0.5, 0.0, 0.0])
+    # And the other way round: tokens first, then steps.
+    phases = (Phase(400, 1.0, "linear"), Phase(20, 0.0, "linear", "steps"))
+    values = [value_at(phases, constant(), steps) for steps in (5, 10, 15, 20)]
+    assert values == pytest.approx([0.5, 1.0, 0.5, 0.0])
+
+
+def test_a_single_phase_at_zero_is_a_constant():
+    train = TrainConfig(steps=3, seq_len=8, batch_size=2, learning_rate=(Phase(0, 0.5),))
+    assert knobs_at(train, BatchPlan(train), 0) == {
+        "learning_rate": 0.5, "bias_update_rate": 0.001, "mtp_weight": 0.3,
+    }  # fmt: skip
+
+
+def test_the_last_step_reaches_the_final_value_and_the_first_moves():
+    train = TrainConfig(
+        steps=10, seq_len=8, batch_size=2,
+        learning_rate=(Phase(4, 1.0, "linear", "steps"), Phase(10, 0.1, "cosine", "steps")),
+    )  # fmt: skip
+    plan = BatchPlan(train)
+    rates = [knobs_at(train, plan, step)["learning_rate"] for step in range(10)]
+    assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert rates[9] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"batch_size": 10, "micro_batch_size": 4}, "batch_size=10.*micro batches of 4.*divisor"),
+        ({"batch_ramp_from": 32, "batch_ramp_tokens": 9.0}, "batch_ramp_from=32.*batch_size=8"),
+        ({"batch_ramp_from": 2, "batch_ramp_tokens": 9.0}, "batch_ramp_from=2 .*divisor of 2"),
+        ({"batch_ramp_from": 4, "micro_batch_size": 4}, "needs both"),
+        ({"batch_ramp_tokens": 10.0}, "needs both"),
+        ({"steps": 0}, "steps is 0"),
+        ({"micro_batch_size": -1}, "micro batches of -1"),
+        ({"learning_rate": ()}, "learning_rate has no phases"),
+        (
+            {"learning_rate": (Phase(100, 1.0, "linear", "steps"), Phase(99, 1.0))},
+            "phase 2 ends at 99 tokens .step 1.5.*phase 1, which ends at 100 steps",
+        ),
+        ({"mtp_weight": (Phase(0, 1.0, "linear"),)}, "mtp_weight: phase 1 .linear. ends at 0"),
+        ({"mtp_weight": (Phase(5, 1.0), Phase(5, 2.0))}, "mtp_weight: phase 2"),
+    ],
+)
+def test_errors_name_the_numbers(changes, words):
+    good = TrainConfig(steps=5, seq_len=8, batch_size=8, learning_rate=(Phase(0, 1.0),))
+    train = dataclasses.replace(good, **changes)
+    with pytest.raises(ValueError, match=words):
+        check_schedules(train, BatchPlan(train))
+
+
+def test_negative_step_is_an_error():
+    with pytest.raises(ValueError, match="step is -1"):
+        constant().at(-1)

@@ -1,0 +1,84 @@
+"""What a training run does: length, batches, optimizer, schedules, loss weights, cadence."""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """One piece of a schedule: from the previous phase's value to `value`, ending at `until`."""
+
+    until: float
+    """End of the phase, in `unit`s from the start of training."""
+    value: float
+    """Value at the end of the phase."""
+    shape: Literal["constant", "linear", "cosine"] = "constant"
+    """`constant` holds `value` for the whole phase; the others move to it."""
+    unit: Literal["steps", "tokens"] = "tokens"
+    """Unit of `until`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW as in the V3 report (section 4.2), or Muon on matrices with AdamW elsewhere."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """Update rule."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment (not published for V3; the common default)."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, times the learning rate."""
+    decay_1d: bool = False
+    """Also decay norm gains and other 1-D parameters (Moonlight does)."""
+    moment_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Storage type of both AdamW moments (V3 report, section 3.3.2: BF16)."""
+    muon_momentum: float = 0.95
+    """Momentum of Muon (Nesterov)."""
+    clip_norm: float = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 never scales."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Length, batches, optimizer, schedules and cadence of a run."""
+
+    steps: int
+    """Optimizer steps."""
+    seq_len: int
+    """Tokens per sequence."""
+    batch_size: int
+    """Sequences per step over all devices, after the ramp."""
+    micro_batch_size: int = 0
+    """Sequences per forward pass over all devices; gradients accumulate up to batch_size. 0: all."""
+    batch_ramp_from: int = 0
+    """Sequences per step at the start; grows to batch_size in whole micro batches. 0: no ramp."""
+    batch_ramp_tokens: float = 0.0
+    """Tokens over which the batch grows linearly."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Update rule and its constants."""
+    learning_rate: tuple[Phase, ...] = ()
+    """Learning rate."""
+    bias_update_rate: tuple[Phase, ...] = (Phase(0, 0.001),)
+    """Speed of the router-bias update, gamma (V3 report, section 2.1.2)."""
+    balance_weight: float = 1e-4
+    """Weight of the sequence-wise balance loss, alpha (V3 report, eq. 17)."""
+    mtp_weight: tuple[Phase, ...] = (Phase(0, 0.3),)
+    """Weight of the multi-token-prediction loss, lambda (V3 report, eq. 25)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of activations and matrix products; master weights, router, norms and losses stay fp32."""
+    remat: Literal["none", "selective", "full"] = "none"
+    """What the backward pass recomputes: nothing; norms, up-projections, SwiGLU; whole layers."""
+    ema_decay: float = 0.0
+    """Decay of an exponential moving average of the weights; 0 keeps none."""
+    max_skipped_in_row: int = 10
+    """Non-finite updates in a row after which the run ends."""
+    eval_every: int = 100
+    """Steps between evaluations on held-out text (and one at the end); 0 never."""
+    eval_batches: int = 8
+    """Batches per evaluation; 0 takes the whole held-out set."""
+    log_every: int = 1
+    """Steps between log records."""

@@ -1,0 +1,246 @@
+"""The train step: one jitted, donated function from state and batch to state and metrics.
+
+Inside it: forward and backward over micro batches, clipping, optimizer, router-bias update, EMA and
+the finite check. Everything it reduces is reduced over the whole global batch, so the result does
+not depend on how the batch is cut into micro batches or laid over devices.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from model.blueprint import bind, blueprint, initialize
+from model.config import ModelConfig
+from model.loss import (
+    LossParts,
+    LossWeights,
+    cross_entropy_sum,
+    greedy_ids,
+    inputs_and_targets,
+    mtp_targets,
+    training_loss,
+)
+from model.recipe import Recipe
+from model.router import load_max_over_mean, update_bias
+from sharding.partition import (
+    Layout,
+    batch_sharding,
+    check_batch,
+    optimizer_shardings,
+    replicated,
+    stored_shardings,
+    use_layout,
+)
+from training.config import TrainConfig
+from training.optimizer import clip_by_global_norm, make_optimizer, state_axes
+
+State = dict[str, Any]
+Batch = dict[str, jax.Array]
+ROWS = (None, "batch", None)
+"""Logical axes of a batch array [micro batches, sequences, tokens]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """The functions of one run, all bound to its model, recipe and layout."""
+
+    model: ModelConfig
+    train: TrainConfig
+    recipe: Recipe
+    layout: Layout
+
+    def __post_init__(self):
+        check_batch(self.layout, self.train.micro_batch_size or self.train.batch_size)
+
+    @functools.cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        """Direction of the update, weight decay included, without the learning rate."""
+        return make_optimizer(self.train.optimizer, blueprint(self.model).params_axes)
+
+    @functools.cached_property
+    def abstract_state(self) -> State:
+        """ShapeDtypeStruct with its sharding for every array of the state."""
+        shapes = jax.eval_shape(self._initial_state, jax.random.key(0))
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            shapes,
+            self._shardings(shapes),
+        )
+
+    @property
+    def shardings(self) -> State:
+        """Placement of every array of the state."""
+        return jax.tree.map(lambda x: x.sharding, self.abstract_state)
+
+    @functools.cached_property
+    def init(self):
+        """`state = init(key)`, created in place, shard by shard."""
+        return jax.jit(self._initial_state, out_shardings=self.shardings)
+
+    @functools.cached_property
+    def step(self):
+        """`state, metrics = step(state, batch, knobs)`; the state passed in is consumed.
+
+        batch: tokens (and segments) int32 [micro batches, sequences, T+1]. knobs: fp32 scalars
+        learning_rate, bias_update_rate, mtp_weight. metrics: fp32 scalars by name, and
+        `counts_LE`, tokens per expert and MoE layer.
+        """
+        rows = batch_sharding(self.layout, ROWS)
+        whole = replicated(self.layout)
+        return jax.jit(
+            self._step,
+            donate_argnums=0,
+            in_shardings=(self.shardings, rows, whole),
+            out_shardings=(self.shardings, whole),
+        )
+
+    @functools.cached_property
+    def evaluate(self):
+        """`sums = evaluate(params, router_bias, batch)` over one batch of rows [sequences, T+1].
+
+        sums: nats, targets, and of MTP module 1 the drafts and those that the main model's own
+        greedy choice agrees with.
+        """
+        state = self.shardings
+        rows = batch_sharding(self.layout, ROWS[1:])
+        return jax.jit(self._evaluate, in_shardings=(state["params"], state["router_bias"], rows))
+
+    def _shardings(self, shapes: State) -> State:
+        plan, layout = blueprint(self.model), self.layout
+        whole = replicated(layout)
+        params = stored_shardings(layout, plan.params, plan.params_axes)
+        moments = optimizer_shardings(layout, plan.params, plan.params_axes)
+        shardings = jax.tree.map(lambda _: whole, shapes)
+        shardings["params"] = params
+        shardings["router_bias"] = stored_shardings(layout, plan.router_bias, plan.router_bias_axes)
+        axes = state_axes(shapes["opt"], plan.params_axes)
+        shardings["opt"] = optimizer_shardings(layout, shapes["opt"], axes)
+        if "ema" in shapes:
+            shardings["ema"] = moments
+        return shardings
+
+    def _initial_state(self, key: jax.Array) -> State:
+        params, router_bias = initialize(self.model, key)
+        zero = jnp.zeros((), jnp.int32)
+        state = {
+            "step": zero,
+            "params": params,
+            "router_bias": router_bias,
+            "opt": self.optimizer.init(params),
+            "skipped": zero,
+            "skipped_in_row": zero,
+        }
+        if self.train.ema_decay:
+            state["ema"] = params
+        return state
+
+    def _step(self, state: State, batch: Batch, knobs: dict[str, jax.Array]):
+        with use_layout(self.layout):
+            loss, parts, grads = self._gradients(state, batch, knobs["mtp_weight"])
+            grads = jax.lax.with_sharding_constraint(grads, self._moment_shardings)
+            grads, norm = clip_by_global_norm(grads, self.train.optimizer.clip_norm)
+            finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+            new, update_norm = self._apply(state, grads, parts, knobs)
+            new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+            return self._count(new, state, finite), {
+                "train/loss": parts.main,
+                "train/mtp_loss": parts.mtp,
+                "train/balance_loss": parts.balance,
+                "train/grad_norm": norm,
+                "train/param_norm": optax.tree.norm(new["params"]),
+                "train/update_norm": update_norm,
+                "moe/load_max_over_mean": load_max_over_mean(parts.counts_LE).max(initial=0.0),
+                "moe/dropped_tokens": parts.dropped,
+                "counts_LE": parts.counts_LE,
+            }
+
+    @property
+    def _moment_shardings(self):
+        plan = blueprint(self.model)
+        return optimizer_shardings(self.layout, plan.params, plan.params_axes)
+
+    def _gradients(self, state: State, batch: Batch, mtp_weight: jax.Array):
+        """Loss, its parts and its gradient over all micro batches (fp32 sums)."""
+        num_micro, num_rows = batch["tokens"].shape[:2]
+        flat = {name: rows.reshape(-1, rows.shape[-1]) for name, rows in batch.items()}
+        num_targets = jnp.maximum(inputs_and_targets(flat)[2].sum(), 1.0)
+        weights = LossWeights(
+            num_targets,
+            jnp.float32(num_micro * num_rows),
+            mtp_weight,
+            self.train.balance_weight,
+        )
+
+        def loss_of(params, micro: Batch):
+            model = bind(self.model, params, state["router_bias"])
+            return training_loss(model, micro, weights, self.recipe)
+
+        grad_of = jax.value_and_grad(loss_of, has_aux=True)
+
+        def body(total, micro: Batch):
+            return jax.tree.map(jnp.add, total, grad_of(state["params"], micro)), None
+
+        first = jax.tree.map(lambda rows: rows[0], batch)
+        if num_micro == 1:
+            (loss, parts), grads = grad_of(state["params"], first)
+        else:
+            shapes = jax.eval_shape(grad_of, state["params"], first)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            ((loss, parts), grads), _ = jax.lax.scan(body, zeros, batch)
+        return loss, parts, grads
+
+    def _apply(self, state: State, grads, parts: LossParts, knobs) -> tuple[State, jax.Array]:
+        """State after the update, and the norm of the change of the parameters."""
+        direction, opt = self.optimizer.update(grads, state["opt"], state["params"])
+        updates = jax.tree.map(lambda d: -knobs["learning_rate"] * d, direction)
+        params = optax.apply_updates(state["params"], updates)
+        bias = _update_router_bias(state["router_bias"], parts.counts_LE, knobs["bias_update_rate"])
+        new = {**state, "step": state["step"] + 1, "params": params, "opt": opt}
+        new["router_bias"] = bias
+        if "ema" in state:
+            new["ema"] = optax.incremental_update(params, state["ema"], 1 - self.train.ema_decay)
+        return new, optax.tree.norm(updates)
+
+    def _count(self, new: State, old: State, finite: jax.Array) -> State:
+        """Advance the step either way; count a skipped update."""
+        skipped = jnp.where(finite, 0, 1)
+        return {
+            **new,
+            "step": old["step"] + 1,
+            "skipped": old["skipped"] + skipped,
+            "skipped_in_row": (old["skipped_in_row"] + skipped) * skipped,
+        }
+
+    def _evaluate(self, params, router_bias, batch: Batch) -> dict[str, jax.Array]:
+        with use_layout(self.layout):
+            model = bind(self.model, params, router_bias)
+            tokens, targets_BT, weights_BT = inputs_and_targets(batch)
+            output = model(tokens, self.recipe, next_ids_BT=targets_BT)
+            kernel = model.head.kernel[...]
+            nats = cross_entropy_sum(output.hidden_BTD, kernel, targets_BT, weights_BT)
+            sums = {"nats": nats, "targets": weights_BT.sum()}
+            if output.mtp_hidden:
+                _, draft_weights = mtp_targets(batch, targets_BT, 1)
+                draft_BT = greedy_ids(output.mtp_hidden[0], kernel)
+                own_BT = greedy_ids(output.hidden_BTD, kernel)
+                # The draft made at i for i + 2 against the main model's own choice at i + 1.
+                agree = (draft_BT[:, :-1] == own_BT[:, 1:]) * draft_weights[:, :-1]
+                sums |= {"accepted": agree.sum(), "drafts": draft_weights[:, :-1].sum()}
+            return sums
+
+
+def _update_router_bias(router_bias, counts_LE: jax.Array, rate: jax.Array):
+    """Every MoE layer's bias by its own row of counts: main layers first, then MTP modules."""
+    leaves, structure = jax.tree.flatten(router_bias)
+    row = 0
+    updated = []
+    for bias_LE in leaves:
+        counts = counts_LE[row : row + bias_LE.shape[0]]
+        updated.append(update_bias(bias_LE, counts, rate))
+        row += bias_LE.shape[0]
+    assert not leaves or row == counts_LE.shape[0]
+    return jax.tree.unflatten(structure, updated)
