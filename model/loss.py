@@ -195,7 +195,8 @@ def inputs_and_targets(batch: dict[str, jax.Array]) -> tuple[Tokens, jax.Array, 
         weights_BT = target_weights(targets_BT, segments[:, :-1], segments[:, 1:])
         inputs = Tokens(ids_BT, positions_BT, segments[:, :-1])
     if "mask" in batch:
-        weights_BT = weights_BT * batch["mask"].astype(jnp.float32)
+        # Evaluation says itself what it scores: every held-out token once, first ones included.
+        weights_BT = batch["mask"].astype(jnp.float32)
     return inputs, targets_BT, weights_BT
 
 

@@ -47,22 +47,26 @@ def sort_by_expert(expert_ids_NK: Array, num_experts: int) -> Plan:
         raise ValueError(f"{R} choices do not fit int32 positions; split the batch")
     ids_R = expert_ids_NK.reshape(R)
     ids_R = jnp.where((ids_R >= 0) & (ids_R < num_experts), ids_R, num_experts).astype(jnp.int32)
-    index_R = jnp.arange(R, dtype=jnp.int32)
-    if (num_experts + 1) * R < 2**31:
-        # Expert and position in one integer: a sort of one operand is the fast path of XLA on CPU
-        # and of CUB on GPU, and the position makes it stable.
-        order_R = lax.sort(ids_R * R + index_R, is_stable=False) % R
-    else:
-        order_R = jnp.argsort(ids_R, stable=True).astype(jnp.int32)
+    order_R = stable_order(ids_R, num_experts + 1)
     inverse_R = (
         jnp.zeros_like(order_R)
         .at[order_R]
-        .set(index_R, mode="promise_in_bounds", unique_indices=True)
+        .set(jnp.arange(R, dtype=jnp.int32), mode="promise_in_bounds", unique_indices=True)
     )
     group_sizes_E = jnp.sum(
         ids_R[:, None] == jnp.arange(num_experts, dtype=jnp.int32), axis=0, dtype=jnp.int32
     )
     return Plan(order_R, inverse_R, group_sizes_E)
+
+
+def stable_order(keys_R: Array, num_keys: int) -> Array:
+    """Positions that sort int32 keys in [0, num_keys), equal keys in their order, int32 [R]."""
+    R = keys_R.size
+    if num_keys * R >= 2**31:
+        return jnp.argsort(keys_R, stable=True).astype(jnp.int32)
+    # Key and position in one integer: a sort of one operand is the fast path of XLA on CPU and of
+    # CUB on GPU, and the position makes it stable.
+    return lax.sort(keys_R * R + jnp.arange(R, dtype=jnp.int32), is_stable=False) % R
 
 
 def _take(x: Array, index: Array) -> Array:

@@ -44,13 +44,13 @@ def choose_tiling(num_rows: int, num_experts: int, weight_size: int) -> Tiling:
 
     A tile costs its rows plus the fetch of its weight, worth about 16 rows of arithmetic on the
     CPUs this was measured on; a group wastes half a tile. The sum over n rows,
-    (n/T + 1/2)(T + 16), is least at T = sqrt(32 n). A chunk is filled up to 2^24 multiply-adds,
-    about 0.2 ms of one core: enough to split over cores, and its operands stay in cache.
+    (n/T + 1/2)(T + 16), is least at T = sqrt(32 n). A chunk is filled up to 2^25 multiply-adds,
+    about 0.4 ms of one core: enough to split over cores, and its operands stay in cache.
     """
     mean_rows = max(1, num_rows // num_experts)
     rows = 2 ** round(math.log2(math.sqrt(32 * mean_rows)))
     rows = min(max(rows, 16), 512, 2 ** math.ceil(math.log2(num_rows)))
-    batch = 2 ** round(math.log2(max(1, 2**24 / (rows * weight_size))))
+    batch = 2 ** round(math.log2(max(1, 2**25 / (rows * weight_size))))
     return Tiling(rows, min(batch, 16, 2 ** math.ceil(math.log2(-(-num_rows // rows)))))
 
 
@@ -153,6 +153,14 @@ def zeros_varying(shape: tuple[int, ...], dtype, like: tuple[Array, ...]) -> Arr
 
     A loop carry inside `jax.shard_map` must enter with the type it leaves with.
     """
+    return _varying(jnp.zeros(shape, dtype), like)
+
+
+def empty_varying(shape: tuple[int, ...], dtype, like: tuple[Array, ...]) -> Array:
+    """Like `zeros_varying`, with any content: for rows that are written, or masked, before use."""
+    return _varying(lax.empty(shape, dtype), like)
+
+
+def _varying(x: Array, like: tuple[Array, ...]) -> Array:
     axes = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in like))
-    zeros = jnp.zeros(shape, dtype)
-    return lax.pcast(zeros, tuple(sorted(axes)), to="varying") if axes else zeros
+    return lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x

@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -177,6 +178,39 @@ def _map_named(fn: Callable, shapes: Any, axes: Any) -> Any:
 def batch_sharding(layout: Layout, names: Names) -> NamedSharding:
     """Placement of a batch array with these logical axes."""
     return NamedSharding(layout.mesh, spec(names, layout.computed))
+
+
+def local_rows(layout: Layout, num_rows: int) -> range:
+    """Rows of a batch dimension of `num_rows` that this process's devices hold."""
+    sharding = batch_sharding(layout, ("batch",))
+    slices = sharding.addressable_devices_indices_map((num_rows,)).values()
+    bounds = [index[0].indices(num_rows)[:2] for index in slices if index is not None]
+    return range(min(low for low, _ in bounds), max(high for _, high in bounds))
+
+
+def place_rows(
+    layout: Layout, batch: dict[str, np.ndarray], rows: range, num_rows: int
+) -> dict[str, jax.Array]:
+    """Global arrays [micro batches, num_rows, ...] from this process's part of the rows.
+
+    `batch` holds rows `rows` of every micro batch; each device receives only its own.
+    """
+    sharding = batch_sharding(layout, (None, "batch"))
+
+    def place(local: np.ndarray) -> jax.Array:
+        def part(index):
+            low, high, _ = index[1].indices(num_rows)
+            return local[index[0], low - rows.start : high - rows.start]
+
+        shape = (local.shape[0], num_rows, *local.shape[2:])
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return {name: place(local) for name, local in batch.items()}
+
+
+def batch_shards(layout: Layout) -> int:
+    """Into how many parts the batch is cut."""
+    return math.prod(layout.mesh.shape[axis] for axis in layout.computed["batch"])
 
 
 def replicated(layout: Layout) -> NamedSharding:

@@ -136,8 +136,8 @@ def test_shard_map_matches_unsharded(operation):
 
 def test_tiling_follows_the_shapes():
     """Few rows per expert: small tiles. Wide weights: one tile fills the cores."""
-    assert choose_tiling(8192, 16, 256 * 128) == Tiling(128, 4)
-    assert choose_tiling(12288, 64, 256 * 128) == Tiling(64, 8)
+    assert choose_tiling(8192, 16, 256 * 128) == Tiling(128, 8)
+    assert choose_tiling(12288, 64, 256 * 128) == Tiling(64, 16)
     assert choose_tiling(4096, 8, 2048 * 1408).batch == 1
     assert choose_tiling(1, 1, 1) == Tiling(1, 1)
     assert choose_tiling(10, 64, 8).rows == 16

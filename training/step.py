@@ -25,6 +25,7 @@ from model.loss import (
     training_loss,
 )
 from model.recipe import Recipe
+from model.sample import continue_rows
 from model.router import load_max_over_mean, update_bias
 from sharding.partition import (
     Layout,
@@ -86,8 +87,8 @@ class Trainer:
         """`state, metrics = step(state, batch, knobs)`; the state passed in is consumed.
 
         batch: tokens (and segments) int32 [micro batches, sequences, T+1]. knobs: fp32 scalars
-        learning_rate, bias_update_rate, mtp_weight. metrics: fp32 scalars by name, and
-        `counts_LE`, tokens per expert and MoE layer.
+        learning_rate, bias_update_rate, mtp_weight. metrics: scalars by name, `skipped_in_row`,
+        and `counts_LE`, tokens per expert and MoE layer.
         """
         rows = batch_sharding(self.layout, ROWS)
         whole = replicated(self.layout)
@@ -100,14 +101,30 @@ class Trainer:
 
     @functools.cached_property
     def evaluate(self):
-        """`sums = evaluate(params, router_bias, batch)` over one batch of rows [sequences, T+1].
+        """`sums = evaluate(params, router_bias, batch)` over one batch of rows [1, sequences, T+1].
 
         sums: nats, targets, and of MTP module 1 the drafts and those that the main model's own
         greedy choice agrees with.
         """
-        state = self.shardings
-        rows = batch_sharding(self.layout, ROWS[1:])
-        return jax.jit(self._evaluate, in_shardings=(state["params"], state["router_bias"], rows))
+        state, rows = self.shardings, batch_sharding(self.layout, ROWS)
+        placements = (state["params"], state["router_bias"], rows)
+        return jax.jit(
+            self._evaluate, in_shardings=placements, out_shardings=replicated(self.layout)
+        )
+
+    @functools.cached_property
+    def sample(self):
+        """`ids = sample(params, router_bias, ids, prompt_length, key)`: continue rows [B, T].
+
+        Full forward passes at temperature 0.8; the result is whole on every process.
+        """
+
+        def run(params, router_bias, ids_BT, prompt_length, key):
+            with use_layout(self.layout):
+                model = bind(self.model, params, router_bias)
+                return continue_rows(model, ids_BT, prompt_length, 0.8, key, self.recipe)
+
+        return jax.jit(run, out_shardings=replicated(self.layout))
 
     def _shardings(self, shapes: State) -> State:
         plan, layout = blueprint(self.model), self.layout
@@ -146,7 +163,10 @@ class Trainer:
             finite = jnp.isfinite(loss) & jnp.isfinite(norm)
             new, update_norm = self._apply(state, grads, parts, knobs)
             new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
-            return self._count(new, state, finite), {
+            new = self._count(new, state, finite)
+            return new, {
+                "train/skipped_steps": new["skipped"],
+                "skipped_in_row": new["skipped_in_row"],
                 "train/loss": parts.main,
                 "train/mtp_loss": parts.mtp,
                 "train/balance_loss": parts.balance,
@@ -218,6 +238,7 @@ class Trainer:
     def _evaluate(self, params, router_bias, batch: Batch) -> dict[str, jax.Array]:
         with use_layout(self.layout):
             model = bind(self.model, params, router_bias)
+            batch = {name: rows[0] for name, rows in batch.items()}
             tokens, targets_BT, weights_BT = inputs_and_targets(batch)
             output = model(tokens, self.recipe, next_ids_BT=targets_BT)
             kernel = model.head.kernel[...]

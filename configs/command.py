@@ -1,0 +1,70 @@
+"""The command line: a preset, a layout by name, and any field of RunConfig."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import tyro
+
+from configs import PRESETS, preset, summary
+from configs.schema import RunConfig
+from sharding.config import LAYOUTS
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """Train a model of the DeepSeek-V3 family, on one device or a mesh."""
+
+    run: Annotated[RunConfig, tyro.conf.arg(name="")]
+    """The run; every field of the preset can be overridden."""
+    config: Literal[PRESETS] = "tiny"  # pyright: ignore[reportInvalidTypeForm]
+    """Preset; see the list below."""
+    layout: Literal[("", *LAYOUTS)] = ""  # pyright: ignore[reportInvalidTypeForm]
+    """Layout by name, instead of the preset's; single axes: --mesh.AXIS."""
+    emulate: int = 0
+    """Run on this many emulated CPU devices; 0 takes the devices that are there."""
+    print_config: bool = False
+    """Print the resolved configuration and everything derived from it, then stop."""
+    profile: str = ""
+    """Steps to trace, FIRST:LAST (counted from the step that runs first), into RUN/profile."""
+    compilation_cache: str = "cache/xla"
+    """Folder that keeps compiled programs between runs; empty keeps none."""
+    distributed: Literal["auto", "on", "off"] = "auto"
+    """Several processes: auto when Slurm, Open MPI or a coordinator option says so."""
+    coordinator: str = ""
+    """HOST:PORT of process 0, where no cluster manager is detected."""
+    num_processes: int = 0
+    """Processes of the run; with --coordinator."""
+    process_id: int = -1
+    """This process, from 0; with --coordinator."""
+
+
+def parse(arguments: Sequence[str] | None = None) -> Command:
+    """Read the command line; exits with near matches on an unknown option."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # The preset and the layout decide the defaults of everything else, so they are read first.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", default="tiny")
+    first.add_argument("--layout", default="")
+    chosen, _ = first.parse_known_args(arguments)
+    try:
+        run = preset(chosen.config)
+    except ValueError as error:
+        raise SystemExit(f"train.py: {error}") from None
+    if chosen.layout in LAYOUTS:
+        run = dataclasses.replace(run, mesh=LAYOUTS[chosen.layout])
+    default = Command(run=run, config=chosen.config, layout=chosen.layout)
+    presets = "\n".join(f"  {name:14} {summary(name)}" for name in PRESETS)
+    command = tyro.cli(
+        Command,
+        args=arguments,
+        default=default,
+        description=f"{Command.__doc__}\n\nPresets (--config):\n{presets}",
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    run = command.run
+    if not run.run_dir:
+        run = dataclasses.replace(run, run_dir=f"runs/{command.config}")
+    return dataclasses.replace(command, run=run)

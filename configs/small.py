@@ -1,0 +1,67 @@
+"""Small: about 100 M parameters, the V3 recipe for one GPU.
+
+12 layers, 32 experts, 8 heads; bf16 activations. Give it real text:
+
+    python train.py --config small --data.sources.0.path "/data/books/*.jsonl" --data.vocab-size 16384
+"""
+
+from checkpoint.config import CheckpointConfig
+from configs.schema import RunConfig
+from data.config import DataConfig
+from model.config import ModelConfig
+from sharding.config import MeshConfig
+from training.config import Phase, TrainConfig
+
+STEPS = 20_000
+
+
+def model() -> ModelConfig:
+    """Shape of the model."""
+    return ModelConfig(
+        vocab_size=16384,
+        hidden_size=512,
+        num_layers=12,
+        num_dense_layers=1,
+        num_heads=8,
+        q_lora_rank=256,
+        kv_lora_rank=128,
+        qk_nope_head_dim=64,
+        qk_rope_head_dim=32,
+        v_head_dim=64,
+        dense_ffn_size=2048,
+        expert_ffn_size=128,
+        num_experts=32,
+        num_shared_experts=1,
+        experts_per_token=4,
+        num_expert_groups=4,
+        groups_per_token=2,
+        routed_scaling_factor=2.5,
+        max_position=1024,
+        mtp_depth=1,
+        init_std=0.02,
+    )
+
+
+def config() -> RunConfig:
+    """The run: 1.3 B tokens."""
+    return RunConfig(
+        model=model(),
+        train=TrainConfig(
+            steps=STEPS,
+            seq_len=1024,
+            batch_size=64,
+            learning_rate=(
+                Phase(500, 1e-3, "linear", "steps"),
+                Phase(int(0.7 * STEPS), 1e-3, "constant", "steps"),
+                Phase(STEPS, 1e-4, "cosine", "steps"),
+            ),
+            dtype="bfloat16",
+            remat="selective",
+            eval_every=500,
+            eval_batches=16,
+            log_every=10,
+        ),
+        data=DataConfig(vocab_size=16384),
+        mesh=MeshConfig(fsdp=-1),
+        checkpoint=CheckpointConfig(every=1000),
+    )
