@@ -16,12 +16,8 @@ from configs.command import Command, parse
 from configs.schema import RunConfig
 
 if TYPE_CHECKING:
-    import jax
-
-    from checkpoint.manager import CheckpointManager
     from data.prepare import Prepared
-    from sharding.partition import Layout
-    from training.schedule import BatchPlan
+    from training.loop import Loop
     from training.step import Trainer
 
 STARTED = time.monotonic()
@@ -167,32 +163,74 @@ def prepare_data(run: RunConfig, say) -> "Prepared":
     return prepared
 
 
-# ---- Evaluation ----------------------------------------------------------------------------------
+# ---- Loop ----------------------------------------------------------------------------------------
 
 
-def evaluate(trainer: "Trainer", state: Any, prepared: "Prepared", max_batches: int) -> dict:
-    """Held-out loss (nats/token), bits/byte and MTP acceptance; max_batches 0 takes everything."""
-    import math
-
+def held_out_evaluation(trainer: "Trainer", prepared: "Prepared", max_batches: int):
+    """A function from state to held-out metrics; None without held-out text; 0 batches: all."""
     from data.evaluation import held_out_reader
-    from sharding.partition import local_rows, place_rows
+    from sharding.partition import local_rows
+    from training.evaluate import evaluate
 
-    size = trainer.train.micro_batch_size or trainer.train.batch_size
-    rows = local_rows(trainer.layout, size)
-    reader = held_out_reader(prepared, size, max_batches, rows)
-    totals: dict[str, float] = {}
-    for batch in reader:
-        placed = place_rows(trainer.layout, batch, rows, size)
-        sums = trainer.evaluate(state["params"], state["router_bias"], placed)
-        for name, value in sums.items():
-            totals[name] = totals.get(name, 0.0) + float(value)
-    result = {
-        "eval/loss": totals["nats"] / totals["targets"],
-        "eval/bits_per_byte": totals["nats"] / math.log(2) / reader.eval_bytes,
-    }
-    if "drafts" in totals:
-        result["eval/mtp_acceptance"] = totals["accepted"] / max(totals["drafts"], 1.0)
-    return result
+    if not all(store.held_out.tokens for store in prepared.stores):
+        return None
+    num_rows = trainer.train.micro_batch_size or trainer.train.batch_size
+    rows = local_rows(trainer.layout, num_rows)
+    reader = held_out_reader(prepared, num_rows, max_batches, rows)
+    return lambda state: evaluate(trainer, state, reader, rows, num_rows)
+
+
+def make_loop(run: RunConfig, trainer: "Trainer", prepared: "Prepared", profile: range) -> "Loop":
+    """Restore the newest good checkpoint or initialise, and wire the parts together."""
+    import jax
+
+    from checkpoint.manager import CheckpointManager
+    from model.costs import train_flops_per_token
+    from training.display import Display
+    from training.loop import Loop
+    from training.schedule import BatchPlan
+    from training.throughput import Throughput
+
+    run_dir = Path(run.run_dir)
+    checkpoints = CheckpointManager(run_dir / "checkpoints", run.checkpoint)
+    state = checkpoints.restore(trainer.abstract_state)
+    if state is None:
+        state = trainer.init(jax.random.key(run.seed))
+    mesh = trainer.layout.mesh
+    flops = train_flops_per_token(run.model, run.train.seq_len)
+    return Loop(
+        trainer=trainer,
+        plan=BatchPlan(run.train),
+        state=state,
+        run_dir=run_dir,
+        config=dataclasses.asdict(run),
+        checkpoints=checkpoints,
+        save_every=run.checkpoint.every,
+        evaluate=held_out_evaluation(trainer, prepared, run.train.eval_batches),
+        throughput=Throughput(flops, mesh.size, mesh.devices.flat[0].device_kind),
+        display=Display(run.train.steps),
+        profile=profile,
+        started=STARTED,
+    )
+
+
+def run_loop(loop: "Loop", prepared: "Prepared") -> str:
+    """Train; the name of the signal that ended it early, or ''."""
+    from data.loader import train_loader
+    from sharding.partition import local_rows
+
+    train, plan = loop.trainer.train, loop.plan
+    rows = local_rows(loop.trainer.layout, plan.micro_batch_size)
+    loader = train_loader(prepared, train.batch_size, plan.micro_batch_size, rows)
+
+    def span(step: int) -> tuple[int, int]:
+        batch = plan.at(step)
+        return batch.first_sequence, batch.batch_size
+
+    return loop.run(loader.batches(span, loop.first_step, train.steps), rows)
+
+
+# ---- What is left behind -------------------------------------------------------------------------
 
 
 def sample_text(trainer: "Trainer", state: Any, prepared: "Prepared") -> str:
@@ -207,187 +245,33 @@ def sample_text(trainer: "Trainer", state: Any, prepared: "Prepared") -> str:
     ids = np.zeros((batch_shards(trainer.layout), trainer.train.seq_len), np.int32)
     ids[:, : len(prompt)] = prompt
     key = jax.random.key(prepared.seed)
-    state = state["params"], state["router_bias"]
-    row = np.asarray(trainer.sample(*state, ids, np.int32(len(prompt)), key))[0, 1:]
+    weights = state["params"], state["router_bias"]
+    row = np.asarray(trainer.sample(*weights, ids, np.int32(len(prompt)), key))[0, 1:]
     end = np.flatnonzero(row == tokenizer.eos_id)
     return tokenizer.decode(row[: end[0]] if len(end) else row)
 
 
-# ---- Loop ----------------------------------------------------------------------------------------
-
-
-class Loop:
-    """Runs a trainer from the newest checkpoint to the last step, and records what happens."""
-
-    def __init__(self, run: RunConfig, trainer: "Trainer", prepared: "Prepared"):
-        import jax
-
-        from checkpoint.manager import CheckpointManager
-        from model.costs import train_flops_per_token
-        from training.display import Display
-        from training.schedule import BatchPlan
-        from training.throughput import Throughput
-
-        self.run, self.trainer, self.prepared = run, trainer, prepared
-        self.plan: BatchPlan = BatchPlan(run.train)
-        self.checkpoints: CheckpointManager = CheckpointManager(
-            Path(run.run_dir) / "checkpoints", run.checkpoint
-        )
-        restored = self.checkpoints.restore(trainer.abstract_state)
-        self.state = trainer.init(jax.random.key(run.seed)) if restored is None else restored
-        self.first_step = int(self.state["step"])
-        mesh = trainer.layout.mesh
-        flops = train_flops_per_token(run.model, run.train.seq_len)
-        self.throughput = Throughput(flops, mesh.size, mesh.devices.flat[0].device_kind)
-        self.display = Display(run.train.steps)
-        self.best: dict[str, float] = {}
-
-    def train(self, profile: range) -> str:
-        """Train to the last step. Returns the signal that stopped the run early, or ''."""
-        import jax
-
-        from data.loader import train_loader
-        from sharding.partition import local_rows
-        from training.metrics import MetricsWriter
-        from training.signals import StopRequest
-
-        train, micro = self.run.train, self.plan.micro_batch_size
-        rows = local_rows(self.trainer.layout, micro)
-        loader = train_loader(self.prepared, train.batch_size, micro, rows)
-        batches = loader.batches(self._span, self.first_step, train.steps)
-        stopped = ""
-        with MetricsWriter(self.run.run_dir, self.first_step) as writer, StopRequest() as stop:
-            with self.display:
-                for step, batch in zip(
-                    range(self.first_step, train.steps), batches, strict=False
-                ):
-                    if step - self.first_step == profile.start and profile:
-                        jax.profiler.start_trace(str(Path(self.run.run_dir) / "profile"))
-                    self._one_step(step, batch, rows, writer)
-                    if profile and step - self.first_step == profile.stop - 1:
-                        jax.profiler.stop_trace()
-                        self.display.note(f"trace of {len(profile)} steps in {self.run.run_dir}/profile")
-                    if _anyone(stop.requested):
-                        stopped = stop.signal_name or "a signal to another process"
-                        break
-        self.save({})
-        return stopped
-
-    def _span(self, step: int) -> tuple[int, int]:
-        batch = self.plan.at(step)
-        return batch.first_sequence, batch.batch_size
-
-    def _one_step(self, step: int, batch, rows: range, writer) -> None:
-        """Advance by one step; log, evaluate and save when due."""
-        import jax
-        import numpy as np
-
-        from sharding.partition import place_rows
-        from training.schedule import knobs_at
-
-        train = self.run.train
-        knobs = knobs_at(train, self.plan, step)
-        placed = place_rows(self.trainer.layout, batch, rows, self.plan.micro_batch_size)
-        scalars = {name: np.float32(value) for name, value in knobs.items()}
-        self.state, metrics = self.trainer.step(self.state, placed, scalars)
-        self.throughput.add(self.plan.at(step).batch_size * train.seq_len)
-        done = step + 1
-        evaluated = train.eval_every and (done % train.eval_every == 0 or done == train.steps)
-        saved = self.run.checkpoint.every and done % self.run.checkpoint.every == 0
-        if not (evaluated or saved or done % train.log_every == 0 or done == train.steps):
-            return
-        metrics = jax.device_get(metrics)
-        if step == self.first_step:
-            self.display.note(f"first step done {time.monotonic() - STARTED:.1f} s after start")
-        self._check_skipped(step, int(metrics.pop("skipped_in_row")))
-        record = {f"train/{name}": value for name, value in knobs.items()}
-        record |= self._expert_loads(metrics.pop("counts_LE"))
-        record |= {name: float(value) for name, value in metrics.items()}
-        record |= {"train/tokens": self.plan.tokens_before(done)}
-        record |= self.throughput.lap() | _peak_memory()
-        if evaluated and self.prepared.stores[0].held_out.tokens:
-            with self.throughput.paused():
-                held_out = evaluate(self.trainer, self.state, self.prepared, train.eval_batches)
-            record |= held_out
-        writer.write(step, record)
-        self.display.show(step, record)
-        if saved:
-            with self.throughput.paused():
-                self.save({k: v for k, v in record.items() if k.startswith("eval/")})
-
-    def _expert_loads(self, counts_LE) -> dict[str, float]:
-        """Busiest expert over the mean, by layer; dense layers come first in the numbering."""
-        first = self.run.model.num_dense_layers
-        return {
-            f"moe/load_max_over_mean/layer_{first + i:02d}": float(row.max() / max(row.mean(), 1))
-            for i, row in enumerate(counts_LE)
-        }
-
-    def _check_skipped(self, step: int, in_row: int) -> None:
-        limit = self.run.train.max_skipped_in_row
-        if in_row:
-            self.display.note(
-                f"step {step}: loss or gradient is not finite; update skipped ({in_row} in a row)"
-            )
-        if limit and in_row >= limit:
-            self.checkpoints.wait()
-            good = self.checkpoints.steps()
-            last = f"step {good[-1]} in {self.run.run_dir}/checkpoints" if good else "none"
-            raise FloatingPointError(
-                f"{in_row} updates in a row were not finite, the last at step {step}; last good "
-                f"checkpoint: {last}. Lower the learning rate or look at the data"
-            )
-
-    def save(self, metrics: dict[str, float]) -> bool:
-        """Checkpoint the state; an existing checkpoint of this step is kept."""
-        step = int(self.state["step"])
-        config, mesh = dataclasses.asdict(self.run), self.trainer.layout.mesh
-        return self.checkpoints.save(step, self.state, config, mesh, metrics)
-
-
-def _anyone(flag: bool) -> bool:
-    """True if any process of the run says so."""
-    import jax
-
-    if jax.process_count() == 1:
-        return flag
-    import numpy as np
-    from jax.experimental import multihost_utils
-
-    return bool(multihost_utils.process_allgather(np.array(flag)).any())
-
-
-def _peak_memory() -> dict[str, float]:
-    from training.throughput import peak_memory_gib
-
-    return {"mem/peak_gib": peak_memory_gib()}
-
-
-# ---- What is left behind -------------------------------------------------------------------------
-
-
-def finish(loop: Loop, say) -> None:
+def finish(loop: "Loop", prepared: "Prepared", say) -> None:
     """Held-out result against gzip, a sample, plots, and where everything is."""
     from data.evaluation import gzip_bits_per_byte
     from training.plots import plot_run
 
-    run_dir = Path(loop.run.run_dir)
-    if all(store.held_out.tokens for store in loop.prepared.stores):
-        result = evaluate(loop.trainer, loop.state, loop.prepared, 0)
-        gzip = gzip_bits_per_byte(loop.prepared.stores)
+    evaluate = held_out_evaluation(loop.trainer, prepared, 0)
+    if evaluate is not None:
+        result, gzip = evaluate(loop.state), gzip_bits_per_byte(prepared.stores)
         accepted = result.get("eval/mtp_acceptance")
         say(
             f"held-out text: {result['eval/bits_per_byte']:.3f} bits/byte (gzip -9: {gzip:.3f}), "
             f"{result['eval/loss']:.3f} nats/token"
             + (f", MTP acceptance {accepted:.0%}" if accepted is not None else "")
         )
-    text = sample_text(loop.trainer, loop.state, loop.prepared)
+    text = sample_text(loop.trainer, loop.state, prepared)
     say(f"sample:\n{text}\n")
     if _is_first_process():
-        (run_dir / "sample.txt").write_text(text)
-        plots = ", ".join(path.name for path in plot_run(run_dir))
+        (loop.run_dir / "sample.txt").write_text(text)
+        plots = ", ".join(path.name for path in plot_run(loop.run_dir))
         say(f"plots: {plots}")
-    say(f"run folder: {run_dir}")
+    say(f"run folder: {loop.run_dir}")
 
 
 def _is_first_process() -> bool:
@@ -430,28 +314,33 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     say("\n".join(derived))
     try:
-        prepared = prepare_data(run, say)
-        loop = Loop(run, trainer, prepared)
-    except (ValueError, OSError) as error:
+        return run_to_end(run, trainer, profile, say)
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
+
+
+def run_to_end(run: RunConfig, trainer: "Trainer", profile: range, say) -> int:
+    """Data, loop, and what is left behind."""
+    prepared = prepare_data(run, say)
+    loop = make_loop(run, trainer, prepared, profile)
     if _is_first_process():
-        (Path(run.run_dir) / "config.json").write_text(
-            json.dumps(dataclasses.asdict(run), indent=1)
-        )
-        (Path(run.run_dir) / "tokenizer.json").write_text(prepared.tokenizer.json)
+        settings = json.dumps(dataclasses.asdict(run), indent=1)
+        (loop.run_dir / "config.json").write_text(settings)
+        (loop.run_dir / "tokenizer.json").write_text(prepared.tokenizer.json)
+    stopped = ""
     if loop.first_step >= run.train.steps:
         say(f"the run is complete: {loop.first_step} of {run.train.steps} steps are done")
     else:
         if loop.first_step:
             say(f"resuming at step {loop.first_step} of {run.train.steps}")
-        stopped = loop.train(profile)
-        if stopped:
-            loop.checkpoints.close()
-            say(f"{stopped}: stopped and saved at step {int(loop.state['step'])}; run again to go on")
-            return 0
-    loop.checkpoints.close()
-    finish(loop, say)
+        stopped = run_loop(loop, prepared)
+    loop.checkpoints.wait()
+    if stopped:
+        step = int(loop.state["step"])
+        say(f"{stopped}: stopped and saved at step {step} in {run.run_dir}; run again to go on")
+    else:
+        finish(loop, prepared, say)
     return 0
 
 

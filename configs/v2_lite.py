@@ -1,6 +1,6 @@
 """DeepSeek-V2-Lite: 15.7 B parameters, 2.7 B active, 5.7 T tokens; fits one 8-GPU host.
 
-    python train.py --config v2_lite --print-config --emulate 8
+python train.py --config v2_lite --print-config --emulate 8
 """
 
 from checkpoint.config import CheckpointConfig

@@ -1,8 +1,8 @@
 """Hyper-parameters of a DeepSeek-V3 family model, and nothing else.
 
 Every semantic choice (how experts are scored, how they are selected, whether weights are
-renormalised) is a field of its own, so that V2, V2-Lite, Moonlight, Kimi-K2 and V3 are the same code
-with other values. Letters in brackets are the symbols of the V3 report (section 2) and of the
+renormalised) is a field of its own, so that V2, V2-Lite, Moonlight, Kimi-K2 and V3 are the same
+code with other values. Letters in brackets are the symbols of the V3 report (section 2) and of the
 parameter formula in `model/costs.py`.
 """
 
@@ -12,7 +12,7 @@ from typing import Literal
 
 @dataclasses.dataclass(frozen=True)
 class YarnConfig:
-    """Context extension by YaRN (V3 report, section 4.3). A property of the weights, not of a run."""
+    """Context extension by YaRN (V3 report, section 4.3). It belongs to the weights, not a run."""
 
     factor: float = 40.0
     """Context is extended `factor` times."""
@@ -69,7 +69,7 @@ class ModelConfig:
     scoring: Literal["sigmoid", "softmax"] = "sigmoid"
     """Affinity function of the fp32 gate logits."""
     topk_method: Literal["noaux_tc", "group_limited_greedy", "greedy"] = "noaux_tc"
-    """Selection: bias-corrected with top-2 group scores (V3); max group scores (V2); plain top-K."""
+    """Selection: bias and top-2 group scores (V3); max group scores (V2); plain top-K."""
     normalize_topk: bool = True
     """Divide the chosen affinities by their sum."""
     routed_scaling_factor: float = 1.0
@@ -100,35 +100,52 @@ class ModelConfig:
         return self.num_layers - self.num_dense_layers
 
     def __post_init__(self):
-        def require(ok: bool, message: str):
-            if not ok:
-                raise ValueError(f"model config: {message}")
-
-        for field in ("vocab_size", "hidden_size", "num_layers", "num_heads", "kv_lora_rank",
-                      "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):  # fmt: skip
-            require(
-                getattr(self, field) > 0, f"{field} is {getattr(self, field)}; it must be positive"
-            )
-        require(self.qk_rope_head_dim % 2 == 0,
-                f"qk_rope_head_dim is {self.qk_rope_head_dim}; RoPE rotates pairs, give an even number")  # fmt: skip
-        require(0 <= self.num_dense_layers <= self.num_layers,
-                f"num_dense_layers is {self.num_dense_layers}, outside 0..num_layers={self.num_layers}")  # fmt: skip
-        require(self.mtp_depth >= 0, f"mtp_depth is {self.mtp_depth}; it must be 0 or more")
-        E, G = self.num_experts, self.num_expert_groups
-        require(
+        for field in _POSITIVE:
+            value = getattr(self, field)
+            _require(value > 0, f"{field} is {value}; it must be positive")
+        rope, dense, layers = self.qk_rope_head_dim, self.num_dense_layers, self.num_layers
+        _require(rope % 2 == 0, f"qk_rope_head_dim is {rope}; RoPE rotates pairs, give an even one")
+        _require(
+            0 <= dense <= layers, f"num_dense_layers is {dense}, outside 0..num_layers={layers}"
+        )
+        _require(self.mtp_depth >= 0, f"mtp_depth is {self.mtp_depth}; it must be 0 or more")
+        E, G, kept = self.num_experts, self.num_expert_groups, self.groups_per_token
+        _require(
             E % G == 0, f"num_experts={E} does not split into num_expert_groups={G} equal groups"
         )
-        require(1 <= self.groups_per_token <= G,
-                f"groups_per_token={self.groups_per_token} is outside 1..num_expert_groups={G}")  # fmt: skip
-        reachable = self.groups_per_token * (E // G)
-        require(1 <= self.experts_per_token <= reachable,
-                f"experts_per_token={self.experts_per_token}, but {self.groups_per_token} groups of "
-                f"{E // G} experts offer {reachable}")  # fmt: skip
-        if self.topk_method == "noaux_tc":
-            require(E // G >= 2 or G == 1,
-                    f"noaux_tc scores a group by its two best experts; groups of {E // G} are too small")  # fmt: skip
-        if self.topk_method == "greedy":
-            require(
-                G == 1,
-                f"topk_method='greedy' ignores groups; num_expert_groups is {G}, set it to 1",
-            )
+        _require(1 <= kept <= G, f"groups_per_token={kept} is outside 1..num_expert_groups={G}")
+        _require(
+            1 <= self.experts_per_token <= kept * (E // G),
+            f"experts_per_token={self.experts_per_token}, but {kept} groups of {E // G} experts "
+            f"offer {kept * (E // G)}",
+        )
+        _require(
+            self.topk_method != "noaux_tc" or G == 1 or E // G >= 2,
+            f"noaux_tc scores a group by its two best experts; groups of {E // G} are too small",
+        )
+        _require(
+            self.topk_method != "greedy" or G == 1,
+            f"topk_method='greedy' ignores groups; num_expert_groups is {G}, set it to 1",
+        )
+
+
+_POSITIVE = (
+    "vocab_size",
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "num_experts",
+    "num_expert_groups",
+    "experts_per_token",
+    "expert_ffn_size",
+    "dense_ffn_size",
+)
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(f"model config: {message}")

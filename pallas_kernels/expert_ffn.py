@@ -19,7 +19,6 @@ from pallas_kernels.tiles import (
     add_weights,
     batched_dot,
     choose_tiling,
-    empty_varying,
     keep_rows,
     make_tiles,
     put_tiles,
@@ -111,11 +110,14 @@ def _forward(tiling: Tiling, keep: bool, x_MD, w_gate_EDF, w_up_EDF, w_down_EFD,
             kept = put_tiles(gate, gate_BTF, chunk.start_B), put_tiles(up, up_BTF, chunk.start_B)
         return put_tiles(y, y_BTD, chunk.start_B), kept
 
-    like = x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E
-    empty = partial(empty_varying, dtype=dtype, like=like)
+    zeros = partial(
+        zeros_varying,
+        dtype=dtype,
+        like=(x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E),
+    )
     rows = M + tiling.rows
-    kept = (empty((rows, F)), empty((rows, F))) if keep else ()
-    y, kept = lax.fori_loop(0, tiles.num_chunks, step, (empty((rows, D)), kept))
+    kept = (zeros((rows, F)), zeros((rows, F))) if keep else ()
+    y, kept = lax.fori_loop(0, tiles.num_chunks, step, (zeros((rows, D)), kept))
     return keep_rows(y, tiles.num_rows, M), kept
 
 
@@ -156,11 +158,8 @@ def _portable_bwd(tiling: Tiling, saved, dy_MD: Array):
             add_weights(dw_down_EFD, batched_dot(transposed(h_BTF), dy_BTD, 2, 1), chunk.expert_B),
         )
 
-    like = x_MD, *weights, group_sizes_E, dy_MD
-    carry = (
-        empty_varying((M + tiling.rows, D), dtype, like),
-        *(zeros_varying(w.shape, jnp.float32, like) for w in weights),
-    )
+    zeros = partial(zeros_varying, like=(x_MD, *weights, group_sizes_E, dy_MD))
+    carry = zeros((M + tiling.rows, D), dtype), *(zeros(w.shape, jnp.float32) for w in weights)
     dx, *dw = lax.fori_loop(0, tiles.num_chunks, step, carry)
     return keep_rows(dx, tiles.num_rows, M), *(g.astype(dtype) for g in dw), None
 

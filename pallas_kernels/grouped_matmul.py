@@ -16,7 +16,6 @@ from pallas_kernels.tiles import (
     add_weights,
     batched_dot,
     choose_tiling,
-    empty_varying,
     keep_rows,
     make_tiles,
     put_tiles,
@@ -122,7 +121,7 @@ def _portable(tiling: Tiling, x_MK: Array, w_EKN: Array, group_sizes_E: Array) -
         y_BTN = batched_dot(x_BTK, take(w_EKN, chunk.expert_B), 2, 1)
         return put_tiles(y, y_BTN, chunk.start_B)
 
-    y = empty_varying((M + tiling.rows, N), x_MK.dtype, (x_MK, w_EKN, group_sizes_E))
+    y = zeros_varying((M + tiling.rows, N), x_MK.dtype, (x_MK, w_EKN, group_sizes_E))
     y = lax.fori_loop(0, tiles.num_chunks, step, y)
     return keep_rows(y, tiles.num_rows, M)
 
@@ -152,7 +151,7 @@ def _portable_bwd(tiling: Tiling, saved, dy_MN: Array):
         )
 
     like = (x_MK, w_EKN, group_sizes_E, dy_MN)
-    dx = empty_varying((M + tiling.rows, K), x_MK.dtype, like)
+    dx = zeros_varying((M + tiling.rows, K), x_MK.dtype, like)
     dw_EKN = zeros_varying(w_EKN.shape, jnp.float32, like)
     dx, dw_EKN = lax.fori_loop(0, tiles.num_chunks, step, (dx, dw_EKN))
     return keep_rows(dx, tiles.num_rows, M), dw_EKN.astype(w_EKN.dtype), None

@@ -153,14 +153,6 @@ def zeros_varying(shape: tuple[int, ...], dtype, like: tuple[Array, ...]) -> Arr
 
     A loop carry inside `jax.shard_map` must enter with the type it leaves with.
     """
-    return _varying(jnp.zeros(shape, dtype), like)
-
-
-def empty_varying(shape: tuple[int, ...], dtype, like: tuple[Array, ...]) -> Array:
-    """Like `zeros_varying`, with any content: for rows that are written, or masked, before use."""
-    return _varying(lax.empty(shape, dtype), like)
-
-
-def _varying(x: Array, like: tuple[Array, ...]) -> Array:
     axes = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in like))
-    return lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
+    zeros = jnp.zeros(shape, dtype)
+    return lax.pcast(zeros, tuple(sorted(axes)), to="varying") if axes else zeros

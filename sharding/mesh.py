@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,10 @@ import jax
 from jax.sharding import AxisType, Mesh
 
 from sharding.config import AXES, LAYOUTS, MeshConfig
+
+
+THREADS_PER_DEVICE = 8
+"""Threads of the common pool per emulated device: several programs may be in flight."""
 
 
 def axis_sizes(config: MeshConfig) -> dict[str, int]:
@@ -45,8 +50,8 @@ def resolve(config: MeshConfig, num_devices: int) -> MeshConfig:
         return dataclasses.replace(config, **{open_axes[0]: num_devices // used})
     if used != num_devices:
         raise ValueError(
-            f"mesh: {equation} = {used} devices, but {num_devices} are present; change an axis, set "
-            f"one to -1, or emulate {used} devices on CPU with --emulate {used}"
+            f"mesh: {equation} = {used} devices, but {num_devices} are present; change an axis, "
+            f"set one to -1, or emulate {used} devices on CPU with --emulate {used}"
         )
     return config
 
@@ -77,5 +82,11 @@ def emulate_devices(count: int) -> None:
     """Make the CPU appear as `count` devices. Call before JAX is first used."""
     if count < 1:
         raise ValueError(f"--emulate {count}: the number of devices must be positive")
+    # A collective blocks its device's thread, in the pool that every program's work comes from. Were
+    # products split over threads, or were there only as many threads as devices, the one device
+    # that all others wait for could be left without a thread, for ever.
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false"
+    os.environ["PJRT_NPROC"] = str(max(THREADS_PER_DEVICE * count, os.cpu_count() or 1))
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", count)

@@ -1,4 +1,4 @@
-"""Logical names to placements: what the model says (`constrain`, `on_shards`) and where state lives.
+"""Logical names to placements: what the model says (`constrain`, `on_shards`), where state lives.
 
 The model names the axes of its arrays and never sees a mesh. Without an active layout, or on one
 device, every function here is the identity, so the same model code is the one-device reference.
@@ -111,7 +111,7 @@ def max_over(x: jax.Array, *names: str) -> jax.Array:
 
 
 def gather(x: jax.Array, name: str) -> jax.Array:
-    """Concatenate dimension 0 over the devices of `name`: x[N_name, ...] -> AllGather -> x[N, ...]."""
+    """Concatenate dimension 0 over the devices of `name`: x[N_name] -> AllGather -> x[N]."""
     axes = _axes(name)
     return lax.all_gather(x, axes, axis=0, tiled=True) if axes else x
 

@@ -75,7 +75,7 @@ def spec(names: tuple[str | None, ...], rules: Rules) -> PartitionSpec:
     return PartitionSpec(*entries)
 
 
-def axes_of(entry: None | str | tuple[str, ...]) -> tuple[str, ...]:
+def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """Mesh axes of one entry of a partition spec, which JAX shortens where it can."""
     return (entry,) if isinstance(entry, str) else tuple(entry or ())
 

@@ -3,11 +3,19 @@
 import os
 import pathlib
 
-# Both are read when jax is first imported, so they are set before anything imports it. A platform
-# chosen outside stays: the `gpu` tests run with JAX_PLATFORMS=cuda.
+# All are read when jax is first imported, so they are set before anything imports it. A platform
+# chosen outside stays: the `gpu` tests run with JAX_PLATFORMS=cuda. Compiling is most of what the
+# tests do, and LLVM's optimisations are half of that; no tolerance depends on them. One thread per
+# device, because with few cores collectives and split products can wait for each other for ever.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+        "--xla_cpu_multi_thread_eigen=false",
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+    ]
 )
 
 import hypothesis

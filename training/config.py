@@ -53,7 +53,7 @@ class TrainConfig:
     batch_size: int
     """Sequences per step over all devices, after the ramp."""
     micro_batch_size: int = 0
-    """Sequences per forward pass over all devices; gradients accumulate up to batch_size. 0: all."""
+    """Sequences per forward pass over all devices; gradients add up to batch_size. 0: all."""
     batch_ramp_from: int = 0
     """Sequences per step at the start; grows to batch_size in whole micro batches. 0: no ramp."""
     batch_ramp_tokens: float = 0.0
@@ -69,7 +69,7 @@ class TrainConfig:
     mtp_weight: tuple[Phase, ...] = (Phase(0, 0.3),)
     """Weight of the multi-token-prediction loss, lambda (V3 report, eq. 25)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of activations and matrix products; master weights, router, norms and losses stay fp32."""
+    """Type of activations and products; master weights, router, norms and losses stay fp32."""
     remat: Literal["none", "selective", "full"] = "none"
     """What the backward pass recomputes: nothing; norms, up-projections, SwiGLU; whole layers."""
     ema_decay: float = 0.0

@@ -25,8 +25,8 @@ from model.loss import (
     training_loss,
 )
 from model.recipe import Recipe
-from model.sample import continue_rows
 from model.router import load_max_over_mean, update_bias
+from model.sample import continue_rows
 from sharding.partition import (
     Layout,
     batch_sharding,

@@ -1,0 +1,199 @@
+"""Every layout computes what one device computes: all gradients, not only the loss.
+
+Layouts of 8 emulated devices against the same step on one. Tolerances: tests/layout_helpers.py.
+"""
+
+import dataclasses
+import functools
+import math
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from model.blueprint import blueprint
+from model.config import ModelConfig
+from model.recipe import Recipe
+from sharding.config import MeshConfig
+from sharding.mesh import axis_sizes
+from tests.layout_helpers import (
+    MODEL,
+    ONE_DEVICE,
+    TRAIN,
+    assert_same_step,
+    layout_of,
+    random_rows,
+    random_segments,
+    step_on,
+    take_step,
+)
+from training.config import OptimizerConfig
+from training.step import Trainer
+
+LAYOUTS = {
+    "cube": MeshConfig(fsdp=2, expert=2, tensor=2),
+    "hybrid": MeshConfig(data=2, fsdp=2, expert=2),
+    "data 4 x tensor 2": MeshConfig(data=4, tensor=2),
+    "expert 4 x tensor 2": MeshConfig(expert=4, tensor=2),
+    "fsdp 4 x tensor 2": MeshConfig(fsdp=4, tensor=2),
+    "data 2 x tensor 4": MeshConfig(data=2, tensor=4),
+    "data 2 x expert 4, no zero1": MeshConfig(data=2, expert=4, zero1=False),
+    "data 8": MeshConfig(data=8),
+    "fsdp 8": MeshConfig(fsdp=8),
+    "expert 8": MeshConfig(expert=8),
+}
+DEFAULT = ("cube", "hybrid", "data 4 x tensor 2")
+"""Compiled in the default suite; the others are slow tests."""
+
+
+@pytest.fixture(
+    params=[n if n in DEFAULT else pytest.param(n, marks=pytest.mark.slow) for n in LAYOUTS]
+)
+def layout(request) -> MeshConfig:
+    return LAYOUTS[request.param]
+
+
+def test_a_step_is_the_one_device_step(layout):
+    """Gradients, new parameters, losses, norms; counts and biases to the bit; nothing dropped."""
+    assert_same_step(step_on(layout), step_on())
+
+
+def test_parameters_are_held_in_shards(layout):
+    """A device holds 1/n of every parameter that the rules cut n ways, and nothing else of it."""
+    result = step_on(layout)
+    sizes = axis_sizes(layout)
+    cut_by = {"embed": "fsdp", "embed_pair": "fsdp", "latent": "fsdp", "experts": "expert"}
+    cut_by |= dict.fromkeys(("vocab", "heads", "ffn", "expert_ffn"), "tensor")
+    axes = blueprint(MODEL).params_axes
+
+    def check(param, names):
+        shards = math.prod(sizes[cut_by[name]] for name in names if name in cut_by)
+        assert param.addressable_shards[0].data.size == param.size // shards, names
+
+    jax.tree.map(check, result.state["params"], axes)
+
+
+def test_replicas_hold_the_same_values(layout):
+    """Shards of the same place on several devices are equal to the bit, or runs drift apart."""
+    for array in jax.tree.leaves(step_on(layout).state):
+        by_place = {}
+        for shard in array.addressable_shards:
+            first = by_place.setdefault(str(shard.index), shard.data)
+            np.testing.assert_array_equal(shard.data, first)
+
+
+@functools.cache
+def packed_step(config: MeshConfig, micro: int):
+    batch = {"tokens": random_rows(), "segments": random_segments()}
+    return take_step(config, batch, micro=micro)
+
+
+def test_packed_documents_and_accumulation_on_a_mesh():
+    """Documents of uneven lengths and padding, in 2 micro batches over 4 x 2 devices."""
+    assert_same_step(packed_step(LAYOUTS["cube"], 2), packed_step(ONE_DEVICE, 1))
+    counted = packed_step(LAYOUTS["cube"], 2).metrics["counts_LE"].sum(-1)
+    valid = (random_segments()[:, :-1] > 0).sum()
+    np.testing.assert_array_equal(counted, MODEL.experts_per_token * valid)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("micro", [2, 4])
+def test_accumulation_on_a_mesh(micro):
+    config = MeshConfig(fsdp=2, tensor=4)
+    assert_same_step(take_step(config, micro=micro), step_on())
+
+
+@pytest.mark.slow
+def test_selective_recomputation_changes_no_gradient():
+    """Nor does full recomputation: tests/test_regressions.py."""
+    assert_same_step(take_step(recipe=Recipe(remat="selective")), step_on())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["selective", "full"])
+def test_recomputation_on_a_mesh(remat):
+    assert_same_step(take_step(LAYOUTS["cube"], recipe=Recipe(remat=remat)), step_on())
+
+
+@pytest.mark.slow
+def test_bf16_step_on_a_mesh():
+    """Same as bf16 on one device up to bf16's 2^-8 per operation, and near fp32."""
+    recipe = Recipe(dtype="bfloat16", remat="selective")
+    mesh, one = take_step(LAYOUTS["cube"], recipe=recipe), take_step(recipe=recipe)
+    assert mesh.metrics["moe/dropped_tokens"] == 0
+    for result, rtol in ((one, 0.01), (step_on(), 0.02)):
+        for name in ("train/loss", "train/mtp_loss", "train/grad_norm"):
+            np.testing.assert_allclose(mesh.metrics[name], result.metrics[name], rtol=rtol)
+    tokens = TRAIN.batch_size * TRAIN.seq_len
+    np.testing.assert_array_equal(
+        mesh.metrics["counts_LE"].sum(-1), tokens * MODEL.experts_per_token
+    )
+    assert all(x.dtype == np.float32 for x in jax.tree.leaves(mesh.state["params"]))
+
+
+def bytes_on_one_device(tree) -> int:
+    """Of a tree of ShapeDtypeStructs with shardings."""
+    sizes = (math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in tree)
+    return sum(sizes)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("layout", [MeshConfig(data=8), MeshConfig(data=4, tensor=2)], ids=str)
+def test_zero1_keeps_no_copy_of_optimizer_state(name, layout):
+    """With ZeRO-1 a device holds 1/8 of the moments, counters and small rests aside."""
+    train = dataclasses.replace(TRAIN, optimizer=OptimizerConfig(name=name), ema_decay=0.9)
+    held = {}
+    for zero1 in (True, False):
+        config = dataclasses.replace(layout, zero1=zero1)
+        state = Trainer(MODEL, train, Recipe(), layout_of(config)).abstract_state
+        for part in ("params", "opt", "ema"):
+            held[part, zero1] = bytes_on_one_device(jax.tree.leaves(state[part]))
+    assert held["params", True] == held["params", False]
+    for part in ("opt", "ema"):
+        # Every dimension of this model's parameters but a few norms' divides by data.
+        assert held[part, True] <= 1.02 * held[part, False] / layout.data + 64
+
+
+@st.composite
+def layouts(draw) -> MeshConfig:
+    """8 devices, cut along data, fsdp, expert and tensor in every way; tensor up to the 4 heads."""
+    log2 = draw(st.tuples(*[st.integers(0, 3)] * 4).filter(lambda s: sum(s) == 3 and s[3] <= 2))
+    axes = zip(("data", "fsdp", "expert", "tensor"), (2**n for n in log2), strict=True)
+    return MeshConfig(**dict(axes), zero1=draw(st.booleans()))
+
+
+@st.composite
+def models(draw) -> ModelConfig:
+    """Variants of the small model: routing methods, latents, depths, shared experts."""
+    method = draw(st.sampled_from(["noaux_tc", "group_limited_greedy", "greedy"]))
+    grouped = {} if method != "greedy" else {"num_expert_groups": 1, "groups_per_token": 1}
+    return dataclasses.replace(
+        MODEL,
+        topk_method=method,
+        scoring=draw(st.sampled_from(["sigmoid", "softmax"])),
+        normalize_topk=draw(st.booleans()),
+        q_lora_rank=draw(st.sampled_from([None, 16])),
+        num_layers=2,
+        num_dense_layers=draw(st.integers(0, 1)),
+        num_shared_experts=draw(st.integers(0, 2)),
+        experts_per_token=draw(st.integers(2, 4)),
+        mtp_depth=draw(st.integers(0, 2)),
+        **grouped,
+    )
+
+
+@pytest.mark.slow
+@hypothesis.settings(max_examples=6)
+@hypothesis.given(layouts(), models(), st.sampled_from([1, 2]), st.booleans())
+def test_any_layout_of_any_model(layout, model, micro, packed):
+    """The property behind the list above."""
+    if TRAIN.batch_size // micro % (layout.data * layout.fsdp * layout.expert):
+        micro = 1
+    batch = {"tokens": random_rows(model=model)}
+    if packed:
+        batch["segments"] = random_segments()
+    assert_same_step(
+        take_step(layout, batch, model, micro=micro), take_step(batch=batch, model=model)
+    )

@@ -1,0 +1,155 @@
+"""The loop around the step: batches in, records out, evaluation and checkpoints when due."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from sharding.partition import place_rows
+from training.display import Display
+from training.metrics import MetricsWriter
+from training.schedule import BatchPlan, knobs_at
+from training.signals import StopRequest
+from training.step import State, Trainer
+from training.throughput import Throughput, peak_memory_gib
+
+
+class Checkpoints(Protocol):
+    """What the loop asks of checkpoint/manager.py."""
+
+    def save(self, step: int, state: Any, config: Any, mesh: Any, metrics: Any) -> bool: ...
+
+    def steps(self) -> list[int]: ...
+
+    def wait(self) -> bool: ...
+
+
+@dataclasses.dataclass
+class Loop:
+    """Runs a trainer from the step of its state to the last one."""
+
+    trainer: Trainer
+    plan: BatchPlan
+    state: State
+    run_dir: Path
+    config: dict[str, Any]
+    """The run's configuration as plain data, stored with every checkpoint."""
+    checkpoints: Checkpoints
+    save_every: int
+    """Steps between checkpoints; 0 saves at the end and on a signal only."""
+    evaluate: Callable[[State], dict[str, float]] | None
+    """Held-out metrics of a state; None without held-out text."""
+    throughput: Throughput
+    display: Display
+    profile: range = range(0)
+    """Steps to trace, counted from the first that runs."""
+    started: float = dataclasses.field(default_factory=time.monotonic)
+    """When the process started, by time.monotonic."""
+
+    def __post_init__(self):
+        self.first_step = int(self.state["step"])
+
+    def run(self, batches: Iterator[Mapping[str, np.ndarray]], rows: range) -> str:
+        """Train on `batches`, of which this process holds `rows` of every micro batch.
+
+        SIGTERM or SIGINT ends it after the step in progress. Saves at the end either way. Returns
+        the signal's name, or "" when the last step was reached.
+        """
+        last, stopped = self.trainer.train.steps, ""
+        with (
+            MetricsWriter(self.run_dir, self.first_step) as writer,
+            StopRequest() as stop,
+            self.display,
+        ):
+            for step, batch in zip(range(self.first_step, last), batches, strict=False):
+                self._trace(step - self.first_step)
+                record = self.advance(step, batch, rows)
+                if record:
+                    writer.write(step, record)
+                    self.display.show(step, record)
+                if self.save_every and (step + 1) % self.save_every == 0:
+                    with self.throughput.paused():
+                        self.save(record)
+                if _anyone(stop.requested):
+                    stopped = stop.signal_name or "a signal to another process"
+                    break
+        self.save({})
+        return stopped
+
+    def advance(self, step: int, batch: Mapping[str, np.ndarray], rows: range) -> dict[str, float]:
+        """One step; its record if the step is to be logged or evaluated, else {}."""
+        train, done = self.trainer.train, step + 1
+        knobs = knobs_at(train, self.plan, step)
+        placed = place_rows(self.trainer.layout, dict(batch), rows, self.plan.micro_batch_size)
+        scalars = {name: np.float32(value) for name, value in knobs.items()}
+        self.state, metrics = self.trainer.step(self.state, placed, scalars)
+        self.throughput.add(self.plan.at(step).batch_size * train.seq_len)
+        final = done == train.steps
+        evaluated = train.eval_every and (final or done % train.eval_every == 0)
+        if not (final or evaluated or done % train.log_every == 0 or step == self.first_step):
+            return {}
+        # Reading the metrics waits for the step; unlogged steps run ahead of Python.
+        metrics = jax.device_get(metrics)
+        if step == self.first_step:
+            self.display.note(f"first step: {time.monotonic() - self.started:.1f} s after start")
+        self._check_skipped(step, int(metrics.pop("skipped_in_row")))
+        record = {f"train/{name}": value for name, value in knobs.items()}
+        record |= self._expert_loads(metrics.pop("counts_LE"))
+        record |= {name: float(value) for name, value in metrics.items()}
+        record |= {"train/tokens": float(self.plan.tokens_before(done))}
+        record |= self.throughput.lap() | {"mem/peak_gib": peak_memory_gib()}
+        if evaluated and self.evaluate is not None:
+            with self.throughput.paused():
+                record |= self.evaluate(self.state)
+        return record
+
+    def save(self, record: Mapping[str, float]) -> bool:
+        """Checkpoint the state; a held-out loss in `record` was measured on it."""
+        measured = {name: value for name, value in record.items() if name.startswith("eval/")}
+        mesh = dict(self.trainer.layout.mesh.shape)
+        return self.checkpoints.save(
+            int(self.state["step"]), self.state, self.config, mesh, measured
+        )
+
+    def _expert_loads(self, counts_LE: np.ndarray) -> dict[str, float]:
+        """Busiest expert over the mean, by layer; dense layers come first in the numbering."""
+        first = self.trainer.model.num_dense_layers
+        return {
+            f"moe/load_max_over_mean/layer_{first + i:02d}": float(row.max() / max(row.mean(), 1.0))
+            for i, row in enumerate(counts_LE)
+        }
+
+    def _check_skipped(self, step: int, in_row: int) -> None:
+        limit = self.trainer.train.max_skipped_in_row
+        if in_row:
+            self.display.note(
+                f"step {step}: loss or gradient is not finite; update skipped ({in_row} in a row)"
+            )
+        if limit and in_row >= limit:
+            self.checkpoints.wait()
+            good = self.checkpoints.steps()
+            last = f"step {good[-1]} in {self.run_dir}/checkpoints" if good else "none"
+            raise FloatingPointError(
+                f"{in_row} updates in a row were not finite, the last at step {step}; last good "
+                f"checkpoint: {last}. Lower the learning rate or look at the data"
+            )
+
+    def _trace(self, steps_run: int) -> None:
+        if self.profile and steps_run == self.profile.start:
+            jax.profiler.start_trace(str(self.run_dir / "profile"))
+        if self.profile and steps_run == self.profile.stop:
+            jax.block_until_ready(self.state)
+            jax.profiler.stop_trace()
+            self.display.note(f"trace of {len(self.profile)} steps: {self.run_dir}/profile")
+
+
+def _anyone(flag: bool) -> bool:
+    """True if any process of the run says so."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.array(flag)).any())
