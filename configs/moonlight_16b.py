@@ -17,7 +17,7 @@ STEPS = 175_834
 
 
 def config() -> RunConfig:
-    """The run; the last phase is 100 steps up to 1e-4 and a linear descent to 0 over 500 B tokens."""
+    """The run; it ends with 100 steps up to 1e-4 and a linear descent to 0 over 500 B tokens."""
     return RunConfig(
         model=deepseek_models.moonlight_16b(),
         train=TrainConfig(

@@ -2,7 +2,7 @@
 
 12 layers, 32 experts, 8 heads; bf16 activations. Give it real text:
 
-    python train.py --config small --data.sources.0.path "/data/books/*.jsonl" --data.vocab-size 16384
+    python train.py --config small --data.sources.0.path "/data/books/*.jsonl"
 """
 
 from checkpoint.config import CheckpointConfig

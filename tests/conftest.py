@@ -8,6 +8,7 @@ import pathlib
 # tests do, and LLVM's optimisations are half of that; no tolerance depends on them. One thread per
 # device, because with few cores collectives and split products can wait for each other for ever.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["PJRT_NPROC"] = "64"
 os.environ["XLA_FLAGS"] = " ".join(
     [
         "--xla_backend_optimization_level=0",

@@ -250,7 +250,7 @@ def field_texts() -> list[tuple[str, str]]:
             if isinstance(node, ast.ClassDef) and node.name != "YarnConfig":
                 for field, text in zip(node.body, node.body[1:], strict=False):
                     if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-                        if ast.unparse(field.annotation).startswith("tuple["):
+                        if ast.unparse(field.annotation).startswith(("tuple[", "YarnConfig |")):
                             continue
                         assert isinstance(text.value, ast.Constant)
                         name = f"{node.name}.{ast.unparse(field.target)}"

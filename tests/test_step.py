@@ -226,6 +226,8 @@ def evaluated():
     """What `evaluate` sums, and full logits of the main model and of the MTP module, float64."""
     host = start(TRAINER)
     params, bias = host["params"], host["router_bias"]
+    # The first four tokens win nearly always, so that drafts agree often.
+    params["head"]["kernel"][:, 4:] *= 0.1
     batch = {"tokens": random_rows(), "segments": random_segments()}
     rows = {name: micro_batches(array) for name, array in batch.items()}
     sums = jax.device_get(TRAINER.evaluate(params, bias, rows))
@@ -260,14 +262,16 @@ def test_acceptance_compares_a_draft_with_the_main_models_own_choice():
     """The MTP module at i drafts token i + 2; the main model chooses it at i + 1."""
     sums, batch, main, ahead = evaluated()
     segments = batch["segments"]
-    accepted = drafts = 0
+    accepted = shifted = drafts = 0
     for row in range(main.shape[0]):
         for i in range(main.shape[1] - 1):
             if segments[row, i] and segments[row, i] == segments[row, i + 2]:
                 drafts += 1
                 accepted += ahead[row, i].argmax() == main[row, i + 1].argmax()
+                shifted += ahead[row, i].argmax() == main[row, i].argmax()
     assert sums["drafts"] == drafts > 50
-    assert sums["accepted"] == accepted
+    assert sums["accepted"] == accepted > 10
+    assert accepted != shifted
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 3000, 1 << 20])

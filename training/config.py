@@ -35,7 +35,7 @@ class OptimizerConfig:
     decay_1d: bool = False
     """Also decay norm gains and other 1-D parameters (Moonlight does)."""
     moment_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Storage type of both AdamW moments (V3 report, section 3.3.2: BF16)."""
+    """Storage type of both AdamW moments (V3 report, section 3.3.3: BF16)."""
     muon_momentum: float = 0.95
     """Momentum of Muon (Nesterov)."""
     clip_norm: float = 1.0

@@ -114,7 +114,7 @@ def scale_by_adam(
 ) -> optax.GradientTransformation:
     """Adam's bias-corrected direction, fp32 arithmetic, both moments *stored* in `moment_dtype`.
 
-    V3 report, section 3.3.2: BF16 moments with fp32 master weights and gradients. The direction
+    V3 report, section 3.3.3: BF16 moments with fp32 master weights and gradients. The direction
     uses the moments of this step before they are rounded for storage, so rounding enters only
     through what the next step reads. (optax can choose the type of the first moment alone.)
     """
