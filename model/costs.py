@@ -1,7 +1,7 @@
 """What a model costs: parameters, FLOPs and cache bytes, counted from its abstract weights.
 
-Formulas: V3 report table of sizes; FLOPs as published by DeepSeek (ISCA 2025, table 2): 6 per active
-parameter, attention counted causally (half the square) or not, MTP and recomputation excluded.
+FLOPs are counted as published by DeepSeek (ISCA 2025, table 2): 6 per active parameter, attention
+causally (half the square) or not, MTP and recomputation excluded.
 """
 
 import dataclasses

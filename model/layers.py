@@ -13,7 +13,7 @@ from flax import nnx
 from sharding.partition import constrain
 
 LATENT_EPS = 1e-6
-"""Epsilon of the two latent norms, whatever the model's `norm_eps` says (facts of the released code)."""
+"""Epsilon of the two latent norms in the released code, whatever the model's `norm_eps` says."""
 
 
 class RouterBias(nnx.Variable):

@@ -1,6 +1,6 @@
 """Cross-entropy of the next token and of the tokens beyond, without ever holding all logits.
 
-Letters: B batch, T sequence, D hidden width, V vocabulary (this device's part), C tokens of a chunk.
+Letters: B batch, T sequence, D hidden width, V vocabulary (this device's part), C chunk of T.
 """
 
 from typing import NamedTuple
@@ -52,7 +52,7 @@ def _loss_on_shard(x_BTD, w_DV, targets_BT, weights_BT):
         _, _, nll_BC, _ = _softmax_parts(x_BCD, w_DV, targets_BC)
         return total + vary(jnp.sum(nll_BC * weights_BC)), None
 
-    length = _chunk_length(*x_BTD.shape[:2], w_DV.shape[1])
+    length = _chunk_length(x_BTD.shape[0], x_BTD.shape[1], w_DV.shape[1])
     xs = tuple(_chunks(a, length) for a in (x_BTD, targets_BT, weights_BT))
     total, _ = jax.lax.scan(body, vary(jnp.zeros((), jnp.float32)), xs)
     return (max_over(sum_over(total, "batch", "seq"), "vocab"),)
@@ -74,7 +74,7 @@ def _loss_and_grads_on_shard(x_BTD, w_DV, targets_BT, weights_BT):
         dx_BCD = jnp.einsum("BCV,DV->BCD", dlogits_BCV, w_DV)
         return (total + vary(jnp.sum(nll_BC * weights_BC)), dw_DV), dx_BCD
 
-    length = _chunk_length(*x_BTD.shape[:2], w_DV.shape[1])
+    length = _chunk_length(x_BTD.shape[0], x_BTD.shape[1], w_DV.shape[1])
     xs = tuple(_chunks(a, length) for a in (x_BTD, targets_BT, weights_BT))
     start = (vary(jnp.zeros((), jnp.float32)), vary(jnp.zeros(w_DV.shape, jnp.float32)))
     (total, dw_DV), dx = jax.lax.scan(body, start, xs)

@@ -77,7 +77,7 @@ class MoE(nnx.Module):
         return y_BTD, MoEStats(counts_E, balance_loss(scores_BTE, valid_BT, c), dropped)
 
     def routed(self, x_BTD, ids_BTK, weights_BTK, recipe: Recipe) -> tuple[jax.Array, jax.Array]:
-        """Weighted sum of the chosen experts' outputs [B, T, D], and the count of missed choices."""
+        """Weighted sum of the chosen experts' outputs [B, T, D], and the choices missed."""
         tokens, choices = ("batch", "seq", "embed"), ("batch", "seq", "choices")
         w_in, w_out = ("experts", "embed", "expert_ffn"), ("experts", "expert_ffn", "embed")
 

@@ -1,4 +1,4 @@
-"""How the mathematics is carried out: activation type, recomputation, kernels. Never what it computes."""
+"""How the mathematics is carried out: activation type, recomputation, kernels. Never what it is."""
 
 import dataclasses
 from collections.abc import Callable
@@ -45,7 +45,7 @@ def keep(x: jax.Array) -> jax.Array:
     """Mark a value that selective recomputation stores.
 
     Kept are the down-projected latents, the attention output and the routing choice; recomputed are
-    norms, up-projections and SwiGLU (the V3 report's list, section 3.2.3), attention weights, and
-    the first products of the experts.
+    norms and up-projections (V3 report, section 3.2.3), SwiGLU (section 3.3.3), attention weights,
+    and the first products of the experts.
     """
     return checkpoint_name(x, _KEPT)

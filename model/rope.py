@@ -43,7 +43,7 @@ def frequencies(config: ModelConfig) -> np.ndarray:
 
 
 def softmax_scale(config: ModelConfig) -> float:
-    """Factor on the attention logits: qk_head_dim^-1/2, times m^2 once YaRN has extended the context."""
+    """Factor on the attention logits: qk_head_dim^-1/2, times m^2 once YaRN extends the context."""
     scale = config.qk_head_dim**-0.5
     if config.yarn is not None and config.yarn.mscale_all_dim:
         scale *= _mscale(config.yarn.factor, config.yarn.mscale_all_dim) ** 2

@@ -41,7 +41,7 @@ class Output(NamedTuple):
     hidden_BTD: jax.Array
     """Last hidden state after the final norm; the head's input."""
     mtp_hidden: tuple[jax.Array, ...]
-    """Per MTP module, its normed output [B, T, D]; input of the shared head for the token 2, 3.. ahead."""
+    """Per MTP module, its normed output [B, T, D]: the head's input for the token 2, 3.. ahead."""
     stats: MoEStats | None
     """Statistics of every MoE layer, stacked [L]; MTP modules last. None for a dense model."""
 

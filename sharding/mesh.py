@@ -11,7 +11,6 @@ from jax.sharding import AxisType, Mesh
 
 from sharding.config import AXES, LAYOUTS, MeshConfig
 
-
 THREADS_PER_DEVICE = 8
 """Threads of the common pool per emulated device: several programs may be in flight."""
 
@@ -82,7 +81,7 @@ def emulate_devices(count: int) -> None:
     """Make the CPU appear as `count` devices. Call before JAX is first used."""
     if count < 1:
         raise ValueError(f"--emulate {count}: the number of devices must be positive")
-    # A collective blocks its device's thread, in the pool that every program's work comes from. Were
+    # A collective blocks its device's thread, which comes from the pool of all programs. Were
     # products split over threads, or were there only as many threads as devices, the one device
     # that all others wait for could be left without a thread, for ever.
     flags = os.environ.get("XLA_FLAGS", "")

@@ -15,16 +15,56 @@ from checkpoint.manager import CheckpointManager
 from configs.command import parse
 from training.metrics import read_metrics
 
-SMALL = """
---config tiny --layout cube --train.steps 6 --train.seq-len 32
---train.eval-every 3 --train.eval-batches 1 --checkpoint.every 0
---model.vocab-size 512 --model.hidden-size 32 --model.num-layers 2 --model.num-heads 2
---model.q-lora-rank 16 --model.kv-lora-rank 16 --model.qk-nope-head-dim 8
---model.qk-rope-head-dim 8 --model.v-head-dim 8 --model.dense-ffn-size 32
---model.expert-ffn-size 16 --model.num-experts 8 --model.experts-per-token 2
---data.vocab-size 400 --train.learning-rate.0.until 2 --train.learning-rate.1.until 3
---train.learning-rate.2.until 6
-""".split()
+SMALL = [
+    "--config",
+    "tiny",
+    "--layout",
+    "cube",
+    "--train.steps",
+    "6",
+    "--train.seq-len",
+    "32",
+    "--train.eval-every",
+    "3",
+    "--train.eval-batches",
+    "1",
+    "--checkpoint.every",
+    "0",
+    "--model.vocab-size",
+    "512",
+    "--model.hidden-size",
+    "32",
+    "--model.num-layers",
+    "2",
+    "--model.num-heads",
+    "2",
+    "--model.q-lora-rank",
+    "16",
+    "--model.kv-lora-rank",
+    "16",
+    "--model.qk-nope-head-dim",
+    "8",
+    "--model.qk-rope-head-dim",
+    "8",
+    "--model.v-head-dim",
+    "8",
+    "--model.dense-ffn-size",
+    "32",
+    "--model.expert-ffn-size",
+    "16",
+    "--model.num-experts",
+    "8",
+    "--model.experts-per-token",
+    "2",
+    "--data.vocab-size",
+    "400",
+    "--train.learning-rate.0.until",
+    "2",
+    "--train.learning-rate.1.until",
+    "3",
+    "--train.learning-rate.2.until",
+    "6",
+]
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +130,8 @@ def test_run_leaves_everything_behind(straight, capsys):
     assert records[-1]["train/loss"] < records[0]["train/loss"]
     assert all(record["moe/dropped_tokens"] == 0 for record in records)
     assert all(record["train/skipped_steps"] == 0 for record in records)
-    assert "eval/bits_per_byte" in records[2] and "eval/mtp_acceptance" in records[5]
+    assert "eval/bits_per_byte" in records[2]
+    assert "eval/mtp_acceptance" in records[5]
     for name in ("loss.png", "expert_load.png", "sample.txt", "tokenizer.json"):
         assert (straight / name).stat().st_size > 0
     assert json.loads((straight / "config.json").read_text())["model"]["hidden_size"] == 32
@@ -101,7 +142,8 @@ def test_complete_run_says_so(options, straight, capsys):
     assert run(options, straight) == 0
     printed = capsys.readouterr().out
     assert "the run is complete: 6 of 6 steps are done" in printed
-    assert "gzip -9" in printed and str(straight) in printed
+    assert "gzip -9" in printed
+    assert str(straight) in printed
     assert len(read_metrics(straight)) == 6
 
 
@@ -155,7 +197,8 @@ def test_what_cannot_work_is_refused(options, tmp_path, capsys, more, says):
     """One line on stderr with the numbers and the remedy, exit status 2, no traceback."""
     assert run(options, tmp_path / "run", *more) == 2
     error = capsys.readouterr().err
-    assert error.startswith("train.py: ") and says in error
+    assert error.startswith("train.py: ")
+    assert says in error
 
 
 def test_unknown_option_and_preset_name_the_nearest(capsys):
@@ -171,5 +214,6 @@ def test_print_config_prints_every_field_and_what_follows(capsys):
     flags = ["--config", "v3_671b", "--print-config", "--layout", "fsdp", "--compilation-cache="]
     assert train.main(flags) == 0
     printed = capsys.readouterr().out
-    assert "model.num_experts=256" in printed and "train.learning_rate.2.shape='cosine'" in printed
+    assert "model.num_experts=256" in printed
+    assert "train.learning_rate.2.shape='cosine'" in printed
     assert "671,026,419,200 total, 37,552,297,472 active, 11,610,068,224 in MTP" in printed
