@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 STARTED = time.monotonic()
 SAMPLE_PROMPT = "def "
+SAMPLE_LENGTH = 128
 
 
 # ---- Devices -------------------------------------------------------------------------------------
@@ -234,7 +235,7 @@ def run_loop(loop: "Loop", prepared: "Prepared") -> str:
 
 
 def sample_text(trainer: "Trainer", state: Any, prepared: "Prepared") -> str:
-    """One continuation of SAMPLE_PROMPT, as long as a training sequence."""
+    """One continuation of SAMPLE_PROMPT, to SAMPLE_LENGTH tokens or the length of a sequence."""
     import jax
     import numpy as np
 
@@ -242,7 +243,8 @@ def sample_text(trainer: "Trainer", state: Any, prepared: "Prepared") -> str:
 
     tokenizer = prepared.tokenizer
     prompt = np.concatenate([[tokenizer.eos_id], tokenizer.encode(SAMPLE_PROMPT)])
-    ids = np.zeros((batch_shards(trainer.layout), trainer.train.seq_len), np.int32)
+    length = min(SAMPLE_LENGTH, trainer.train.seq_len)
+    ids = np.zeros((batch_shards(trainer.layout), length), np.int32)
     ids[:, : len(prompt)] = prompt
     key = jax.random.key(prepared.seed)
     weights = state["params"], state["router_bias"]

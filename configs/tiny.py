@@ -12,9 +12,9 @@ from configs.schema import RunConfig
 from data.config import DataConfig
 from model.config import ModelConfig
 from sharding.config import MeshConfig
-from training.config import OptimizerConfig, Phase, TrainConfig
+from training.config import Phase, TrainConfig
 
-STEPS = 600
+STEPS = 400
 
 
 def model() -> ModelConfig:
@@ -45,20 +45,28 @@ def model() -> ModelConfig:
 
 
 def config() -> RunConfig:
-    """The run. Widths are small, so weights start larger (0.02) than V3's 0.006 at width 7168."""
+    """The run: V3's schedules, shrunk from 243 K steps to 400.
+
+    Widths are small, so weights start larger (0.02) than V3's 0.006 at width 7168; and steps are
+    few, so the router biases move 20 times faster than V3's 0.001 to balance the experts in time.
+    """
     return RunConfig(
         model=model(),
         train=TrainConfig(
             steps=STEPS,
             seq_len=256,
             batch_size=8,
-            optimizer=OptimizerConfig(name="muon"),
             learning_rate=(
-                Phase(20, 4e-3, "linear", "steps"),
-                Phase(STEPS // 2, 4e-3, "constant", "steps"),
-                Phase(STEPS, 2e-4, "cosine", "steps"),
+                Phase(STEPS // 20, 3e-3, "linear", "steps"),
+                Phase(STEPS // 2, 3e-3, "constant", "steps"),
+                Phase(STEPS, 3e-4, "cosine", "steps"),
             ),
-            eval_every=100,
+            bias_update_rate=(
+                Phase(0.97 * STEPS, 0.02, unit="steps"),
+                Phase(STEPS, 0, unit="steps"),
+            ),
+            mtp_weight=(Phase(0.68 * STEPS, 0.3, unit="steps"), Phase(STEPS, 0.1, unit="steps")),
+            eval_every=50,
             eval_batches=4,
         ),
         data=DataConfig(vocab_size=4096),

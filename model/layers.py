@@ -4,6 +4,7 @@ Letters: B batch, T sequence, D hidden width, F inner width of an MLP, V vocabul
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -32,6 +33,7 @@ def router_bias(num_experts: int) -> RouterBias:
     return RouterBias(jnp.zeros(num_experts), out_sharding=("router",), eager_sharding=False)
 
 
+@partial(jax.checkpoint, prevent_cse=False)
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """x / rms(x) * scale over the last dimension, statistics in fp32, result in x's type."""
     x32 = x.astype(jnp.float32)
@@ -52,7 +54,39 @@ class RMSNorm(nnx.Module):
 
 def project(equation: str, x: jax.Array, w: nnx.Param) -> jax.Array:
     """Einsum of an activation with a weight, in the activation's type."""
-    return jnp.einsum(equation, x, w[...].astype(x.dtype))
+    return _project(equation, x, w[...].astype(x.dtype))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _project(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    return jnp.einsum(equation, x, w)
+
+
+def _project_fwd(equation: str, x: jax.Array, w: jax.Array):
+    return _project(equation, x, w), (x, w)
+
+
+def _project_bwd(equation: str, saved, dy: jax.Array):
+    """The usual gradients, with x as the left operand of the weight's.
+
+    One operand of that product is transposed first (its tokens must come last). Derived by JAX it
+    is dy, and XLA:CPU merges the transposition with whatever computes dy, an activation function
+    say, into one slow strided pass. x is at hand, and projections of the same x share the copy.
+    """
+    x, w = saved
+    inputs, out = equation.split("->")
+    x_axes, w_axes = inputs.split(",")
+    dx = jnp.einsum(f"{out},{w_axes}->{x_axes}", dy, w)
+    return dx, jnp.einsum(f"{x_axes},{out}->{w_axes}", x, dy)
+
+
+_project.defvjp(_project_fwd, _project_bwd)
+
+
+@partial(jax.checkpoint, prevent_cse=False)
+def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) * up; the backward pass keeps the two and nothing in between."""
+    return jax.nn.silu(gate) * up
 
 
 class SwiGLU(nnx.Module):
@@ -66,7 +100,7 @@ class SwiGLU(nnx.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         gate_BTF = project("BTD,DF->BTF", x_BTD, self.w_gate)
         up_BTF = project("BTD,DF->BTF", x_BTD, self.w_up)
-        h_BTF = constrain(jax.nn.silu(gate_BTF) * up_BTF, "batch", "seq", "ffn")
+        h_BTF = constrain(_gated(gate_BTF, up_BTF), "batch", "seq", "ffn")
         # y[B, T, D]{U_tp} -> AllReduce_tp -> y[B, T, D]
         return constrain(project("BTF,FD->BTD", h_BTF, self.w_down), "batch", "seq", "embed")
 

@@ -61,6 +61,9 @@ def _loss_on_shard(x_BTD, w_DV, targets_BT, weights_BT):
 def _loss_and_grads_on_shard(x_BTD, w_DV, targets_BT, weights_BT):
     """The loss, and its gradients with respect to x and w while the logits are at hand."""
 
+    # Once here instead of once per chunk in the product with it.
+    w_VD = jax.lax.optimization_barrier(w_DV.T)
+
     def body(carry, chunk):
         total, dw_DV = carry
         x_BCD, targets_BC, weights_BC = chunk
@@ -71,7 +74,7 @@ def _loss_and_grads_on_shard(x_BTD, w_DV, targets_BT, weights_BT):
         dw_DV = dw_DV + jnp.einsum(
             "BCD,BCV->DV", x_BCD, dlogits_BCV, preferred_element_type=jnp.float32
         )
-        dx_BCD = jnp.einsum("BCV,DV->BCD", dlogits_BCV, w_DV)
+        dx_BCD = jnp.einsum("BCV,VD->BCD", dlogits_BCV, w_VD)
         return (total + vary(jnp.sum(nll_BC * weights_BC)), dw_DV), dx_BCD
 
     length = _chunk_length(x_BTD.shape[0], x_BTD.shape[1], w_DV.shape[1])

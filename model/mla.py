@@ -102,7 +102,29 @@ def causal_attention(
         if segments_BT is not None:
             same = segments_BT[:, start:end, None] == segments_BT[:, None, :end]
             mask = mask & same[:, None]
-        logits_BNTS = jnp.where(mask, logits_BNTS, -jnp.inf)
-        p_BNTS = jax.nn.softmax(logits_BNTS, axis=-1).astype(v_BTNV.dtype)
+        p_BNTS = masked_softmax(logits_BNTS, mask).astype(v_BTNV.dtype)
         outputs.append(jnp.einsum("BNTS,BSNV->BTNV", p_BNTS, v_BTNV[:, :end]))
     return jnp.concatenate(outputs, axis=1)
+
+
+@jax.custom_vjp
+def masked_softmax(logits_BNTS: jax.Array, mask: jax.Array) -> jax.Array:
+    """Softmax over the last axis of the entries where `mask`, others 0; no row may be all masked.
+
+    For the backward pass it keeps its result and nothing else: logits, mask and exponentials of
+    every layer would be the largest arrays of training at short sequences.
+    """
+    return jax.nn.softmax(jnp.where(mask, logits_BNTS, -jnp.inf), axis=-1)
+
+
+def _masked_softmax_fwd(logits_BNTS, mask):
+    p_BNTS = masked_softmax(logits_BNTS, mask)
+    return p_BNTS, p_BNTS
+
+
+def _masked_softmax_bwd(p_BNTS, dp_BNTS):
+    mean_BNT1 = jnp.sum(p_BNTS * dp_BNTS, axis=-1, keepdims=True)
+    return p_BNTS * (dp_BNTS - mean_BNT1), None
+
+
+masked_softmax.defvjp(_masked_softmax_fwd, _masked_softmax_bwd)

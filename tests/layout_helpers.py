@@ -38,6 +38,8 @@ MODEL = ModelConfig(
     mtp_depth=1, init_std=0.2,
 )  # fmt: skip
 """Weights of order 1/sqrt(d), so that no gradient is small enough to hide a wrong one."""
+SHALLOW = dataclasses.replace(MODEL, num_layers=2, num_dense_layers=0)
+"""Without the dense layer: a third less to compile, and every term of the loss is still there."""
 TRAIN = TrainConfig(
     steps=10, seq_len=16, batch_size=8, balance_weight=0.05, optimizer=OptimizerConfig(clip_norm=0)
 )
@@ -130,10 +132,14 @@ def take_step(
     return Result(trainer, state, jax.device_get(metrics))
 
 
+def step_on(config: MeshConfig = ONE_DEVICE, model: ModelConfig = MODEL) -> Result:
+    """The step of the common batch, compiled once per layout and model."""
+    return _step_on(config, model)
+
+
 @functools.cache
-def step_on(config: MeshConfig = ONE_DEVICE) -> Result:
-    """The step of the common batch, compiled once per layout."""
-    return take_step(config)
+def _step_on(config: MeshConfig, model: ModelConfig) -> Result:
+    return take_step(config, model=model)
 
 
 def assert_same_gradients(got: Any, want: Any, rtol: float = GRADIENT_RTOL) -> None:

@@ -21,7 +21,9 @@ from sharding.mesh import axis_sizes
 from tests.layout_helpers import (
     MODEL,
     ONE_DEVICE,
+    SHALLOW,
     TRAIN,
+    Result,
     assert_same_step,
     layout_of,
     random_rows,
@@ -44,7 +46,7 @@ LAYOUTS = {
     "fsdp 8": MeshConfig(fsdp=8),
     "expert 8": MeshConfig(expert=8),
 }
-DEFAULT = ("cube", "hybrid", "data 4 x tensor 2")
+DEFAULT = ("cube", "data 4 x tensor 2")
 """Compiled in the default suite; the others are slow tests."""
 
 
@@ -87,7 +89,7 @@ def test_replicas_hold_the_same_values(layout):
 @functools.cache
 def packed_step(config: MeshConfig, micro: int):
     batch = {"tokens": random_rows(), "segments": random_segments()}
-    return take_step(config, batch, micro=micro)
+    return take_step(config, batch, SHALLOW, micro=micro)
 
 
 def test_packed_documents_and_accumulation_on_a_mesh():
@@ -117,20 +119,38 @@ def test_recomputation_on_a_mesh(remat):
     assert_same_step(take_step(LAYOUTS["cube"], recipe=Recipe(remat=remat)), step_on())
 
 
+def distance(got: Result, want: Result) -> float:
+    """Norm of the difference of all gradients, relative to the norm of what is wanted."""
+    pairs = zip(jax.tree.leaves(got.state["opt"]), jax.tree.leaves(want.state["opt"]), strict=True)
+    squares = [(np.sum(np.square(np.asarray(a) - b)), np.sum(np.square(b))) for a, b in pairs]
+    return math.sqrt(sum(error for error, _ in squares) / sum(size for _, size in squares))
+
+
 @pytest.mark.slow
 def test_bf16_step_on_a_mesh():
-    """Same as bf16 on one device up to bf16's 2^-8 per operation, and near fp32."""
+    """bf16 moves a token in a hundred to another expert, which is most of a gradient's error: 0.12
+    on one device, 0.24 where tensor shards also round their parts of a sum, 0.003 between layouts
+    that round alike."""
     recipe = Recipe(dtype="bfloat16", remat="selective")
-    mesh, one = take_step(LAYOUTS["cube"], recipe=recipe), take_step(recipe=recipe)
-    assert mesh.metrics["moe/dropped_tokens"] == 0
-    for result, rtol in ((one, 0.01), (step_on(), 0.02)):
-        for name in ("train/loss", "train/mtp_loss", "train/grad_norm"):
-            np.testing.assert_allclose(mesh.metrics[name], result.metrics[name], rtol=rtol)
-    tokens = TRAIN.batch_size * TRAIN.seq_len
-    np.testing.assert_array_equal(
-        mesh.metrics["counts_LE"].sum(-1), tokens * MODEL.experts_per_token
+    one, replicas, cube = (
+        jax.device_get(take_step(mesh, recipe=recipe)._replace(trainer=None))
+        for mesh in (ONE_DEVICE, LAYOUTS["data 8"], LAYOUTS["cube"])
     )
-    assert all(x.dtype == np.float32 for x in jax.tree.leaves(mesh.state["params"]))
+    exact = jax.device_get(step_on()._replace(trainer=None))
+    assert 0.01 < distance(one, exact) < 0.2
+    assert distance(replicas, one) < 0.01
+    assert distance(cube, exact) < 3 * distance(one, exact)
+    chosen = TRAIN.batch_size * TRAIN.seq_len * MODEL.experts_per_token
+    for result in (one, replicas, cube):
+        for name, rtol in (
+            ("train/loss", 0.005),
+            ("train/mtp_loss", 0.005),
+            ("train/grad_norm", 0.03),
+        ):
+            np.testing.assert_allclose(result.metrics[name], exact.metrics[name], rtol=rtol)
+        assert result.metrics["moe/dropped_tokens"] == 0
+        np.testing.assert_array_equal(result.metrics["counts_LE"].sum(-1), chosen)
+        assert all(x.dtype == np.float32 for x in jax.tree.leaves(result.state["params"]))
 
 
 def bytes_on_one_device(tree) -> int:
@@ -185,7 +205,7 @@ def models(draw) -> ModelConfig:
 
 
 @pytest.mark.slow
-@hypothesis.settings(max_examples=6)
+@hypothesis.settings(max_examples=3, phases=[hypothesis.Phase.generate])
 @hypothesis.given(layouts(), models(), st.sampled_from([1, 2]), st.booleans())
 def test_any_layout_of_any_model(layout, model, micro, packed):
     """The property behind the list above."""

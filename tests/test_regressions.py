@@ -24,6 +24,7 @@ from tests.layout_helpers import (
     MODEL,
     ONE_DEVICE,
     SCALAR_RTOL,
+    SHALLOW,
     TRAIN,
     assert_same_gradients,
     assert_same_step,
@@ -32,11 +33,13 @@ from tests.layout_helpers import (
     random_rows,
     random_segments,
     start,
-    step_on,
     take_step,
 )
+from tests.layout_helpers import step_on as step_of
 from training.step import Trainer
 
+step_on = functools.partial(step_of, model=SHALLOW)
+"""One step of the smaller model on a layout (one device if none is given)."""
 FSDP, EXPERT = MeshConfig(fsdp=8), MeshConfig(expert=8)
 RATE = KNOBS["bias_update_rate"]
 
@@ -194,9 +197,6 @@ def test_balance_loss_is_1_at_uniform_load(K):
 
 # Gradient accumulation
 
-SHALLOW = dataclasses.replace(MODEL, num_layers=1, num_dense_layers=0)
-"""One MoE layer and the MTP module: every term of the loss."""
-
 
 @functools.cache
 def gradients_of(micro: int):
@@ -220,7 +220,7 @@ def gradients_of(micro: int):
     return call
 
 
-@pytest.mark.parametrize("micro", [2, 4])
+@pytest.mark.parametrize("micro", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_auxiliary_losses_keep_their_gradient_under_accumulation(micro):
     """Elsewhere: the total was divided by the number of tokens, normalised auxiliary terms with it;
     at 4M tokens a step MTP and balance loss were off, and the reported loss unchanged."""
@@ -291,7 +291,7 @@ def test_gradient_norm_is_that_of_all_gradients_on_every_layout(layout):
 
 def test_recomputation_does_not_count_tokens_twice():
     """Elsewhere: a counter written in the forward pass was written again by recomputation."""
-    again = take_step(recipe=Recipe(remat="full"))
+    again = take_step(model=SHALLOW, recipe=Recipe(remat="full"))
     assert_same_step(again, step_on())
     chosen = TRAIN.batch_size * TRAIN.seq_len * MODEL.experts_per_token
     np.testing.assert_array_equal(again.metrics["counts_LE"].sum(-1), [chosen] * 3)

@@ -18,8 +18,8 @@ from sharding.config import MeshConfig
 from tests.layout_helpers import (
     FP32,
     KNOBS,
-    MODEL,
     ONE_DEVICE,
+    SHALLOW,
     TRAIN,
     layout_of,
     micro_batches,
@@ -30,7 +30,6 @@ from tests.layout_helpers import (
 from training.config import OptimizerConfig
 from training.step import Trainer
 
-SHALLOW = dataclasses.replace(MODEL, num_layers=1, num_dense_layers=0)
 CLIP = 0.25
 """Below the gradient norm of the first step."""
 TRAINER = Trainer(
@@ -119,7 +118,7 @@ def test_ema_follows_the_updated_weights():
 def test_load_metric_is_the_busiest_expert_of_the_worst_layer():
     _, _, metrics = first_step()
     loads = [counts.max() / counts.mean() for counts in metrics["counts_LE"]]
-    assert len(loads) == 2
+    assert len(loads) == 3
     np.testing.assert_allclose(metrics["moe/load_max_over_mean"], max(loads), rtol=1e-6)
     assert metrics["moe/dropped_tokens"] == 0
 
@@ -221,31 +220,32 @@ def test_a_batch_that_does_not_split_is_refused():
 # Evaluation
 
 
+@jax.jit
+def hidden_states(params, bias, batch):
+    """Of the main model and of the MTP module."""
+    inputs, targets_BT, _ = inputs_and_targets(batch)
+    output = bind(SHALLOW, params, bias)(inputs, FP32, next_ids_BT=targets_BT)
+    return output.hidden_BTD, output.mtp_hidden[0]
+
+
 @functools.cache
-def evaluated():
+def evaluated(seed: int):
     """What `evaluate` sums, and full logits of the main model and of the MTP module, float64."""
     host = start(TRAINER)
     params, bias = host["params"], host["router_bias"]
     # The first four tokens win nearly always, so that drafts agree often.
     params["head"]["kernel"][:, 4:] *= 0.1
-    batch = {"tokens": random_rows(), "segments": random_segments()}
+    batch = {"tokens": random_rows(seed), "segments": random_segments()}
     rows = {name: micro_batches(array) for name, array in batch.items()}
     sums = jax.device_get(TRAINER.evaluate(params, bias, rows))
-
-    @jax.jit
-    def hidden(params, bias):
-        inputs, targets_BT, _ = inputs_and_targets(batch)
-        output = bind(SHALLOW, params, bias)(inputs, FP32, next_ids_BT=targets_BT)
-        return output.hidden_BTD, output.mtp_hidden[0]
-
     kernel = params["head"]["kernel"].astype(np.float64)
-    main, ahead = (np.asarray(x, np.float64) @ kernel for x in hidden(params, bias))
+    main, ahead = (np.asarray(x) @ kernel for x in hidden_states(params, bias, batch))
     return sums, batch, main, ahead
 
 
 def test_evaluation_is_the_cross_entropy_of_the_full_logits():
     """Summed over targets that lie in the same document as their input."""
-    sums, batch, logits, _ = evaluated()
+    sums, batch, logits, _ = evaluated(0)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     tokens, segments = batch["tokens"], batch["segments"]
     nats = targets = 0
@@ -260,18 +260,16 @@ def test_evaluation_is_the_cross_entropy_of_the_full_logits():
 
 def test_acceptance_compares_a_draft_with_the_main_models_own_choice():
     """The MTP module at i drafts token i + 2; the main model chooses it at i + 1."""
-    sums, batch, main, ahead = evaluated()
-    segments = batch["segments"]
-    accepted = shifted = drafts = 0
-    for row in range(main.shape[0]):
-        for i in range(main.shape[1] - 1):
-            if segments[row, i] and segments[row, i] == segments[row, i + 2]:
-                drafts += 1
-                accepted += ahead[row, i].argmax() == main[row, i + 1].argmax()
-                shifted += ahead[row, i].argmax() == main[row, i].argmax()
-    assert sums["drafts"] == drafts > 50
-    assert sums["accepted"] == accepted > 10
-    assert accepted != shifted
+    shifted = []
+    for seed in range(4):
+        sums, batch, main, ahead = evaluated(seed)
+        own_BT, draft_BT = main.argmax(-1), ahead.argmax(-1)
+        segments = batch["segments"]
+        drafts = (segments[:, :-2] == segments[:, 2:]) & (segments[:, :-2] > 0)
+        assert sums["drafts"] == drafts.sum() > 50
+        assert sums["accepted"] == ((draft_BT[:, :-1] == own_BT[:, 1:]) & drafts).sum() > 5
+        shifted.append(((draft_BT[:, :-1] == own_BT[:, :-1]) & drafts).sum() - sums["accepted"])
+    assert any(shifted), "the wrong position would count the same: the batches prove nothing"
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 3000, 1 << 20])
