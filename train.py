@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,10 @@ def start_devices(command: Command) -> None:
     import jax
 
     from sharding.mesh import emulate_devices
+    from training.host_memory import keep_freed_memory
 
+    if command.emulate or find_spec("jax_cuda13_plugin") is None:
+        keep_freed_memory()
     if command.emulate:
         emulate_devices(command.emulate)
     if command.compilation_cache:
