@@ -12,8 +12,8 @@ import os
 import sys
 import time
 
-import torch
-import transformers
+import torch  # pyright: ignore[reportMissingImports]
+import transformers  # pyright: ignore[reportMissingImports]
 
 
 def main() -> None:

@@ -80,7 +80,10 @@ class Trainer:
     @functools.cached_property
     def init(self):
         """`state = init(key)`, created in place, shard by shard."""
-        return jax.jit(self._initial_state, out_shardings=self.shardings)
+        # It runs once; on CPU, LLVM's optimisation of it takes four times as long as it saves.
+        on_cpu = self.layout.mesh.devices.flat[0].platform == "cpu"
+        options = {"xla_backend_optimization_level": 0} if on_cpu else None
+        return jax.jit(self._initial_state, out_shardings=self.shardings, compiler_options=options)
 
     @functools.cached_property
     def step(self):
@@ -238,6 +241,7 @@ class Trainer:
     def _evaluate(self, params, router_bias, batch: Batch) -> dict[str, jax.Array]:
         with use_layout(self.layout):
             model = bind(self.model, params, router_bias)
+            assert batch["tokens"].shape[0] == 1, "an evaluation batch is one micro batch"
             batch = {name: rows[0] for name, rows in batch.items()}
             tokens, targets_BT, weights_BT = inputs_and_targets(batch)
             output = model(tokens, self.recipe, next_ids_BT=targets_BT)
