@@ -1,0 +1,49 @@
+"""What `make train` reaches: held-out bits per byte against gzip -9, and the time of its steps.
+
+    python -m bench.tiny [--write] [--run-dir runs/tiny]
+
+Runs the command of `make train`; a run that is complete is only evaluated again.
+"""
+
+import argparse
+import pathlib
+import subprocess
+import sys
+
+from bench.report import write_section
+from training.metrics import read_metrics
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+COMMAND = ["train.py", "--config", "tiny", "--emulate", "8", "--layout", "cube"]
+
+
+def main() -> None:
+    """Run, collect, print, and with --write record."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run-dir", default="runs/tiny")
+    parser.add_argument("--write", action="store_true", help="record in bench/results.md")
+    options = parser.parse_args()
+    done = subprocess.run(
+        [sys.executable, *COMMAND, "--run-dir", options.run_dir],
+        cwd=ROOT, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    held_out = next(line for line in done.stdout.splitlines() if line.startswith("held-out text:"))
+    records = read_metrics(ROOT / options.run_dir)
+    seconds = sum(record["perf/step_s"] for record in records)
+    last = records[-1]
+    lines = [
+        f"`python {' '.join(COMMAND)}`, the command of `make train`: {held_out}.",
+        "",
+        f"{len(records)} steps, {last['train/tokens']:,.0f} tokens, {seconds:.0f} s in steps "
+        f"(compilation of the first included, evaluation not); busiest expert "
+        f"{last['moe/load_max_over_mean']:.2f} times the mean in the last step; "
+        f"{last['train/skipped_steps']:.0f} skipped steps; "
+        f"{sum(record['moe/dropped_tokens'] for record in records):.0f} dropped tokens.",
+    ]
+    print("\n".join(lines))
+    if options.write:
+        write_section("Tiny after make train", lines)
+
+
+if __name__ == "__main__":
+    main()
