@@ -19,7 +19,7 @@ COMMAND = ["train.py", "--config", "tiny", "--emulate", "8", "--layout", "cube"]
 
 def main() -> None:
     """Run, collect, print, and with --write record."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="What `make train` reaches.")
     parser.add_argument("--run-dir", default="runs/tiny")
     parser.add_argument("--write", action="store_true", help="record in bench/results.md")
     options = parser.parse_args()

@@ -361,7 +361,9 @@ def test_no_registry_hosts_and_no_paths_of_one_machine():
     written = [
         path for path in project_files() if path.suffix not in {".npz", ".png", ".safetensors"}
     ]
-    hosts = r"pyp[i][.]org|python[h]osted|npm[j]s[.]|debia[n][.]org|--(extra-)?index[-]url|[.]wh[l]\b"
+    hosts = (
+        r"pyp[i][.]org|python[h]osted|npm[j]s[.]|debia[n][.]org|--(extra-)?index[-]url|[.]wh[l]\b"
+    )
     homes = r"(?<![\w.])/(root|work|farm|home|Users)/\w"
     found = lines_matching(written, f"{hosts}|{homes}")
     found = [line for line in found if not line.startswith("tests/test_structure.py")]
