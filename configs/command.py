@@ -32,7 +32,8 @@ class Command:
     compilation_cache: str = "cache/xla"
     """Folder that keeps compiled programs between runs; empty keeps none."""
     distributed: Literal["auto", "on", "off"] = "auto"
-    """Several processes: auto when Slurm, Open MPI or a coordinator option says so."""
+    """Several processes: auto when Slurm, Open MPI or --coordinator says so; on lets JAX detect the
+    cluster, Kubernetes included."""
     coordinator: str = ""
     """HOST:PORT of process 0, where no cluster manager is detected."""
     num_processes: int = 0

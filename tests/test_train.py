@@ -137,6 +137,14 @@ def test_run_leaves_everything_behind(straight, capsys):
     assert json.loads((straight / "config.json").read_text())["model"]["hidden_size"] == 32
 
 
+def test_profile_writes_a_trace(options, stopped, tmp_path):
+    """Also when the window reaches beyond the last step."""
+    folder = tmp_path / "profiled"
+    shutil.copytree(stopped, folder)
+    assert run(options, folder, "--profile", "1:9") == 0
+    assert list((folder / "profile").rglob("*.xplane.pb"))
+
+
 def test_complete_run_says_so(options, straight, capsys):
     """Typing the command again trains nothing, and prints the result again."""
     assert run(options, straight) == 0

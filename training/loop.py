@@ -53,6 +53,7 @@ class Loop:
 
     def __post_init__(self):
         self.first_step = int(self.state["step"])
+        self._tracing = False
 
     def run(self, batches: Iterator[Mapping[str, np.ndarray]], rows: range) -> str:
         """Train on `batches`, of which this process holds `rows` of every micro batch.
@@ -78,6 +79,7 @@ class Loop:
                 if _anyone(stop.requested):
                     stopped = stop.signal_name or "a signal to another process"
                     break
+            self._stop_trace()
         self.save({})
         return stopped
 
@@ -140,12 +142,19 @@ class Loop:
             )
 
     def _trace(self, steps_run: int) -> None:
+        """Start or stop the profiler before step number `steps_run` of this process."""
         if self.profile and steps_run == self.profile.start:
             jax.profiler.start_trace(str(self.run_dir / "profile"))
-        if self.profile and steps_run == self.profile.stop:
+            self._tracing = True
+        elif steps_run == self.profile.stop:
+            self._stop_trace()
+
+    def _stop_trace(self) -> None:
+        if self._tracing:
             jax.block_until_ready(self.state)
             jax.profiler.stop_trace()
-            self.display.note(f"trace of {len(self.profile)} steps: {self.run_dir}/profile")
+            self._tracing = False
+            self.display.note(f"trace: {self.run_dir}/profile")
 
 
 def _anyone(flag: bool) -> bool:
