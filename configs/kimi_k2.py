@@ -1,7 +1,7 @@
 """Kimi-K2: 1.03 T parameters, 32.9 B active, 15.5 T tokens; V3's code with other values.
 
-Moonshot's training recipe (MuonClip) is not published in full: Muon with V3's kind of schedule
-stands in, and QK-clip is not there. The shape is exact.
+The shape is exact, the training recipe is not: Muon with V3's kind of schedule stands in for
+MuonClip, whose QK-clip is not there.
 
     python train.py --config kimi_k2 --print-config --emulate 8
 """

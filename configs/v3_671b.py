@@ -1,7 +1,7 @@
 """DeepSeek-V3: 671 B parameters, 37.6 B active, 14.8 T tokens, as published.
 
 Group-limited routing, loss-free balancing, balance loss, MTP and the fp32 gate are on. The batch
-ramp is taken in 16 plateaus: its published ends and length are kept, its shape is not published.
+ramp is taken in 17 plateaus: its published ends and length are kept, its shape is not published.
 Published cost: 2,048 H800, 2,664 K GPU hours, about 1,540 tokens/s per GPU with FP8 and 16 pipeline
 stages. Look at it on any machine:
 
