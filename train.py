@@ -185,10 +185,31 @@ def held_out_evaluation(trainer: "Trainer", prepared: "Prepared", max_batches: i
     return lambda state: evaluate(trainer, state, reader, rows, num_rows)
 
 
-def make_loop(run: RunConfig, trainer: "Trainer", prepared: "Prepared", profile: range) -> "Loop":
-    """Restore the newest good checkpoint or initialise, and wire the parts together."""
+def initial_state(run: RunConfig, trainer: "Trainer", init_from: str, say) -> Any:
+    """Random weights, or those of `init_from`, with fresh optimizer state."""
     import jax
 
+    if not init_from:
+        return trainer.init(jax.random.key(run.seed))
+    from checkpoint.weights import load_initial
+
+    state = trainer.init(jax.random.key(run.seed))
+    for tree in ("params", "router_bias"):  # make room; only MTP modules may be missing elsewhere
+        state[tree] = {name: x for name, x in state[tree].items() if name == "mtp"}
+    averaged = state.pop("ema", None) is not None
+    loaded, note = load_initial(Path(init_from), run.model, trainer.abstract_state)
+    say(note)
+    for tree in ("params", "router_bias"):
+        state[tree] |= loaded[tree]
+    if averaged:
+        state["ema"] = jax.tree.map(lambda x: x.copy(), state["params"])
+    return state
+
+
+def make_loop(
+    run: RunConfig, trainer: "Trainer", prepared: "Prepared", profile: range, init_from: str, say
+) -> "Loop":
+    """Restore the newest good checkpoint or initialise, and wire the parts together."""
     from checkpoint.manager import CheckpointManager
     from model.costs import train_flops_per_token
     from training.display import Display
@@ -200,7 +221,7 @@ def make_loop(run: RunConfig, trainer: "Trainer", prepared: "Prepared", profile:
     checkpoints = CheckpointManager(run_dir / "checkpoints", run.checkpoint)
     state = checkpoints.restore(trainer.abstract_state)
     if state is None:
-        state = trainer.init(jax.random.key(run.seed))
+        state = initial_state(run, trainer, init_from, say)
     mesh = trainer.layout.mesh
     flops = train_flops_per_token(run.model, run.train.seq_len)
     return Loop(
@@ -320,16 +341,16 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     say("\n".join(derived))
     try:
-        return run_to_end(run, trainer, profile, say)
+        return run_to_end(run, trainer, profile, command.init_from, say)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
 
 
-def run_to_end(run: RunConfig, trainer: "Trainer", profile: range, say) -> int:
+def run_to_end(run: RunConfig, trainer: "Trainer", profile: range, init_from: str, say) -> int:
     """Data, loop, and what is left behind."""
     prepared = prepare_data(run, say)
-    loop = make_loop(run, trainer, prepared, profile)
+    loop = make_loop(run, trainer, prepared, profile, init_from, say)
     if _is_first_process():
         settings = json.dumps(dataclasses.asdict(run), indent=1)
         (loop.run_dir / "config.json").write_text(settings)

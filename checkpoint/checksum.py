@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 # Odd multipliers per dimension (the first digits of the golden ratio, pi, e, sqrt 2, sqrt 3, ...).
@@ -26,6 +27,22 @@ def checksums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
     # One after the other: programs with collectives in flight at once can starve each other of the
     # threads that emulated devices share.
     return {name: int(_weighted_sum(array)) for name, array in arrays.items()}
+
+
+def part_checksum(part: np.ndarray, start: tuple[int, ...]) -> int:
+    """What a part of an array adds to its fingerprint; `start` is its first element's index.
+
+    The fingerprint is the sum over all parts modulo 2^32. In main memory, for arrays that never
+    are in it whole. Takes four times the part's memory.
+    """
+    words = np.ascontiguousarray(part).view(f"u{part.dtype.itemsize}").astype(np.uint32)
+    weights = np.zeros(part.shape, np.uint32)
+    for dim, stride in zip(range(part.ndim), _STRIDES, strict=False):
+        places = np.arange(start[dim], start[dim] + part.shape[dim], dtype=np.uint32)
+        weights += (places * np.uint32(stride)).reshape((-1,) + (1,) * (part.ndim - dim - 1))
+    words += np.uint32(1)
+    words *= weights | np.uint32(1)
+    return int(words.sum(dtype=np.uint32))
 
 
 @jax.jit

@@ -25,6 +25,9 @@ class Command:
     """Layout by name, instead of the preset's; single axes: --mesh.AXIS."""
     emulate: int = 0
     """Run on this many emulated CPU devices; 0 takes the devices that are there."""
+    init_from: str = ""
+    """Weights that a new run starts from, with fresh optimizer state: a run folder or a Hugging
+    Face folder of the same model. A run that has a checkpoint goes on from that."""
     print_config: bool = False
     """Print the resolved configuration and everything derived from it, then stop."""
     profile: str = ""

@@ -73,6 +73,21 @@ def bind(config: ModelConfig, params: Tree, router_bias: Tree) -> DeepSeekV3:
     return nnx.merge(graph, _fill(params_state, params), _fill(bias_state, router_bias))
 
 
+def bind_part(config: ModelConfig, name: str, params: Tree, router_bias: Tree) -> nnx.Module:
+    """One attribute of the model with these weights.
+
+    For `dense_layers`, `moe_layers` and `mtp`, the weights of a single layer, without the leading
+    axis, give a single layer.
+    """
+    graph, params_state, bias_state = _abstract_part(config, name)
+    return nnx.merge(graph, _fill(params_state, params), _fill(bias_state, router_bias))
+
+
+@functools.cache
+def _abstract_part(config: ModelConfig, name: str):
+    return _split(nnx.eval_shape(lambda: getattr(DeepSeekV3(config, nnx.Rngs(0)), name)))
+
+
 def _fill(state: nnx.State, values: Tree) -> nnx.State:
     filled = jax.tree.map(lambda x: x, state)
     nnx.replace_by_pure_dict(filled, values)

@@ -1,7 +1,11 @@
-"""Multi-head latent attention, expanded form (V3 report, eq. 1-11; V2 report, section 2.1).
+"""Multi-head latent attention (V3 report, eq. 1-11; V2 report, section 2.1), in both its forms.
+
+Expanded: keys and values of every head are computed from the latents; for training and prefill.
+Absorbed: queries are taken into the latent space instead, and attention runs over a cache that
+holds one latent and one rotary key per token, never expanded; for decoding. They are equal.
 
 Letters: B batch, T query and S key positions, D hidden width, C latent width, N heads,
-H query/key channels (nope then rope), R rope channels, V value channels.
+H query/key channels (nope then rope), R rope channels, V value channels, L = C + R cached channels.
 """
 
 import jax
@@ -42,37 +46,88 @@ class MLA(nnx.Module):
         self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None
     ) -> jax.Array:
         """Causal attention within each segment (everything is one segment if None)."""
-        q_BTNH, k_BTNH, v_BTNV = self.expand(x_BTD, positions_BT)
-        scale = softmax_scale(self.config)
-        o_BTNV = keep(causal_attention(q_BTNH, k_BTNH, v_BTNV, scale, segments_BT))
-        # y[B, T, D]{U_tp} -> AllReduce_tp -> y[B, T, D]
-        return constrain(project("BTNV,NVD->BTD", o_BTNV, self.w_o), "batch", "seq", "embed")
+        return self.expanded(x_BTD, positions_BT, segments_BT)[0]
 
-    def expand(self, x_BTD, positions_BT) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries, keys [B, T, N, H] and values [B, T, N, V] of every head."""
+    def expanded(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Causal attention [B, T, D], and what a cache keeps of these tokens [B, T, L]."""
         c, nope = self.config, self.config.qk_nope_head_dim
-        cos, sin = rotation(c, positions_BT)
+        cos_sin = rotation(c, positions_BT)
+        q_BTNH = self.queries(x_BTD, *cos_sin)
+        latents_BTL = self.latents(x_BTD, *cos_sin)
+        c_kv_BTC, k_rope_BTR = jnp.split(latents_BTL, [c.kv_lora_rank], axis=-1)
+        kv = project("BTC,CNH->BTNH", c_kv_BTC, self.w_ukv)  # eq. 2, 5: per head [k_nope | v]
+        k_rope = jnp.broadcast_to(k_rope_BTR[:, :, None], (*kv.shape[:3], c.qk_rope_head_dim))
+        k_BTNH = jnp.concatenate([kv[..., :nope], k_rope], axis=-1)  # eq. 4
+
+        def heads(x):
+            return constrain(x, "batch", "seq", "heads", "head_dim")
+
+        q_BTNH, k_BTNH, v_BTNV = heads(q_BTNH), heads(k_BTNH), heads(kv[..., nope:])
+        o_BTNV = keep(causal_attention(q_BTNH, k_BTNH, v_BTNV, softmax_scale(c), segments_BT))
+        return self.output(o_BTNV), latents_BTL
+
+    def absorbed(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, cache_BSL: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The same attention [B, T, D] for T new tokens over a cache, and the cache with them in.
+
+        A token's place in the cache is its position; positions of one row are consecutive. Slots
+        beyond a query's own position may hold anything finite. Source: V2 report, section 2.1.2
+        (W_UK absorbed by the queries, W_UV by the output).
+        """
+        c, nope = self.config, self.config.qk_nope_head_dim
+        cos_sin = rotation(c, positions_BT)
+        q_BTNH = self.queries(x_BTD, *cos_sin)
+        cache_BSL = _write(cache_BSL, self.latents(x_BTD, *cos_sin), positions_BT[:, 0])
+        w_ukv = self.w_ukv[...].astype(x_BTD.dtype)
+        q_BTNC = jnp.einsum("BTNH,CNH->BTNC", q_BTNH[..., :nope], w_ukv[..., :nope])
+        q_BTNL = jnp.concatenate([q_BTNC, q_BTNH[..., nope:]], axis=-1)
+        q_BTNL = constrain(q_BTNL, "batch", "seq", "heads", None)
+        logits_BNTS = softmax_scale(c) * jnp.einsum(
+            "BTNL,BSL->BNTS", q_BTNL, cache_BSL, preferred_element_type=jnp.float32
+        )
+        seen_BTS = jnp.arange(cache_BSL.shape[1]) <= positions_BT[:, :, None]
+        p_BNTS = masked_softmax(logits_BNTS, seen_BTS[:, None]).astype(x_BTD.dtype)
+        # Over whole cache rows, rotary key included: a slice of the cache would be a copy of it.
+        o_BTNL = jnp.einsum("BNTS,BSL->BTNL", p_BNTS, cache_BSL)
+        o_BTNV = jnp.einsum("BTNC,CNV->BTNV", o_BTNL[..., : c.kv_lora_rank], w_ukv[..., nope:])
+        return self.output(o_BTNV), cache_BSL
+
+    def queries(self, x_BTD: jax.Array, cos_BTJ: jax.Array, sin_BTJ: jax.Array) -> jax.Array:
+        """Queries of every head, nope channels then rotated ones [B, T, N, H]."""
+        c, nope = self.config, self.config.qk_nope_head_dim
         if c.q_lora_rank is None:
             q_BTNH = project("BTD,DNH->BTNH", x_BTD, self.w_q)
         else:
             down_BTC = keep(project("BTD,DC->BTC", x_BTD, self.w_dq))
             c_q_BTC = self.q_norm(down_BTC)  # eq. 6
             q_BTNH = project("BTC,CNH->BTNH", c_q_BTC, self.w_uq)  # eq. 7, 8
-        q_rope = rotate(q_BTNH[..., nope:], cos, sin, c.rope_interleaved)
-        q_BTNH = jnp.concatenate([q_BTNH[..., :nope], q_rope], axis=-1)  # eq. 9
+        q_rope = rotate(q_BTNH[..., nope:], cos_BTJ, sin_BTJ, c.rope_interleaved)
+        return jnp.concatenate([q_BTNH[..., :nope], q_rope], axis=-1)  # eq. 9
 
-        down_BTC = keep(project("BTD,DC->BTC", x_BTD, self.w_dkv))  # eq. 1 and the key of eq. 3
-        c_kv_BTC = self.kv_norm(down_BTC[..., : c.kv_lora_rank])
-        # One rotary key per token, not normalised, shared by all heads.
-        k_rope = rotate(down_BTC[..., None, c.kv_lora_rank :], cos, sin, c.rope_interleaved)
-        kv = project("BTC,CNH->BTNH", c_kv_BTC, self.w_ukv)  # eq. 2, 5: per head [k_nope | v]
-        k_rope = jnp.broadcast_to(k_rope, (*kv.shape[:3], c.qk_rope_head_dim))
-        k_BTNH = jnp.concatenate([kv[..., :nope], k_rope], axis=-1)  # eq. 4
+    def latents(self, x_BTD: jax.Array, cos_BTJ: jax.Array, sin_BTJ: jax.Array) -> jax.Array:
+        """Normed key-value latent, then the rotated key that all heads share [B, T, L]."""
+        c = self.config
+        down_BTL = keep(project("BTD,DC->BTC", x_BTD, self.w_dkv))  # eq. 1 and the key of eq. 3
+        c_kv_BTC = self.kv_norm(down_BTL[..., : c.kv_lora_rank])
+        # One rotary key per token, not normalised.
+        k_rope = down_BTL[..., None, c.kv_lora_rank :]
+        k_rope = rotate(k_rope, cos_BTJ, sin_BTJ, c.rope_interleaved)
+        return jnp.concatenate([c_kv_BTC, k_rope[:, :, 0]], axis=-1)
 
-        def heads(x):
-            return constrain(x, "batch", "seq", "heads", "head_dim")
+    def output(self, o_BTNV: jax.Array) -> jax.Array:
+        """Outputs of the heads to the residual stream (eq. 11)."""
+        # y[B, T, D]{U_tp} -> AllReduce_tp -> y[B, T, D]
+        return constrain(project("BTNV,NVD->BTD", o_BTNV, self.w_o), "batch", "seq", "embed")
 
-        return heads(q_BTNH), heads(k_BTNH), heads(kv[..., nope:])
+
+def _write(cache_BSL: jax.Array, new_BTL: jax.Array, start_B: jax.Array) -> jax.Array:
+    """The cache with T new entries per row, the first of row b at slot start[b]."""
+    put = jax.vmap(lambda row, new, start: jax.lax.dynamic_update_slice(row, new, (start, 0)))
+    cache_BSL = put(cache_BSL, new_BTL.astype(cache_BSL.dtype), start_B)
+    return constrain(cache_BSL, "batch", None, None)
 
 
 def causal_attention(

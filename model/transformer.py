@@ -63,10 +63,14 @@ class Block(nnx.Module):
     def __call__(self, x_BTD: jax.Array, tokens: Tokens, recipe: Recipe):
         """Next hidden state [B, T, D] and the layer's MoEStats (None for a dense layer)."""
         x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), tokens.positions_BT, tokens.segments_BT)
+        return self.feed_forward(x_BTD, tokens.valid_BT, recipe)
+
+    def feed_forward(self, x_BTD: jax.Array, valid_BT: jax.Array, recipe: Recipe):
+        """The block's second half: MLP or experts on the residual stream after attention."""
         normed_BTD = self.ffn_norm(x_BTD)
         if not self.has_experts:
             return x_BTD + self.mlp(normed_BTD), None
-        y_BTD, stats = self.moe(normed_BTD, tokens.valid_BT, recipe)
+        y_BTD, stats = self.moe(normed_BTD, valid_BT, recipe)
         return x_BTD + y_BTD, stats
 
 
@@ -119,10 +123,13 @@ class MTP(nnx.Module):
         checkpoints concatenate embedding first, hidden second, unlike the paper's figure. Every
         module reads its predecessor's state after that one's output norm, the main model included.
         """
-        pair = jnp.concatenate([self.embed_norm(embedded_BTD), self.hidden_norm(hidden_BTD)], -1)
-        x_BTD = constrain(project("BTP,PD->BTD", pair, self.proj.kernel), "batch", "seq", "embed")
-        x_BTD, stats = self.block(x_BTD, tokens, recipe)
+        x_BTD, stats = self.block(self.merge(hidden_BTD, embedded_BTD), tokens, recipe)
         return self.out_norm(x_BTD), stats
+
+    def merge(self, hidden_BTD: jax.Array, embedded_BTD: jax.Array) -> jax.Array:
+        """Input of the module's block: both norms and the projection (eq. 21)."""
+        pair = jnp.concatenate([self.embed_norm(embedded_BTD), self.hidden_norm(hidden_BTD)], -1)
+        return constrain(project("BTP,PD->BTD", pair, self.proj.kernel), "batch", "seq", "embed")
 
 
 class Projection(nnx.Module):

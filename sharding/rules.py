@@ -50,6 +50,11 @@ COMPUTED: Rules = {
 }
 """Activations, and weights as a sharded region receives them."""
 
+RESIDENT: Rules = {
+    name: tuple(axis for axis in axes if axis != "fsdp") for name, axes in STORED.items()
+}
+"""Parameters while generating: whole over `fsdp`, since every token would gather them anew."""
+
 
 def spec(names: tuple[str | None, ...], rules: Rules) -> PartitionSpec:
     """Partition spec of an array whose dimensions carry these logical names (None: whole).

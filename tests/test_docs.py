@@ -238,14 +238,14 @@ def squeezed(text: str) -> str:
     return re.sub(r"[\s│─╭╮╰╯]", "", text)
 
 
-def field_texts() -> list[tuple[str, str]]:
-    """(field, docstring) of every config field whose option every preset has.
+def field_texts(files: list[pathlib.Path]) -> list[tuple[str, str]]:
+    """(field, docstring) of every config field in `files` whose option every preset has.
 
     Schedules and sources (tuples) and YaRN (None unless a preset extends the context) show the
     options of their elements, as many as a preset has.
     """
     found = []
-    for path in [*sorted(ROOT.glob("*/config.py")), ROOT / "configs/schema.py"]:
+    for path in files:
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.ClassDef) and node.name != "YarnConfig":
                 for field, text in zip(node.body, node.body[1:], strict=False):
@@ -265,5 +265,14 @@ def test_train_help_is_quick_and_complete():
     printed = squeezed(help_text("train.py", "tiny"))
     seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
     assert seconds < 10, f"train.py --help took {seconds:.1f} s: what does it import?"
-    missing = [name for name, text in field_texts() if squeezed(text) not in printed]
+    files = [path for path in ROOT.glob("*/config.py") if path.parent.name != "generation"]
+    texts = field_texts([*files, ROOT / "configs/schema.py"])
+    missing = [name for name, text in texts if squeezed(text) not in printed]
     assert not missing, f"not explained by train.py --help: {', '.join(missing)}"
+
+
+def test_generate_help_is_complete():
+    printed = squeezed(help_text("generate.py"))
+    texts = field_texts([ROOT / "generation/config.py", ROOT / "sharding/config.py"])
+    missing = [name for name, text in texts if squeezed(text) not in printed]
+    assert not missing, f"not explained by generate.py --help: {', '.join(missing)}"

@@ -7,12 +7,12 @@ import jax
 import numpy as np
 import pytest
 
+from checkpoint.hf_config import from_hf_config, to_hf_config
+from checkpoint.hf_names import from_hf, to_hf
 from model.blueprint import blueprint
 from model.config import ModelConfig
 from tests.reference.cases import CASES
 from tests.reference.golden import Reference, golden
-from tests.reference.hf_config import from_hf_config, to_hf_config
-from tests.reference.mapping import from_hf, to_hf
 
 
 @pytest.fixture(params=list(CASES))
@@ -102,6 +102,11 @@ def test_config_round_trip(ref):
         ({"model_type": "deepseek_v32"}, "model_type is 'deepseek_v32'"),
         ({"attention_bias": True}, "attention_bias is True; only False"),
         ({"num_key_value_heads": 2}, "num_key_value_heads is 2"),
+        ({"hidden_size": "32"}, "hidden_size is '32'; must be int"),
+        ({"vocab_size": True}, "vocab_size is True; must be int"),
+        ({"num_nextn_predict_layers": None}, "num_nextn_predict_layers is None; must be int"),
+        ({"rope_theta": [1]}, r"rope_theta is \[1\]; it must be a number"),
+        ({"rope_scaling": 3}, "rope scaling is 3; it must be an object"),
         ({"index_topk": 2048}, "unknown keys index_topk"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "type 'linear' not implemented"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "missing original_max_position"),

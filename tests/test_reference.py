@@ -21,13 +21,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from checkpoint.hf_config import to_hf_config
+from checkpoint.hf_names import to_hf
 from model.blueprint import bind
 from model.recipe import Recipe
 from model.router import affinities, select
 from tests.reference.cases import CASES
 from tests.reference.golden import Reference, golden, read
-from tests.reference.hf_config import to_hf_config
-from tests.reference.mapping import to_hf
 
 BLOCK_ATOL = 1e-5
 """On outputs of one block, which are of order 1; experts: times the routed scaling factor."""

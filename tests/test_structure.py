@@ -31,6 +31,7 @@ ALLOWED_IMPORTS = {
     "training": ("sharding",),
     "training/step.py": ("sharding", "model"),
     "checkpoint": ("model.config", "sharding"),
+    "generation": ("sharding", "model"),
     "configs": tuple(f"{package}.config" for package in PACKAGES if package != "configs"),
 }
 """What a package, or one file of it, may import of the project besides its own package."""

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from checkpoint.hf_config import from_hf_config
+from checkpoint.hf_names import from_hf
 from model.blueprint import bind
 from model.config import ModelConfig
 from model.transformer import Tokens
-from tests.reference.hf_config import from_hf_config
-from tests.reference.mapping import from_hf
 
 GOLDEN = pathlib.Path(__file__).resolve().parent.parent / "golden"
 

@@ -28,7 +28,7 @@ PARAMS, ROUTER_BIAS = "params", "router_bias"
 
 _FUSED = re.compile(r"(.*\.mlp\.experts\.)(gate_up_proj|down_proj)")
 # Old exports store the rotary frequencies, which the configuration determines.
-_DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")
+DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,19 +83,19 @@ def from_hf(
     says, and MTP copies of the embedding or head that differ from the main model's.
     """
     entries = [entry for entry in table(config) if entry.tree in trees]
-    copies = _shared_copies(config)
+    copies = shared_copies(config)
     state = split_fused_experts(state)
     expected = {name for entry in entries for name in entry.names.flat}
     _require_none(expected - state.keys(), "tensors are missing from the checkpoint")
     extra = {
-        name for name in state.keys() - expected - copies.keys() if not _DERIVED.fullmatch(name)
+        name for name in state.keys() - expected - copies.keys() if not DERIVED.fullmatch(name)
     }
     _require_none(extra, "tensors of the checkpoint have no place in this configuration")
     result: Tree = {tree: {} for tree in trees}
     for entry in entries:
         array = np.empty(entry.our_shape, np.float32)
         for index in np.ndindex(entry.names.shape):
-            name = entry.names[index]
+            name = str(entry.names[index])
             tensor = np.asarray(state[name])
             _require_shape(name, tensor.shape, entry.stored_shape)
             array[index] = entry.load(tensor)
@@ -131,7 +131,7 @@ def to_hf(
         for index in np.ndindex(entry.names.shape):
             state[entry.names[index]] = entry.store(array[index])
     if mtp_copies:
-        state |= {copy: state[original] for copy, original in _shared_copies(config).items()}
+        state |= {copy: state[original] for copy, original in shared_copies(config).items()}
     return fuse_experts(state) if fuse else state
 
 
@@ -222,7 +222,7 @@ def _stacked(path: str, layers: range, block: list[Entry]) -> Iterator[Entry]:
         yield dataclasses.replace(entry, path=f"{path}/{entry.path}", names=names)
 
 
-def _shared_copies(config: ModelConfig) -> dict[str, str]:
+def shared_copies(config: ModelConfig) -> dict[str, str]:
     """Tensors that released MTP layers repeat -> the main model's tensors they are copies of."""
     copies = {}
     for layer in range(config.num_layers, config.num_layers + config.mtp_depth):
@@ -277,7 +277,7 @@ def _insert(tree: Tree, path: str, value: np.ndarray) -> None:
 
 def _walk(tree: Tree, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
     for key, value in tree.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, dict):
             yield from _walk(value, f"{prefix}{key}/")
         else:
             yield prefix + key, value

@@ -31,6 +31,18 @@ _SAME_MEANING = {
 }
 """Their key -> our field, for keys every configuration has and that need no translation."""
 
+_TYPES = {
+    "q_lora_rank": (int, type(None)),
+    "n_shared_experts": (int, type(None)),
+    "routed_scaling_factor": (float, int),
+    "rms_norm_eps": (float, int),
+    "norm_topk_prob": (bool,),
+    "n_group": (int, type(None)),
+    "topk_group": (int, type(None)),
+}
+"""Types of the keys above and below; the others are int."""
+_OPTIONAL_COUNTS = {"n_group", "topk_group", "num_nextn_predict_layers", "num_mtp_layers"}
+
 _SCORING = {"deepseek_v2": "softmax", "deepseek_v3": "sigmoid", "kimi_k2": "sigmoid"}
 _TOPK_METHOD = {"deepseek_v2": "greedy", "deepseek_v3": "noaux_tc", "kimi_k2": "noaux_tc"}
 
@@ -76,13 +88,16 @@ def from_hf_config(hf: dict[str, Any]) -> ModelConfig:
         raise ValueError(
             f"config.json: model_type is {kind!r}; only {', '.join(_SCORING)} can be read"
         )
+    if missing := [key for key in _SAME_MEANING if key not in hf]:
+        raise ValueError(f"config.json: missing {', '.join(missing)}")
+    for key in sorted(hf.keys() & (_SAME_MEANING.keys() | _OPTIONAL_COUNTS)):
+        value, kinds = hf[key], _TYPES.get(key, (int,))
+        _require(hf, key, type(value) in kinds, f"must be {kinds[0].__name__}")
     for key, value in _FIXED.items():
         _require(hf, key, hf.get(key, value) == value, f"only {value!r} is implemented")
     heads = hf.get("num_key_value_heads")
     _require(hf, "num_key_value_heads", heads in (None, hf["num_attention_heads"]),
              f"must equal num_attention_heads={hf['num_attention_heads']}")  # fmt: skip
-    if missing := [key for key in _SAME_MEANING if key not in hf]:
-        raise ValueError(f"config.json: missing {', '.join(missing)}")
     fields = {ours: hf[theirs] for theirs, ours in _SAME_MEANING.items()}
     method = hf.get("topk_method", _TOPK_METHOD[kind])
     if kind == "deepseek_v2":
@@ -118,14 +133,23 @@ def _require(hf: dict[str, Any], key: str, ok: bool, why: str) -> None:
         raise ValueError(f"config.json: {key} is {hf.get(key)!r}; {why}")
 
 
+def _number(key: str, value: Any) -> float:
+    if type(value) not in (int, float):
+        raise ValueError(f"config.json: {key} is {value!r}; it must be a number")
+    return float(value)
+
+
 def _rope(hf: dict[str, Any]) -> tuple[float, YarnConfig | None]:
     """Base and extension; transformers 5 puts both in `rope_parameters`."""
-    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    theta = float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0)
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"config.json: rope scaling is {rope!r}; it must be an object")
+    theta = _number("rope_theta", rope.get("rope_theta") or hf.get("rope_theta") or 10000.0)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return theta, None
-    if kind != "yarn" or (unknown := sorted(rope.keys() - _YARN_KEYS)):
+    unknown = sorted(rope.keys() - _YARN_KEYS)
+    if kind != "yarn" or unknown:
         what = f"type {kind!r}" if kind != "yarn" else f"keys {', '.join(unknown)}"
         raise ValueError(f"config.json: rope scaling: {what} not implemented; only plain yarn is")
     if missing := [k for k in ("factor", "original_max_position_embeddings") if k not in rope]:
@@ -138,12 +162,12 @@ def _rope(hf: dict[str, Any]) -> tuple[float, YarnConfig | None]:
             "implementations disagree on one without the other, give both or neither"
         )
     return theta, YarnConfig(
-        factor=float(rope["factor"]),
+        factor=_number("factor", rope["factor"]),
         original_max_position=rope["original_max_position_embeddings"],
-        beta_fast=float(rope.get("beta_fast") or 32),
-        beta_slow=float(rope.get("beta_slow") or 1),
-        mscale=float(mscale or 1.0),
-        mscale_all_dim=float(all_dim),
+        beta_fast=_number("beta_fast", rope.get("beta_fast") or 32),
+        beta_slow=_number("beta_slow", rope.get("beta_slow") or 1),
+        mscale=_number("mscale", mscale or 1.0),
+        mscale_all_dim=_number("mscale_all_dim", all_dim),
     )
 
 

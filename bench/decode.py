@@ -1,0 +1,197 @@
+"""Decoding on CPU against `generate` of transformers with its cache, in one run.
+
+    python -m bench.decode [--rounds 3] [--tokens 32] [--cases tiny,v2_lite] [--write]
+
+Random weights in fp32, random prompts, greedy, every core on both sides; theirs runs under its own
+interpreter (`bench/hf_decode.py`). Rounds alternate; figures are medians. Compilation and prefill
+are left out on both sides: the time is that of the tokens after the first. Bytes are those a step
+must read once: weights of the layers, the experts that the batch chose on average, the head, and
+the cache; their rate is compared with a reduction over an array of 1 GiB in the same run.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bench.report import write_section
+from checkpoint.hf_config import to_hf_config
+from configs import deepseek_models, tiny
+from generation.config import Sampling
+from generation.engine import Generator
+from model.blueprint import initialize
+from model.config import ModelConfig
+from model.costs import count_parameters
+from model.recipe import Recipe
+from sharding.config import MeshConfig
+from sharding.mesh import make_mesh
+from sharding.partition import Layout
+
+HERE = pathlib.Path(__file__).resolve().parent
+GREEDY = Sampling(temperature=0)
+CONTEXT = 1024
+
+
+def cases() -> dict[str, ModelConfig]:
+    """Models of the comparison."""
+    small = dataclasses.replace(tiny.model(), max_position=8192, mtp_depth=0)
+    wide = dataclasses.replace(
+        deepseek_models.v2_lite(), num_layers=4, max_position=8192, yarn=None, init_std=0.02
+    )
+    return {"tiny": small, "v2_lite": wide}
+
+
+def bandwidth(rounds: int = 5) -> float:
+    """Bytes per second of reading an array of 1 GiB once, the best of some rounds."""
+    x = jnp.ones((64, 2**22), jnp.float32)
+    total = jax.jit(lambda x: x.max(axis=1))
+    best = float("inf")
+    for _ in range(rounds):
+        began = time.perf_counter()
+        jax.block_until_ready(total(x))
+        best = min(best, time.perf_counter() - began)
+    return x.nbytes / best
+
+
+def bytes_per_step(c: ModelConfig, batch: int, context: int) -> float:
+    """What one step must read, in fp32: see the head of this file."""
+    d, E, K = c.hidden_size, c.num_experts, c.experts_per_token
+    everything = count_parameters(c).total - c.vocab_size * d  # a step reads rows of the table
+    expert = 3 * d * c.expert_ffn_size
+    chosen = E * (1 - (1 - K / E) ** batch)
+    weights = everything - c.num_moe_layers * (E - chosen) * expert
+    cache = batch * context * c.num_layers * (c.kv_lora_rank + c.qk_rope_head_dim)
+    return 4.0 * (weights + cache)
+
+
+class Ours:
+    """Our generator with random weights."""
+
+    def __init__(self, config: ModelConfig):
+        layout = Layout(make_mesh(MeshConfig(), jax.devices()[:1]))
+        self._generator = Generator(config, Recipe(), layout)
+        params, bias = jax.jit(lambda key: initialize(config, key))(jax.random.key(0))
+        self._weights = self._generator.prepare({"params": params, "router_bias": bias}, True)
+        self._vocab = config.vocab_size
+
+    def seconds(self, batch: int, context: int, tokens: int) -> float:
+        """Time of `tokens` steps after the first token."""
+        rng = np.random.default_rng(0)
+        prompts = list(rng.integers(0, self._vocab, (batch, context)).astype(np.int32))
+        session = self._generator.start(self._weights, prompts, GREEDY, 1 + tokens)
+        while not session.done:
+            session.advance()
+        assert session.stats.decoded_tokens == batch * tokens
+        return session.stats.decode_seconds
+
+
+class Theirs:
+    """Hugging Face's model in a process of its own."""
+
+    def __init__(self, config: ModelConfig, interpreter: str):
+        environment = os.environ | {"OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
+        self._process = subprocess.Popen(
+            [interpreter, str(HERE / "hf_decode.py"), json.dumps(to_hf_config(config))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+        )
+        self.about = self._read()
+
+    def seconds(self, batch: int, context: int, tokens: int) -> float:
+        """As `Ours.seconds`."""
+        assert self._process.stdin is not None
+        print(batch, context, tokens, file=self._process.stdin, flush=True)
+        return json.loads(self._read())["seconds"]
+
+    def _read(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the reference ended with {self._process.wait()}")
+        return line.strip()
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()
+
+
+def compare(name: str, config: ModelConfig, options: argparse.Namespace) -> list[str]:
+    """Rows of the table for one model, batch 1 and 16."""
+    ours, theirs, rows = Ours(config), Theirs(config, options.interpreter), []
+    print(theirs.about, flush=True)
+    for batch in (1, 16):
+        shape = (batch, CONTEXT, options.tokens)
+        ours.seconds(*shape)  # compiles
+        theirs.seconds(batch, CONTEXT, 2)
+        rounds = [(ours.seconds(*shape), theirs.seconds(*shape)) for _ in range(options.rounds)]
+        rate = bandwidth()
+        mine, other = (statistics.median(r[i] for r in rounds) for i in (0, 1))
+        ratio = statistics.median(t / o for o, t in rounds)
+        read = bytes_per_step(config, batch, CONTEXT) * options.tokens / mine
+        count = batch * options.tokens
+        rows.append(
+            f"| {name} | {batch} | {count / mine:,.1f} | {count / other:,.1f} | {ratio:.2f} "
+            f"| {read / 1e9:.1f} | {rate / 1e9:.1f} | {100 * read / rate:.0f}% |"
+        )
+        print(rows[-1], flush=True)
+    theirs.close()
+    return rows
+
+
+def growth(config: ModelConfig, options: argparse.Namespace) -> list[str]:
+    """Cost per token against context, ours."""
+    ours, lines = Ours(config), []
+    for context in (256, 1024, 4096):
+        ours.seconds(1, context, options.tokens)
+        times = [ours.seconds(1, context, options.tokens) for _ in range(options.rounds)]
+        step = statistics.median(times) / options.tokens
+        entry = config.num_layers * (config.kv_lora_rank + config.qk_rope_head_dim)
+        lines.append(f"| {context} | {1e3 * step:.2f} | {4 * entry * context / 2**20:.1f} |")
+    return lines
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure every case and print the tables."""
+    reference = HERE.parent / ".venv-reference" / "bin" / "python"
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=32, help="tokens per round")
+    parser.add_argument("--cases", default="tiny,v2_lite")
+    parser.add_argument("--interpreter", default=str(reference), help="has torch, transformers")
+    parser.add_argument("--write", action="store_true", help="write bench/results.md")
+    options = parser.parse_args(arguments)
+    jax.config.update("jax_platforms", "cpu")
+    chosen = {name: cases()[name] for name in options.cases.split(",")}
+    lines = [
+        f"Context {CONTEXT}, fp32, greedy, {options.tokens} tokens a round.",
+        "",
+        "| model | batch | ours, tokens/s | HF, tokens/s | ratio | read, GB/s "
+        "| reduction, GB/s | share |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, config in chosen.items():
+        lines += compare(name, config, options)
+    for name, config in chosen.items():
+        lines += ["", f"{name}, batch 1, ms per token against context:", ""]
+        lines += ["| context | ms | cache, MiB |", "|---|---|---|", *growth(config, options)]
+    load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
+    lines += ["", f"Medians of {options.rounds} rounds; load averages at the end {load}."]
+    print("\n".join(lines))
+    if options.write:
+        write_section("Decoding on CPU against Hugging Face", lines)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

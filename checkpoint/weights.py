@@ -1,0 +1,195 @@
+"""Weights from wherever they are: a Hugging Face folder, or a run folder of ours.
+
+Both give the same three things: the model's configuration, whole arrays on any mesh (`load`), and
+single slices in main memory (`read`).
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import tensorstore
+
+from checkpoint import safetensors
+from checkpoint.config import CheckpointConfig
+from checkpoint.folder import find_steps, unreadable_reason
+from checkpoint.hf_reader import CARRIED, HuggingFaceFolder, is_hf_folder
+from checkpoint.manager import CheckpointManager
+from model.config import ModelConfig, YarnConfig
+
+SCALES = "scales.safetensors"
+"""In a run folder's `hf/`: the FP8 factors that its weights were imported with."""
+
+
+class Weights(Protocol):
+    """Weights that can be read."""
+
+    path: Path
+    config: ModelConfig
+
+    @property
+    def carried(self) -> list[Path]:
+        """Files of a Hugging Face release that belong to the weights."""
+        ...
+
+    def scale_inv(self, name: str) -> np.ndarray | None:
+        """FP8 factors that the tensor of this name was released with; None when there are none."""
+        ...
+
+    def read(self, tree: str, path: str, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
+        """`array[index]` of "params" or "router_bias", as `dtype`."""
+        ...
+
+    def load(self, abstract: Any, progress: Callable[[int], None] | None = None) -> Any:
+        """Arrays as the tree of ShapeDtypeStructs with shardings asks for."""
+        ...
+
+
+def open_weights(path: Path) -> Weights:
+    """Open a Hugging Face folder, or a folder of `train.py` or of `convert.py import`.
+
+    Raises ValueError that says what was looked for when it is neither, or what is wrong with it.
+    """
+    if is_hf_folder(path):
+        return HuggingFaceFolder(path)
+    if (path / "config.json").is_file() and (path / "checkpoints").is_dir():
+        return RunFolder(path)
+    what = "does not exist" if not path.exists() else "is neither"
+    raise ValueError(
+        f"{path} {what}: give a Hugging Face folder (config.json with model_type, safetensors), or "
+        "a run folder (config.json and checkpoints/, as train.py and convert.py import write)"
+    )
+
+
+class RunFolder:
+    """The newest good checkpoint of a run folder."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config = _model_config(path / "config.json")
+        good = [p for _, p in find_steps(path / "checkpoints") if unreadable_reason(p) is None]
+        if not good:
+            raise ValueError(f"{path / 'checkpoints'} holds no checkpoint that can be read")
+        self.step_folder = good[-1]
+        scales = path / "hf" / SCALES
+        self._scales = safetensors.read_header(scales) if scales.exists() else {}
+        self._open: tuple[str, Any] | None = None
+
+    @property
+    def carried(self) -> list[Path]:
+        """Files that came with an import; at least the tokenizer."""
+        imported = {file for pattern in CARRIED for file in (self.path / "hf").glob(pattern)}
+        own = self.path / "tokenizer.json"
+        return sorted(imported) or ([own] if own.exists() else [])
+
+    def scale_inv(self, name: str) -> np.ndarray | None:
+        """As `Weights.scale_inv`."""
+        return safetensors.read(self._scales[name]) if name in self._scales else None
+
+    def load(self, abstract: Any, progress: Callable[[int], None] | None = None) -> Any:
+        """As `Weights.load`; checked against the checksums of the checkpoint, cast where needed."""
+        import jax
+
+        saved = jax.tree.map(self._as_saved, self._named(abstract), abstract)
+        with CheckpointManager(
+            self.path / "checkpoints", CheckpointConfig(), read_only=True
+        ) as manager:
+            state = manager.restore(saved, partial=True)
+        if progress is not None:
+            progress(sum(x.nbytes for x in jax.tree.leaves(state)))
+        return jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), state, abstract)
+
+    def read(self, tree: str, path: str, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
+        """As `Weights.read`."""
+        name = f"{tree}/{path}"
+        if self._open is None or self._open[0] != name:
+            self._open = name, self._store(name)
+        return self._open[1][index].read().result().astype(dtype)
+
+    def _store(self, name: str) -> Any:
+        try:
+            return tensorstore.open(array_spec(self.step_folder, name), read=True).result()
+        except ValueError as error:
+            raise ValueError(f"{self.step_folder}: {name} cannot be read ({error})") from None
+
+    def _named(self, abstract: Any) -> Any:
+        import jax
+
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: jax.tree_util.keystr(path, simple=True, separator="/"), abstract
+        )
+
+    def _as_saved(self, name: str, wanted: Any) -> Any:
+        import jax
+
+        dtype = self._store(name).dtype.numpy_dtype
+        return jax.ShapeDtypeStruct(wanted.shape, dtype, sharding=wanted.sharding)
+
+
+def array_spec(step_folder: Path, name: str) -> dict[str, Any]:
+    """Where Orbax keeps the array `name` of a checkpoint, as a tensorstore spec (zarr in OCDBT)."""
+    base = f"file://{(step_folder / 'state').absolute()}"
+    return {
+        "driver": "zarr",
+        "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"},
+        "recheck_cached_data": False,
+        "recheck_cached_metadata": False,
+    }
+
+
+def _model_config(file: Path) -> ModelConfig:
+    """The "model" of a run's config.json."""
+    try:
+        fields = dict(json.loads(file.read_text(encoding="utf-8"))["model"])
+        if fields.get("yarn") is not None:
+            fields["yarn"] = YarnConfig(**fields["yarn"])
+        return ModelConfig(**fields)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} does not describe a model of this version ({error})") from None
+
+
+def differences(a: ModelConfig, b: ModelConfig) -> list[str]:
+    """Fields in which two configurations differ, init_std (not a property of weights) left out."""
+    fields = [f.name for f in dataclasses.fields(ModelConfig) if f.name != "init_std"]
+    return [
+        f"{name}: {getattr(a, name)} against {getattr(b, name)}"
+        for name in fields
+        if getattr(a, name) != getattr(b, name)
+    ]
+
+
+def load_initial(path: Path, config: ModelConfig, abstract: Any) -> tuple[Any, str]:
+    """({"params", "router_bias"}, what was loaded) for a new run of the model `config`.
+
+    `abstract` has the structure, types and shardings wanted. Weights without MTP modules serve a
+    model with them: the returned trees then lack "mtp", and the text says so. Raises ValueError
+    that lists the fields in which the two models differ otherwise.
+    """
+    weights = open_weights(path)
+    without_mtp = weights.config.mtp_depth == 0 and config.mtp_depth > 0
+    wanted = dataclasses.replace(config, mtp_depth=0) if without_mtp else config
+    if unlike := differences(weights.config, wanted):
+        raise ValueError(
+            f"{path} holds another model than this run's:\n  "
+            + "\n  ".join(unlike)
+            + "\n(weights against run); give the run the same --config or --model.* fields"
+        )
+    if without_mtp:
+        abstract = {
+            tree: {k: v for k, v in abstract[tree].items() if k != "mtp"}
+            for tree in ("params", "router_bias")
+        }
+    loaded = weights.load({tree: abstract[tree] for tree in ("params", "router_bias")})
+    note = f"weights from {path}, fresh optimizer state"
+    return loaded, note + ("; it has no MTP modules, these start at random" if without_mtp else "")
+
+
+def total_bytes(config: ModelConfig, itemsize: int) -> int:
+    """Bytes of all weights of a model at `itemsize` bytes each."""
+    from checkpoint.hf_names import table
+
+    return itemsize * sum(math.prod(entry.our_shape) for entry in table(config))

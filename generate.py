@@ -1,0 +1,331 @@
+"""Text from a checkpoint: `python generate.py --checkpoint runs/tiny --prompt "def "`.
+
+The checkpoint is a run folder of train.py or convert.py, or a Hugging Face folder. `generate.py
+score --checkpoint DIR --tokens FILE.npy` writes logits or prints the loss of given tokens.
+"""
+
+import argparse
+import dataclasses
+import json
+import logging
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from generation.config import Sampling
+from generation.stats import Stats
+from sharding.config import LAYOUTS, MeshConfig
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from checkpoint.weights import Weights
+    from data.tokenizer import Tokenizer
+    from sharding.partition import Layout
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Common:
+    """What generation and scoring share."""
+
+    checkpoint: Path
+    """Run folder of train.py or convert.py, or Hugging Face folder."""
+    layout: Literal[("", *LAYOUTS)] = ""  # pyright: ignore[reportInvalidTypeForm]
+    """Layout by name; single axes: --mesh.AXIS."""
+    mesh: MeshConfig = MeshConfig(data=-1)
+    """Devices per mesh axis; weights are whole over fsdp while generating."""
+    emulate: int = 0
+    """Run on this many emulated CPU devices; 0 takes the devices that are there."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of activations and matrix products."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generate(Common):
+    """Generate text. Several prompts are one batch. Text goes to stdout, figures to stderr."""
+
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A prompt; may be given again."""
+    prompts: Path | None = None
+    """File of prompts: one per line, or .jsonl of {"prompt": ..} or {"messages": [..]}."""
+    prompt_ids: str = ""
+    """A prompt as token ids, 1,2,3; the answer is ids too. Needs no tokenizer."""
+    chat: bool = False
+    """Put prompts into the conversation template of V3 and R1."""
+    system: str = ""
+    """System prompt, with --chat."""
+    think: bool = False
+    """Open the answer with <think>, with --chat."""
+    max_new_tokens: int = 256
+    """Longest answer, in tokens."""
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A string that ends an answer and is not part of it; may be given again."""
+    speculate: bool = False
+    """Let the MTP module draft tokens; the distribution of the text stays the same."""
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling()
+    """How tokens are drawn."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Score(Common):
+    """Logits, or loss and perplexity, of given tokens."""
+
+    tokens: Path
+    """.npy file of int32 [B, T]."""
+    out: Path | None = None
+    """Where float32 logits [B, T, V] go; without it loss and perplexity are printed."""
+    mtp: bool = False
+    """Also those of MTP module k (OUT.mtp.npy, OUT.mtp2.npy); NaN where no token is k ahead."""
+
+
+# ---- Command line --------------------------------------------------------------------------------
+
+
+def parse(arguments: Sequence[str]) -> Generate | Score:
+    """Read the command line; exits with near matches on an unknown option."""
+    scores = list(arguments[:1]) == ["score"]
+    rest = list(arguments[1:] if scores else arguments)
+    # The layout decides the defaults of the mesh's axes, so it is read first.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--layout", default="")
+    mesh = LAYOUTS.get(first.parse_known_args(rest)[0].layout, Common.mesh)
+    if scores:
+        default = Score(checkpoint=tyro.MISSING, tokens=tyro.MISSING, mesh=mesh)
+        return tyro.cli(Score, args=rest, default=default, prog="generate.py score")
+    default = Generate(checkpoint=tyro.MISSING, mesh=mesh)
+    return tyro.cli(Generate, args=rest, default=default, prog="generate.py")
+
+
+def note(line: str) -> None:
+    """A line for people, beside the text."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def make_layout(options: Common) -> "Layout":
+    """Devices and mesh."""
+    # Orbax says on every opening that a checkpoint opened for reading is opened for reading.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    from sharding.mesh import emulate_devices, make_mesh
+    from sharding.partition import Layout
+
+    if options.emulate:
+        emulate_devices(options.emulate)
+    return Layout(make_mesh(options.mesh))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; 0 when done, 2 for a request that cannot be met."""
+    try:
+        options = parse(sys.argv[1:] if arguments is None else arguments)
+        if isinstance(options, Generate):
+            check_options(options)
+        layout = make_layout(options)
+        from checkpoint.weights import open_weights
+
+        source = open_weights(options.checkpoint)
+        if isinstance(options, Score):
+            return score(options, source, layout)
+        return generate(options, source, layout)
+    except (ValueError, OSError) as error:
+        note(f"generate.py: {error}")
+        return 2
+
+
+def check_options(options: Generate) -> None:
+    """Raise ValueError for options that would be without effect beside the others."""
+    if (options.system or options.think) and not options.chat:
+        raise ValueError("--system and --think belong to a conversation; add --chat")
+    texts = options.prompt or options.prompts or options.chat or options.stop
+    if options.prompt_ids and texts:
+        raise ValueError(
+            "--prompt-ids is a single prompt of ids and its answer is ids; leave out --prompt, "
+            "--prompts, --chat and --stop"
+        )
+    if not (options.prompt or options.prompts or options.prompt_ids):
+        raise ValueError("nothing to do: give --prompt TEXT, --prompts FILE or --prompt-ids 1,2,3")
+
+
+# ---- Prompts -------------------------------------------------------------------------------------
+
+
+def load_tokenizer(source: "Weights") -> "Tokenizer | None":
+    """The tokenizer beside the weights, if there is one."""
+    from data.tokenizer import load_tokenizer
+
+    files = [file for file in source.carried if file.name == "tokenizer.json"]
+    return load_tokenizer(files[0]) if files else None
+
+
+def encode_prompts(
+    options: Generate, source: "Weights", tokenizer: "Tokenizer | None"
+) -> "list[np.ndarray]":
+    """Token ids of every prompt, int32 [n] each."""
+    from generation.prompts import (
+        as_conversation,
+        encode_chat,
+        encode_text,
+        parse_ids,
+        read_prompts,
+    )
+
+    if options.prompt_ids:
+        return [parse_ids(options.prompt_ids)]
+    if tokenizer is None:
+        raise ValueError(f"{options.checkpoint} has no tokenizer.json; give --prompt-ids")
+    prompts = [*options.prompt, *(read_prompts(options.prompts) if options.prompts else ())]
+    # Released models read bos before a text; in our own training data, eos parts the documents.
+    released = any(file.name == "config.json" for file in source.carried)
+    first = tokenizer.bos_id if released else tokenizer.eos_id
+    return [
+        encode_text(tokenizer, prompt, first)
+        if isinstance(prompt, str) and not options.chat
+        else encode_chat(tokenizer, as_conversation(prompt, options.system), options.think)
+        for prompt in prompts
+    ]
+
+
+def end_ids(source: "Weights", tokenizer: "Tokenizer | None") -> tuple[int, ...]:
+    """Tokens that end a text: of generation_config.json, else config.json, else the tokenizer."""
+    files = {file.name: file for file in source.carried}
+    for name in ("generation_config.json", "config.json"):
+        if name not in files:
+            continue
+        found = json.loads(files[name].read_text("utf-8")).get("eos_token_id")
+        ids = found if isinstance(found, list) else [found]
+        if found is not None:
+            if not all(isinstance(i, int) for i in ids):
+                raise ValueError(f"{files[name]}: eos_token_id is {found!r}, not a token id")
+            return tuple(ids)
+    return () if tokenizer is None else (tokenizer.eos_id,)
+
+
+# ---- Generation ----------------------------------------------------------------------------------
+
+
+def generate(options: Generate, source: "Weights", layout: "Layout") -> int:
+    """Answer every prompt; a single answer is written as it comes."""
+    from generation.engine import Generator
+    from generation.text import TextStream
+    from model.recipe import Recipe
+
+    tokenizer = load_tokenizer(source)
+    prompts = encode_prompts(options, source, tokenizer)
+    generator = Generator(source.config, Recipe(options.dtype), layout)
+    generator.check(prompts, options.max_new_tokens, options.speculate)
+
+    def decode(ids: Sequence[int]) -> str:
+        if tokenizer is None or options.prompt_ids:
+            return "".join(f",{i}" for i in ids)
+        return tokenizer.decode(ids, skip_special=True)
+
+    streams = [TextStream(decode, options.stop) for _ in prompts]
+    eos_ids = end_ids(source, tokenizer)
+    weights = generator.prepare(source.load(generator.abstract_weights), consume=True)
+    session = generator.start(
+        weights, prompts, options.sampling, options.max_new_tokens, eos_ids, options.speculate
+    )
+    texts = [""] * len(prompts)
+
+    def say(row: int, text: str) -> None:
+        if options.prompt_ids and not texts[row]:
+            text = text.removeprefix(",")
+        texts[row] += text
+        if len(prompts) == 1:
+            print(text, end="", flush=True)
+
+    while not session.done:
+        for row, ids in enumerate(session.advance()):
+            say(row, streams[row].push(ids.tolist()))
+            if streams[row].stopped and not session.finished[row]:
+                session.finish(row)
+    for row, stream in enumerate(streams):
+        say(row, stream.close())
+    if len(prompts) == 1:
+        print(flush=True)
+    else:
+        for row, text in enumerate(texts):
+            print(f"--- {row}\n{text}", flush=True)
+    note(report(session.stats))
+    return 0
+
+
+def report(stats: Stats) -> str:
+    """Rates of prefill and decoding; the first call of a shape includes its compilation."""
+    rate = lambda count, seconds: f"{count / seconds:,.1f}" if seconds else "-"  # noqa: E731
+    line = (
+        f"prefill {stats.prefill_tokens} tokens, "
+        f"{rate(stats.prefill_tokens, stats.prefill_seconds)} tokens/s; "
+        f"decode {stats.decoded_tokens} tokens, "
+        f"{rate(stats.decoded_tokens, stats.decode_seconds)} tokens/s (compilation included)"
+    )
+    if stats.drafted:
+        line += (
+            f"; MTP drafts accepted {stats.accepted / stats.drafted:.0%}, "
+            f"{stats.decoded_tokens / stats.main_passes:.2f} tokens per main pass"
+        )
+    return line
+
+
+# ---- Scoring -------------------------------------------------------------------------------------
+
+
+def score(options: Score, source: "Weights", layout: "Layout") -> int:
+    """Logits of given tokens, or their loss."""
+    import numpy as np
+
+    from generation.engine import Generator
+    from generation.score import NpyWriter, Scorer, check_ids, nats, output_paths
+    from model.recipe import Recipe
+
+    config, recipe = source.config, Recipe(options.dtype)
+    ids_BT = check_ids(read_tokens(options.tokens), config, str(options.tokens))
+    B, T = ids_BT.shape
+    depths = config.mtp_depth if options.mtp else 0
+    if options.out is None and T < 2:
+        raise ValueError(f"{options.tokens} holds one token per sequence; a loss needs two")
+    scorer = Scorer(config, recipe, layout, options.mtp)
+    paths = output_paths(options.out, depths) if options.out else []
+    writer = NpyWriter(paths, (B, T, config.vocab_size))
+    totals = np.zeros(1 + depths)
+    with writer:
+        weights = source.load(Generator(config, recipe, layout).abstract_weights)
+        for first in range(0, B, scorer.rows):
+            rows_BT = ids_BT[first : first + scorer.rows]
+            heads = scorer.logits(weights, rows_BT)
+            if options.out:
+                writer.append(heads)
+            else:
+                totals += [nats(head, rows_BT, k) for k, head in enumerate(heads, 1)]
+    if options.out:
+        note(f"wrote {', '.join(map(str, paths))}: float32 [{B}, {T}, {config.vocab_size}]")
+        return 0
+    for k, total in enumerate(totals, 1):
+        targets = B * max(0, T - k)
+        loss = total / targets if targets else math.nan
+        perplexity = math.exp(loss) if not loss > 700 else math.inf
+        name = "" if k == 1 else f"MTP module {k - 1}: "
+        print(f"{name}loss {loss:.6f} nats/token, perplexity {perplexity:.4f}, {targets} targets")
+    return 0
+
+
+def read_tokens(path: Path) -> "np.ndarray":
+    """The array of a .npy file; ValueError for anything else."""
+    import numpy as np
+
+    if not path.is_file():
+        raise ValueError(f"--tokens {path}: no such file; give a .npy of int32 [B, T]")
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is no .npy file of numbers ({error})") from None
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{path} holds several arrays; give a .npy of int32 [B, T]")
+    return array
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,192 @@
+"""Generation on a mesh: weights in place, a batch of prompts in, tokens out a few steps at a time.
+
+    generator = Generator(config, recipe, layout)
+    weights = generator.prepare(loaded)               # as `generator.abstract_weights` asks for
+    session = generator.start(weights, prompts, Sampling(temperature=0.6), 256, eos_ids)
+    while not session.done:
+        new_ids = session.advance()                   # one array per row
+
+Two compiled programs: `prefill` reads all prompts and draws the first token, `advance` runs up to
+CHUNK steps. Letters: B rows, T prompt length, V vocabulary, S slots, N tokens of one call.
+"""
+
+import functools
+import time
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from generation.config import Sampling
+from generation.stats import Stats
+from generation.steps import State, Steps
+from model.blueprint import Tree, blueprint
+from model.config import ModelConfig
+from model.decode import unstack
+from model.recipe import Recipe
+from sharding.partition import Layout, batch_shards, replicated, stored_shardings
+from sharding.rules import RESIDENT
+
+SLOT_BLOCK = 64
+"""Slots of a cache and padded prompts come in multiples of it: fewer programs to compile."""
+
+
+class Generator:
+    """A model's generation programs on one layout; holds no weights."""
+
+    def __init__(self, config: ModelConfig, recipe: Recipe, layout: Layout):
+        self.config, self.recipe = config, recipe
+        self.layout = Layout(layout.mesh, RESIDENT, layout.computed, layout.zero1)
+
+    @functools.cached_property
+    def abstract_weights(self) -> Tree:
+        """Shapes, types (fp32) and placement of the weights to load, stacked as in a checkpoint."""
+        plan = blueprint(self.config)
+
+        def describe(shapes: Tree, axes: Tree) -> Tree:
+            shardings = stored_shardings(self.layout, shapes, axes)
+            return jax.tree.map(
+                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+            )
+
+        return {
+            "params": describe(plan.params, plan.params_axes),
+            "router_bias": describe(plan.router_bias, plan.router_bias_axes),
+        }
+
+    def prepare(self, weights: Tree, consume: bool = False) -> Tree:
+        """What the programs read: layers apart, and matrices in the recipe's type.
+
+        `consume` frees the arrays of `weights` one by one as they are converted; without it the
+        result is a second copy beside them.
+        """
+        dtype = self.recipe.activation_dtype
+        return unstack(weights["params"], weights["router_bias"], dtype, consume)
+
+    def start(
+        self,
+        weights: Tree,
+        prompts: Sequence[np.ndarray],
+        sampling: Sampling,
+        max_new_tokens: int,
+        eos_ids: Sequence[int] = (),
+        speculate: bool = False,
+    ) -> "Session":
+        """Read the prompts (int32 [n] each, of any lengths) and draw every row's first token.
+
+        A row ends with one of `eos_ids`, which is part of its tokens, or after `max_new_tokens`.
+        `speculate` lets the first MTP module draft a token for every pass of the main model; the
+        distribution of the text is the same, and greedy text is identical.
+
+        Raises ValueError for an empty batch or prompt, an id outside the vocabulary, a text longer
+        than `max_position`, and speculation without an MTP module.
+        """
+        self.check(prompts, max_new_tokens, speculate)
+        return Session(self, weights, prompts, sampling, max_new_tokens, tuple(eos_ids), speculate)
+
+    def check(self, prompts: Sequence[np.ndarray], max_new_tokens: int, speculate: bool) -> None:
+        """Raise what `start` would raise; needs no weights."""
+        _check(self.config, prompts, max_new_tokens, speculate)
+
+    @functools.cache  # noqa: B019 - a generator lives as long as its programs
+    def steps(self, sampling: Sampling, speculate: bool) -> Steps:
+        """The compiled programs for one way of sampling."""
+        return Steps(self.config, self.recipe, self.layout, sampling, speculate)
+
+
+def _check(config: ModelConfig, prompts, max_new_tokens: int, speculate: bool) -> None:
+    if not len(prompts):
+        raise ValueError("no prompts; give at least one")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; give at least 1")
+    if speculate and not config.mtp_depth:
+        raise ValueError(
+            "speculation needs an MTP module and this model has none; generate without it"
+        )
+    for row, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompt {row} is empty; give at least one token, such as bos")
+        low, high = int(np.min(prompt)), int(np.max(prompt))
+        if low < 0 or high >= config.vocab_size:
+            raise ValueError(
+                f"prompt {row} holds token {low if low < 0 else high}; the vocabulary has ids "
+                f"0..{config.vocab_size - 1}"
+            )
+        if len(prompt) + max_new_tokens > config.max_position:
+            raise ValueError(
+                f"prompt {row} has {len(prompt)} tokens, with {max_new_tokens} new ones "
+                f"{len(prompt) + max_new_tokens}; the model's max_position is "
+                f"{config.max_position}. Shorten the prompt or max_new_tokens"
+            )
+
+
+class Session:
+    """One batch under way."""
+
+    def __init__(
+        self, generator: Generator, weights: Tree, prompts, sampling: Sampling,
+        max_new_tokens: int, eos_ids: tuple[int, ...], speculate: bool,
+    ):  # fmt: skip
+        self.stats = Stats(prefill_tokens=sum(len(prompt) for prompt in prompts))
+        self._programs = generator.steps(sampling, speculate)
+        self._weights, self._speculate = weights, speculate
+        self._rows = len(prompts)
+        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+        shards = batch_shards(generator.layout)
+        batch = -(-len(prompts) // shards) * shards
+        T = -(-int(lengths.max()) // SLOT_BLOCK) * SLOT_BLOCK
+        ids_BT = np.zeros((batch, T), np.int32)
+        for row, prompt in enumerate(prompts):
+            ids_BT[row, : len(prompt)] = prompt
+        lengths_B = np.pad(lengths, (0, batch - len(prompts)), constant_values=1)
+        # A draft may be written one slot beyond the last token.
+        slots = -(-(T + max_new_tokens + 2) // SLOT_BLOCK) * SLOT_BLOCK
+        budget_B = np.where(np.arange(batch) < len(prompts), max_new_tokens, 0).astype(np.int32)
+        place = functools.partial(jax.device_put, device=replicated(generator.layout))
+        self._eos = place(np.array(eos_ids or (-1,), np.int32))
+        key = jax.random.key(sampling.seed)
+        began = time.perf_counter()
+        self._state: State = self._programs.prefill(
+            weights, place(ids_BT), place(lengths_B), place(budget_B), self._eos, place(key), slots
+        )
+        self._fresh: np.ndarray | None = np.asarray(self._state["pending_B"])
+        self.finished = np.asarray(self._state["finished_B"])[: self._rows].copy()
+        self.stats.prefill_seconds = time.perf_counter() - began
+
+    @property
+    def done(self) -> bool:
+        """True when every row has ended and its tokens were handed out."""
+        return self._fresh is None and bool(self.finished.all())
+
+    def finish(self, row: int) -> None:
+        """End a row from outside, at a stop string say."""
+        self.finished[row] = True
+        ended = np.pad(self.finished, (0, len(self._state["finished_B"]) - self._rows))
+        finished_B = self._state["finished_B"]
+        self._state["finished_B"] = finished_B | jax.device_put(ended, finished_B.sharding)
+
+    def advance(self) -> list[np.ndarray]:
+        """New ids of every row, int32 [n] each: first those of the prefill, then up to CHUNK steps.
+
+        Rows that have ended give none; `done` says when all have.
+        """
+        if self._fresh is not None:
+            first, self._fresh = self._fresh, None
+            return [first[row : row + 1] for row in range(self._rows)]
+        running = ~self.finished
+        began = time.perf_counter()
+        self._state, out = self._programs.advance(self._weights, self._state, self._eos)
+        out = jax.device_get(out)
+        stats = self.stats
+        stats.decode_seconds += time.perf_counter() - began
+        self.finished |= out["finished_B"][: self._rows]
+        tokens = [
+            out["tokens_BN"][row, : out["counts_B"][row]] if running[row] else np.zeros(0, np.int32)
+            for row in range(self._rows)
+        ]
+        stats.decoded_tokens += sum(len(row) for row in tokens)
+        stats.main_passes += int(out["passes_B"][: self._rows].sum())
+        if self._speculate:
+            stats.drafted += int(out["passes_B"][: self._rows].sum())
+            stats.accepted += int(out["accepted_B"][: self._rows].sum())
+        return tokens

@@ -1,0 +1,46 @@
+"""From logits to a token: temperature, top-k, top-p, and drawing.
+
+Everything works on the distribution that results (`probabilities`), so that speculative decoding
+can compare the distributions of draft and model. Letters: B rows, V vocabulary.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from generation.config import Sampling
+
+
+def probabilities(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
+    """Distribution that tokens are drawn from, fp32 [B, V]; one-hot at temperature 0."""
+    logits_BV = logits_BV.astype(jnp.float32)
+    if sampling.temperature == 0:
+        return jax.nn.one_hot(jnp.argmax(logits_BV, axis=-1), logits_BV.shape[-1])
+    p_BV = jax.nn.softmax(logits_BV / sampling.temperature, axis=-1)
+    if 0 < sampling.top_k < p_BV.shape[-1]:
+        least_B1 = jax.lax.top_k(p_BV, sampling.top_k)[0][:, -1:]
+        p_BV = _renormalised(jnp.where(p_BV >= least_B1, p_BV, 0.0))
+    if sampling.top_p < 1:
+        ordered_BV = jnp.sort(p_BV, axis=-1, descending=True)
+        before_BV = jnp.cumsum(ordered_BV, axis=-1) - ordered_BV
+        kept_B = jnp.sum(before_BV < sampling.top_p, axis=-1, keepdims=True)
+        least_B1 = jnp.take_along_axis(ordered_BV, kept_B - 1, axis=-1)
+        p_BV = _renormalised(jnp.where(p_BV >= least_B1, p_BV, 0.0))
+    return p_BV
+
+
+def _renormalised(p_BV: jax.Array) -> jax.Array:
+    return p_BV / p_BV.sum(-1, keepdims=True)
+
+
+def row_keys(key: jax.Array, positions_B: jax.Array, purpose: int) -> jax.Array:
+    """A key per row and position [B], so that a row's draws do not depend on the others."""
+    key = jax.random.fold_in(key, purpose)
+    rows_B = jnp.arange(positions_B.shape[0])
+    fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+    return jax.vmap(jax.random.fold_in)(fold(key, rows_B), positions_B)
+
+
+def draw(keys_B: jax.Array, p_BV: jax.Array) -> jax.Array:
+    """One token per row from its distribution, int32 [B]."""
+    draw_row = jax.vmap(lambda key, p: jax.random.categorical(key, jnp.log(p)))
+    return draw_row(keys_B, p_BV).astype(jnp.int32)

@@ -1,0 +1,199 @@
+"""The compiled programs of generation: prompts to a first token, then some steps at a time.
+
+State (arrays of B rows): `cache`, one [B, S, L] per layer; `lengths_B`, tokens in the cache;
+`pending_B`, the last token drawn, not in the cache yet; `left_B`, tokens a row may still give;
+`finished_B`; `key`. Speculation adds `mtp_cache`, `draft_B` (a guess for the token after pending)
+and `q_BV`, the distribution it was drawn from.
+
+Letters: B rows, T prompt length, D hidden width, V vocabulary, S slots, N tokens of one call.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from generation.config import Sampling
+from generation.sampling import draw, probabilities, row_keys
+from generation.speculate import accept_or_redraw
+from model.blueprint import Tree
+from model.config import ModelConfig
+from model.decode import Decoder, make_decoder
+from model.recipe import Recipe
+from sharding.partition import Layout, constrain, use_layout
+
+CHUNK = 16
+"""Steps of one call of `advance`: the host looks at the text, and for stop strings, in between."""
+
+MAIN, ACCEPT, REDRAW, DRAFT = range(4)
+"""Purposes of random keys: each is used once per row and position."""
+
+State = dict[str, Any]
+
+
+class Steps:
+    """`prefill` and `advance` for one model, layout and way of sampling."""
+
+    def __init__(
+        self, config: ModelConfig, recipe: Recipe, layout: Layout, sampling: Sampling,
+        speculate: bool,
+    ):  # fmt: skip
+        self._config, self._recipe, self._layout = config, recipe, layout
+        self._sampling, self._speculate = sampling, speculate
+
+    @functools.cached_property
+    def prefill(self):
+        """`state = prefill(weights, ids_BT, lengths_B, budget_B, eos, key, slots)`."""
+        return jax.jit(self._prefill, static_argnums=6)
+
+    @functools.cached_property
+    def advance(self):
+        """`state, out = advance(weights, state, eos)`; the state passed in is consumed.
+
+        out: `tokens_BN`, of which `counts_B` are new; `finished_B`; and counted in running rows,
+        `passes_B` of the main model and `accepted_B` drafts.
+        """
+        return jax.jit(self._advance, donate_argnums=1)
+
+    def _decoder(self, weights: Tree) -> Decoder:
+        return make_decoder(self._config, weights, self._recipe, self._speculate)
+
+    def _prefill(self, weights, ids_BT, lengths_B, budget_B, eos, key, slots: int) -> State:
+        with use_layout(self._layout):
+            decoder = self._decoder(weights)
+            positions_BT = jnp.broadcast_to(jnp.arange(ids_BT.shape[1]), ids_BT.shape)
+            hidden_BTD, cache = decoder.prefill(ids_BT, positions_BT, slots)
+            p_BV = self._probabilities(decoder, _at(hidden_BTD, lengths_B - 1))
+            pending_B = draw(row_keys(key, lengths_B, MAIN), p_BV)
+            left_B = budget_B - 1
+            state = {
+                "cache": cache,
+                "lengths_B": lengths_B,
+                "pending_B": pending_B,
+                "left_B": left_B,
+                "finished_B": (left_B <= 0) | jnp.isin(pending_B, eos),
+                "key": key,
+            }
+            if self._speculate:
+                next_ids_BT = jnp.roll(ids_BT, -1, axis=1)
+                rows_B = jnp.arange(ids_BT.shape[0])
+                next_ids_BT = next_ids_BT.at[rows_B, lengths_B - 1].set(pending_B)
+                mtp_BTD, state["mtp_cache"] = decoder.prefill_mtp(
+                    hidden_BTD, next_ids_BT, positions_BT, slots
+                )
+                state |= self._draft(decoder, _at(mtp_BTD, lengths_B - 1), lengths_B + 1, key)
+            return _placed(state)
+
+    def _advance(self, weights: Tree, state: State, eos: jax.Array):
+        with use_layout(self._layout):
+            decoder = self._decoder(weights)
+            step = self._speculative_step if self._speculate else self._plain_step
+            zeros_B = jnp.zeros_like(state["lengths_B"])
+            width = CHUNK * (2 if self._speculate else 1)
+            tokens_BN = jnp.zeros((zeros_B.shape[0], width), jnp.int32)
+            out = {
+                "tokens_BN": constrain(tokens_BN, None, None),
+                "counts_B": zeros_B,
+                "passes_B": zeros_B,
+                "accepted_B": zeros_B,
+            }
+
+            def running(carry):
+                i, state, _ = carry
+                return (i < CHUNK) & ~state["finished_B"].all()
+
+            def body(carry):
+                i, state, out = carry
+                state, out = step(decoder, state, out, eos)
+                return i + 1, _placed(state), out
+
+            _, state, out = jax.lax.while_loop(running, body, (0, state, out))
+            return state, {**out, "finished_B": state["finished_B"]}
+
+    def _plain_step(self, decoder: Decoder, state: State, out, eos):
+        lengths_B, pending_B = state["lengths_B"], state["pending_B"]
+        hidden_BQD, cache = decoder.extend(pending_B[:, None], lengths_B[:, None], state["cache"])
+        p_BV = self._probabilities(decoder, hidden_BQD[:, 0])
+        next_B = draw(row_keys(state["key"], lengths_B + 1, MAIN), p_BV)
+        running_B = ~state["finished_B"]
+        out = {**out, "passes_B": out["passes_B"] + running_B}
+        state = {**state, "cache": cache, "lengths_B": lengths_B + running_B}
+        return _emit(state, out, next_B, running_B, eos)
+
+    def _speculative_step(self, decoder: Decoder, state: State, out, eos):
+        lengths_B, key, running_B = state["lengths_B"], state["key"], ~state["finished_B"]
+        positions_B2 = lengths_B[:, None] + jnp.arange(2)
+        ids_B2 = jnp.stack([state["pending_B"], state["draft_B"]], axis=1)
+        hidden_B2D, cache = decoder.extend(ids_B2, positions_B2, state["cache"])
+        first_B, accepted_B = accept_or_redraw(
+            row_keys(key, lengths_B + 1, ACCEPT),
+            row_keys(key, lengths_B + 1, REDRAW),
+            state["draft_B"],
+            state["q_BV"],
+            self._probabilities(decoder, hidden_B2D[:, 0]),
+        )
+        after_BV = self._probabilities(decoder, hidden_B2D[:, 1])
+        second_B = draw(row_keys(key, lengths_B + 2, MAIN), after_BV)
+        # Behind a refused draft the second entry is garbage; the next step writes it again.
+        next_ids_B2 = jnp.stack([first_B, second_B], axis=1)
+        mtp_B2D, mtp_cache = decoder.extend_mtp(
+            hidden_B2D, next_ids_B2, positions_B2, state["mtp_cache"]
+        )
+        drafted = self._draft(
+            decoder, _at(mtp_B2D, accepted_B.astype(jnp.int32)), lengths_B + accepted_B + 2, key
+        )
+        out = {
+            **out,
+            "passes_B": out["passes_B"] + running_B,
+            "accepted_B": out["accepted_B"] + (running_B & accepted_B),
+        }
+        moved_B = jnp.where(running_B, 1 + accepted_B, 0)
+        state = {**state, "cache": cache, "mtp_cache": mtp_cache, "lengths_B": lengths_B + moved_B}
+        state, out = _emit(state, out, first_B, running_B, eos)
+        state, out = _emit(state, out, second_B, accepted_B & ~state["finished_B"], eos)
+        return {**state, **drafted}, out
+
+    def _draft(self, decoder: Decoder, mtp_BD, positions_B, key) -> State:
+        q_BV = self._probabilities(decoder, mtp_BD)
+        return {"draft_B": draw(row_keys(key, positions_B, DRAFT), q_BV), "q_BV": q_BV}
+
+    def _probabilities(self, decoder: Decoder, hidden_BD: jax.Array) -> jax.Array:
+        # logits[B, V_tp] -> AllGather_tp -> logits[B, V]: sorting and drawing see whole rows.
+        logits_BV = constrain(decoder.logits(hidden_BD), None, None)
+        return probabilities(logits_BV, self._sampling)
+
+
+def _at(x_BTD: jax.Array, index_B: jax.Array) -> jax.Array:
+    """Row b's entry at index[b]: [B, D]."""
+    return jnp.take_along_axis(x_BTD, index_B[:, None, None], axis=1)[:, 0]
+
+
+def _emit(state: State, out, token_B: jax.Array, give_B: jax.Array, eos: jax.Array):
+    """Hand out one token in the rows of `give_B`, and see whether it was their last."""
+    rows_B = jnp.arange(token_B.shape[0])
+    # Rows that give nothing write beyond the end, which drops it.
+    column_B = jnp.where(give_B, out["counts_B"], out["tokens_BN"].shape[1])
+    tokens_BN = out["tokens_BN"].at[rows_B, column_B].set(token_B, mode="drop")
+    out = {**out, "tokens_BN": tokens_BN, "counts_B": out["counts_B"] + give_B}
+    left_B = state["left_B"] - give_B
+    ended_B = give_B & (jnp.isin(token_B, eos) | (left_B <= 0))
+    state = {
+        **state,
+        "pending_B": jnp.where(give_B, token_B, state["pending_B"]),
+        "left_B": left_B,
+        "finished_B": state["finished_B"] | ended_B,
+    }
+    return state, out
+
+
+def _placed(state: State) -> State:
+    """The same placement on every way out: caches by rows, the rest whole everywhere."""
+
+    def place(name: str, value):
+        if name == "key":
+            return value
+        batch = "batch" if name.endswith("cache") else None
+        return jax.tree.map(lambda x: constrain(x, batch, *(None,) * (x.ndim - 1)), value)
+
+    return {name: place(name, value) for name, value in state.items()}

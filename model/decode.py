@@ -1,0 +1,151 @@
+"""The model over a latent cache: a prompt at once (expanded), then a few tokens (absorbed).
+
+Here layers are separate modules, not a scanned stack: a scan slices every layer's weights out of
+the stack, which is a copy of all experts per token where a token reads eight of them.
+
+Letters: B batch, T prompt, Q new tokens of a row, S slots of the cache, D hidden width,
+V vocabulary, L cached channels (latent and rotary key).
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from model.blueprint import Tree, bind_part
+from model.config import ModelConfig
+from model.recipe import Recipe
+from model.transformer import MTP, Block, Tokens
+
+STACKS = ("dense_layers", "moe_layers", "mtp")
+Cache = list[jax.Array]
+"""Per layer [B, S, L]; the MTP module's own last, if it runs."""
+
+
+def unstack(params: Tree, router_bias: Tree, dtype: jnp.dtype, consume: bool) -> Tree:
+    """{"params", "router_bias"} with a list of layers in place of every stack.
+
+    Matrices become `dtype`; router, biases and norms stay fp32. With `consume` every array passed
+    in is freed once its layers exist, so that the peak is one copy and the largest stack.
+    """
+
+    def cast(name: str, x: jax.Array) -> jax.Array:
+        exact = name.endswith(("scale", "bias")) or "router/" in name
+        return x if exact else x.astype(dtype)
+
+    def split(path, stack: jax.Array) -> list[jax.Array]:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        stacked = name.split("/")[0] in STACKS
+        parts = [cast(name, x) for x in stack] if stacked else [cast(name, stack)]
+        if consume and not any(part is stack for part in parts):
+            jax.block_until_ready(parts)
+            stack.delete()
+        return parts
+
+    def layers(name: str, tree: Tree) -> Tree | list[Tree]:
+        # `cast` names weights from the top of the tree, where the stack's name stands.
+        parts = jax.tree_util.tree_map_with_path(split, {name: tree})[name]
+        is_parts = lambda x: isinstance(x, list)  # noqa: E731
+        count = max(map(len, jax.tree.leaves(parts, is_leaf=is_parts)), default=0)
+        pick = lambda i: jax.tree.map(lambda p: p[i], parts, is_leaf=is_parts)  # noqa: E731
+        return [pick(i) for i in range(count)] if name in STACKS else pick(0)
+
+    def convert(tree: Tree) -> Tree:
+        return {name: layers(name, sub) for name, sub in tree.items()}
+
+    return {"params": convert(params), "router_bias": convert(router_bias)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """The modules of a model whose layers are apart."""
+
+    embed: Any
+    blocks: list[Block]
+    final_norm: Any
+    head: Any
+    mtp: MTP | None
+    """The first MTP module."""
+    recipe: Recipe
+
+    def logits(self, hidden_BD: jax.Array) -> jax.Array:
+        """Main head on normed hidden states, also those of the MTP module; [B, V] fp32."""
+        kernel_DV = self.head.kernel[...].astype(hidden_BD.dtype)
+        return jnp.einsum("BD,DV->BV", hidden_BD, kernel_DV, preferred_element_type=jnp.float32)
+
+    def prefill(
+        self, ids_BT: jax.Array, positions_BT: jax.Array, slots: int
+    ) -> tuple[jax.Array, Cache]:
+        """Normed hidden states [B, T, D] of prompts, and their cache with room for `slots` tokens.
+
+        Rows start at position 0 and may be padded at the end: attention is causal, and the slots
+        of padding are written again before anything reads them.
+        """
+        tokens = Tokens(ids_BT, positions_BT, None)
+        x_BTD, cache = self.embed(ids_BT, self.recipe), []
+        for block in self.blocks:
+            x_BTD, entries_BSL = _prefill_block(block, x_BTD, tokens, slots, self.recipe)
+            cache.append(entries_BSL)
+        return self.final_norm(x_BTD), cache
+
+    def extend(
+        self, ids_BQ: jax.Array, positions_BQ: jax.Array, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        """Normed hidden states [B, Q, D] of new tokens, and the cache with them in."""
+        x_BQD, new = self.embed(ids_BQ, self.recipe), []
+        for block, entries_BSL in zip(self.blocks, cache, strict=True):
+            x_BQD, entries_BSL = _extend_block(block, x_BQD, positions_BQ, entries_BSL, self.recipe)
+            new.append(entries_BSL)
+        return self.final_norm(x_BQD), new
+
+    def prefill_mtp(self, hidden_BTD, next_ids_BT, positions_BT, slots: int):
+        """The MTP module on a prompt; `next_ids_BT` is the token after each. As `prefill`."""
+        assert self.mtp is not None
+        x_BTD = self.mtp.merge(hidden_BTD, self.embed(next_ids_BT, self.recipe))
+        tokens = Tokens(next_ids_BT, positions_BT, None)
+        x_BTD, entries_BSL = _prefill_block(self.mtp.block, x_BTD, tokens, slots, self.recipe)
+        return self.mtp.out_norm(x_BTD), entries_BSL
+
+    def extend_mtp(self, hidden_BQD, next_ids_BQ, positions_BQ, entries_BSL):
+        """The MTP module on new tokens. As `extend`."""
+        assert self.mtp is not None
+        x_BQD = self.mtp.merge(hidden_BQD, self.embed(next_ids_BQ, self.recipe))
+        x_BQD, entries_BSL = _extend_block(
+            self.mtp.block, x_BQD, positions_BQ, entries_BSL, self.recipe
+        )
+        return self.mtp.out_norm(x_BQD), entries_BSL
+
+
+def make_decoder(config: ModelConfig, weights: Tree, recipe: Recipe, mtp: bool) -> Decoder:
+    """Modules over weights from `unstack`; `mtp` binds the first MTP module as well."""
+    params, bias = weights["params"], weights["router_bias"]
+
+    def layers(name: str) -> list[Any]:
+        biases = bias.get(name) or [{}] * len(params.get(name, ()))
+        pairs = zip(params.get(name, ()), biases, strict=True)
+        return [bind_part(config, name, *pair) for pair in pairs]
+
+    def part(name: str) -> Any:
+        return bind_part(config, name, params[name], {})
+
+    return Decoder(
+        embed=part("embed"),
+        blocks=[*layers("dense_layers"), *layers("moe_layers")],
+        final_norm=part("final_norm"),
+        head=part("head"),
+        mtp=layers("mtp")[0] if mtp else None,
+        recipe=recipe,
+    )
+
+
+def _prefill_block(block: Block, x_BTD, tokens: Tokens, slots: int, recipe: Recipe):
+    y_BTD, latents_BTL = block.attn.expanded(block.attn_norm(x_BTD), tokens.positions_BT, None)
+    entries_BSL = jnp.pad(latents_BTL, ((0, 0), (0, slots - latents_BTL.shape[1]), (0, 0)))
+    return block.feed_forward(x_BTD + y_BTD, tokens.valid_BT, recipe)[0], entries_BSL
+
+
+def _extend_block(block: Block, x_BQD, positions_BQ, entries_BSL, recipe: Recipe):
+    y_BQD, entries_BSL = block.attn.absorbed(block.attn_norm(x_BQD), positions_BQ, entries_BSL)
+    valid_BQ = jnp.ones(positions_BQ.shape, jnp.float32)
+    return block.feed_forward(x_BQD + y_BQD, valid_BQ, recipe)[0], entries_BSL
