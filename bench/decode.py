@@ -1,6 +1,7 @@
 """Decoding on CPU against `generate` of transformers with its cache, in one run.
 
-    python -m bench.decode [--rounds 3] [--tokens 32] [--cases tiny,v2_lite] [--write]
+    python -m bench.decode [--rounds 3] [--tokens 32] [--cases tiny,v2_lite]
+        [--batches 1,16] [--write]
 
 Random weights in fp32, random prompts, greedy, every core on both sides; theirs runs under its own
 interpreter (`bench/hf_decode.py`). Rounds alternate; figures are medians. Compilation and prefill
@@ -131,7 +132,7 @@ def compare(name: str, config: ModelConfig, options: argparse.Namespace) -> list
     """Rows of the table for one model, batch 1 and 16."""
     ours, theirs, rows = Ours(config), Theirs(config, options.interpreter), []
     print(theirs.about, flush=True)
-    for batch in (1, 16):
+    for batch in map(int, options.batches.split(",")):
         shape = (batch, CONTEXT, options.tokens)
         ours.seconds(*shape)  # compiles
         theirs.seconds(batch, CONTEXT, 2)
@@ -169,6 +170,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=32, help="tokens per round")
     parser.add_argument("--cases", default="tiny,v2_lite")
+    parser.add_argument("--batches", default="1,16")
     parser.add_argument("--interpreter", default=str(reference), help="has torch, transformers")
     parser.add_argument("--write", action="store_true", help="write bench/results.md")
     options = parser.parse_args(arguments)

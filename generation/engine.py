@@ -10,6 +10,7 @@ Two compiled programs: `prefill` reads all prompts and draws the first token, `a
 CHUNK steps. Letters: B rows, T prompt length, V vocabulary, S slots, N tokens of one call.
 """
 
+import dataclasses
 import functools
 import time
 from collections.abc import Sequence
@@ -128,7 +129,8 @@ class Session:
         max_new_tokens: int, eos_ids: tuple[int, ...], speculate: bool,
     ):  # fmt: skip
         self.stats = Stats(prefill_tokens=sum(len(prompt) for prompt in prompts))
-        self._programs = generator.steps(sampling, speculate)
+        # The seed is an argument of the programs, not a part of them.
+        self._programs = generator.steps(dataclasses.replace(sampling, seed=0), speculate)
         self._weights, self._speculate = weights, speculate
         self._rows = len(prompts)
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)

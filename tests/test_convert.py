@@ -253,6 +253,7 @@ def test_initial_weights_of_another_model(tmp_path):
     assert "init_std" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_train_starts_from_weights(tmp_path, capsys):
     """A step at learning rate 0 leaves what was loaded; a run that has a checkpoint keeps it."""
     model = [f"--model.{f.name.replace('_', '-')}={getattr(CONFIG, f.name)}"

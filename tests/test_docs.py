@@ -161,9 +161,9 @@ def make_targets() -> frozenset[str]:
 
 
 @functools.cache
-def help_text(script: str, preset: str = "") -> str:
-    """What `script --help` prints, for a preset where the options depend on one."""
-    chosen = ["--config", preset] if preset else []
+def help_text(script: str, preset: str = "", command: str = "") -> str:
+    """What `script [command] --help` prints, for a preset where the options depend on one."""
+    chosen = [*([command] if command else []), *(["--config", preset] if preset else [])]
     result = subprocess.run(
         [sys.executable, script, *chosen, "--help"],
         cwd=ROOT,
@@ -197,7 +197,10 @@ def unknown_parts(command: list[str]) -> list[str]:
     for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
         if word.startswith("--config"):
             preset = word.partition("=")[2] or following
-    known = set(re.findall(r"--[\w.-]+", help_text(script, preset))) if options else set()
+    words = arguments[1:2]
+    command_word = words[0] if words and words[0].isalpha() else ""
+    help_of = help_text(script, preset, command_word) if options else ""
+    known = set(re.findall(r"--[\w.-]+", help_of))
     return [
         f"{script} {option}"
         for option in options

@@ -81,6 +81,7 @@ def test_text_begins_as_the_training_data_did(answer, run, tmp_path):
         assert text == TOKENIZER.decode(map(int, ids.split(",")), skip_special=True) + "\n"
 
 
+@pytest.mark.slow
 def test_speculation_keeps_greedy_text_and_reports_acceptance(answer, run, capsys):
     plain = answer("--prompt", "the cat", *GREEDY)
     command = ["--checkpoint", str(run), "--mesh.data", "8", "--prompt", "the cat", *GREEDY]
@@ -147,6 +148,7 @@ def test_score_writes_logits_of_both_heads(answer, run, tmp_path, capsys):
         assert int(targets) == 3 * (12 - k)
 
 
+@pytest.mark.slow
 def test_a_layout_scores_like_one_of_replicas(run, tmp_path):
     ids = np.random.default_rng(1).integers(0, CONFIG.vocab_size, (5, 9)).astype(np.int32)
     np.save(tmp_path / "tokens.npy", ids)

@@ -109,7 +109,7 @@ def test_speculation_does_not_change_greedy_text():
     assert texts(GREEDY, speculate=True)[0] == texts(GREEDY)[0]
 
 
-@pytest.mark.parametrize("speculate", [False, True])
+@pytest.mark.parametrize("speculate", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_layout_gives_the_text_of_one_device(speculate):
     cube = MeshConfig(fsdp=2, expert=2, tensor=2)
     assert texts(GREEDY, mesh=cube, speculate=speculate)[0] == texts(GREEDY)[0]
