@@ -25,7 +25,13 @@ from model.blueprint import Tree, blueprint
 from model.config import ModelConfig
 from model.decode import unstack
 from model.recipe import Recipe
-from sharding.partition import Layout, batch_shards, replicated, stored_shardings
+from sharding.partition import (
+    Layout,
+    batch_shards,
+    replicated,
+    stored_shardings,
+    stored_shards,
+)
 from sharding.rules import RESIDENT
 
 SLOT_BLOCK = 64
@@ -61,8 +67,17 @@ class Generator:
         `consume` frees the arrays of `weights` one by one as they are converted; without it the
         result is a second copy beside them.
         """
-        dtype = self.recipe.activation_dtype
-        return unstack(weights["params"], weights["router_bias"], dtype, consume)
+        # A GPU multiplies stacked experts where they lie.
+        on_cpu = self.layout.mesh.devices.flat[0].platform == "cpu"
+        apart = on_cpu and self.recipe.kernels != "reference"
+        return unstack(
+            self.config,
+            weights["params"],
+            weights["router_bias"],
+            self.recipe.activation_dtype,
+            consume,
+            expert_shards=stored_shards(self.layout, "experts") if apart else None,
+        )
 
     def start(
         self,

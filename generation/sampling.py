@@ -40,7 +40,9 @@ def row_keys(key: jax.Array, positions_B: jax.Array, purpose: int) -> jax.Array:
     return jax.vmap(jax.random.fold_in)(fold(key, rows_B), positions_B)
 
 
-def draw(keys_B: jax.Array, p_BV: jax.Array) -> jax.Array:
-    """One token per row from its distribution, int32 [B]."""
+def draw(keys_B: jax.Array, p_BV: jax.Array, sampling: Sampling) -> jax.Array:
+    """One token per row from its distribution, int32 [B]; greedy needs no random numbers."""
+    if sampling.temperature == 0:
+        return jnp.argmax(p_BV, axis=-1).astype(jnp.int32)
     draw_row = jax.vmap(lambda key, p: jax.random.categorical(key, jnp.log(p)))
     return draw_row(keys_B, p_BV).astype(jnp.int32)

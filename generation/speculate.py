@@ -8,6 +8,7 @@ is drawn from the positive part of p - q. What comes out is distributed as p, wh
 import jax
 import jax.numpy as jnp
 
+from generation.config import Sampling
 from generation.sampling import draw
 
 
@@ -17,6 +18,7 @@ def accept_or_redraw(
     draft_B: jax.Array,
     q_BV: jax.Array,
     p_BV: jax.Array,
+    sampling: Sampling,
 ) -> tuple[jax.Array, jax.Array]:
     """Tokens distributed as `p_BV`, int32 [B], and whether each is the draft drawn from `q_BV`."""
     at_draft = lambda x_BV: jnp.take_along_axis(x_BV, draft_B[:, None], axis=-1)[:, 0]  # noqa: E731
@@ -25,5 +27,5 @@ def accept_or_redraw(
     rest_BV = jnp.maximum(p_BV - q_BV, 0.0)
     # p = q leaves nothing to draw from; rounding may then still refuse a draft with p < q.
     some_B1 = rest_BV.sum(-1, keepdims=True) > 0
-    redrawn_B = draw(redraw_keys_B, jnp.where(some_B1, rest_BV, p_BV))
+    redrawn_B = draw(redraw_keys_B, jnp.where(some_B1, rest_BV, p_BV), sampling)
     return jnp.where(accepted_B, draft_B, redrawn_B), accepted_B

@@ -65,7 +65,7 @@ class Steps:
             positions_BT = jnp.broadcast_to(jnp.arange(ids_BT.shape[1]), ids_BT.shape)
             hidden_BTD, cache = decoder.prefill(ids_BT, positions_BT, slots)
             p_BV = self._probabilities(decoder, _at(hidden_BTD, lengths_B - 1))
-            pending_B = draw(row_keys(key, lengths_B, MAIN), p_BV)
+            pending_B = draw(row_keys(key, lengths_B, MAIN), p_BV, self._sampling)
             left_B = budget_B - 1
             state = {
                 "cache": cache,
@@ -115,7 +115,7 @@ class Steps:
         lengths_B, pending_B = state["lengths_B"], state["pending_B"]
         hidden_BQD, cache = decoder.extend(pending_B[:, None], lengths_B[:, None], state["cache"])
         p_BV = self._probabilities(decoder, hidden_BQD[:, 0])
-        next_B = draw(row_keys(state["key"], lengths_B + 1, MAIN), p_BV)
+        next_B = draw(row_keys(state["key"], lengths_B + 1, MAIN), p_BV, self._sampling)
         running_B = ~state["finished_B"]
         out = {**out, "passes_B": out["passes_B"] + running_B}
         state = {**state, "cache": cache, "lengths_B": lengths_B + running_B}
@@ -132,9 +132,10 @@ class Steps:
             state["draft_B"],
             state["q_BV"],
             self._probabilities(decoder, hidden_B2D[:, 0]),
+            self._sampling,
         )
         after_BV = self._probabilities(decoder, hidden_B2D[:, 1])
-        second_B = draw(row_keys(key, lengths_B + 2, MAIN), after_BV)
+        second_B = draw(row_keys(key, lengths_B + 2, MAIN), after_BV, self._sampling)
         # Behind a refused draft the second entry is garbage; the next step writes it again.
         next_ids_B2 = jnp.stack([first_B, second_B], axis=1)
         mtp_B2D, mtp_cache = decoder.extend_mtp(
@@ -156,7 +157,8 @@ class Steps:
 
     def _draft(self, decoder: Decoder, mtp_BD, positions_B, key) -> State:
         q_BV = self._probabilities(decoder, mtp_BD)
-        return {"draft_B": draw(row_keys(key, positions_B, DRAFT), q_BV), "q_BV": q_BV}
+        draft_B = draw(row_keys(key, positions_B, DRAFT), q_BV, self._sampling)
+        return {"draft_B": draft_B, "q_BV": q_BV}
 
     def _probabilities(self, decoder: Decoder, hidden_BD: jax.Array) -> jax.Array:
         # logits[B, V_tp] -> AllGather_tp -> logits[B, V]: sorting and drawing see whole rows.

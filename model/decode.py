@@ -8,6 +8,7 @@ V vocabulary, L cached channels (latent and rotary key).
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -15,37 +16,55 @@ import jax.numpy as jnp
 
 from model.blueprint import Tree, bind_part
 from model.config import ModelConfig
+from model.mla import split_heads_first
 from model.recipe import Recipe
 from model.transformer import MTP, Block, Tokens
+from pallas_kernels.separate_experts import separate_experts
 
 STACKS = ("dense_layers", "moe_layers", "mtp")
+EXPERTS = ("/moe/w_gate", "/moe/w_up", "/moe/w_down")
 Cache = list[jax.Array]
 """Per layer [B, S, L]; the MTP module's own last, if it runs."""
 
 
-def unstack(params: Tree, router_bias: Tree, dtype: jnp.dtype, consume: bool) -> Tree:
-    """{"params", "router_bias"} with a list of layers in place of every stack.
+def unstack(
+    config: ModelConfig,
+    params: Tree,
+    router_bias: Tree,
+    dtype: jnp.dtype,
+    consume: bool,
+    expert_shards: int | None,
+) -> Tree:
+    """{"params", "router_bias"} as decoding reads them: a list of layers in place of every stack.
 
-    Matrices become `dtype`; router, biases and norms stay fp32. With `consume` every array passed
-    in is freed once its layers exist, so that the peak is one copy and the largest stack.
+    Matrices become `dtype`; router, biases and norms stay fp32. W_UKV is cut into its halves
+    (`model/mla.py:split_heads_first`). With `expert_shards`, the number of parts that the mesh
+    holds experts in, every expert becomes an array of its own (`separate_experts`). With `consume`
+    every array passed in is freed once its layers exist, so that the peak is one copy and the
+    largest stack.
     """
+    nope = config.qk_nope_head_dim
 
-    def cast(name: str, x: jax.Array) -> jax.Array:
-        exact = name.endswith(("scale", "bias")) or "router/" in name
-        return x if exact else x.astype(dtype)
-
-    def split(path, stack: jax.Array) -> list[jax.Array]:
+    def convert_leaf(path, stack: jax.Array) -> list[Any]:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        stacked = name.split("/")[0] in STACKS
-        parts = [cast(name, x) for x in stack] if stacked else [cast(name, stack)]
+        exact = name.endswith(("scale", "bias")) or "router/" in name
+        kept = stack.dtype if exact else dtype
+        if name.split("/")[0] not in STACKS:
+            parts = [stack.astype(kept)]
+        elif expert_shards is not None and name.endswith(EXPERTS):
+            parts = [_separate_layer(stack, i, expert_shards, kept) for i in range(len(stack))]
+        elif name.endswith("/attn/w_ukv"):
+            parts = [_split_ukv(stack, i, nope, kept) for i in range(len(stack))]
+        else:
+            parts = [x.astype(kept) for x in stack]
         if consume and not any(part is stack for part in parts):
             jax.block_until_ready(parts)
             stack.delete()
         return parts
 
     def layers(name: str, tree: Tree) -> Tree | list[Tree]:
-        # `cast` names weights from the top of the tree, where the stack's name stands.
-        parts = jax.tree_util.tree_map_with_path(split, {name: tree})[name]
+        # Leaves are named from the top of the tree, where the stack's name stands.
+        parts = jax.tree_util.tree_map_with_path(convert_leaf, {name: tree})[name]
         is_parts = lambda x: isinstance(x, list)  # noqa: E731
         count = max(map(len, jax.tree.leaves(parts, is_leaf=is_parts)), default=0)
         pick = lambda i: jax.tree.map(lambda p: p[i], parts, is_leaf=is_parts)  # noqa: E731
@@ -55,6 +74,16 @@ def unstack(params: Tree, router_bias: Tree, dtype: jnp.dtype, consume: bool) ->
         return {name: layers(name, sub) for name, sub in tree.items()}
 
     return {"params": convert(params), "router_bias": convert(router_bias)}
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _split_ukv(stack_LCNH: jax.Array, layer: int, nope: int, dtype: jnp.dtype):
+    return split_heads_first(stack_LCNH[layer].astype(dtype), nope)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _separate_layer(stack_LEKN: jax.Array, layer: int, shards: int, dtype: jnp.dtype):
+    return separate_experts(stack_LEKN[layer].astype(dtype), shards)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,19 +52,19 @@ class MLA(nnx.Module):
         self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
         """Causal attention [B, T, D], and what a cache keeps of these tokens [B, T, L]."""
-        c, nope = self.config, self.config.qk_nope_head_dim
+        c = self.config
         cos_sin = rotation(c, positions_BT)
         q_BTNH = self.queries(x_BTD, *cos_sin)
         latents_BTL = self.latents(x_BTD, *cos_sin)
         c_kv_BTC, k_rope_BTR = jnp.split(latents_BTL, [c.kv_lora_rank], axis=-1)
-        kv = project("BTC,CNH->BTNH", c_kv_BTC, self.w_ukv)  # eq. 2, 5: per head [k_nope | v]
-        k_rope = jnp.broadcast_to(k_rope_BTR[:, :, None], (*kv.shape[:3], c.qk_rope_head_dim))
-        k_BTNH = jnp.concatenate([kv[..., :nope], k_rope], axis=-1)  # eq. 4
+        k_nope, v_BTNV = self.expand(c_kv_BTC)
+        k_rope = jnp.broadcast_to(k_rope_BTR[:, :, None], (*k_nope.shape[:3], c.qk_rope_head_dim))
+        k_BTNH = jnp.concatenate([k_nope, k_rope], axis=-1)  # eq. 4
 
         def heads(x):
             return constrain(x, "batch", "seq", "heads", "head_dim")
 
-        q_BTNH, k_BTNH, v_BTNV = heads(q_BTNH), heads(k_BTNH), heads(kv[..., nope:])
+        q_BTNH, k_BTNH, v_BTNV = heads(q_BTNH), heads(k_BTNH), heads(v_BTNV)
         o_BTNV = keep(causal_attention(q_BTNH, k_BTNH, v_BTNV, softmax_scale(c), segments_BT))
         return self.output(o_BTNV), latents_BTL
 
@@ -81,19 +81,26 @@ class MLA(nnx.Module):
         cos_sin = rotation(c, positions_BT)
         q_BTNH = self.queries(x_BTD, *cos_sin)
         cache_BSL = _write(cache_BSL, self.latents(x_BTD, *cos_sin), positions_BT[:, 0])
-        w_ukv = self.w_ukv[...].astype(x_BTD.dtype)
-        q_BTNC = jnp.einsum("BTNH,CNH->BTNC", q_BTNH[..., :nope], w_ukv[..., :nope])
-        q_BTNL = jnp.concatenate([q_BTNC, q_BTNH[..., nope:]], axis=-1)
-        q_BTNL = constrain(q_BTNL, "batch", "seq", "heads", None)
-        logits_BNTS = softmax_scale(c) * jnp.einsum(
-            "BTNL,BSL->BNTS", q_BTNL, cache_BSL, preferred_element_type=jnp.float32
-        )
+        w_ukv = self.w_ukv.get_value()
+        w_uk_NCH, w_uv_NCV = w_ukv if isinstance(w_ukv, tuple) else split_heads_first(w_ukv, nope)
+        q_BNTC = jnp.einsum("BTNH,NCH->BNTC", q_BTNH[..., :nope], w_uk_NCH.astype(x_BTD.dtype))
+        q_rope = jnp.swapaxes(q_BTNH[..., nope:], 1, 2)
+        q_BNTL = jnp.concatenate([q_BNTC, q_rope], axis=-1)
+        q_BNTL = constrain(q_BNTL, "batch", "heads", "seq", None)
         seen_BTS = jnp.arange(cache_BSL.shape[1]) <= positions_BT[:, :, None]
-        p_BNTS = masked_softmax(logits_BNTS, seen_BTS[:, None]).astype(x_BTD.dtype)
-        # Over whole cache rows, rotary key included: a slice of the cache would be a copy of it.
-        o_BTNL = jnp.einsum("BNTS,BSL->BTNL", p_BNTS, cache_BSL)
-        o_BTNV = jnp.einsum("BTNC,CNV->BTNV", o_BTNL[..., : c.kv_lora_rank], w_ukv[..., nope:])
+        o_BNTL = _attend(q_BNTL, cache_BSL, softmax_scale(c), seen_BTS)
+        o_BNTC = o_BNTL[..., : c.kv_lora_rank]
+        o_BTNV = jnp.einsum("BNTC,NCV->BTNV", o_BNTC, w_uv_NCV.astype(x_BTD.dtype))
         return self.output(o_BTNV), cache_BSL
+
+    def expand(self, c_kv_BTC: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys without rotation [B, T, N, nope] and values [B, T, N, V] of latents (eq. 2, 5)."""
+        if isinstance(self.w_ukv.get_value(), tuple):
+            w_uk_NCH, w_uv_NCV = (w.astype(c_kv_BTC.dtype) for w in self.w_ukv.get_value())
+            k_nope = jnp.einsum("BTC,NCH->BTNH", c_kv_BTC, w_uk_NCH)
+            return k_nope, jnp.einsum("BTC,NCV->BTNV", c_kv_BTC, w_uv_NCV)
+        kv = project("BTC,CNH->BTNH", c_kv_BTC, self.w_ukv)  # per head [k_nope | v]
+        return kv[..., : self.config.qk_nope_head_dim], kv[..., self.config.qk_nope_head_dim :]
 
     def queries(self, x_BTD: jax.Array, cos_BTJ: jax.Array, sin_BTJ: jax.Array) -> jax.Array:
         """Queries of every head, nope channels then rotated ones [B, T, N, H]."""
@@ -121,6 +128,34 @@ class MLA(nnx.Module):
         """Outputs of the heads to the residual stream (eq. 11)."""
         # y[B, T, D]{U_tp} -> AllReduce_tp -> y[B, T, D]
         return constrain(project("BTNV,NVD->BTD", o_BTNV, self.w_o), "batch", "seq", "embed")
+
+
+def split_heads_first(w_CNH: jax.Array, nope: int) -> tuple[jax.Array, jax.Array]:
+    """W_UK [N, C, nope] and W_UV [N, C, V] of `w_ukv`: as products per head read them.
+
+    `w_ukv` may hold this pair instead of one array, so that decoding copies it once and not at
+    every step.
+    """
+    w_NCH = jnp.moveaxis(w_CNH, 1, 0)
+    return w_NCH[..., :nope], w_NCH[..., nope:]
+
+
+def _attend(q_BNTL: jax.Array, cache_BSL: jax.Array, scale: float, seen_BTS: jax.Array):
+    """softmax(q cache^T * scale) cache [B, N, T, L], fp32 softmax over the slots that are seen.
+
+    The rotary key takes part in the sum too: a slice of the cache would be a copy of it. Heads and
+    tokens are one axis in both products, or XLA:CPU transposes the cache for each.
+    """
+    B, N, T, L = q_BNTL.shape
+    logits_BMS = jnp.einsum(
+        "BML,BSL->BMS",
+        q_BNTL.reshape(B, N * T, L),
+        cache_BSL,
+        preferred_element_type=jnp.float32,
+    )
+    logits_BNTS = scale * logits_BMS.reshape(B, N, T, -1)
+    p_BNTS = masked_softmax(logits_BNTS, seen_BTS[:, None]).astype(q_BNTL.dtype)
+    return jnp.einsum("BMS,BSL->BML", p_BNTS.reshape(B, N * T, -1), cache_BSL).reshape(B, N, T, L)
 
 
 def _write(cache_BSL: jax.Array, new_BTL: jax.Array, start_B: jax.Array) -> jax.Array:

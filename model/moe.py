@@ -16,6 +16,7 @@ from model.recipe import Recipe, keep
 from model.router import affinities, balance_loss, expert_counts, select
 from pallas_kernels.expert_ffn import expert_ffn
 from pallas_kernels.permute import combine_rows, gather_rows, sort_by_expert
+from pallas_kernels.separate_experts import separate_expert_ffn
 from sharding import expert
 from sharding.partition import constrain, max_over, on_shards, sum_over, vary
 
@@ -80,27 +81,37 @@ class MoE(nnx.Module):
         """Weighted sum of the chosen experts' outputs [B, T, D], and the choices missed."""
         tokens, choices = ("batch", "seq", "embed"), ("batch", "seq", "choices")
         w_in, w_out = ("experts", "embed", "expert_ffn"), ("experts", "expert_ffn", "embed")
+        weights = [w.get_value() for w in (self.w_gate, self.w_up, self.w_down)]
+        if isinstance(weights[0], tuple):  # apart, output first: see pallas_kernels
+            w_in, w_out = w_out, w_in
 
         def region(*arrays):
             return _experts_on_shard(*arrays, kernels=recipe.kernels)
 
         run = on_shards(region, (tokens, choices, choices, w_in, w_in, w_out), (tokens, ()))
-        cast = [w[...].astype(x_BTD.dtype) for w in (self.w_gate, self.w_up, self.w_down)]
+        cast = jax.tree.map(lambda w: w.astype(x_BTD.dtype), weights)
         return run(x_BTD, ids_BTK, weights_BTK, *cast)
 
 
-def _experts_on_shard(x_BTD, ids_BTK, weights_BTK, w_gate_EDF, w_up_EDF, w_down_EFD, *, kernels):
-    """One device's part: fetch tokens, sort by expert, compute, weigh, send back."""
+def _experts_on_shard(x_BTD, ids_BTK, weights_BTK, w_gate, w_up, w_down, *, kernels):
+    """One device's part: fetch tokens, sort by expert, compute, weigh, send back.
+
+    Weights are stacked, gate and up [E, D, F], down [E, F, D]; or E arrays each, [1, F, D] and
+    [1, D, F].
+    """
     B, T, D = x_BTD.shape
     K = ids_BTK.shape[-1]
     x_ND, ids_NK, weights_NK = expert.dispatch(
         x_BTD.reshape(B * T, D), ids_BTK.reshape(B * T, K), weights_BTK.reshape(B * T, K)
     )
-    num_local = w_gate_EDF.shape[0]
+    num_local = len(w_gate)
     plan = sort_by_expert(ids_NK - expert.first_local_expert(num_local), num_local)
     x_MD = gather_rows(x_ND, plan)
-    weights = (w_gate_EDF, w_up_EDF, w_down_EFD)
-    y_MD = expert_ffn(x_MD, *weights, plan.group_sizes_E, backend=kernels)
+    if isinstance(w_gate, tuple):
+        gate, up, down = ([w[0] for w in ws] for ws in (w_gate, w_up, w_down))
+        y_MD = separate_expert_ffn(x_MD, gate, up, down, plan.group_sizes_E)
+    else:
+        y_MD = expert_ffn(x_MD, w_gate, w_up, w_down, plan.group_sizes_E, backend=kernels)
     y_ND = expert.combine(combine_rows(y_MD, weights_NK, plan))
     # Over all devices, choices made minus choices that some expert computed.
     missed = vary(B * T * K - jnp.sum(plan.group_sizes_E))

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.few_rows import expert_ffn_few_rows, has_few_rows
 from pallas_kernels.grouped_matmul import Backend, check_operands, grouped_matmul
 from pallas_kernels.tiles import (
     Tiling,
@@ -79,9 +78,7 @@ def expert_ffn(
     M = x_MD.shape[0]
     if M == 0:
         return x_MD
-    if tiling is None and not has_few_rows(M, E):
-        tiling = _tiling_for(x_MD, w_gate_EDF)
-    return _portable(tiling, x_MD, *weights, group_sizes_E)
+    return _portable(tiling or choose_tiling(M, E, D * F), x_MD, *weights, group_sizes_E)
 
 
 def _reference(x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E):
@@ -125,28 +122,18 @@ def _forward(tiling: Tiling, keep: bool, x_MD, w_gate_EDF, w_up_EDF, w_down_EFD,
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _portable(tiling: Tiling | None, x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E):
-    """`tiling` is None for few rows; a gradient is then taken through tiles chosen for them."""
-    operands = x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E
-    if tiling is None:
-        return expert_ffn_few_rows(*operands)
-    return _forward(tiling, False, *operands)[0]
+def _portable(tiling: Tiling, x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E):
+    return _forward(tiling, False, x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E)[0]
 
 
-def _tiling_for(x_MD: Array, w_gate_EDF: Array) -> Tiling:
-    E, D, F = w_gate_EDF.shape
-    return choose_tiling(x_MD.shape[0], E, D * F)
-
-
-def _portable_fwd(tiling: Tiling | None, *operands):
-    y_MD, kept = _forward(tiling or _tiling_for(*operands[:2]), True, *operands)
+def _portable_fwd(tiling: Tiling, *operands):
+    y_MD, kept = _forward(tiling, True, *operands)
     return y_MD, (operands, kept)
 
 
-def _portable_bwd(tiling: Tiling | None, saved, dy_MD: Array):
+def _portable_bwd(tiling: Tiling, saved, dy_MD: Array):
     (x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E), (gate, up) = saved
     (M, D), dtype = x_MD.shape, x_MD.dtype
-    tiling = tiling or _tiling_for(x_MD, w_gate_EDF)
     weights = w_gate_EDF, w_up_EDF, w_down_EFD
     tiles = make_tiles(group_sizes_E, M, tiling)
 

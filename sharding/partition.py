@@ -73,7 +73,7 @@ def on_shards(
     def body(*args):
         token = _region.set(axes)
         try:
-            return fn(*(vary(x) for x in args))
+            return fn(*jax.tree.map(vary, args))
         finally:
             _region.reset(token)
 
@@ -211,6 +211,11 @@ def place_rows(
 def batch_shards(layout: Layout) -> int:
     """Into how many parts the batch is cut."""
     return math.prod(layout.mesh.shape[axis] for axis in layout.computed["batch"])
+
+
+def stored_shards(layout: Layout, name: str) -> int:
+    """Into how many parts parameters are cut along a logical axis."""
+    return math.prod(layout.mesh.shape[axis] for axis in layout.stored[name])
 
 
 def replicated(layout: Layout) -> NamedSharding:

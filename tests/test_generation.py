@@ -195,7 +195,7 @@ def test_speculation_keeps_the_distribution(draft):
     keys = jax.random.split(jax.random.key(0), (3, n))
     drafts = jax.vmap(lambda k: jax.random.categorical(k, jnp.log(q)))(keys[0])
     wide = lambda x: jnp.broadcast_to(x, (n, 4))  # noqa: E731
-    tokens, accepted = accept_or_redraw(keys[1], keys[2], drafts, wide(q), wide(p))
+    tokens, accepted = accept_or_redraw(keys[1], keys[2], drafts, wide(q), wide(p), Sampling())
     np.testing.assert_allclose(np.bincount(tokens, minlength=4) / n, p, atol=0.01)
     np.testing.assert_allclose(accepted.mean(), jnp.minimum(p, q).sum(), atol=0.01)
 
