@@ -3,8 +3,9 @@
     python -m bench.decode [--rounds 3] [--tokens 32] [--cases tiny,v2_lite]
         [--batches 1,16] [--write]
 
-Random weights in fp32, random prompts, greedy, every core on both sides; theirs runs under its own
-interpreter (`bench/hf_decode.py`). Rounds alternate; figures are medians. Compilation and prefill
+Random weights in fp32, random prompts, greedy, every core on both sides. Each side is a process of
+its own, theirs under its own interpreter (`bench/hf_decode.py`); a round starts one, measures it,
+ends it, and does the same with the other. Figures are medians. Compilation and prefill
 are left out on both sides: the time is that of the tokens after the first. Bytes are those a step
 must read once: weights of the layers, the experts that the batch chose on average, the head, and
 the cache; their rate is compared with a reduction over an array of 1 GiB in the same run.
@@ -19,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +31,6 @@ from checkpoint.hf_config import to_hf_config
 from configs import deepseek_models, tiny
 from generation.config import Sampling
 from generation.engine import Generator
-from model.blueprint import initialize
 from model.config import ModelConfig
 from model.costs import count_parameters
 from model.recipe import Recipe
@@ -80,8 +81,8 @@ class Ours:
     def __init__(self, config: ModelConfig):
         layout = Layout(make_mesh(MeshConfig(), jax.devices()[:1]))
         self._generator = Generator(config, Recipe(), layout)
-        params, bias = jax.jit(lambda key: initialize(config, key))(jax.random.key(0))
-        self._weights = self._generator.prepare({"params": params, "router_bias": bias}, True)
+        weights = random_weights(self._generator.abstract_weights)
+        self._weights = self._generator.prepare(weights, consume=True)
         self._vocab = config.vocab_size
 
     def seconds(self, batch: int, context: int, tokens: int) -> float:
@@ -95,23 +96,44 @@ class Ours:
         return session.stats.decode_seconds
 
 
-class Theirs:
-    """Hugging Face's model in a process of its own."""
+def random_weights(abstract: Any) -> Any:
+    """Weights of the shapes asked for, norms at 1; one array at a time, for want of memory."""
+    rng = np.random.default_rng(0)
 
-    def __init__(self, config: ModelConfig, interpreter: str):
-        environment = os.environ | {"OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
+    def make(path, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if jax.tree_util.keystr(path).endswith("['scale']"):
+            return jnp.ones(leaf.shape)
+        return jnp.asarray(0.02 * rng.standard_normal(leaf.shape, np.float32))
+
+    return jax.tree_util.tree_map_with_path(make, abstract)
+
+
+def serve(config: ModelConfig) -> None:
+    """Our side of the comparison in a process of its own; speaks as `bench/hf_decode.py` does."""
+    ours = Ours(config)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        batch, context, tokens = map(int, line.split())
+        print(json.dumps({"seconds": ours.seconds(batch, context, tokens)}), flush=True)
+
+
+class Side:
+    """A process that measures; one at a time, since two models would not fit into memory."""
+
+    def __init__(self, command: list[str]):
         self._process = subprocess.Popen(
-            [interpreter, str(HERE / "hf_decode.py"), json.dumps(to_hf_config(config))],
+            command,
+            cwd=HERE.parent,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env=environment,
+            env=os.environ | {"OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"},
         )
         self.about = self._read()
 
     def seconds(self, batch: int, context: int, tokens: int) -> float:
-        """As `Ours.seconds`."""
+        """Time of `tokens` steps after the first token."""
         assert self._process.stdin is not None
         print(batch, context, tokens, file=self._process.stdin, flush=True)
         return json.loads(self._read())["seconds"]
@@ -120,7 +142,7 @@ class Theirs:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the reference ended with {self._process.wait()}")
+            raise RuntimeError(f"a side of the comparison ended with {self._process.wait()}")
         return line.strip()
 
     def close(self) -> None:
@@ -129,37 +151,51 @@ class Theirs:
 
 
 def compare(name: str, config: ModelConfig, options: argparse.Namespace) -> list[str]:
-    """Rows of the table for one model, batch 1 and 16."""
-    ours, theirs, rows = Ours(config), Theirs(config, options.interpreter), []
-    print(theirs.about, flush=True)
-    for batch in map(int, options.batches.split(",")):
-        shape = (batch, CONTEXT, options.tokens)
-        ours.seconds(*shape)  # compiles
-        theirs.seconds(batch, CONTEXT, 2)
-        rounds = [(ours.seconds(*shape), theirs.seconds(*shape)) for _ in range(options.rounds)]
-        rate = bandwidth()
-        mine, other = (statistics.median(r[i] for r in rounds) for i in (0, 1))
-        ratio = statistics.median(t / o for o, t in rounds)
+    """Rows of the table for one model: every round starts both sides anew, one after the other."""
+    commands = {
+        "ours": [sys.executable, "-m", "bench.decode", "--serve", name],
+        "theirs": [
+            options.interpreter, str(HERE / "hf_decode.py"), json.dumps(to_hf_config(config)),
+        ],
+    }  # fmt: skip
+    batches = [int(batch) for batch in options.batches.split(",")]
+    times = {(side, batch): [] for side in commands for batch in batches}
+    for _ in range(options.rounds):
+        for side, command in commands.items():
+            process = Side(command)
+            print(process.about, flush=True)
+            for batch in batches:
+                shape = (batch, CONTEXT, options.tokens)
+                process.seconds(*shape)  # compiles
+                times[side, batch].append(process.seconds(*shape))
+            process.close()
+    rate, rows = bandwidth(), []
+    for batch in batches:
+        ours, theirs = times["ours", batch], times["theirs", batch]
+        mine, other = statistics.median(ours), statistics.median(theirs)
+        ratios = [t / o for o, t in zip(ours, theirs, strict=True)]
         read = bytes_per_step(config, batch, CONTEXT) * options.tokens / mine
         count = batch * options.tokens
         rows.append(
-            f"| {name} | {batch} | {count / mine:,.1f} | {count / other:,.1f} | {ratio:.2f} "
+            f"| {name} | {batch} | {count / mine:,.1f} | {count / other:,.1f} "
+            f"| {statistics.median(ratios):.2f} | {min(ratios):.2f} to {max(ratios):.2f} "
             f"| {read / 1e9:.1f} | {rate / 1e9:.1f} | {100 * read / rate:.0f}% |"
         )
         print(rows[-1], flush=True)
-    theirs.close()
     return rows
 
 
-def growth(config: ModelConfig, options: argparse.Namespace) -> list[str]:
+def growth(name: str, config: ModelConfig, options: argparse.Namespace) -> list[str]:
     """Cost per token against context, ours."""
-    ours, lines = Ours(config), []
+    side, lines = Side([sys.executable, "-m", "bench.decode", "--serve", name]), []
     for context in (256, 1024, 4096):
-        ours.seconds(1, context, options.tokens)
-        times = [ours.seconds(1, context, options.tokens) for _ in range(options.rounds)]
+        side.seconds(1, context, options.tokens)
+        times = [side.seconds(1, context, options.tokens) for _ in range(options.rounds)]
         step = statistics.median(times) / options.tokens
         entry = config.num_layers * (config.kv_lora_rank + config.qk_rope_head_dim)
         lines.append(f"| {context} | {1e3 * step:.2f} | {4 * entry * context / 2**20:.1f} |")
+        print(lines[-1], flush=True)
+    side.close()
     return lines
 
 
@@ -172,22 +208,26 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cases", default="tiny,v2_lite")
     parser.add_argument("--batches", default="1,16")
     parser.add_argument("--interpreter", default=str(reference), help="has torch, transformers")
+    parser.add_argument("--serve", metavar="CASE", help="be our side; for the script itself")
     parser.add_argument("--write", action="store_true", help="write bench/results.md")
     options = parser.parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")
+    if options.serve:
+        serve(cases()[options.serve])
+        return
     chosen = {name: cases()[name] for name in options.cases.split(",")}
     lines = [
         f"Context {CONTEXT}, fp32, greedy, {options.tokens} tokens a round.",
         "",
-        "| model | batch | ours, tokens/s | HF, tokens/s | ratio | read, GB/s "
+        "| model | batch | ours, tokens/s | HF, tokens/s | ratio | its rounds | read, GB/s "
         "| reduction, GB/s | share |",
-        "|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, config in chosen.items():
         lines += compare(name, config, options)
     for name, config in chosen.items():
         lines += ["", f"{name}, batch 1, ms per token against context:", ""]
-        lines += ["| context | ms | cache, MiB |", "|---|---|---|", *growth(config, options)]
+        lines += ["| context | ms | cache, MiB |", "|---|---|---|", *growth(name, config, options)]
     load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
     lines += ["", f"Medians of {options.rounds} rounds; load averages at the end {load}."]
     print("\n".join(lines))
