@@ -9,8 +9,10 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
     from checkpoint.weights import Weights
     from data.tokenizer import Tokenizer
+    from model.config import ModelConfig
     from sharding.partition import Layout
 
 
@@ -42,11 +45,26 @@ class Common:
     """Run on this many emulated CPU devices; 0 takes the devices that are there."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and matrix products."""
+    compilation_cache: str = "cache/xla"
+    """Folder that keeps compiled programs between runs; empty keeps none."""
+    distributed: Literal["auto", "on", "off"] = "auto"
+    """Several processes: auto when Slurm, Open MPI or --coordinator says so; on lets JAX detect the
+    cluster. Every process is given the same command; the first one writes."""
+    coordinator: str = ""
+    """HOST:PORT of process 0, where no cluster manager is detected."""
+    num_processes: int = 0
+    """Processes in all; with --coordinator."""
+    process_id: int = -1
+    """This process, from 0; with --coordinator."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generate(Common):
-    """Generate text. Several prompts are one batch. Text goes to stdout, figures to stderr."""
+    """Generate text. Several prompts are one batch. Text goes to stdout, figures to stderr.
+
+    A single answer is written as it comes; several are written whole, in the prompts' order, each
+    as soon as it and those before it are complete.
+    """
 
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A prompt; may be given again."""
@@ -105,15 +123,32 @@ def note(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def is_first_process() -> bool:
+    """Whether this process is the one that writes."""
+    import jax
+
+    return jax.process_index() == 0
+
+
 def make_layout(options: Common) -> "Layout":
     """Devices and mesh."""
     # Orbax says on every opening that a checkpoint opened for reading is opened for reading.
     logging.getLogger("absl").setLevel(logging.ERROR)
-    from sharding.mesh import emulate_devices, make_mesh
-    from sharding.partition import Layout
+    import jax
 
+    from sharding.mesh import emulate_devices, join_processes, make_mesh
+    from sharding.partition import Layout
+    from training.host_memory import keep_freed_memory
+
+    if options.emulate or find_spec("jax_cuda13_plugin") is None:
+        keep_freed_memory()
     if options.emulate:
         emulate_devices(options.emulate)
+    if options.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", os.path.abspath(options.compilation_cache))
+    join_processes(
+        options.distributed, options.coordinator, options.num_processes, options.process_id
+    )
     return Layout(make_mesh(options.mesh))
 
 
@@ -207,14 +242,15 @@ def end_ids(source: "Weights", tokenizer: "Tokenizer | None") -> tuple[int, ...]
 
 
 def generate(options: Generate, source: "Weights", layout: "Layout") -> int:
-    """Answer every prompt; a single answer is written as it comes."""
+    """Answer every prompt."""
     from generation.engine import Generator
     from generation.text import TextStream
     from model.recipe import Recipe
 
     tokenizer = load_tokenizer(source)
     prompts = encode_prompts(options, source, tokenizer)
-    generator = Generator(source.config, Recipe(options.dtype), layout)
+    config = model_to_load(source.config, options.speculate)
+    generator = Generator(config, Recipe(options.dtype), layout)
     generator.check(prompts, options.max_new_tokens, options.speculate)
 
     def decode(ids: Sequence[int]) -> str:
@@ -228,29 +264,56 @@ def generate(options: Generate, source: "Weights", layout: "Layout") -> int:
     session = generator.start(
         weights, prompts, options.sampling, options.max_new_tokens, eos_ids, options.speculate
     )
-    texts = [""] * len(prompts)
-
-    def say(row: int, text: str) -> None:
-        if options.prompt_ids and not texts[row]:
-            text = text.removeprefix(",")
-        texts[row] += text
-        if len(prompts) == 1:
-            print(text, end="", flush=True)
-
+    answers = Answers(len(prompts), first="," if options.prompt_ids else "")
     while not session.done:
         for row, ids in enumerate(session.advance()):
-            say(row, streams[row].push(ids.tolist()))
+            answers.add(row, streams[row].push(ids.tolist()))
             if streams[row].stopped and not session.finished[row]:
                 session.finish(row)
-    for row, stream in enumerate(streams):
-        say(row, stream.close())
-    if len(prompts) == 1:
-        print(flush=True)
-    else:
-        for row, text in enumerate(texts):
-            print(f"--- {row}\n{text}", flush=True)
-    note(report(session.stats))
+            if session.finished[row] and not answers.complete[row]:
+                answers.add(row, streams[row].close())
+                answers.end(row)
+    if is_first_process():
+        note(report(session.stats))
     return 0
+
+
+def model_to_load(config: "ModelConfig", with_mtp: bool) -> "ModelConfig":
+    """The model without MTP modules unless they are asked for: they are billions of weights."""
+    return config if with_mtp else dataclasses.replace(config, mtp_depth=0)
+
+
+class Answers:
+    """Writes answers to stdout: a single one as it comes, several whole and in order."""
+
+    def __init__(self, count: int, first: str = ""):
+        self._texts = [""] * count
+        self._first = first
+        """What the first piece of an answer begins with and people do not want to see."""
+        self.complete = [False] * count
+        self._written = 0
+
+    def add(self, row: int, text: str) -> None:
+        """The next piece of an answer."""
+        if not self._texts[row]:
+            text = text.removeprefix(self._first)
+        self._texts[row] += text
+        if len(self._texts) == 1:
+            self._say(text, end="")
+
+    def end(self, row: int) -> None:
+        """An answer is complete."""
+        self.complete[row] = True
+        if len(self._texts) == 1:
+            self._say("")
+            return
+        while self._written < len(self._texts) and self.complete[self._written]:
+            self._say(f"--- {self._written}\n{self._texts[self._written]}")
+            self._written += 1
+
+    def _say(self, text: str, end: str = "\n") -> None:
+        if is_first_process():
+            print(text, end=end, flush=True)
 
 
 def report(stats: Stats) -> str:
@@ -281,14 +344,16 @@ def score(options: Score, source: "Weights", layout: "Layout") -> int:
     from generation.score import NpyWriter, Scorer, check_ids, nats, output_paths
     from model.recipe import Recipe
 
-    config, recipe = source.config, Recipe(options.dtype)
+    if options.mtp and not source.config.mtp_depth:
+        raise ValueError("the model has no MTP module; score it without --mtp")
+    config, recipe = model_to_load(source.config, options.mtp), Recipe(options.dtype)
     ids_BT = check_ids(read_tokens(options.tokens), config, str(options.tokens))
     B, T = ids_BT.shape
-    depths = config.mtp_depth if options.mtp else 0
+    depths = config.mtp_depth
     if options.out is None and T < 2:
         raise ValueError(f"{options.tokens} holds one token per sequence; a loss needs two")
     scorer = Scorer(config, recipe, layout, options.mtp)
-    paths = output_paths(options.out, depths) if options.out else []
+    paths = output_paths(options.out, depths) if options.out and is_first_process() else []
     writer = NpyWriter(paths, (B, T, config.vocab_size))
     totals = np.zeros(1 + depths)
     with writer:
@@ -296,12 +361,13 @@ def score(options: Score, source: "Weights", layout: "Layout") -> int:
         for first in range(0, B, scorer.rows):
             rows_BT = ids_BT[first : first + scorer.rows]
             heads = scorer.logits(weights, rows_BT)
-            if options.out:
+            if paths:
                 writer.append(heads)
-            else:
+            elif not options.out:
                 totals += [nats(head, rows_BT, k) for k, head in enumerate(heads, 1)]
-    if options.out:
+    if paths:
         note(f"wrote {', '.join(map(str, paths))}: float32 [{B}, {T}, {config.vocab_size}]")
+    if options.out or not is_first_process():
         return 0
     for k, total in enumerate(totals, 1):
         targets = B * max(0, T - k)

@@ -33,7 +33,7 @@ def start_devices(command: Command) -> None:
     """Emulated devices, compilation cache, and the other processes of the run."""
     import jax
 
-    from sharding.mesh import emulate_devices
+    from sharding.mesh import emulate_devices, join_processes
     from training.host_memory import keep_freed_memory
 
     if command.emulate or find_spec("jax_cuda13_plugin") is None:
@@ -42,19 +42,8 @@ def start_devices(command: Command) -> None:
         emulate_devices(command.emulate)
     if command.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.abspath(command.compilation_cache))
-    explicit = bool(command.coordinator)
-    launched = any(name in os.environ for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
-    if command.distributed == "off" or not (explicit or launched or command.distributed == "on"):
-        return
-    if explicit and (command.num_processes < 1 or command.process_id < 0):
-        raise ValueError(
-            f"--coordinator {command.coordinator} needs --num-processes (is "
-            f"{command.num_processes}) and --process-id (is {command.process_id})"
-        )
-    jax.distributed.initialize(
-        command.coordinator or None,
-        command.num_processes if explicit else None,
-        command.process_id if explicit else None,
+    join_processes(
+        command.distributed, command.coordinator, command.num_processes, command.process_id
     )
 
 
@@ -206,6 +195,15 @@ def initial_state(run: RunConfig, trainer: "Trainer", init_from: str, say) -> An
     return state
 
 
+def check_initial_weights(run: RunConfig, init_from: str) -> None:
+    """Raise what `initial_state` would, but before data is prepared."""
+    from checkpoint.folder import find_steps
+    from checkpoint.weights import open_initial
+
+    if init_from and not find_steps(Path(run.run_dir) / "checkpoints"):
+        open_initial(Path(init_from), run.model)
+
+
 def make_loop(
     run: RunConfig, trainer: "Trainer", prepared: "Prepared", profile: range, init_from: str, say
 ) -> "Loop":
@@ -341,6 +339,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     say("\n".join(derived))
     try:
+        check_initial_weights(run, command.init_from)
         return run_to_end(run, trainer, profile, command.init_from, say)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"train.py: {error}", file=sys.stderr)

@@ -45,6 +45,7 @@ def import_folder(
     an export gives the same bytes. The router's bias stays fp32. `progress` is told (bytes written,
     bytes in all). Raises ValueError for an existing `dst`, a disk without room, bad tensors.
     """
+    source.compare_copies()
     entries = table(source.config)
     scales = source.scales()
     total = sum(_kept(e, dtype).itemsize * int(np.prod(e.our_shape)) for e in entries)

@@ -28,7 +28,9 @@ CARRIED = ("config.json", "generation_config.json", "special_tokens_map.json", "
 _FLOATS = tuple(safetensors.DTYPES[name] for name in ("F32", "BF16", "F16", "F64"))
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 _COPY_SAMPLES = 16
-"""Rows of an MTP layer's copy of embedding or head that are compared with the original."""
+"""Rows of an MTP layer's copy of embedding or head that are compared when a folder is opened."""
+_COPY_BLOCK = 64 << 20
+"""Bytes compared at a time when a conversion compares all of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +81,25 @@ class HuggingFaceFolder:
         self._entries = {(e.tree, e.path): e for e in hf_names.table(self.config)}
         self._pieces = _match(path, infos, list(self._entries.values()), self.config)
         self.quantized = any(piece.scale for piece in self._pieces.values())
-        _compare_copies(infos, self.config)
+        self._copies = [
+            (infos[copy], infos[original])
+            for copy, original in hf_names.shared_copies(self.config).items()
+            if copy in infos
+        ]
+        self.compare_copies(_COPY_SAMPLES)
 
     @property
     def carried(self) -> list[Path]:
         """Configuration, tokenizer and generation files."""
         return sorted({file for pattern in CARRIED for file in self.path.glob(pattern)})
+
+    def compare_copies(self, samples: int | None = None) -> None:
+        """Raise ValueError unless MTP layers repeat embedding and head exactly.
+
+        All rows are read, or `samples` of them spread over each tensor.
+        """
+        for copy, original in self._copies:
+            _compare(copy, original, samples)
 
     def scale_inv(self, name: str) -> np.ndarray | None:
         """FP8 factors of a tensor; None when it is not FP8."""
@@ -293,19 +308,19 @@ def _find(name: str, infos: Mapping[str, TensorInfo], rows: int) -> _Piece | Non
     return _Piece(info, (int(match[2]),), rows if match[3] == "up" else 0)
 
 
-def _compare_copies(infos: Mapping[str, TensorInfo], config: ModelConfig) -> None:
-    """MTP layers repeat embedding and head; a few rows of each copy must equal the original."""
-    for copy, original in hf_names.shared_copies(config).items():
-        if copy not in infos:
-            continue
-        a, b = infos[copy], infos[original]
-        rows = np.linspace(0, b.shape[0] - 1, min(_COPY_SAMPLES, b.shape[0])).astype(int)
-        same = a.shape == b.shape and all(
-            np.array_equal(safetensors.read(a, (row,)), safetensors.read(b, (row,)))
-            for row in rows.tolist()
+def _compare(copy: TensorInfo, original: TensorInfo, samples: int | None) -> None:
+    rows = original.shape[0]
+    if samples is None:
+        block = max(1, _COPY_BLOCK * rows // max(original.nbytes, 1))
+        parts = [slice(low, low + block) for low in range(0, rows, block)]
+    else:
+        parts = [slice(r, r + 1) for r in np.linspace(0, rows - 1, min(samples, rows)).astype(int)]
+    same = copy.shape == original.shape and all(
+        np.array_equal(safetensors.read(copy, (part,)), safetensors.read(original, (part,)))
+        for part in parts
+    )
+    if not same:
+        raise ValueError(
+            f"{copy.path}: {copy.name} differs from {original.name}; MTP modules share embedding "
+            "and head with the main model, so the two must be equal"
         )
-        if not same:
-            raise ValueError(
-                f"{copy} differs from {original}; MTP modules share embedding and head with the "
-                "main model, so the two must be equal"
-            )

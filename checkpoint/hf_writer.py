@@ -15,7 +15,7 @@ import numpy as np
 from checkpoint import fp8, safetensors
 from checkpoint.hf_config import from_hf_config, to_hf_config
 from checkpoint.hf_names import ROUTER_BIAS, Entry, shared_copies, table
-from checkpoint.hf_reader import INDEX
+from checkpoint.hf_reader import INDEX, HuggingFaceFolder
 from checkpoint.partial import new_folder
 from checkpoint.weights import Weights
 from model.config import ModelConfig
@@ -78,6 +78,8 @@ def export(
     written, bytes in all) after each tensor. Raises ValueError for an existing `dst`, a disk
     without room, weights that are not finite (FP8), and a model without a Hugging Face type.
     """
+    if isinstance(weights, HuggingFaceFolder):
+        weights.compare_copies()
     specs, sources = layout(weights.config, dtype, fp8_blocks)
     total = sum(map(_bytes, specs.values()))
     config = _config_json(weights, dtype, fp8_blocks)
@@ -107,6 +109,10 @@ def export(
         (work / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
         for file in carried:
             shutil.copyfile(file, work / file.name)
+        if carried and not any(file.name == "tokenizer_config.json" for file in carried):
+            # transformers would take the model type's own tokenizer class instead.
+            settings = {"tokenizer_class": "PreTrainedTokenizerFast", **_special_tokens(weights)[0]}
+            (work / "tokenizer_config.json").write_text(json.dumps(settings, indent=1), "utf-8")
         # Last: without it a folder is not one of Hugging Face's.
         (work / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
 
@@ -154,6 +160,23 @@ def _tensors(
     yield f"{name}_scale_inv", scale_inv
 
 
+_SPECIAL = {
+    "bos_token": "<｜begin▁of▁sentence｜>",
+    "eos_token": "<｜end▁of▁sentence｜>",
+    "pad_token": "<｜▁pad▁｜>",
+}
+"""DeepSeek's names."""
+
+
+def _special_tokens(weights: Weights) -> tuple[dict[str, str], dict[str, int]]:
+    """Names {"eos_token": ..} and ids {"eos_token_id": ..} of those that the tokenizer has."""
+    files = [file for file in weights.carried if file.name == "tokenizer.json"]
+    added = json.loads(files[0].read_text("utf-8")).get("added_tokens", ()) if files else ()
+    ids = {token["content"]: token["id"] for token in added}
+    found = {key: name for key, name in _SPECIAL.items() if name in ids}
+    return found, {f"{key}_id": ids[name] for key, name in found.items()}
+
+
 def _config_json(weights: Weights, dtype: str, fp8_blocks: bool) -> dict[str, Any]:
     """The release's own config.json where it still describes the model; else one of ours."""
     found = [file for file in weights.carried if file.name == "config.json"]
@@ -161,8 +184,8 @@ def _config_json(weights: Weights, dtype: str, fp8_blocks: bool) -> dict[str, An
     if theirs and from_hf_config(theirs) == weights.config:
         config = dict(theirs)
     else:
-        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-        config = to_hf_config(weights.config) | {k: theirs[k] for k in ids if k in theirs}
+        ids = {f"{name}_id": None for name in _SPECIAL} | _special_tokens(weights)[1]
+        config = to_hf_config(weights.config) | {k: theirs.get(k, i) for k, i in ids.items()}
     old = config.pop("quantization_config", {})
     config.pop("dtype", None)
     config["torch_dtype"] = _TORCH[dtype]

@@ -162,12 +162,10 @@ def differences(a: ModelConfig, b: ModelConfig) -> list[str]:
     ]
 
 
-def load_initial(path: Path, config: ModelConfig, abstract: Any) -> tuple[Any, str]:
-    """({"params", "router_bias"}, what was loaded) for a new run of the model `config`.
+def open_initial(path: Path, config: ModelConfig) -> tuple[Weights, bool]:
+    """Weights for a new run of the model `config`, and whether they lack its MTP modules.
 
-    `abstract` has the structure, types and shardings wanted. Weights without MTP modules serve a
-    model with them: the returned trees then lack "mtp", and the text says so. Raises ValueError
-    that lists the fields in which the two models differ otherwise.
+    Raises ValueError that lists the fields in which the two models differ otherwise.
     """
     weights = open_weights(path)
     without_mtp = weights.config.mtp_depth == 0 and config.mtp_depth > 0
@@ -178,6 +176,17 @@ def load_initial(path: Path, config: ModelConfig, abstract: Any) -> tuple[Any, s
             + "\n  ".join(unlike)
             + "\n(weights against run); give the run the same --config or --model.* fields"
         )
+    return weights, without_mtp
+
+
+def load_initial(path: Path, config: ModelConfig, abstract: Any) -> tuple[Any, str]:
+    """({"params", "router_bias"}, what was loaded) for a new run of the model `config`.
+
+    `abstract` has the structure, types and shardings wanted. Weights without MTP modules serve a
+    model with them: the returned trees then lack "mtp", and the text says so. Raises ValueError
+    as `open_initial` does.
+    """
+    weights, without_mtp = open_initial(path, config)
     if without_mtp:
         abstract = {
             tree: {k: v for k, v in abstract[tree].items() if k != "mtp"}

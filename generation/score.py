@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from model.blueprint import Tree, bind
 from model.config import ModelConfig
@@ -40,7 +41,7 @@ class Scorer:
         padded_BT[: len(ids_BT)] = ids_BT
         placed_BT = jax.device_put(padded_BT, batch_sharding(self._layout, ("batch", "seq")))
         results = self._run(weights["params"], weights["router_bias"], placed_BT)
-        heads = [np.array(logits_BTV)[: len(ids_BT)] for logits_BTV in results]
+        heads = [whole(logits_BTV)[: len(ids_BT)] for logits_BTV in results]
         for depth, head in enumerate(heads[1:], 1):
             head[:, max(0, head.shape[1] - depth) :] = np.nan
         return heads
@@ -63,6 +64,13 @@ class Scorer:
                 jnp.einsum("BTD,DV->BTV", hidden_BTD.astype(jnp.float32), kernel_DV)
                 for hidden_BTD in (output.hidden_BTD, *output.mtp_hidden)
             ]
+
+
+def whole(x: jax.Array) -> np.ndarray:
+    """An array of any placement in main memory, on every process, as a copy of one's own."""
+    if x.is_fully_addressable:
+        return np.array(x)
+    return np.array(multihost_utils.process_allgather(x, tiled=True))
 
 
 def nats(logits_BTV: np.ndarray, ids_BT: np.ndarray, ahead: int = 1) -> float:

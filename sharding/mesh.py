@@ -89,3 +89,25 @@ def emulate_devices(count: int) -> None:
     os.environ["PJRT_NPROC"] = str(max(THREADS_PER_DEVICE * count, os.cpu_count() or 1))
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", count)
+
+
+def join_processes(mode: str, coordinator: str, num_processes: int, process_id: int) -> None:
+    """Meet the other processes of the program, if there are any. Call before JAX is first used.
+
+    `mode` is "off", "on" (JAX detects the cluster) or "auto": on under Slurm and Open MPI, and with
+    a `coordinator`, HOST:PORT of process 0, which the other two arguments belong to.
+
+    Raises ValueError for a coordinator without them.
+    """
+    launched = any(name in os.environ for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
+    if mode == "off" or not (coordinator or launched or mode == "on"):
+        return
+    if coordinator and (num_processes < 1 or process_id < 0):
+        raise ValueError(
+            f"--coordinator {coordinator} needs --num-processes (is {num_processes}) and "
+            f"--process-id (is {process_id})"
+        )
+    if coordinator:
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+    else:
+        jax.distributed.initialize()

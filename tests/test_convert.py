@@ -22,6 +22,7 @@ from checkpoint.checksum import checksums, part_checksum
 from checkpoint.hf_reader import HuggingFaceFolder
 from checkpoint.hf_writer import export, is_quantized
 from checkpoint.weights import differences, load_initial, open_weights
+from data.tokenizer import train_tokenizer
 from generation.engine import Generator
 from model.recipe import Recipe
 from sharding.config import LAYOUTS, MeshConfig
@@ -148,6 +149,33 @@ def test_checksum_by_parts(dtype):
     assert parts % 2**32 == checksums({"x": jax.numpy.asarray(x)})["x"]
 
 
+def test_exports_of_runs_know_their_special_tokens(tmp_path):
+    """Generation with transformers must know where to stop."""
+    tokenizer = train_tokenizer(["the cat sat on the mat"], CONFIG.vocab_size)
+    run = run_folder(tmp_path / "run", weights())
+    (run / "tokenizer.json").write_text(tokenizer.json)
+    export(open_weights(run), tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    for name in ("bos", "eos", "pad"):
+        assert config[f"{name}_token_id"] == getattr(tokenizer, f"{name}_id")
+    settings = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
+    assert settings["eos_token"] == "<｜end▁of▁sentence｜>"
+    assert differences(open_weights(tmp_path / "hf").config, CONFIG) == []
+
+
+@pytest.mark.parametrize("kind", ["import", "export"])
+def test_conversions_compare_every_row_of_mtp_copies(tmp_path, kind, capsys):
+    """Opening a folder compares a few; a copy that differs elsewhere would be lost."""
+    state = tensors(weights())
+    state["model.layers.3.embed_tokens.weight"] = state["model.embed_tokens.weight"].copy()
+    state["model.layers.3.embed_tokens.weight"][1] += 1
+    source = hf_folder(tmp_path / "hf", [state])
+    assert HuggingFaceFolder(source).config == open_weights(source).config
+    assert convert.main([kind, str(source), str(tmp_path / "dst")]) == 2
+    assert "embed_tokens.weight differs from model.embed_tokens" in capsys.readouterr().err
+    assert not (tmp_path / "dst").exists()
+
+
 # ---- interruptions, disks, wrong requests --------------------------------------------------------
 
 
@@ -251,6 +279,15 @@ def test_initial_weights_of_another_model(tmp_path):
     with pytest.raises(ValueError, match=words) as error:
         load_initial(path, other, state_shapes(other))
     assert "init_std" not in str(error.value)
+
+
+def test_train_refuses_another_model_before_it_prepares_data(tmp_path, capsys, monkeypatch):
+    path = run_folder(tmp_path / "weights", weights())
+    monkeypatch.setattr(train, "prepare_data", None)
+    command = ["--config", "tiny", "--layout", "cube", "--init-from", str(path), "--run-dir"]
+    assert train.main([*command, str(tmp_path / "run"), "--compilation-cache", ""]) == 2
+    assert "hidden_size: 32 against 256" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

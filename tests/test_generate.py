@@ -2,8 +2,12 @@
 
 import functools
 import json
+import pathlib
 import re
 import shutil
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -16,6 +20,7 @@ from tests.small_model import CONFIG, hf_folder, run_folder, tensors, weights
 
 TOKENIZER = train_tokenizer(["the cat sat on the mat, the rat ran"] * 3, CONFIG.vocab_size)
 GREEDY = ["--temperature", "0", "--max-new-tokens", "20"]
+HERE = pathlib.Path(generate.__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +35,16 @@ def one_generator():
     """Compiling is nearly all that a call does here, so calls share their programs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "Generator", functools.cache(engine.Generator))
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_cache_of_programs():
+    """Nothing is left in the checkout."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate.Common, "compilation_cache", "")
+        patch.setattr(generate.Generate, "compilation_cache", "")
+        patch.setattr(generate.Score, "compilation_cache", "")
         yield
 
 
@@ -159,6 +174,73 @@ def test_a_layout_scores_like_one_of_replicas(run, tmp_path):
     for head in ("npy", "mtp.npy"):
         one, other = (np.load(tmp_path / f"{name}.{head}") for name in ("replicas", "cube"))
         np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+def test_mtp_modules_are_read_only_when_asked_for(answer, tmp_path, capsys):
+    """Their expert weights hold NaN here, which would be noticed."""
+    state = tensors(weights())
+    for name, tensor in state.items():
+        if name.startswith("model.layers.3.mlp.experts."):
+            tensor[:] = np.nan
+    folder = hf_folder(tmp_path / "hf", [state])
+    np.save(tmp_path / "tokens.npy", np.ones((1, 5), np.int32))
+    score = ["score", "--checkpoint", str(folder), "--tokens", str(tmp_path / "tokens.npy")]
+    assert generate.main([*score, "--mesh.data", "8"]) == 0
+    assert "nan" not in capsys.readouterr().out
+    assert generate.main([*score, "--mesh.data", "8", "--mtp"]) == 0
+    assert "nan" in capsys.readouterr().out
+
+
+def test_answers_are_written_in_order_as_they_end(capsys):
+    answers = generate.Answers(3)
+    answers.add(2, "c")
+    answers.end(2)
+    answers.add(0, "a")
+    assert capsys.readouterr().out == ""
+    answers.end(0)
+    assert capsys.readouterr().out == "--- 0\na\n"
+    answers.add(1, "b")
+    answers.end(1)
+    assert capsys.readouterr().out == "--- 1\nb\n--- 2\nc\n"
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_text_of_one(run, tmp_path):
+    """Experts are apart over the processes; scores are gathered; the first process writes."""
+    np.save(tmp_path / "tokens.npy", np.arange(12, dtype=np.int32).reshape(3, 4))
+    mesh = ["--mesh.data", "2", "--mesh.expert", "2", "--mesh.tensor", "2"]
+    text = ["--prompt-ids", "5,77", "--speculate", *GREEDY]
+    score = ["--tokens", str(tmp_path / "tokens.npy"), "--mtp", "--out"]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+
+    def outputs(name, processes):
+        """Of every process: its standard output. The score goes to a file."""
+        found = []
+        for kind, options in (("", text), ("score", [*score, str(tmp_path / f"{name}.npy")])):
+            started = []
+            for i in range(processes):
+                several = ["--coordinator", f"localhost:{port}", "--num-processes",
+                           str(processes), "--process-id", str(i)]  # fmt: skip
+                command = [sys.executable, "generate.py", *([kind] if kind else []), "--checkpoint",
+                           str(run), *options, *mesh, "--emulate", str(8 // processes),
+                           "--compilation-cache", "", *(several if processes > 1 else [])]  # fmt: skip
+                pipe = subprocess.PIPE
+                started.append(
+                    subprocess.Popen(command, cwd=HERE, stdout=pipe, stderr=pipe, text=True)
+                )
+            ended = [process.communicate(timeout=400) for process in started]
+            assert [p.returncode for p in started] == [0] * processes, ended
+            found.append([out for out, _ in ended])
+        return found
+
+    one, two = outputs("one", 1), outputs("two", 2)
+    assert two[0] == [one[0][0], ""]
+    assert len(one[0][0].split(",")) > 1
+    for head in ("npy", "mtp.npy"):
+        a, b = (np.load(tmp_path / f"{name}.{head}") for name in ("one", "two"))
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
 
 
 def test_an_axis_overrides_the_layout(run):

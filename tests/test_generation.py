@@ -86,6 +86,23 @@ def test_every_decoded_position_has_the_logits_of_the_full_forward_pass():
     np.testing.assert_allclose(np.concatenate(found), teacher_forced()(ids), rtol=0, atol=ATOL)
 
 
+def test_bf16_logits_are_those_of_the_full_forward_pass_in_bf16():
+    """Both forms of attention round at different places, to 8 bits each; logits are up to 4."""
+    recipe = Recipe("bfloat16")
+    layout = Layout(make_mesh(ONE, jax.devices()[:1]))
+    half = Generator(CONFIG, recipe, layout).prepare(jax.tree.map(jnp.asarray, weights()))
+    moe = half["params"]["moe_layers"][0]["moe"]
+    assert moe["w_up"][0].dtype == jnp.bfloat16
+    assert moe["router"]["kernel"].dtype == jnp.float32
+    decoder = make_decoder(CONFIG, half, recipe, mtp=False)
+    ids, positions = jnp.arange(3, 27, dtype=jnp.int32)[None], jnp.arange(24)[None]
+    hidden, cache = jax.jit(lambda i, p: decoder.prefill(i, p, 64))(ids[:, :20], positions[:, :20])
+    assert cache[0].dtype == jnp.bfloat16
+    last, _ = jax.jit(decoder.extend)(ids[:, 20:], positions[:, 20:], cache)
+    found = jnp.concatenate([decoder.logits(hidden[0]), decoder.logits(last[0])])
+    np.testing.assert_allclose(found, teacher_forced()(ids[0]), rtol=0, atol=0.15)
+
+
 def test_cache_holds_latents_only():
     _, cache = jax.eval_shape(
         lambda: make_decoder(CONFIG, prepared(), RECIPE, False).prefill(

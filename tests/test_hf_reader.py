@@ -110,6 +110,13 @@ def test_bf16_is_exact_in_fp32(tmp_path):
     assert_equal(loaded["router_bias"], weights()["router_bias"])
 
 
+def test_half_precision_is_exact_in_fp32(tmp_path):
+    state = {name: tensor.astype(np.float16) for name, tensor in tensors(weights()).items()}
+    folder = HuggingFaceFolder(hf_folder(tmp_path, [state]))
+    found = folder.read("params", "head/kernel", (), np.float32)
+    np.testing.assert_array_equal(found, state["lm_head.weight"].T.astype(np.float32))
+
+
 def test_a_host_reads_its_own_bytes_only(tmp_path, monkeypatch):
     folder = HuggingFaceFolder(hf_folder(tmp_path, [tensors(weights())]))
     read, original = [], safetensors._pread

@@ -1,0 +1,81 @@
+"""Main memory of `convert.py import` against the depth of the model.
+
+    python -m bench.import_memory [--layers 8,16,61] [--write]
+
+V3 at a seventh of its width with 64 experts, as an FP8 release of sparse files (every value zero),
+is imported by `convert.py` in a process of its own, whose peak resident memory is reported beside
+the bytes it wrote before compression. What does not grow with depth does not grow with the model.
+"""
+
+import argparse
+import dataclasses
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+
+import jax
+
+from bench.import_share import write_sparse
+from bench.report import write_section
+from checkpoint.weights import total_bytes
+from configs import deepseek_models
+from model.config import ModelConfig
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def narrow(layers: int) -> ModelConfig:
+    """V3's structure, small enough to be written in seconds."""
+    return dataclasses.replace(
+        deepseek_models.v3_671b(),
+        num_layers=layers,
+        vocab_size=16384,
+        hidden_size=1024,
+        num_heads=16,
+        q_lora_rank=256,
+        kv_lora_rank=128,
+        dense_ffn_size=2048,
+        expert_ffn_size=256,
+        num_experts=64,
+    )
+
+
+def measure(layers: int) -> tuple[int, float, float]:
+    """(bytes of the arrays, peak resident MiB, seconds) of one import to bf16."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        (folder / "hf").mkdir()
+        config = narrow(layers)
+        write_sparse(folder / "hf", config)
+        command = [sys.executable, "convert.py", "import", str(folder / "hf"), str(folder / "run")]
+        began = time.perf_counter()
+        process = subprocess.Popen(
+            [*command, "--dtype", "bf16"], cwd=ROOT, stderr=subprocess.DEVNULL
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            raise RuntimeError(f"convert.py import ended with status {status}")
+        return total_bytes(config, 2), usage.ru_maxrss / 1024, time.perf_counter() - began
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure every depth and print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--layers", default="8,16,61")
+    parser.add_argument("--write", action="store_true", help="write bench/results.md")
+    options = parser.parse_args(arguments)
+    jax.config.update("jax_platforms", "cpu")
+    lines = ["| layers | arrays, GB | peak resident memory, MiB | seconds |", "|---|---|---|---|"]
+    for layers in map(int, options.layers.split(",")):
+        size, peak, seconds = measure(layers)
+        lines.append(f"| {layers} + 1 | {size / 1e9:.2f} | {peak:,.0f} | {seconds:.0f} |")
+        print(lines[-1], flush=True)
+    if options.write:
+        write_section("Main memory of an import", lines)
+
+
+if __name__ == "__main__":
+    main()

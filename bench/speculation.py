@@ -1,0 +1,128 @@
+"""What MTP speculation costs and brings at batch 1, with a draft that is right most of the time.
+
+    python -m bench.speculation [--cases tiny,v2_lite] [--rounds 5] [--tokens 128] [--write]
+
+The models are those of `bench/decode.py` with one MTP module. Their weights are random in size and
+shape, so that every product is paid for, but layers add nothing to the residual stream, and the
+head maps every token's embedding to a fixed successor. The MTP module sees some of the embedding's
+channels only: enough to find the successor most of the time. Both ways of decoding alternate in one
+process; figures are medians. Compilation and prefill are left out.
+"""
+
+import argparse
+import dataclasses
+import math
+import os
+import statistics
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bench.decode import GREEDY, cases, random_weights
+from bench.report import write_section
+from generation.engine import Generator, Session
+from model.blueprint import Tree
+from model.config import ModelConfig
+from model.recipe import Recipe
+from sharding.config import MeshConfig
+from sharding.mesh import make_mesh
+from sharding.partition import Layout
+
+SPARE_BITS = 2
+"""Channels that the draft sees beyond log2 of the vocabulary: about 1 in 2^SPARE_BITS tokens then
+has a rival that looks the same to it."""
+
+
+def predictable(config: ModelConfig, weights: Tree) -> Tree:
+    """The same weights, made to give every token one successor and the MTP module most of them."""
+    rng = np.random.default_rng(0)
+    params, d, V = weights["params"], config.hidden_size, config.vocab_size
+    for stack in (params["dense_layers"], params["moe_layers"], params["mtp"]["block"]):
+        silence(stack)
+    codes_VD = rng.choice(np.array([-1, 1], np.float32), (V, d))
+    params["embed"]["table"] = jnp.asarray(codes_VD)
+    head_DV = np.empty((d, V), np.float32)
+    head_DV[:, rng.permutation(V)] = codes_VD.T
+    params["head"]["kernel"] = jnp.asarray(head_DV)
+    seen = np.arange(d) < math.ceil(math.log2(V)) + SPARE_BITS
+    # Inputs are [embedding; hidden state]: the draft reads the embedding of the last token.
+    kernel = np.concatenate([np.diag(seen.astype(np.float32)), np.zeros((d, d), np.float32)])
+    params["mtp"]["proj"]["kernel"] = jnp.asarray(kernel[None])
+    return weights
+
+
+def silence(layers: Tree) -> None:
+    """Make every layer of a stack add zeros to the residual stream."""
+    outputs = [(layers["attn"], "w_o")]
+    for ffn in (layers.get("mlp"), layers.get("moe"), layers.get("moe", {}).get("shared")):
+        outputs += [(ffn, "w_down")] if ffn else []
+    for tree, name in outputs:
+        tree[name] = jnp.zeros_like(tree[name])
+
+
+def measure(config: ModelConfig, rounds: int, tokens: int) -> dict[str, float]:
+    """Median milliseconds per token with and without drafts, and what the drafts were worth."""
+    layout = Layout(make_mesh(MeshConfig(), jax.devices()[:1]))
+    generator = Generator(config, Recipe(), layout)
+    weights = predictable(config, random_weights(generator.abstract_weights))
+    prepared = generator.prepare(weights, consume=True)
+
+    def run(speculate: bool) -> tuple[float, Session]:
+        prompt = np.arange(64, dtype=np.int32)
+        session = generator.start(prepared, [prompt], GREEDY, 1 + tokens, (), speculate)
+        while not session.done:
+            session.advance()
+        return 1e3 * session.stats.decode_seconds / session.stats.decoded_tokens, session
+
+    for speculate in (False, True):
+        run(speculate)  # compiles
+    plain, drafted, ratios = [], [], []
+    for _ in range(rounds):
+        plain.append(run(False)[0])
+        milliseconds, session = run(True)
+        drafted.append(milliseconds)
+        ratios.append(plain[-1] / milliseconds)
+    stats = session.stats
+    return {
+        "plain": statistics.median(plain),
+        "drafted": statistics.median(drafted),
+        "ratio": statistics.median(ratios),
+        "accepted": stats.accepted / stats.drafted,
+        "tokens per pass": stats.decoded_tokens / stats.main_passes,
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure every case and print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--cases", default="tiny,v2_lite")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=128, help="tokens per round")
+    parser.add_argument("--write", action="store_true", help="write bench/results.md")
+    options = parser.parse_args(arguments)
+    jax.config.update("jax_platforms", "cpu")
+    lines = [
+        "Batch 1, context 64, fp32, greedy.",
+        "",
+        "| model | drafts accepted | tokens per main pass | ms/token | without drafts | ratio |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in options.cases.split(","):
+        config = dataclasses.replace(cases()[name], mtp_depth=1)
+        r = measure(config, options.rounds, options.tokens)
+        lines.append(
+            f"| {name} | {r['accepted']:.0%} | {r['tokens per pass']:.2f} | {r['drafted']:.2f} "
+            f"| {r['plain']:.2f} | {r['ratio']:.2f} |"
+        )
+        print(lines[-1], flush=True)
+    load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
+    lines += ["", f"Medians of {options.rounds} rounds; load averages at the end {load}."]
+    print("\n".join(lines))
+    if options.write:
+        write_section("MTP speculation on CPU", lines)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
