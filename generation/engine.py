@@ -14,13 +14,14 @@ import dataclasses
 import functools
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from generation.config import Sampling
 from generation.stats import Stats
-from generation.steps import State, Steps
+from generation.steps import Program, State, Steps
 from model.blueprint import Tree, blueprint
 from model.config import ModelConfig
 from model.decode import unstack
@@ -161,14 +162,22 @@ class Session:
         budget_B = np.where(np.arange(batch) < len(prompts), max_new_tokens, 0).astype(np.int32)
         place = functools.partial(jax.device_put, device=replicated(generator.layout))
         self._eos = place(np.array(eos_ids or (-1,), np.int32))
-        key = jax.random.key(sampling.seed)
+        seed = place(np.array(sampling.seed % 2**32, np.uint32))
+        arguments = (
+            weights, place(ids_BT), place(lengths_B), place(budget_B), self._eos, seed
+        )  # fmt: skip
+        prefill = self._compiled(self._programs.prefill, *arguments, slots)
         began = time.perf_counter()
-        self._state: State = self._programs.prefill(
-            weights, place(ids_BT), place(lengths_B), place(budget_B), self._eos, place(key), slots
-        )
+        self._state: State = prefill(*arguments)
         self._fresh: np.ndarray | None = np.asarray(self._state["pending_B"])
         self.finished = np.asarray(self._state["finished_B"])[: self._rows].copy()
         self.stats.prefill_seconds = time.perf_counter() - began
+
+    def _compiled(self, program: Program, *arguments: Any) -> Any:
+        began = time.perf_counter()
+        compiled = program.compiled(*arguments)
+        self.stats.compile_seconds += time.perf_counter() - began
+        return compiled
 
     @property
     def done(self) -> bool:
@@ -191,8 +200,10 @@ class Session:
             first, self._fresh = self._fresh, None
             return [first[row : row + 1] for row in range(self._rows)]
         running = ~self.finished
+        arguments = self._weights, self._state, self._eos
+        advance = self._compiled(self._programs.advance, *arguments)
         began = time.perf_counter()
-        self._state, out = self._programs.advance(self._weights, self._state, self._eos)
+        self._state, out = advance(*arguments)
         out = jax.device_get(out)
         stats = self.stats
         stats.decode_seconds += time.perf_counter() - began

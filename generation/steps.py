@@ -9,6 +9,7 @@ Letters: B rows, T prompt length, D hidden width, V vocabulary, S slots, N token
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from model.blueprint import Tree
 from model.config import ModelConfig
 from model.decode import Decoder, make_decoder
 from model.recipe import Recipe
-from sharding.partition import Layout, constrain, use_layout
+from sharding.partition import Layout, batch_sharding, constrain, replicated, use_layout
 
 CHUNK = 16
 """Steps of one call of `advance`: the host looks at the text, and for stop strings, in between."""
@@ -30,6 +31,25 @@ MAIN, ACCEPT, REDRAW, DRAFT = range(4)
 """Purposes of random keys: each is used once per row and position."""
 
 State = dict[str, Any]
+
+
+class Program:
+    """A jitted function of (weights, ...), compiled ahead so that compilation is timed apart."""
+
+    def __init__(self, fn: Callable, **options: Any):
+        self._jitted = jax.jit(fn, **options)
+        self._compiled: dict[Any, jax.stages.Compiled] = {}
+
+    def compiled(self, weights: Tree, *arguments: Any) -> jax.stages.Compiled:
+        """The program for arguments like these; called without those that are static.
+
+        Weights count as always the same.
+        """
+        leaves = jax.tree.leaves(arguments)
+        key = tuple((x.shape, x.dtype) if isinstance(x, jax.Array) else x for x in leaves)
+        if key not in self._compiled:
+            self._compiled[key] = self._jitted.lower(weights, *arguments).compile()
+        return self._compiled[key]
 
 
 class Steps:
@@ -43,23 +63,35 @@ class Steps:
         self._sampling, self._speculate = sampling, speculate
 
     @functools.cached_property
-    def prefill(self):
-        """`state = prefill(weights, ids_BT, lengths_B, budget_B, eos, key, slots)`."""
-        return jax.jit(self._prefill, static_argnums=6)
+    def prefill(self) -> Program:
+        """`state = prefill(weights, ids_BT, lengths_B, budget_B, eos, seed, slots)`."""
+        return Program(self._prefill, static_argnums=6, out_shardings=self._state_shardings)
 
     @functools.cached_property
-    def advance(self):
+    def advance(self) -> Program:
         """`state, out = advance(weights, state, eos)`; the state passed in is consumed.
 
         out: `tokens_BN`, of which `counts_B` are new; `finished_B`; and counted in running rows,
         `passes_B` of the main model and `accepted_B` drafts.
         """
-        return jax.jit(self._advance, donate_argnums=1)
+        whole = replicated(self._layout)
+        return Program(
+            self._advance, donate_argnums=1, out_shardings=(self._state_shardings, whole)
+        )
+
+    @property
+    def _state_shardings(self) -> dict[str, Any]:
+        """Caches by rows, the rest whole on every device, the host's own included."""
+        rows, whole = batch_sharding(self._layout, ("batch",)), replicated(self._layout)
+        names = ["cache", "lengths_B", "pending_B", "left_B", "finished_B", "key"]
+        names += ["mtp_cache", "draft_B", "q_BV"] if self._speculate else []
+        return {name: rows if name.endswith("cache") else whole for name in names}
 
     def _decoder(self, weights: Tree) -> Decoder:
         return make_decoder(self._config, weights, self._recipe, self._speculate)
 
-    def _prefill(self, weights, ids_BT, lengths_B, budget_B, eos, key, slots: int) -> State:
+    def _prefill(self, weights, ids_BT, lengths_B, budget_B, eos, seed, slots: int) -> State:
+        key = jax.random.key(seed)
         with use_layout(self._layout):
             decoder = self._decoder(weights)
             positions_BT = jnp.broadcast_to(jnp.arange(ids_BT.shape[1]), ids_BT.shape)

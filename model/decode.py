@@ -56,7 +56,7 @@ def unstack(
         elif name.endswith("/attn/w_ukv"):
             parts = [_split_ukv(stack, i, nope, kept) for i in range(len(stack))]
         else:
-            parts = [x.astype(kept) for x in stack]
+            parts = [stack[i].astype(kept) for i in range(len(stack))]
         if consume and not any(part is stack for part in parts):
             jax.block_until_ready(parts)
             stack.delete()

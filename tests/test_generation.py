@@ -58,12 +58,12 @@ def texts(sampling, *, speculate=False, mesh=ONE, eos=(), prompts=PROMPTS, new=N
 
 
 @functools.cache
-def teacher_forced():
+def teacher_forced(config=CONFIG):
     """(ids [1, T]) -> logits [T, V], of the model as it is trained."""
 
     @jax.jit
     def forward(trees, ids_BT):
-        model = bind(CONFIG, trees["params"], trees["router_bias"])
+        model = bind(config, trees["params"], trees["router_bias"])
         positions_BT = jnp.arange(ids_BT.shape[1])[None]
         return model(Tokens(ids_BT, positions_BT, None), RECIPE).hidden_BTD @ model.head.kernel[...]
 
@@ -86,21 +86,24 @@ def test_every_decoded_position_has_the_logits_of_the_full_forward_pass():
     np.testing.assert_allclose(np.concatenate(found), teacher_forced()(ids), rtol=0, atol=ATOL)
 
 
-def test_bf16_logits_are_those_of_the_full_forward_pass_in_bf16():
-    """Both forms of attention round at different places, to 8 bits each; logits are up to 4."""
+def test_bf16_logits_are_those_of_the_full_forward_pass_in_fp32():
+    """Every token goes to every expert here: a near tie that rounding decides is no error."""
+    config = dataclasses.replace(CONFIG, experts_per_token=8, groups_per_token=4)
     recipe = Recipe("bfloat16")
     layout = Layout(make_mesh(ONE, jax.devices()[:1]))
-    half = Generator(CONFIG, recipe, layout).prepare(jax.tree.map(jnp.asarray, weights()))
+    half = Generator(config, recipe, layout).prepare(jax.tree.map(jnp.asarray, weights()))
     moe = half["params"]["moe_layers"][0]["moe"]
     assert moe["w_up"][0].dtype == jnp.bfloat16
     assert moe["router"]["kernel"].dtype == jnp.float32
-    decoder = make_decoder(CONFIG, half, recipe, mtp=False)
+    decoder = make_decoder(config, half, recipe, mtp=False)
     ids, positions = jnp.arange(3, 27, dtype=jnp.int32)[None], jnp.arange(24)[None]
     hidden, cache = jax.jit(lambda i, p: decoder.prefill(i, p, 64))(ids[:, :20], positions[:, :20])
     assert cache[0].dtype == jnp.bfloat16
     last, _ = jax.jit(decoder.extend)(ids[:, 20:], positions[:, 20:], cache)
     found = jnp.concatenate([decoder.logits(hidden[0]), decoder.logits(last[0])])
-    np.testing.assert_allclose(found, teacher_forced()(ids[0]), rtol=0, atol=0.15)
+    wanted = teacher_forced(config)(ids[0])
+    # 8 bits per rounding, some tens of roundings, logits of order 1 to 4.
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=0.1)
 
 
 def test_cache_holds_latents_only():
