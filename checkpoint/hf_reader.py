@@ -10,6 +10,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ _FLOATS = tuple(safetensors.DTYPES[name] for name in ("F32", "BF16", "F16", "F64
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 _COPY_SAMPLES = 16
 """Rows of an MTP layer's copy of embedding or head that are compared when a folder is opened."""
+READERS = 8
+"""Tensors that are read and converted side by side; each takes a few copies of its slice."""
 _COPY_BLOCK = 64 << 20
 """Bytes compared at a time when a conversion compares all of them."""
 
@@ -113,16 +116,22 @@ class HuggingFaceFolder:
     def read(self, tree: str, path: str, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
         """`array[index]` of one of our arrays ("params" or "router_bias", path), as `dtype`.
 
-        Reads the byte ranges of that slice only, a tensor at a time.
+        Reads the byte ranges of that slice only, READERS tensors at a time.
         """
         entry = self._entries[tree, path]
         index = (*index, *(slice(None),) * (len(entry.our_shape) - len(index)))
         stacked = entry.names.ndim
         ranges = [range(n)[s] for n, s in zip(entry.our_shape, index, strict=True)]
         result = np.empty([len(r) for r in ranges], dtype)
-        for place in np.ndindex(result.shape[:stacked]):
+
+        def fill(place: tuple[int, ...]) -> None:
             name = str(entry.names[tuple(r[i] for r, i in zip(ranges, place, strict=False))])
-            result[place] = self._tensor(name, entry, index[stacked:])
+            tensor = self._tensor(name, entry, index[stacked:])
+            # Converted as it lies and then transposed: the other way round takes twice as long.
+            result[place] = tensor.astype(dtype, copy=False)
+
+        with ThreadPoolExecutor(READERS) as pool:
+            list(pool.map(fill, np.ndindex(result.shape[:stacked])))
         return result
 
     def _tensor(self, name: str, entry: hf_names.Entry, index: tuple[slice, ...]) -> np.ndarray:
@@ -153,7 +162,7 @@ class HuggingFaceFolder:
         """{"params": tree, "router_bias": tree} of arrays as `abstract` (ShapeDtypeStructs with
         shardings) asks for; it may leave out the MTP modules.
 
-        Main memory, besides the arrays: one device's shard of one array and one tensor. Every
+        Main memory, besides the arrays: one device's shard of one array and READERS tensors. Every
         process reads its own devices' shards. `progress` is told the bytes of each finished shard.
         """
 
