@@ -1,8 +1,9 @@
 """What MTP speculation costs and brings at batch 1, with a draft that is right most of the time.
 
-    python -m bench.speculation [--cases tiny,v2_lite] [--rounds 5] [--tokens 128] [--write]
+    python -m bench.speculation [--cases tiny,deep,v2_lite] [--rounds 5] [--tokens 128] [--write]
 
-The models are those of `bench/decode.py` with one MTP module. Their weights are random in size and
+The models are those of `bench/decode.py` and one of V2-Lite's depth at a quarter of its width, each
+with one MTP module. Their weights are random in size and
 shape, so that every product is paid for, but layers add nothing to the residual stream, and the
 head maps every token's embedding to a fixed successor. The MTP module sees some of the embedding's
 channels only: enough to find the successor most of the time. Both ways of decoding alternate in one
@@ -34,6 +35,24 @@ from sharding.partition import Layout
 SPARE_BITS = 2
 """Channels that the draft sees beyond log2 of the vocabulary: about 1 in 2^SPARE_BITS tokens then
 has a rival that looks the same to it."""
+
+
+def models() -> dict[str, ModelConfig]:
+    """What is measured. An MTP module and a head are a third of v2_lite's 4 layers, and of a deep
+    model next to nothing."""
+    known = cases()
+    deep = dataclasses.replace(
+        known["v2_lite"],
+        num_layers=27,
+        vocab_size=25600,
+        hidden_size=512,
+        num_heads=4,
+        kv_lora_rank=128,
+        qk_nope_head_dim=128,
+        dense_ffn_size=2736,
+        expert_ffn_size=352,
+    )
+    return {"tiny": known["tiny"], "deep": deep, "v2_lite": known["v2_lite"]}
 
 
 def predictable(config: ModelConfig, weights: Tree) -> Tree:
@@ -96,7 +115,7 @@ def measure(config: ModelConfig, rounds: int, tokens: int) -> dict[str, float]:
 def main(arguments: list[str] | None = None) -> None:
     """Measure every case and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--cases", default="tiny,v2_lite")
+    parser.add_argument("--cases", default="tiny,deep,v2_lite")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=128, help="tokens per round")
     parser.add_argument("--write", action="store_true", help="write bench/results.md")
@@ -109,7 +128,7 @@ def main(arguments: list[str] | None = None) -> None:
         "|---|---|---|---|---|---|",
     ]
     for name in options.cases.split(","):
-        config = dataclasses.replace(cases()[name], mtp_depth=1)
+        config = dataclasses.replace(models()[name], mtp_depth=1)
         r = measure(config, options.rounds, options.tokens)
         lines.append(
             f"| {name} | {r['accepted']:.0%} | {r['tokens per pass']:.2f} | {r['drafted']:.2f} "

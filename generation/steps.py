@@ -158,16 +158,18 @@ class Steps:
         positions_B2 = lengths_B[:, None] + jnp.arange(2)
         ids_B2 = jnp.stack([state["pending_B"], state["draft_B"]], axis=1)
         hidden_B2D, cache = decoder.extend(ids_B2, positions_B2, state["cache"])
+        # One product for both positions: the head is the largest weight that is read.
+        rows_BD = hidden_B2D.reshape(-1, hidden_B2D.shape[-1])
+        p_B2V = self._probabilities(decoder, rows_BD).reshape(*ids_B2.shape, -1)
         first_B, accepted_B = accept_or_redraw(
             row_keys(key, lengths_B + 1, ACCEPT),
             row_keys(key, lengths_B + 1, REDRAW),
             state["draft_B"],
             state["q_BV"],
-            self._probabilities(decoder, hidden_B2D[:, 0]),
+            p_B2V[:, 0],
             self._sampling,
         )
-        after_BV = self._probabilities(decoder, hidden_B2D[:, 1])
-        second_B = draw(row_keys(key, lengths_B + 2, MAIN), after_BV, self._sampling)
+        second_B = draw(row_keys(key, lengths_B + 2, MAIN), p_B2V[:, 1], self._sampling)
         # Behind a refused draft the second entry is garbage; the next step writes it again.
         next_ids_B2 = jnp.stack([first_B, second_B], axis=1)
         mtp_B2D, mtp_cache = decoder.extend_mtp(
