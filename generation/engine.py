@@ -69,8 +69,7 @@ class Generator:
         result is a second copy beside them.
         """
         # A GPU multiplies stacked experts where they lie.
-        on_cpu = self.layout.mesh.devices.flat[0].platform == "cpu"
-        apart = on_cpu and self.recipe.kernels != "reference"
+        apart = self.layout.mesh.devices.flat[0].platform == "cpu"
         return unstack(
             self.config,
             weights["params"],

@@ -109,7 +109,7 @@ def _experts_on_shard(x_BTD, ids_BTK, weights_BTK, w_gate, w_up, w_down, *, kern
     x_MD = gather_rows(x_ND, plan)
     if isinstance(w_gate, tuple):
         gate, up, down = ([w[0] for w in ws] for ws in (w_gate, w_up, w_down))
-        y_MD = separate_expert_ffn(x_MD, gate, up, down, plan.group_sizes_E)
+        y_MD = separate_expert_ffn(x_MD, gate, up, down, plan.group_sizes_E, backend=kernels)
     else:
         y_MD = expert_ffn(x_MD, w_gate, w_up, w_down, plan.group_sizes_E, backend=kernels)
     y_ND = expert.combine(combine_rows(y_MD, weights_NK, plan))

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels.expert_ffn import expert_ffn
+from pallas_kernels.grouped_matmul import Backend
 from pallas_kernels.tiles import (
     Tiling,
     keep_rows,
@@ -47,12 +49,18 @@ def separate_expert_ffn(
     w_up: Sequence[Array],
     w_down: Sequence[Array],
     group_sizes_E: Array,
+    *,
+    backend: Backend = "auto",
 ) -> Array:
     """`expert_ffn` [M, D] for weights that are E arrays each: gate and up [F, D], down [D, F].
 
     Rows beyond the last group come out as zeros, whatever they hold. Sums and the activation run
-    in fp32. Source: DeepSeek-V3 report, eq. 12 (FFN_i of the routed experts).
+    in fp32. `backend` "reference" is the definition over stacked weights; the others are one.
+    Source: DeepSeek-V3 report, eq. 12 (FFN_i of the routed experts).
     """
+    if backend == "reference":
+        gate, up, down = (jnp.swapaxes(jnp.stack(ws), 1, 2) for ws in (w_gate, w_up, w_down))
+        return expert_ffn(x_MD, gate, up, down, group_sizes_E, backend="reference")
     (M, D), dtype, E = x_MD.shape, x_MD.dtype, len(w_gate)
     if M == 0:
         return x_MD

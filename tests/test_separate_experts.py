@@ -1,5 +1,7 @@
 """The expert FFN over experts that are arrays of their own, against its definition."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,10 +26,10 @@ def operands(sizes, width, inner, dtype, spare=0):
     return x, weights, jnp.array(sizes, jnp.int32)
 
 
-@jax.jit
-def found(x, weights, sizes):
+@functools.partial(jax.jit, static_argnames="backend")
+def found(x, weights, sizes, backend="auto"):
     apart = ([w[0] for w in separate_experts(stack, 1)] for stack in weights)
-    return separate_expert_ffn(x, *apart, sizes)
+    return separate_expert_ffn(x, *apart, sizes, backend=backend)
 
 
 @pytest.mark.parametrize("dtype", list(ATOL))
@@ -46,6 +48,7 @@ def test_equals_the_definition(sizes, width, inner, dtype):
     y = found(x, weights, sizes)
     assert y.dtype == dtype
     wanted = expert_ffn(x, *weights, sizes, backend="reference")
+    np.testing.assert_array_equal(found(x, weights, sizes, "reference"), wanted)
     np.testing.assert_allclose(
         y.astype(jnp.float32), wanted.astype(jnp.float32), rtol=0, atol=ATOL[dtype]
     )
