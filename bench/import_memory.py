@@ -1,6 +1,6 @@
 """Main memory of `convert.py import` against the depth of the model.
 
-    python -m bench.import_memory [--layers 8,16,61] [--write]
+    python -m bench.import_memory [--layers 8,16,61,122] [--write]
 
 V3 at a seventh of its width with 64 experts, as an FP8 release of sparse files (every value zero),
 is imported by `convert.py` in a process of its own, whose peak resident memory is reported beside
@@ -64,7 +64,7 @@ def measure(layers: int) -> tuple[int, float, float]:
 def main(arguments: list[str] | None = None) -> None:
     """Measure every depth and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--layers", default="8,16,61")
+    parser.add_argument("--layers", default="8,16,61,122")
     parser.add_argument("--write", action="store_true", help="write bench/results.md")
     options = parser.parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")

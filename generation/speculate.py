@@ -16,11 +16,18 @@ def accept_or_redraw(
     accept_keys_B: jax.Array,
     redraw_keys_B: jax.Array,
     draft_B: jax.Array,
-    q_BV: jax.Array,
+    q_BV: jax.Array | None,
     p_BV: jax.Array,
     sampling: Sampling,
 ) -> tuple[jax.Array, jax.Array]:
-    """Tokens distributed as `p_BV`, int32 [B], and whether each is the draft drawn from `q_BV`."""
+    """Tokens distributed as `p_BV`, int32 [B], and whether each is the draft drawn from `q_BV`.
+
+    Greedy decoding, where both distributions are a single token, needs no `q_BV`.
+    """
+    if q_BV is None:
+        assert sampling.temperature == 0
+        token_B = draw(redraw_keys_B, p_BV, sampling)
+        return token_B, token_B == draft_B
     at_draft = lambda x_BV: jnp.take_along_axis(x_BV, draft_B[:, None], axis=-1)[:, 0]  # noqa: E731
     u_B = jax.vmap(jax.random.uniform)(accept_keys_B)
     accepted_B = u_B * at_draft(q_BV) < at_draft(p_BV)

@@ -3,7 +3,7 @@
 State (arrays of B rows): `cache`, one [B, S, L] per layer; `lengths_B`, tokens in the cache;
 `pending_B`, the last token drawn, not in the cache yet; `left_B`, tokens a row may still give;
 `finished_B`; `key`. Speculation adds `mtp_cache`, `draft_B` (a guess for the token after pending)
-and `q_BV`, the distribution it was drawn from.
+and, unless it is greedy, `q_BV`, the distribution that was drawn from.
 
 Letters: B rows, T prompt length, D hidden width, V vocabulary, S slots, N tokens of one call.
 """
@@ -61,6 +61,7 @@ class Steps:
     ):  # fmt: skip
         self._config, self._recipe, self._layout = config, recipe, layout
         self._sampling, self._speculate = sampling, speculate
+        self._greedy = sampling.temperature == 0
 
     @functools.cached_property
     def prefill(self) -> Program:
@@ -84,7 +85,8 @@ class Steps:
         """Caches by rows, the rest whole on every device, the host's own included."""
         rows, whole = batch_sharding(self._layout, ("batch",)), replicated(self._layout)
         names = ["cache", "lengths_B", "pending_B", "left_B", "finished_B", "key"]
-        names += ["mtp_cache", "draft_B", "q_BV"] if self._speculate else []
+        if self._speculate:
+            names += ["mtp_cache", "draft_B"] + ([] if self._greedy else ["q_BV"])
         return {name: rows if name.endswith("cache") else whole for name in names}
 
     def _decoder(self, weights: Tree) -> Decoder:
@@ -165,7 +167,7 @@ class Steps:
             row_keys(key, lengths_B + 1, ACCEPT),
             row_keys(key, lengths_B + 1, REDRAW),
             state["draft_B"],
-            state["q_BV"],
+            state.get("q_BV"),
             p_B2V[:, 0],
             self._sampling,
         )
@@ -192,7 +194,7 @@ class Steps:
     def _draft(self, decoder: Decoder, mtp_BD, positions_B, key) -> State:
         q_BV = self._probabilities(decoder, mtp_BD)
         draft_B = draw(row_keys(key, positions_B, DRAFT), q_BV, self._sampling)
-        return {"draft_B": draft_B, "q_BV": q_BV}
+        return {"draft_B": draft_B} | ({} if self._greedy else {"q_BV": q_BV})
 
     def _probabilities(self, decoder: Decoder, hidden_BD: jax.Array) -> jax.Array:
         # logits[B, V_tp] -> AllGather_tp -> logits[B, V]: sorting and drawing see whole rows.
