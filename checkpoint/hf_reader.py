@@ -7,6 +7,7 @@ and nothing is unpickled.
 
 import dataclasses
 import json
+import math
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -31,7 +32,9 @@ _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 _COPY_SAMPLES = 16
 """Rows of an MTP layer's copy of embedding or head that are compared when a folder is opened."""
 READERS = 8
-"""Tensors that are read and converted side by side; each takes a few copies of its slice."""
+"""Tensors that are read and converted side by side, a band of rows of each at a time."""
+BAND = 1 << 19
+"""Elements of a band: each reader holds about 16 bytes for every one of them."""
 _COPY_BLOCK = 64 << 20
 """Bytes compared at a time when a conversion compares all of them."""
 
@@ -124,11 +127,18 @@ class HuggingFaceFolder:
         ranges = [range(n)[s] for n, s in zip(entry.our_shape, index, strict=True)]
         result = np.empty([len(r) for r in ranges], dtype)
 
+        axis = stacked + len(entry.in_dims or ())  # rows of the stored matrix
+        bands = _bands(ranges[axis], math.prod(map(len, ranges[stacked:])))
+
         def fill(place: tuple[int, ...]) -> None:
             name = str(entry.names[tuple(r[i] for r, i in zip(ranges, place, strict=False))])
-            tensor = self._tensor(name, entry, index[stacked:])
-            # Converted as it lies and then transposed: the other way round takes twice as long.
-            result[place] = tensor.astype(dtype, copy=False)
+            into = np.moveaxis(result[place], axis - stacked, 0)
+            for low, high in bands:
+                rows = slice(ranges[axis][low], ranges[axis][high - 1] + 1)
+                part = self._tensor(name, entry, (*index[stacked:axis], rows, *index[axis + 1 :]))
+                # Converted as it lies and then transposed: the other way takes twice as long.
+                part = part.astype(dtype, copy=False)
+                into[low:high] = np.moveaxis(part, axis - stacked, 0)
 
         with ThreadPoolExecutor(READERS) as pool:
             list(pool.map(fill, np.ndindex(result.shape[:stacked])))
@@ -162,7 +172,7 @@ class HuggingFaceFolder:
         """{"params": tree, "router_bias": tree} of arrays as `abstract` (ShapeDtypeStructs with
         shardings) asks for; it may leave out the MTP modules.
 
-        Main memory, besides the arrays: one device's shard of one array and READERS tensors. Every
+        Main memory, besides the arrays: one device's shard of one array and READERS bands. Every
         process reads its own devices' shards. `progress` is told the bytes of each finished shard.
         """
 
@@ -191,6 +201,12 @@ class HuggingFaceFolder:
             return jax.make_array_from_single_device_arrays(ours, wanted.sharding, placed)
 
         return jax.tree_util.tree_map_with_path(array, abstract)
+
+
+def _bands(rows: range, elements: int) -> list[tuple[int, int]]:
+    """Cuts of `rows`, (first, one past the last) counted from its start, of about BAND elements."""
+    count = max(1, len(rows) * BAND // max(elements, 1))
+    return [(low, min(low + count, len(rows))) for low in range(0, len(rows), count)]
 
 
 def _flat(dims: tuple[int, ...], index: tuple[slice, ...]) -> tuple[slice, tuple[slice, ...]]:

@@ -11,7 +11,7 @@ import pytest
 from safetensors import deserialize
 from safetensors.numpy import save_file
 
-from checkpoint import fp8, safetensors
+from checkpoint import fp8, hf_reader, safetensors
 from checkpoint.hf_reader import INDEX, HuggingFaceFolder
 from generation.engine import Generator
 from model.recipe import Recipe
@@ -53,6 +53,12 @@ def quantized(state):
     return result
 
 
+@pytest.fixture(params=[hf_reader.BAND, 50])
+def band(request, monkeypatch):
+    """Elements converted at a time: whole tensors of these sizes, and a few rows."""
+    monkeypatch.setattr(hf_reader, "BAND", request.param)
+
+
 # ---- what is read --------------------------------------------------------------------------------
 
 
@@ -69,7 +75,7 @@ def test_arrays_of_any_mesh(tmp_path, mesh, fuse):
     )
 
 
-def test_any_slice_of_any_array(tmp_path):
+def test_any_slice_of_any_array(tmp_path, band):
     folder = HuggingFaceFolder(hf_folder(tmp_path, [tensors(weights())]))
     rng = np.random.default_rng(0)
     leaves = jax.tree_util.tree_leaves_with_path(weights())
@@ -82,7 +88,7 @@ def test_any_slice_of_any_array(tmp_path):
             np.testing.assert_array_equal(found, leaf[index])
 
 
-def test_fp8_blocks_and_slices_of_them(tmp_path):
+def test_fp8_blocks_and_slices_of_them(tmp_path, band):
     """Sizes that are no multiple of 128, and factors in another shard than their weight."""
     state = quantized(tensors(weights(WIDE), WIDE))
     scales = {name: t for name, t in state.items() if name.endswith("scale_inv")}
