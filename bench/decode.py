@@ -5,10 +5,10 @@
 
 Random weights in fp32, random prompts, greedy, every core on both sides. Each side is a process of
 its own, theirs under its own interpreter (`bench/hf_decode.py`); a round starts one, measures it,
-ends it, and does the same with the other. Figures are medians. Compilation and prefill
-are left out on both sides: the time is that of the tokens after the first. Bytes are those a step
-must read once: weights of the layers, the experts that the batch chose on average, the head, and
-the cache; their rate is compared with a reduction over an array of 1 GiB in the same run.
+ends it, and does the same with the other. Figures are medians. Compilation and prefill are left
+out on both sides: the time is that of the tokens after the first. Bytes are those a step must read
+once: weights of the layers, the experts that the batch chose on average, the head, and the cache;
+their rate is compared with a reduction over an array of 1 GiB in the same run.
 """
 
 import argparse

@@ -3,11 +3,10 @@
     python -m bench.speculation [--cases tiny,deep,v2_lite] [--rounds 5] [--tokens 128] [--write]
 
 The models are those of `bench/decode.py` and one of V2-Lite's depth at a quarter of its width, each
-with one MTP module. Their weights are random in size and
-shape, so that every product is paid for, but layers add nothing to the residual stream, and the
-head maps every token's embedding to a fixed successor. The MTP module sees some of the embedding's
-channels only: enough to find the successor most of the time. Both ways of decoding alternate in one
-process; figures are medians. Compilation and prefill are left out.
+with one MTP module. Every product is paid for, but layers add nothing to the residual stream, and
+the head maps every token's embedding to a fixed successor. The MTP module sees some of the
+embedding's channels only: enough to find the successor most of the time. Both ways of decoding
+alternate in one process; figures are medians. Compilation and prefill are left out.
 """
 
 import argparse
@@ -38,8 +37,8 @@ has a rival that looks the same to it."""
 
 
 def models() -> dict[str, ModelConfig]:
-    """What is measured. An MTP module and a head are a third of v2_lite's 4 layers, and of a deep
-    model next to nothing."""
+    """What is measured. An MTP module and its head are a third of a drafted pass at v2_lite's 4
+    layers, and of a deep model's next to nothing."""
     known = cases()
     deep = dataclasses.replace(
         known["v2_lite"],
@@ -48,7 +47,6 @@ def models() -> dict[str, ModelConfig]:
         hidden_size=512,
         num_heads=4,
         kv_lora_rank=128,
-        qk_nope_head_dim=128,
         dense_ffn_size=2736,
         expert_ffn_size=352,
     )

@@ -109,7 +109,8 @@ def export(
         (work / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
         for file in carried:
             shutil.copyfile(file, work / file.name)
-        if carried and not any(file.name == "tokenizer_config.json" for file in carried):
+        names = {file.name for file in carried}
+        if "tokenizer.json" in names and "tokenizer_config.json" not in names:
             # transformers would take the model type's own tokenizer class instead.
             settings = {"tokenizer_class": "PreTrainedTokenizerFast", **_special_tokens(weights)[0]}
             (work / "tokenizer_config.json").write_text(json.dumps(settings, indent=1), "utf-8")
