@@ -111,7 +111,7 @@ def export(
             shutil.copyfile(file, work / file.name)
         names = {file.name for file in carried}
         if "tokenizer.json" in names and "tokenizer_config.json" not in names:
-            # transformers would take the model type's own tokenizer class instead.
+            # Without it transformers does not know which tokens begin, end and pad a text.
             settings = {"tokenizer_class": "PreTrainedTokenizerFast", **_special_tokens(weights)[0]}
             (work / "tokenizer_config.json").write_text(json.dumps(settings, indent=1), "utf-8")
         # Last: without it a folder is not one of Hugging Face's.
