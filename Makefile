@@ -6,6 +6,8 @@ VENV ?= .venv
 # PyTorch lives apart: it may need another Python, and nothing of it may leak into a run.
 REFERENCE_PYTHON ?= python3.12
 REFERENCE_VENV ?= .venv-reference
+# XLA's compiler for GPUs lives apart too: on a path of its own, only where it is asked for.
+GPU_COMPILER ?= .gpu-compiler
 CONFIG ?= tiny
 TRAIN_FLAGS ?= --emulate 8 --layout cube
 BENCH ?= step
@@ -18,11 +20,13 @@ PIP_INSTALL = -m pip --disable-pip-version-check install --quiet --progress-bar 
 export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 # tests/conftest.py finds the reference environment by it.
 export REFERENCE_VENV
+# tests/test_gpu_programs.py finds the compiler by it.
+export GPU_COMPILER
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train env dev-env test slow gpu-test lint format types reference-env reference bench \
-	clean distclean
+.PHONY: help train env dev-env test slow gpu-test gpu-compiler gpu-programs lint format types \
+	reference-env reference bench clean distclean
 
 help:  ## list these targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -37,10 +41,15 @@ test: $(VENV)/.dev  ## default tests
 	$(PY) -m pytest $(PYTEST_FLAGS)
 
 slow: $(VENV)/.dev  ## tests too long for the default suite
-	$(PY) -m pytest $(PYTEST_FLAGS) -m "slow and not gpu and not reference"
+	$(PY) -m pytest $(PYTEST_FLAGS) -m "slow and not gpu and not reference and not gpu_compile"
 
 gpu-test: $(VENV)/.dev  ## tests that need a GPU (first: .venv/bin/python -m pip install -e ".[cuda13]")
 	JAX_PLATFORMS=cuda,cpu $(PY) -m pytest -m gpu
+
+gpu-compiler: $(GPU_COMPILER)/.installed  ## XLA's compiler for GPUs, without GPU or driver (840 MB)
+
+gpu-programs: $(VENV)/.dev $(GPU_COMPILER)/.installed  ## compile train steps for absent GPUs and read them
+	$(PY) -m pytest -m gpu_compile
 
 lint: $(VENV)/.dev  ## formatting and lint, nothing is changed
 	$(VENV)/bin/ruff format --check
@@ -66,7 +75,7 @@ clean:  ## remove tool caches; environments, data caches and runs stay
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean  ## also remove environments, data caches and runs
-	rm -rf $(VENV) $(REFERENCE_VENV) cache runs
+	rm -rf $(VENV) $(REFERENCE_VENV) $(GPU_COMPILER) cache runs
 
 # A launcher may be on the PATH and still not run (pyenv), so the check runs it. $(1) is the
 # interpreter, $(2) its lowest minor version, $(3) the variable that names another.
@@ -98,4 +107,12 @@ $(REFERENCE_VENV)/.installed: pyproject.toml
 	@test -x $(REFERENCE_VENV)/bin/python || $(REFERENCE_PYTHON) -m venv $(REFERENCE_VENV)
 	$(REFERENCE_VENV)/bin/python $(PIP_INSTALL) torch==2.13.0
 	$(REFERENCE_VENV)/bin/python $(PIP_INSTALL) transformers==5.23.0
+	@touch $@
+
+# The plugin of the locked jax, and what it calls to make machine code: ptxas, libdevice, nvJitLink.
+# Versions stand here alone.
+$(GPU_COMPILER)/.installed: Makefile requirements.lock | $(PY)
+	rm -rf $(GPU_COMPILER)
+	$(PY) $(PIP_INSTALL) --no-deps --target $(GPU_COMPILER) jax-cuda13-plugin==0.11.2 \
+	  jax-cuda13-pjrt==0.11.2 nvidia-cuda-nvcc==13.5.37 nvidia-nvvm==13.5.37 nvidia-nvjitlink==13.5.37
 	@touch $@

@@ -6,6 +6,7 @@ score --checkpoint DIR --tokens FILE.npy` writes logits or prints the loss of gi
 
 import argparse
 import dataclasses
+import itertools
 import json
 import logging
 import math
@@ -18,8 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from generation.config import Sampling
-from generation.stats import Stats
+from generation.config import Sampling, Speculation
 from sharding.config import LAYOUTS, MeshConfig
 
 if TYPE_CHECKING:
@@ -82,8 +82,10 @@ class Generate(Common):
     """Longest answer, in tokens."""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A string that ends an answer and is not part of it; may be given again."""
-    speculate: bool = False
-    """Let the MTP module draft tokens; the distribution of the text stays the same."""
+    speculate: Literal["off", "on", "auto"] = "off"
+    """Let the MTP module draft tokens; the distribution of the text stays the same. auto, or the
+    option alone, times it first and stops where it does not pay; a seed's text may then differ
+    between runs, unless temperature is 0."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling()
     """How tokens are drawn."""
 
@@ -107,6 +109,7 @@ def parse(arguments: Sequence[str]) -> Generate | Score:
     """Read the command line; exits with near matches on an unknown option."""
     scores = list(arguments[:1]) == ["score"]
     rest = list(arguments[1:] if scores else arguments)
+    rest = [word for pair in itertools.zip_longest(rest, rest[1:]) for word in spelled_out(*pair)]
     # The layout decides the defaults of the mesh's axes, so it is read first.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--layout", default="")
@@ -116,6 +119,12 @@ def parse(arguments: Sequence[str]) -> Generate | Score:
         return tyro.cli(Score, args=rest, default=default, prog="generate.py score")
     default = Generate(checkpoint=tyro.MISSING, mesh=mesh)
     return tyro.cli(Generate, args=rest, default=default, prog="generate.py")
+
+
+def spelled_out(word: str, following: str | None) -> list[str]:
+    """A word of the command line, with its value if it is --speculate and stands alone."""
+    alone = word == "--speculate" and (following is None or following.startswith("-"))
+    return [word, "auto"] if alone else [word]
 
 
 def note(line: str) -> None:
@@ -136,8 +145,9 @@ def make_layout(options: Common) -> "Layout":
     logging.getLogger("absl").setLevel(logging.ERROR)
     import jax
 
-    from sharding.mesh import emulate_devices, join_processes, make_mesh
-    from sharding.partition import Layout
+    from sharding import mesh
+    from sharding.mesh import emulate_devices
+    from sharding.processes import join_processes
     from training.host_memory import keep_freed_memory
 
     if options.emulate or find_spec("jax_cuda13_plugin") is None:
@@ -149,7 +159,7 @@ def make_layout(options: Common) -> "Layout":
     join_processes(
         options.distributed, options.coordinator, options.num_processes, options.process_id
     )
-    return Layout(make_mesh(options.mesh))
+    return mesh.make_layout(options.mesh)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -249,9 +259,11 @@ def generate(options: Generate, source: "Weights", layout: "Layout") -> int:
 
     tokenizer = load_tokenizer(source)
     prompts = encode_prompts(options, source, tokenizer)
-    config = model_to_load(source.config, options.speculate)
+    choices: dict[str, Speculation] = {"off": False, "on": True, "auto": "auto"}
+    speculate = choices[options.speculate]
+    config = model_to_load(source.config, bool(speculate))
     generator = Generator(config, Recipe(options.dtype), layout)
-    generator.check(prompts, options.max_new_tokens, options.speculate)
+    generator.check(prompts, options.max_new_tokens, speculate)
 
     def decode(ids: Sequence[int]) -> str:
         if tokenizer is None or options.prompt_ids:
@@ -262,7 +274,7 @@ def generate(options: Generate, source: "Weights", layout: "Layout") -> int:
     eos_ids = end_ids(source, tokenizer)
     weights = generator.prepare(source.load(generator.abstract_weights), consume=True)
     session = generator.start(
-        weights, prompts, options.sampling, options.max_new_tokens, eos_ids, options.speculate
+        weights, prompts, options.sampling, options.max_new_tokens, eos_ids, speculate
     )
     answers = Answers(len(prompts), first="," if options.prompt_ids else "")
     while not session.done:
@@ -274,7 +286,7 @@ def generate(options: Generate, source: "Weights", layout: "Layout") -> int:
                 answers.add(row, streams[row].close())
                 answers.end(row)
     if is_first_process():
-        note(report(session.stats))
+        note(session.stats.report())
     return 0
 
 
@@ -314,24 +326,6 @@ class Answers:
     def _say(self, text: str, end: str = "\n") -> None:
         if is_first_process():
             print(text, end=end, flush=True)
-
-
-def report(stats: Stats) -> str:
-    """Rates of prefill and decoding, and the time of compilation, which they leave out."""
-    rate = lambda count, seconds: f"{count / seconds:,.1f}" if seconds else "-"  # noqa: E731
-    line = (
-        f"prefill {stats.prefill_tokens} tokens, "
-        f"{rate(stats.prefill_tokens, stats.prefill_seconds)} tokens/s; "
-        f"decode {stats.decoded_tokens} tokens, "
-        f"{rate(stats.decoded_tokens, stats.decode_seconds)} tokens/s; "
-        f"compilation {stats.compile_seconds:.1f} s"
-    )
-    if stats.drafted:
-        line += (
-            f"; MTP drafts accepted {stats.accepted / stats.drafted:.0%}, "
-            f"{stats.decoded_tokens / stats.main_passes:.2f} tokens per main pass"
-        )
-    return line
 
 
 # ---- Scoring -------------------------------------------------------------------------------------

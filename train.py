@@ -33,7 +33,9 @@ def start_devices(command: Command) -> None:
     """Emulated devices, compilation cache, and the other processes of the run."""
     import jax
 
-    from sharding.mesh import emulate_devices, join_processes
+    from checkpoint.folder import how_to_resume
+    from sharding.mesh import emulate_devices
+    from sharding.processes import join_processes, when_lost
     from training.host_memory import keep_freed_memory
 
     if command.emulate or find_spec("jax_cuda13_plugin") is None:
@@ -42,8 +44,14 @@ def start_devices(command: Command) -> None:
         emulate_devices(command.emulate)
     if command.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.abspath(command.compilation_cache))
+    when_lost(lambda: how_to_resume(Path(command.run.run_dir) / "checkpoints"))
     join_processes(
-        command.distributed, command.coordinator, command.num_processes, command.process_id
+        command.distributed,
+        command.coordinator,
+        command.num_processes,
+        command.process_id,
+        command.join_within,
+        command.lost_after,
     )
 
 
@@ -54,8 +62,7 @@ def make_trainer(run: RunConfig) -> "Trainer":
     """Everything that can be checked before data is read or an array exists."""
     from data.prepare import check_config
     from model.recipe import Recipe
-    from sharding.mesh import make_mesh
-    from sharding.partition import Layout
+    from sharding.mesh import make_layout
     from training.schedule import BatchPlan, check_schedules
     from training.step import Trainer
 
@@ -71,7 +78,7 @@ def make_trainer(run: RunConfig) -> "Trainer":
             f"{run.model.vocab_size}; make the model's at least as large"
         )
     check_schedules(run.train, BatchPlan(run.train))
-    layout = Layout(make_mesh(run.mesh), zero1=run.mesh.zero1)
+    layout = make_layout(run.mesh)
     recipe = Recipe(run.train.dtype, run.train.remat, run.kernels)
     trainer = Trainer(run.model, run.train, recipe, layout)
     _ = trainer.abstract_state  # names any weight that does not divide over the mesh
@@ -139,16 +146,15 @@ def print_config(run: RunConfig, derived: list[str]) -> None:
 def prepare_data(run: RunConfig, say) -> "Prepared":
     """Tokenizer and token stores; process 0 builds what the others then find."""
     import jax
-    from jax.experimental import multihost_utils
 
     from data.prepare import prepare
+    from sharding.processes import barrier
 
-    several = jax.process_count() > 1
-    if several and jax.process_index() > 0:
-        multihost_utils.sync_global_devices("data")
+    if jax.process_index() > 0:
+        barrier("data")
     prepared = prepare(run.data, run.train.seq_len, run.seed, say)
-    if several and jax.process_index() == 0:
-        multihost_utils.sync_global_devices("data")
+    if jax.process_index() == 0:
+        barrier("data")
     if prepared.tokenizer.vocab_size > run.model.vocab_size:
         raise ValueError(
             f"tokenizer has {prepared.tokenizer.vocab_size} ids, model.vocab_size is "
@@ -318,16 +324,22 @@ def _profile_steps(text: str) -> range:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; 0 when the run is complete or was stopped in an orderly way."""
+    """Run the command line.
+
+    0: complete, or stopped in an orderly way. 1: an error of the program. 2: refused or given up,
+    for the reason on stderr. 3: another process of the run was lost or failed.
+    """
     command = parse(arguments)
-    run = command.run
-    try:
-        profile = _profile_steps(command.profile)
-        start_devices(command)
-        trainer = make_trainer(run)
-    except ValueError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
+    from sharding.processes import together  # --help needs no JAX
+
+    return together("train.py", lambda: train(command), (ValueError, OSError, FloatingPointError))
+
+
+def train(command: Command) -> int:
+    """Check, print what the run is, and run it."""
+    run, profile = command.run, _profile_steps(command.profile)
+    start_devices(command)
+    trainer = make_trainer(run)
 
     def say(line: str) -> None:
         if _is_first_process():
@@ -338,17 +350,16 @@ def main(arguments: list[str] | None = None) -> int:
         print_config(run, derived)
         return 0
     say("\n".join(derived))
-    try:
-        check_initial_weights(run, command.init_from)
-        return run_to_end(run, trainer, profile, command.init_from, say)
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
+    check_initial_weights(run, command.init_from)
+    return run_to_end(run, trainer, profile, command.init_from, say)
 
 
 def run_to_end(run: RunConfig, trainer: "Trainer", profile: range, init_from: str, say) -> int:
     """Data, loop, and what is left behind."""
+    from sharding.processes import connect
+
     prepared = prepare_data(run, say)
+    connect(trainer.layout.mesh)
     loop = make_loop(run, trainer, prepared, profile, init_from, say)
     if _is_first_process():
         settings = json.dumps(dataclasses.asdict(run), indent=1)

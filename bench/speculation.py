@@ -5,11 +5,14 @@
 The models are those of `bench/decode.py` and one of V2-Lite's depth at a quarter of its width, each
 with one MTP module. Every product is paid for, but layers add nothing to the residual stream, and
 the head maps every token's embedding to a fixed successor. The MTP module sees some of the
-embedding's channels only: enough to find the successor most of the time. Both ways of decoding
-alternate in one process; figures are medians. Compilation and prefill are left out.
+embedding's channels only: enough to find the successor most of the time. Decoding without drafts,
+with (`on`) and with them on trial (`auto`) take turns in one process, a call of `advance` each, so
+that other load on the machine meets all three; figures are medians over rounds. Every round has a
+trial of its own. Compilation, prefill and trials are left out.
 """
 
 import argparse
+import collections
 import dataclasses
 import math
 import os
@@ -22,6 +25,7 @@ import numpy as np
 
 from bench.decode import GREEDY, cases, random_weights
 from bench.report import write_section
+from generation.config import Speculation
 from generation.engine import Generator
 from generation.stats import Stats
 from model.blueprint import Tree
@@ -34,6 +38,10 @@ from sharding.partition import Layout
 SPARE_BITS = 2
 """Channels that the draft sees beyond log2 of the vocabulary: about 1 in 2^SPARE_BITS tokens then
 has a rival that looks the same to it."""
+
+LEAST_SECONDS = 1.0
+"""A round lasts at least this long without drafts: a pause of 0.05 s is 5% of it."""
+MODES: tuple[Speculation, ...] = (False, True, "auto")
 
 
 def models() -> dict[str, ModelConfig]:
@@ -80,34 +88,71 @@ def silence(layers: Tree) -> None:
         tree[name] = jnp.zeros_like(tree[name])
 
 
-def measure(config: ModelConfig, rounds: int, tokens: int) -> dict[str, float]:
-    """Median milliseconds per token with and without drafts, and what the drafts were worth."""
+def measure(config: ModelConfig, rounds: int, tokens: int) -> dict[str, list[float]]:
+    """Of every round: ms per token without drafts and with, their ratios, and what drafts did."""
     layout = Layout(make_mesh(MeshConfig(), jax.devices()[:1]))
     generator = Generator(config, Recipe(), layout)
     weights = predictable(config, random_weights(generator.abstract_weights))
     prepared = generator.prepare(weights, consume=True)
 
-    def run(speculate: bool) -> tuple[float, Stats]:
+    def decode() -> list[Stats]:
+        """One session without drafts, one with, one with drafts on trial, in turns."""
         prompt = np.arange(64, dtype=np.int32)
-        session = generator.start(prepared, [prompt], GREEDY, 1 + tokens, (), speculate)
-        while not session.done:
-            session.advance()
-        return 1e3 * session.stats.decode_seconds / session.stats.decoded_tokens, session.stats
+        sessions = [
+            generator.start(prepared, [prompt], GREEDY, 1 + tokens, (), speculate)
+            for speculate in MODES
+        ]
+        while not all(session.done for session in sessions):
+            for session in sessions:
+                if not session.done:
+                    session.advance()
+        return [session.stats for session in sessions]
 
-    run(False)  # compiles, like the next line
-    _, stats = run(True)
-    plain, drafted, ratios = [], [], []
+    decode()  # compiles
+    found: dict[str, list[float]] = collections.defaultdict(list)
     for _ in range(rounds):
-        plain.append(run(False)[0])
-        drafted.append(run(True)[0])
-        ratios.append(plain[-1] / drafted[-1])
-    return {
-        "plain": statistics.median(plain),
-        "drafted": statistics.median(drafted),
-        "ratio": statistics.median(ratios),
-        "accepted": stats.accepted / stats.drafted,
-        "tokens per pass": stats.decoded_tokens / stats.main_passes,
+        generator.pass_steps.clear()
+        every = [decode()]
+        while sum(stats[0].decode_seconds for stats in every) < LEAST_SECONDS:
+            every.append(decode())
+        plain, on, auto = (
+            1e3 * sum(stats.decode_seconds for stats in column) / (tokens * len(every))
+            for column in zip(*every, strict=True)
+        )
+        _, drafted, tried = every[0]
+        figures = {
+            "plain": plain,
+            "drafted": on,
+            "on": plain / on,
+            "auto": plain / auto,
+            "accepted": drafted.accepted / drafted.drafted,
+            "tokens per pass": drafted.decoded_tokens / drafted.main_passes,
+            "pass": tried.pass_steps,
+            "trial": tried.trial_seconds,
+            "drafts": tried.drafted,
+            "stopped": tried.stopped,
+        }
+        print({name: round(value, 3) for name, value in figures.items()}, flush=True)
+        for name, value in figures.items():
+            found[name].append(value)
+    return found
+
+
+def table_row(name: str, found: dict[str, list[float]]) -> str:
+    """A case's line of the table."""
+    middle = {key: statistics.median(values) for key, values in found.items()}
+    spread = {
+        key: f"{middle[key]:.2f} ({min(values):.2f} to {max(values):.2f})"
+        for key, values in found.items()
     }
+    at_once = sum(s and not d for s, d in zip(found["stopped"], found["drafts"], strict=True))
+    later = int(sum(found["stopped"])) - at_once
+    return (
+        f"| {name} | {middle['accepted']:.0%} | {middle['tokens per pass']:.2f} "
+        f"| {middle['plain']:.2f} | {middle['drafted']:.2f} | {spread['on']} | {spread['auto']} "
+        f"| {spread['pass']} | {at_once}, {later}, {len(found['stopped']) - at_once - later} "
+        f"| {middle['trial']:.1f} |"
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -115,26 +160,29 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--cases", default="tiny,deep,v2_lite")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=128, help="tokens per round")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens of a session")
     parser.add_argument("--write", action="store_true", help="write bench/results.md")
     options = parser.parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")
     lines = [
         "Batch 1, context 64, fp32, greedy.",
         "",
-        "| model | drafts accepted | tokens per main pass | ms/token | without drafts | ratio |",
-        "|---|---|---|---|---|---|",
+        "`on` and `auto` are times as fast as without drafts. `auto` ends drafts that do not pay, "
+        "before the first (off) or after some (stopped); the last but one column counts rounds.",
+        "",
+        "| model | drafts accepted | tokens per main pass | ms/token without drafts | with | on "
+        "| auto | steps that a pass costs | off, stopped, kept | trial, s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name in options.cases.split(","):
         config = dataclasses.replace(models()[name], mtp_depth=1)
-        r = measure(config, options.rounds, options.tokens)
-        lines.append(
-            f"| {name} | {r['accepted']:.0%} | {r['tokens per pass']:.2f} | {r['drafted']:.2f} "
-            f"| {r['plain']:.2f} | {r['ratio']:.2f} |"
-        )
+        lines.append(table_row(name, measure(config, options.rounds, options.tokens)))
         print(lines[-1], flush=True)
     load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
-    lines += ["", f"Medians of {options.rounds} rounds; load averages at the end {load}."]
+    lines += [
+        "",
+        f"Medians (least to most) of {options.rounds} rounds; load averages at the end {load}.",
+    ]
     print("\n".join(lines))
     if options.write:
         write_section("MTP speculation on CPU", lines)

@@ -43,3 +43,14 @@ def unreadable_reason(path: Path) -> str | None:
     if meta["format"] != FORMAT:
         return f"saved in format {meta['format']}; this version reads format {FORMAT}"
     return None
+
+
+def how_to_resume(folder: Path) -> str:
+    """What people are told about `folder` when a run broke off."""
+    good = [step for step, path in find_steps(folder) if unreadable_reason(path) is None]
+    if not good:
+        return f"there is no checkpoint in {folder} yet; run again to start from the beginning"
+    return (
+        f"the last checkpoint is step {good[-1]} in {folder}; run again, with any number of "
+        f"processes, to resume from step {good[-1]}"
+    )

@@ -43,6 +43,10 @@ class Command:
     """Processes of the run; with --coordinator."""
     process_id: int = -1
     """This process, from 0; with --coordinator."""
+    join_within: int = 300
+    """Seconds to wait at the start for all processes to come."""
+    lost_after: int = 20
+    """Seconds without a heartbeat of a process after which the others end."""
 
 
 def parse(arguments: Sequence[str] | None = None) -> Command:

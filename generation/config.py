@@ -1,6 +1,10 @@
 """How tokens are chosen."""
 
 import dataclasses
+from typing import Literal
+
+Speculation = bool | Literal["auto"]
+"""Whether the MTP module drafts tokens; auto measures, and stops where drafts do not pay."""
 
 
 @dataclasses.dataclass(frozen=True)

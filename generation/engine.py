@@ -7,7 +7,9 @@
         new_ids = session.advance()                   # one array per row
 
 Two compiled programs: `prefill` reads all prompts and draws the first token, `advance` runs up to
-CHUNK steps. Letters: B rows, T prompt length, V vocabulary, S slots, N tokens of one call.
+CHUNK steps. Where speculation is on trial there is an `advance` with drafts and one without.
+
+Letters: B rows, T prompt length, V vocabulary, S slots, N tokens of one call.
 """
 
 import dataclasses
@@ -19,13 +21,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from generation.config import Sampling
+from generation.config import Sampling, Speculation
+from generation.payoff import Trial, measure, pays
 from generation.stats import Stats
-from generation.steps import Program, State, Steps
+from generation.steps import CHUNK, Program, State, Steps, without_drafts
 from model.blueprint import Tree, blueprint
 from model.config import ModelConfig
 from model.decode import unstack
 from model.recipe import Recipe
+from sharding.context import whole_sequences
 from sharding.partition import (
     Layout,
     batch_shards,
@@ -44,7 +48,9 @@ class Generator:
 
     def __init__(self, config: ModelConfig, recipe: Recipe, layout: Layout):
         self.config, self.recipe = config, recipe
-        self.layout = Layout(layout.mesh, RESIDENT, layout.computed, layout.zero1)
+        self.layout = dataclasses.replace(whole_sequences(layout), stored=RESIDENT)
+        self.pass_steps: dict[Any, float] = {}
+        """Cost of a speculative pass in plain steps, by sampling and shape, once measured."""
 
     @functools.cached_property
     def abstract_weights(self) -> Tree:
@@ -86,13 +92,16 @@ class Generator:
         sampling: Sampling,
         max_new_tokens: int,
         eos_ids: Sequence[int] = (),
-        speculate: bool = False,
+        speculate: Speculation = False,
     ) -> "Session":
         """Read the prompts (int32 [n] each, of any lengths) and draw every row's first token.
 
         A row ends with one of `eos_ids`, which is part of its tokens, or after `max_new_tokens`.
         `speculate` lets the first MTP module draft a token for every pass of the main model; the
-        distribution of the text is the same, and greedy text is identical.
+        distribution of the text is the same, and greedy text is identical. With "auto" the first
+        batch of a shape also times some steps, and drafting ends where it does not pay
+        (`generation/payoff.py`): unless it is greedy, the text of a seed may then differ from run
+        to run.
 
         Raises ValueError for an empty batch or prompt, an id outside the vocabulary, a text longer
         than `max_position`, and speculation without an MTP module.
@@ -100,7 +109,9 @@ class Generator:
         self.check(prompts, max_new_tokens, speculate)
         return Session(self, weights, prompts, sampling, max_new_tokens, tuple(eos_ids), speculate)
 
-    def check(self, prompts: Sequence[np.ndarray], max_new_tokens: int, speculate: bool) -> None:
+    def check(
+        self, prompts: Sequence[np.ndarray], max_new_tokens: int, speculate: Speculation
+    ) -> None:
         """Raise what `start` would raise; needs no weights."""
         _check(self.config, prompts, max_new_tokens, speculate)
 
@@ -110,7 +121,7 @@ class Generator:
         return Steps(self.config, self.recipe, self.layout, sampling, speculate)
 
 
-def _check(config: ModelConfig, prompts, max_new_tokens: int, speculate: bool) -> None:
+def _check(config: ModelConfig, prompts, max_new_tokens: int, speculate: Speculation) -> None:
     if not len(prompts):
         raise ValueError("no prompts; give at least one")
     if max_new_tokens < 1:
@@ -141,12 +152,15 @@ class Session:
 
     def __init__(
         self, generator: Generator, weights: Tree, prompts, sampling: Sampling,
-        max_new_tokens: int, eos_ids: tuple[int, ...], speculate: bool,
+        max_new_tokens: int, eos_ids: tuple[int, ...], speculate: Speculation,
     ):  # fmt: skip
         self.stats = Stats(prefill_tokens=sum(len(prompt) for prompt in prompts))
         # The seed is an argument of the programs, not a part of them.
-        self._programs = generator.steps(dataclasses.replace(sampling, seed=0), speculate)
-        self._weights, self._speculate = weights, speculate
+        unseeded = dataclasses.replace(sampling, seed=0)
+        self._programs = generator.steps(unseeded, bool(speculate))
+        self._weights, self._speculate = weights, bool(speculate)
+        self._fallback = generator.steps(unseeded, False) if speculate == "auto" else None
+        """What a session goes on with when its drafts do not pay."""
         self._rows = len(prompts)
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         shards = batch_shards(generator.layout)
@@ -161,6 +175,7 @@ class Session:
         budget_B = np.where(np.arange(batch) < len(prompts), max_new_tokens, 0).astype(np.int32)
         place = functools.partial(jax.device_put, device=replicated(generator.layout))
         self._eos = place(np.array(eos_ids or (-1,), np.int32))
+        self._chunk = place(np.array(CHUNK, np.int32))
         seed = place(np.array(sampling.seed % 2**32, np.uint32))
         arguments = (
             weights, place(ids_BT), place(lengths_B), place(budget_B), self._eos, seed
@@ -171,6 +186,30 @@ class Session:
         self._fresh: np.ndarray | None = np.asarray(self._state["pending_B"])
         self.finished = np.asarray(self._state["finished_B"])[: self._rows].copy()
         self.stats.prefill_seconds = time.perf_counter() - began
+        if self._fallback and not self.finished.all():
+            shape = unseeded, batch, slots, len(self._eos)
+            if shape not in generator.pass_steps:
+                generator.pass_steps[shape] = self._measure(self._fallback)
+            self.stats.pass_steps = generator.pass_steps[shape]
+            self._judge(self._fallback)
+
+    def _measure(self, fallback: Steps) -> float:
+        """What a pass costs in steps, from a trial that leaves the session as it is."""
+        rest = self._eos, self._chunk
+        with_drafts = self._programs.advance, self._weights, self._state, *rest
+        without = fallback.advance, self._weights, without_drafts(self._state), *rest
+        advance = {True: self._compiled(*with_drafts), False: self._compiled(*without)}
+        began = time.perf_counter()
+        cost = measure(Trial(advance, self._weights, self._state, self._eos).seconds)
+        self.stats.trial_seconds = time.perf_counter() - began
+        return cost
+
+    def _judge(self, fallback: Steps) -> None:
+        """Go on without drafts if they do not pay."""
+        stats = self.stats
+        if not pays(stats.pass_steps, stats.accepted, stats.drafted):
+            self._state = without_drafts(self._state)
+            self._programs, self._speculate, stats.stopped = fallback, False, True
 
     def _compiled(self, program: Program, *arguments: Any) -> Any:
         began = time.perf_counter()
@@ -199,7 +238,7 @@ class Session:
             first, self._fresh = self._fresh, None
             return [first[row : row + 1] for row in range(self._rows)]
         running = ~self.finished
-        arguments = self._weights, self._state, self._eos
+        arguments = self._weights, self._state, self._eos, self._chunk
         advance = self._compiled(self._programs.advance, *arguments)
         began = time.perf_counter()
         self._state, out = advance(*arguments)
@@ -216,4 +255,6 @@ class Session:
         if self._speculate:
             stats.drafted += int(out["passes_B"][: self._rows].sum())
             stats.accepted += int(out["accepted_B"][: self._rows].sum())
+            if self._fallback and not self.finished.all():
+                self._judge(self._fallback)
         return tokens

@@ -18,6 +18,7 @@ from model.blueprint import Tree, bind
 from model.config import ModelConfig
 from model.recipe import Recipe
 from model.transformer import Tokens
+from sharding.context import whole_sequences
 from sharding.partition import Layout, batch_sharding, batch_shards, use_layout
 
 
@@ -27,7 +28,8 @@ class Scorer:
     def __init__(self, config: ModelConfig, recipe: Recipe, layout: Layout, mtp: bool):
         if mtp and not config.mtp_depth:
             raise ValueError("the model has no MTP module; score it without --mtp")
-        self._config, self._recipe, self._layout, self._mtp = config, recipe, layout, mtp
+        self._config, self._recipe, self._mtp = config, recipe, mtp
+        self._layout = whole_sequences(layout)
         self.rows = batch_shards(layout)
         """Sequences of one pass."""
 

@@ -27,10 +27,18 @@ from sharding.partition import Layout, batch_sharding, constrain, replicated, us
 CHUNK = 16
 """Steps of one call of `advance`: the host looks at the text, and for stop strings, in between."""
 
-MAIN, ACCEPT, REDRAW, DRAFT = range(4)
-"""Purposes of random keys: each is used once per row and position."""
+MAIN, ACCEPT, REDRAW, DRAFT, TRIAL = range(5)
+"""Purposes of random keys: each is used once per row and position, and TRIAL by `Trial`."""
+
+DRAFTS = ("mtp_cache", "draft_B", "q_BV")
+"""What speculation adds to the state."""
 
 State = dict[str, Any]
+
+
+def without_drafts(state: State) -> State:
+    """The state for going on without speculation; the pending draft is forgotten."""
+    return {name: value for name, value in state.items() if name not in DRAFTS}
 
 
 class Program:
@@ -70,8 +78,9 @@ class Steps:
 
     @functools.cached_property
     def advance(self) -> Program:
-        """`state, out = advance(weights, state, eos)`; the state passed in is consumed.
+        """`state, out = advance(weights, state, eos, steps)`; the state passed in is consumed.
 
+        `steps` (int32, at most CHUNK) bounds the passes; fewer are run when every row has ended.
         out: `tokens_BN`, of which `counts_B` are new; `finished_B`; and counted in running rows,
         `passes_B` of the main model and `accepted_B` drafts.
         """
@@ -119,7 +128,7 @@ class Steps:
                 state |= self._draft(decoder, _at(mtp_BTD, lengths_B - 1), lengths_B + 1, key)
             return _placed(state)
 
-    def _advance(self, weights: Tree, state: State, eos: jax.Array):
+    def _advance(self, weights: Tree, state: State, eos: jax.Array, steps: jax.Array):
         with use_layout(self._layout):
             decoder = self._decoder(weights)
             step = self._speculative_step if self._speculate else self._plain_step
@@ -135,7 +144,7 @@ class Steps:
 
             def running(carry):
                 i, state, _ = carry
-                return (i < CHUNK) & ~state["finished_B"].all()
+                return (i < steps) & ~state["finished_B"].all()
 
             def body(carry):
                 i, state, out = carry

@@ -26,7 +26,8 @@ class ParameterCount:
     """MTP modules, without the shared embedding and head."""
 
 
-def _size(tree: Any) -> int:
+def count_weights(tree: Any) -> int:
+    """Numbers in a tree of arrays or shapes."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
@@ -35,13 +36,13 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     plan = blueprint(config)
     main = {k: v for k, v in plan.params.items() if k != "mtp"}
     bias = {k: v for k, v in plan.router_bias.items() if k != "mtp"}
-    total = _size(main) + _size(bias)
+    total = count_weights(main) + count_weights(bias)
     idle = 0
     if config.num_moe_layers:
         moe = plan.params["moe_layers"]["moe"]
-        routed = _size([moe["w_gate"], moe["w_up"], moe["w_down"]])
+        routed = count_weights([moe["w_gate"], moe["w_up"], moe["w_down"]])
         idle = routed * (config.num_experts - config.experts_per_token) // config.num_experts
-    mtp = _size(plan.params.get("mtp", {})) + _size(plan.router_bias.get("mtp", {}))
+    mtp = count_weights(plan.params.get("mtp", {})) + count_weights(plan.router_bias.get("mtp", {}))
     return ParameterCount(total, total - idle, mtp)
 
 

@@ -98,11 +98,30 @@ class SwiGLU(nnx.Module):
         self.w_down = weight(rngs, (inner, size), ("ffn", "embed"), std)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        x_BTD = from_stream(x_BTD)
         gate_BTF = project("BTD,DF->BTF", x_BTD, self.w_gate)
         up_BTF = project("BTD,DF->BTF", x_BTD, self.w_up)
         h_BTF = constrain(_gated(gate_BTF, up_BTF), "batch", "seq", "ffn")
-        # y[B, T, D]{U_tp} -> AllReduce_tp -> y[B, T, D]
-        return constrain(project("BTF,FD->BTD", h_BTF, self.w_down), "batch", "seq", "embed")
+        return to_stream(project("BTF,FD->BTD", h_BTF, self.w_down))
+
+
+def from_stream(x_BTD: jax.Array) -> jax.Array:
+    """What a projection to shards of heads or widths reads: all tokens of the sequence's part.
+
+    With sequence parallelism x[B, T_tp, D] -> AllGather_tp -> x[B, T, D], else nothing. Backward
+    dx[B, T, D]{U_tp} -> ReduceScatter_tp, else AllReduce_tp.
+    """
+    return constrain(x_BTD, "batch", "seq", None)
+
+
+def to_stream(y_BTD: jax.Array) -> jax.Array:
+    """What a projection from shards of heads or widths adds to the residual stream.
+
+    y[B, T, D]{U_tp} -> AllReduce_tp -> y[B, T, D], with sequence parallelism ReduceScatter_tp ->
+    y[B, T_tp, D]. Backward an AllGather_tp with it, else nothing. Without the first constraint XLA
+    gathers the projection's weights in the backward pass instead.
+    """
+    return constrain(constrain(y_BTD, "batch", "seq", None), "batch", "stream", None)
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module | None:
@@ -122,15 +141,17 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) ->
 
 
 def scan_layers(
-    layers: nnx.Module, x: Any, apply: Callable[[Any, Any], tuple[Any, Any]]
+    layers: nnx.Module, x: Any, apply: Callable[..., tuple[Any, Any]], *inputs: Any
 ) -> tuple[Any, Any]:
     """Run `x, stats = apply(layer, x)` over a stack; stats come back stacked by layer.
 
+    With `inputs`, stacked by layer too, it is `apply(layer, x, *inputs of the layer)`.
     One compiled body serves all layers, so compile time does not grow with depth.
     """
     graph, weights = nnx.split(layers)
 
-    def body(x, layer_weights):
-        return apply(nnx.merge(graph, layer_weights), x)
+    def body(x, of_layer):
+        layer_weights, *layer_inputs = of_layer
+        return apply(nnx.merge(graph, layer_weights), x, *layer_inputs)
 
-    return jax.lax.scan(body, x, weights)
+    return jax.lax.scan(body, x, (weights, *inputs))

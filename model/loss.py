@@ -12,6 +12,7 @@ from model.config import ModelConfig
 from model.moe import MoEStats
 from model.recipe import Recipe
 from model.transformer import DeepSeekV3, Tokens
+from sharding.context import balance, sequence_shards
 from sharding.partition import constrain, max_over, on_shards, shard_index, sum_over, vary
 
 CHUNK_BYTES = 4 << 20
@@ -162,21 +163,29 @@ def ahead(x_BT: jax.Array, k: int, fill: int = 0) -> jax.Array:
 
 
 def training_loss(
-    model: DeepSeekV3, batch: dict[str, jax.Array], weights: LossWeights, recipe: Recipe
+    model: DeepSeekV3,
+    batch: dict[str, jax.Array],
+    weights: LossWeights,
+    recipe: Recipe,
+    x_BTD: jax.Array | None = None,
 ) -> tuple[jax.Array, LossParts]:
     """This micro batch's share of L = L_main + lambda/D sum_k L_MTP^k + alpha sum_l L_bal.
 
     `batch` holds tokens [B, T+1] and, with documents kept apart, segments [B, T+1].
-    Summing over the micro batches of a step gives the loss of the whole batch exactly.
+    Summing over the micro batches of a step gives the loss of the whole batch exactly. With
+    `x_BTD`, the result of the MoE layers, these are not run and their terms are left out.
     """
     tokens, targets_BT, weights_BT = inputs_and_targets(batch)
-    output = model(tokens, recipe, next_ids_BT=targets_BT)
+    if x_BTD is None:
+        output = model(tokens, recipe, next_ids_BT=targets_BT)
+    else:
+        output = model.after(x_BTD, tokens, recipe, targets_BT)
     kernel_DV = model.head.kernel[...]
     main = cross_entropy_sum(output.hidden_BTD, kernel_DV, targets_BT, weights_BT)
     main = main / weights.num_targets
     mtp = jnp.zeros((), jnp.float32)
     for k, hidden_BTD in enumerate(output.mtp_hidden, start=1):
-        shifted = mtp_targets(batch, targets_BT, k)
+        shifted = mtp_targets(batch, k)
         # Divided by the same count as the main loss, not by T - k (eq. 24).
         mtp += cross_entropy_sum(hidden_BTD, kernel_DV, *shifted) / weights.num_targets
     mtp = mtp / max(len(output.mtp_hidden), 1)
@@ -186,7 +195,10 @@ def training_loss(
 
 
 def inputs_and_targets(batch: dict[str, jax.Array]) -> tuple[Tokens, jax.Array, jax.Array]:
-    """Inputs, next-token targets [B, T] and target weights [B, T] of a batch of rows [B, T+1]."""
+    """Inputs, next-token targets [B, T] and target weights [B, T] of a batch of rows [B, T+1].
+
+    Tokens are in balanced order (sharding/context.py), which is the text's on one device.
+    """
     rows, segments = batch["tokens"], batch.get("segments")
     ids_BT, targets_BT = rows[:, :-1], rows[:, 1:]
     positions_BT = jnp.broadcast_to(jnp.arange(ids_BT.shape[1], dtype=jnp.int32), ids_BT.shape)
@@ -200,14 +212,12 @@ def inputs_and_targets(batch: dict[str, jax.Array]) -> tuple[Tokens, jax.Array, 
     if "mask" in batch:
         # Evaluation says itself what it scores: every held-out token once, first ones included.
         weights_BT = batch["mask"].astype(jnp.float32)
-    return inputs, targets_BT, weights_BT
+    return jax.tree.map(balance, (inputs, targets_BT, weights_BT))
 
 
-def mtp_targets(
-    batch: dict[str, jax.Array], targets_BT: jax.Array, k: int
-) -> tuple[jax.Array, jax.Array]:
-    """Targets of MTP module k, the token k + 1 ahead, and their weights."""
-    shifted_BT = ahead(targets_BT, k)
+def mtp_targets(batch: dict[str, jax.Array], k: int) -> tuple[jax.Array, jax.Array]:
+    """Targets of MTP module k, the token k + 1 ahead, and their weights; in balanced order."""
+    targets_BT = batch["tokens"][:, 1:]
     segments = batch.get("segments")
     if segments is None:
         weights_BT = jnp.broadcast_to(
@@ -217,7 +227,7 @@ def mtp_targets(
         weights_BT = target_weights(targets_BT, segments[:, :-1], ahead(segments[:, 1:], k))
     if "mask" in batch:
         weights_BT = weights_BT * ahead(batch["mask"], k).astype(jnp.float32)
-    return shifted_BT, weights_BT
+    return balance(ahead(targets_BT, k)), balance(weights_BT)
 
 
 def _moe_parts(stats: MoEStats | None, weights: LossWeights, config: ModelConfig):
@@ -230,14 +240,20 @@ def _moe_parts(stats: MoEStats | None, weights: LossWeights, config: ModelConfig
 
 
 def greedy_ids(x_BTD: jax.Array, kernel_DV: jax.Array) -> jax.Array:
-    """Most likely token at every position, int32 [B, T]; a chunk of logits at a time."""
+    """Most likely token at every position, int32 [B, T]; a chunk of logits at a time.
 
-    def best(x_BCD):
-        logits = jnp.einsum(
-            "BCD,DV->BCV", x_BCD, kernel_DV.astype(x_BCD.dtype), preferred_element_type=jnp.float32
-        )
-        return jnp.argmax(constrain(logits, "batch", "seq", "vocab"), -1)
+    Each of the S shards of a sequence takes a chunk of its own tokens.
+    """
 
-    B, T = x_BTD.shape[:2]
-    chunks = _chunks(x_BTD, _chunk_length(B, T, kernel_DV.shape[1]))
-    return jax.lax.map(best, chunks).swapaxes(0, 1).reshape(B, T)
+    def best(x_BSCD):
+        logits_BSCV = jnp.einsum(
+            "BSCD,DV->BSCV", x_BSCD, kernel_DV.astype(x_BSCD.dtype),
+            preferred_element_type=jnp.float32,
+        )  # fmt: skip
+        return jnp.argmax(constrain(logits_BSCV, "batch", "seq", None, "vocab"), -1)
+
+    B, T, D = x_BTD.shape
+    S = sequence_shards()
+    length = _chunk_length(B * S, T // S, kernel_DV.shape[1])
+    chunks = jnp.moveaxis(x_BTD.reshape(B, S, -1, length, D), 2, 0)
+    return jnp.moveaxis(jax.lax.map(best, chunks), 0, 2).reshape(B, T)

@@ -13,9 +13,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from model.config import ModelConfig
-from model.layers import LATENT_EPS, RMSNorm, project, weight
+from model.context_attention import Form, context_attention
+from model.layers import LATENT_EPS, RMSNorm, from_stream, project, to_stream, weight
 from model.recipe import keep
 from model.rope import rotate, rotation, softmax_scale
+from sharding.context import sequence_shards
 from sharding.partition import constrain
 
 QUERY_BLOCK = 128
@@ -45,7 +47,10 @@ class MLA(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None
     ) -> jax.Array:
-        """Causal attention within each segment (everything is one segment if None)."""
+        """Causal attention within each segment (everything is one segment if None).
+
+        On a mesh that cuts sequences, tokens come in balanced order (sharding/context.py).
+        """
         return self.expanded(x_BTD, positions_BT, segments_BT)[0]
 
     def expanded(
@@ -54,19 +59,26 @@ class MLA(nnx.Module):
         """Causal attention [B, T, D], and what a cache keeps of these tokens [B, T, L]."""
         c = self.config
         cos_sin = rotation(c, positions_BT)
-        q_BTNH = self.queries(x_BTD, *cos_sin)
+        q_BTNH = constrain(self.queries(x_BTD, *cos_sin), "batch", "seq", "heads", "head_dim")
         latents_BTL = self.latents(x_BTD, *cos_sin)
+        if sequence_shards() > 1:
+            w_ukv_CNH = self.w_ukv[...].astype(x_BTD.dtype)
+            form = Form(softmax_scale(c), c.qk_nope_head_dim)
+            o_BTNV = context_attention(q_BTNH, latents_BTL, w_ukv_CNH, segments_BT, form)
+        else:
+            k_BTNH, v_BTNV = self.keys_values(latents_BTL)
+            o_BTNV = keep(causal_attention(q_BTNH, k_BTNH, v_BTNV, softmax_scale(c), segments_BT))
+        return self.output(o_BTNV), latents_BTL
+
+    def keys_values(self, latents_BTL: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys [B, T, N, H] and values [B, T, N, V] of every head (eq. 2-5)."""
+        c = self.config
         c_kv_BTC, k_rope_BTR = jnp.split(latents_BTL, [c.kv_lora_rank], axis=-1)
         k_nope, v_BTNV = self.expand(c_kv_BTC)
         k_rope = jnp.broadcast_to(k_rope_BTR[:, :, None], (*k_nope.shape[:3], c.qk_rope_head_dim))
         k_BTNH = jnp.concatenate([k_nope, k_rope], axis=-1)  # eq. 4
-
-        def heads(x):
-            return constrain(x, "batch", "seq", "heads", "head_dim")
-
-        q_BTNH, k_BTNH, v_BTNV = heads(q_BTNH), heads(k_BTNH), heads(v_BTNV)
-        o_BTNV = keep(causal_attention(q_BTNH, k_BTNH, v_BTNV, softmax_scale(c), segments_BT))
-        return self.output(o_BTNV), latents_BTL
+        heads = ("batch", "seq", "heads", "head_dim")
+        return constrain(k_BTNH, *heads), constrain(v_BTNV, *heads)
 
     def absorbed(
         self, x_BTD: jax.Array, positions_BT: jax.Array, cache_BSL: jax.Array
@@ -106,10 +118,9 @@ class MLA(nnx.Module):
         """Queries of every head, nope channels then rotated ones [B, T, N, H]."""
         c, nope = self.config, self.config.qk_nope_head_dim
         if c.q_lora_rank is None:
-            q_BTNH = project("BTD,DNH->BTNH", x_BTD, self.w_q)
+            q_BTNH = project("BTD,DNH->BTNH", from_stream(x_BTD), self.w_q)
         else:
-            down_BTC = keep(project("BTD,DC->BTC", x_BTD, self.w_dq))
-            c_q_BTC = self.q_norm(down_BTC)  # eq. 6
+            c_q_BTC = from_stream(self.q_norm(self._down(x_BTD, self.w_dq)))  # eq. 6
             q_BTNH = project("BTC,CNH->BTNH", c_q_BTC, self.w_uq)  # eq. 7, 8
         q_rope = rotate(q_BTNH[..., nope:], cos_BTJ, sin_BTJ, c.rope_interleaved)
         return jnp.concatenate([q_BTNH[..., :nope], q_rope], axis=-1)  # eq. 9
@@ -117,17 +128,21 @@ class MLA(nnx.Module):
     def latents(self, x_BTD: jax.Array, cos_BTJ: jax.Array, sin_BTJ: jax.Array) -> jax.Array:
         """Normed key-value latent, then the rotated key that all heads share [B, T, L]."""
         c = self.config
-        down_BTL = keep(project("BTD,DC->BTC", x_BTD, self.w_dkv))  # eq. 1 and the key of eq. 3
+        down_BTL = self._down(x_BTD, self.w_dkv)  # eq. 1 and the key of eq. 3
         c_kv_BTC = self.kv_norm(down_BTL[..., : c.kv_lora_rank])
         # One rotary key per token, not normalised.
         k_rope = down_BTL[..., None, c.kv_lora_rank :]
         k_rope = rotate(k_rope, cos_BTJ, sin_BTJ, c.rope_interleaved)
-        return jnp.concatenate([c_kv_BTC, k_rope[:, :, 0]], axis=-1)
+        return from_stream(jnp.concatenate([c_kv_BTC, k_rope[:, :, 0]], axis=-1))
+
+    def _down(self, x_BTD: jax.Array, w_DC: nnx.Param) -> jax.Array:
+        """A down-projection; with sequence parallelism each device has its own tokens."""
+        return keep(constrain(project("BTD,DC->BTC", x_BTD, w_DC), "batch", "stream", None))
 
     def output(self, o_BTNV: jax.Array) -> jax.Array:
         """Outputs of the heads to the residual stream (eq. 11)."""
-        # y[B, T, D]{U_tp} -> AllReduce_tp -> y[B, T, D]
-        return constrain(project("BTNV,NVD->BTD", o_BTNV, self.w_o), "batch", "seq", "embed")
+        o_BTNV = constrain(o_BTNV, "batch", "seq", "heads", "head_dim")
+        return to_stream(project("BTNV,NVD->BTD", o_BTNV, self.w_o))
 
 
 def split_heads_first(w_CNH: jax.Array, nope: int) -> tuple[jax.Array, jax.Array]:

@@ -4,6 +4,7 @@ V3 report, eq. 12. Letters: B batch, T sequence, N = B*T tokens of one device, K
 M rows sorted by expert, D hidden width, E experts, F inner width of one expert.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from model.config import ModelConfig
-from model.layers import SwiGLU, router_bias, weight
+from model.layers import SwiGLU, from_stream, router_bias, to_stream, weight
 from model.recipe import Recipe, keep
 from model.router import affinities, balance_loss, expert_counts, select
 from pallas_kernels.expert_ffn import expert_ffn
@@ -68,10 +69,12 @@ class MoE(nnx.Module):
     ) -> tuple[jax.Array, MoEStats]:
         """Output [B, T, D] and the layer's statistics over valid tokens."""
         c, bias = self.config, self.router.bias
+        x_BTD = from_stream(x_BTD)
         scores_BTE = affinities(self.router.logits(x_BTD), c)
         ids_BTK, weights_BTK = select(scores_BTE, None if bias is None else bias[...], c)
         ids_BTK, weights_BTK = keep(ids_BTK), keep(weights_BTK)
         y_BTD, dropped = self.routed(x_BTD, ids_BTK, weights_BTK, recipe)
+        y_BTD = to_stream(y_BTD)
         if self.shared is not None:
             y_BTD = y_BTD + self.shared(x_BTD)
         counts_E = expert_counts(ids_BTK, valid_BT, c.num_experts)
@@ -85,35 +88,46 @@ class MoE(nnx.Module):
         if isinstance(weights[0], tuple):  # apart, output first: see pallas_kernels
             w_in, w_out = w_out, w_in
 
+        groups = self.config.num_expert_groups, self.config.groups_per_token
+
         def region(*arrays):
-            return _experts_on_shard(*arrays, kernels=recipe.kernels)
+            return _experts_on_shard(*arrays, groups=groups, kernels=recipe.kernels)
 
         run = on_shards(region, (tokens, choices, choices, w_in, w_in, w_out), (tokens, ()))
         cast = jax.tree.map(lambda w: w.astype(x_BTD.dtype), weights)
         return run(x_BTD, ids_BTK, weights_BTK, *cast)
 
 
-def _experts_on_shard(x_BTD, ids_BTK, weights_BTK, w_gate, w_up, w_down, *, kernels):
-    """One device's part: fetch tokens, sort by expert, compute, weigh, send back.
+def _experts_on_shard(x_BTD, ids_BTK, weights_BTK, *params, groups, kernels):
+    """One device's part: its tokens to their experts, the weighted sums back.
 
-    Weights are stacked, gate and up [E, D, F], down [E, F, D]; or E arrays each, [1, F, D] and
-    [1, D, F].
+    `params` are gate, up and down. Stacked, gate and up are [E, D, F], down [E, F, D]; or E arrays
+    each, [1, F, D] and [1, D, F].
     """
     B, T, D = x_BTD.shape
     K = ids_BTK.shape[-1]
-    x_ND, ids_NK, weights_NK = expert.dispatch(
-        x_BTD.reshape(B * T, D), ids_BTK.reshape(B * T, K), weights_BTK.reshape(B * T, K)
-    )
-    num_local = len(w_gate)
-    plan = sort_by_expert(ids_NK - expert.first_local_expert(num_local), num_local)
+    rows = x_BTD.reshape(B * T, D), ids_BTK.reshape(B * T, K), weights_BTK.reshape(B * T, K)
+    experts = functools.partial(_local_experts, kernels)
+    y_ND, computed = expert.exchange(*rows, params, len(params[0]), experts, groups)
+    # Over all devices, choices made minus choices that some expert computed.
+    missed = vary(B * T * K - computed)
+    dropped = max_over(sum_over(missed, "batch", "seq"), "expert_ffn")
+    return y_ND.reshape(B, T, D), dropped.astype(jnp.float32)
+
+
+def _local_experts(kernels, params, x_ND, ids_NK, weights_NK):
+    """Weighted sums [N, D] over the experts held here, and how many choices they are.
+
+    Rows are sorted by expert, computed, weighed and summed. Ids outside of [0, E) add nothing.
+    """
+    w_gate, w_up, w_down = params
+    num_experts, (N, K) = len(w_gate), ids_NK.shape
+    # A token chooses an expert at most once.
+    plan = sort_by_expert(ids_NK, num_experts, N * min(K, num_experts))
     x_MD = gather_rows(x_ND, plan)
     if isinstance(w_gate, tuple):
-        gate, up, down = ([w[0] for w in ws] for ws in (w_gate, w_up, w_down))
+        gate, up, down = ([w[0] for w in ws] for ws in params)
         y_MD = separate_expert_ffn(x_MD, gate, up, down, plan.group_sizes_E, backend=kernels)
     else:
         y_MD = expert_ffn(x_MD, w_gate, w_up, w_down, plan.group_sizes_E, backend=kernels)
-    y_ND = expert.combine(combine_rows(y_MD, weights_NK, plan))
-    # Over all devices, choices made minus choices that some expert computed.
-    missed = vary(B * T * K - jnp.sum(plan.group_sizes_E))
-    dropped = max_over(sum_over(missed, "batch", "seq"), "expert_ffn")
-    return y_ND.reshape(B, T, D), dropped.astype(jnp.float32)
+    return combine_rows(y_MD, weights_NK, plan), jnp.sum(plan.group_sizes_E)

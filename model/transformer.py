@@ -14,6 +14,7 @@ from model.layers import RMSNorm, SwiGLU, project, scan_layers, stack, weight
 from model.mla import MLA
 from model.moe import MoE, MoEStats
 from model.recipe import Recipe
+from sharding.context import balance, restore
 from sharding.partition import constrain, on_shards, shard_index, sum_over
 
 
@@ -85,7 +86,7 @@ class Embedding(nnx.Module):
         table_VD = self.table[...].astype(recipe.activation_dtype)
         tokens = ("batch", "seq")
         run = on_shards(_look_up, (("vocab", "embed"), tokens), ((*tokens, "embed"),))
-        return run(table_VD, ids_BT)[0]
+        return constrain(run(table_VD, ids_BT)[0], "batch", "stream", "embed")
 
 
 def _look_up(table_VD: jax.Array, ids_BT: jax.Array) -> tuple[jax.Array]:
@@ -129,7 +130,7 @@ class MTP(nnx.Module):
     def merge(self, hidden_BTD: jax.Array, embedded_BTD: jax.Array) -> jax.Array:
         """Input of the module's block: both norms and the projection (eq. 21)."""
         pair = jnp.concatenate([self.embed_norm(embedded_BTD), self.hidden_norm(hidden_BTD)], -1)
-        return constrain(project("BTP,PD->BTD", pair, self.proj.kernel), "batch", "seq", "embed")
+        return constrain(project("BTP,PD->BTD", pair, self.proj.kernel), "batch", "stream", "embed")
 
 
 class Projection(nnx.Module):
@@ -140,13 +141,17 @@ class Projection(nnx.Module):
 
 
 class DeepSeekV3(nnx.Module):
-    """The whole model. Layers of one kind are stacked and scanned."""
+    """The whole model. Layers of one kind are stacked and scanned.
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    Without `moe_layers` it is what surrounds them: `before` and `after` still work.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, moe_layers: bool = True):
         c = config
         self.embed = Embedding(c, rngs)
         self.dense_layers = stack(lambda r: Block(c, r, moe=False), c.num_dense_layers, rngs)
-        self.moe_layers = stack(lambda r: Block(c, r, moe=True), c.num_moe_layers, rngs)
+        count = c.num_moe_layers if moe_layers else 0
+        self.moe_layers = stack(lambda r: Block(c, r, moe=True), count, rngs)
         self.final_norm = RMSNorm(c.hidden_size, c.norm_eps)
         self.head = Head(c, rngs)
         self.mtp = stack(lambda r: MTP(c, r), c.mtp_depth, rngs)
@@ -158,39 +163,81 @@ class DeepSeekV3(nnx.Module):
         """Hidden states of all positions.
 
         `next_ids_BT` is the token after each position (the targets); with it the MTP modules run.
+        On a mesh that cuts sequences, all arrays are in balanced order (sharding/context.py).
         """
-        x_BTD = self.embed(tokens.ids_BT, recipe)
-
-        @recipe.rematerialize
-        def apply(layer: Block, x_BTD):
-            return layer(x_BTD, tokens, recipe)
-
-        stats = []
-        if self.dense_layers is not None:
-            x_BTD, _ = scan_layers(self.dense_layers, x_BTD, apply)
+        x_BTD, layer_stats = self.before(tokens, recipe), None
         if self.moe_layers is not None:
-            x_BTD, layer_stats = scan_layers(self.moe_layers, x_BTD, apply)
-            stats.append(layer_stats)
-        hidden_BTD = self.final_norm(x_BTD)
-        mtp_hidden: tuple[jax.Array, ...] = ()
-        if self.mtp is not None and next_ids_BT is not None:
-            mtp_hidden, mtp_stats = self._predict_ahead(hidden_BTD, next_ids_BT, tokens, recipe)
-            stats.append(mtp_stats)
+            (x_BTD,), (layer_stats,) = self.between((x_BTD,), (tokens,), recipe)
+        output = self.after(x_BTD, tokens, recipe, next_ids_BT)
+        stats = [part for part in (layer_stats, output.stats) if part is not None]
         merged = jax.tree.map(lambda *a: jnp.concatenate(a), *stats) if stats else None
-        return Output(hidden_BTD, mtp_hidden, merged)
+        return output._replace(stats=merged)
+
+    def before(self, tokens: Tokens, recipe: Recipe) -> jax.Array:
+        """Input of the MoE layers [B, T, D]: embedding and dense layers."""
+        x_BTD = self.embed(tokens.ids_BT, recipe)
+        if self.dense_layers is not None:
+            x_BTD, _ = scan_layers(self.dense_layers, x_BTD, _one_layer(tokens, recipe))
+        return x_BTD
+
+    def between(
+        self, xs: tuple[jax.Array, ...], tokens: tuple[Tokens, ...], recipe: Recipe
+    ) -> tuple[tuple[jax.Array, ...], tuple[MoEStats, ...]]:
+        """The MoE layers, for micro batches side by side; statistics are stacked [L] for each.
+
+        Every layer is computed for all of them before the next: what one exchanges with other
+        devices can travel while another is computed.
+        """
+        applies = [_one_layer(tokens_of_one, recipe) for tokens_of_one in tokens]
+
+        def apply(layer: Block, xs):
+            pairs = [apply(layer, x_BTD) for apply, x_BTD in zip(applies, xs, strict=True)]
+            ys, stats = zip(*pairs, strict=True)
+            return ys, stats
+
+        assert self.moe_layers is not None
+        return scan_layers(self.moe_layers, xs, apply)
+
+    def after(
+        self, x_BTD: jax.Array, tokens: Tokens, recipe: Recipe, next_ids_BT: jax.Array | None
+    ) -> Output:
+        """Output for the last layer's result; its statistics are those of the MTP modules."""
+        hidden_BTD = self.final_norm(x_BTD)
+        if self.mtp is None or next_ids_BT is None:
+            return Output(hidden_BTD, (), None)
+        mtp_hidden, stats = self._predict_ahead(hidden_BTD, next_ids_BT, tokens, recipe)
+        return Output(hidden_BTD, mtp_hidden, stats)
 
     def _predict_ahead(self, hidden_BTD, next_ids_BT, tokens: Tokens, recipe: Recipe):
         """Run the MTP modules one after the other; module k reads the token k ahead (eq. 21)."""
 
         @recipe.rematerialize
-        def apply(module: MTP, carry):
-            hidden_BTD, ids_BT = carry
+        def apply(module: MTP, hidden_BTD, ids_BT):
             embedded_BTD = self.embed(ids_BT, recipe)
             hidden_BTD, stats = module(hidden_BTD, embedded_BTD, tokens, recipe)
-            # The token one further ahead; what enters at the end has no target and no weight.
-            further_BT = jnp.pad(ids_BT[:, 1:], ((0, 0), (0, 1)))
-            return (hidden_BTD, further_BT), (hidden_BTD, stats)
+            return hidden_BTD, (hidden_BTD, stats)
 
         assert self.mtp is not None
-        _, (hidden, stats) = scan_layers(self.mtp, (hidden_BTD, next_ids_BT), apply)
+        ids_KBT = ids_ahead(next_ids_BT, self.config.mtp_depth)
+        _, (hidden, stats) = scan_layers(self.mtp, hidden_BTD, apply, ids_KBT)
         return tuple(hidden), stats
+
+
+def ids_ahead(next_ids_BT: jax.Array, depth: int) -> jax.Array:
+    """What MTP modules 1..depth read: the token k ahead of every position [K, B, T].
+
+    What enters at the end has no target and no weight.
+    """
+    text_BT = restore(next_ids_BT)
+    shifted = (jnp.pad(text_BT[:, k:], ((0, 0), (0, k))) for k in range(depth))
+    return jnp.stack([balance(ids_BT) for ids_BT in shifted])
+
+
+def _one_layer(tokens: Tokens, recipe: Recipe):
+    """One step of a scan over layers, with the recipe's recomputation."""
+
+    @recipe.rematerialize
+    def apply(layer: Block, x_BTD: jax.Array):
+        return layer(x_BTD, tokens, recipe)
+
+    return apply

@@ -1,11 +1,13 @@
 """Dispatch plan and row movement of experts on one device, without a scatter-add.
 
-Shape letters: N tokens, K choices per token, E experts, D width, R = N*K choices.
+Shape letters: N tokens, K choices per token, E experts, D width, R = N*K choices, M <= R sorted
+rows that are kept (all, unless said otherwise).
 
 Choices are numbered n*K + k ("flat") and sorted by expert. Both directions of every movement, and
 both of their derivatives, are gathers: a sorted row knows its choice (`order`), a choice its
 sorted row (`inverse`). Choices of experts outside [0, E) belong to other shards; they sit in the
-tail after the last group and neither give nor receive anything, whatever the tail rows hold.
+tail after the last group and neither give nor receive anything, whatever the tail rows hold. Where
+fewer rows are kept than there are choices, what is cut off is tail.
 """
 
 from functools import partial
@@ -19,20 +21,22 @@ from jax import Array, lax
 class Plan(NamedTuple):
     """Where choices go when sorted by expert, int32."""
 
-    order_R: Array
+    order_M: Array
     """Sorted position to flat choice."""
     inverse_R: Array
-    """Flat choice to sorted position."""
+    """Flat choice to sorted position; M and more are cut off."""
     group_sizes_E: Array
     """Choices of each expert; their sum is the first row of the tail."""
 
 
-def sort_by_expert(expert_ids_NK: Array, num_experts: int) -> Plan:
+def sort_by_expert(expert_ids_NK: Array, num_experts: int, max_rows: int | None = None) -> Plan:
     """Stable sort of the choices by expert.
 
     Args:
         expert_ids_NK: chosen experts, int [N, K]; ids outside [0, num_experts) go to the tail.
         num_experts: experts held here [E].
+        max_rows: sorted rows to keep [M]; no fewer may be in a group (a run-time value: not
+            checked). Tokens that choose an expert at most once need N * min(K, E).
 
     Raises:
         ValueError: ids are not an integer matrix, or too many for int32 positions.
@@ -56,7 +60,7 @@ def sort_by_expert(expert_ids_NK: Array, num_experts: int) -> Plan:
     group_sizes_E = jnp.sum(
         ids_R[:, None] == jnp.arange(num_experts, dtype=jnp.int32), axis=0, dtype=jnp.int32
     )
-    return Plan(order_R, inverse_R, group_sizes_E)
+    return Plan(order_R[:max_rows], inverse_R, group_sizes_E)
 
 
 def stable_order(keys_R: Array, num_keys: int) -> Array:
@@ -77,15 +81,20 @@ def _keep(values: Array, keep: Array) -> Array:
     return jnp.where(keep[..., None], values, 0)
 
 
+def _take_choices(rows: Array, inverse: Array) -> Array:
+    """Sorted row of choices; any row for those that are cut off."""
+    return _take(rows, jnp.minimum(inverse, rows.shape[0] - 1))
+
+
 def gather_rows(x_ND: Array, plan: Plan) -> Array:
-    """Row of each choice's token, sorted by expert [R, D]; tail rows are copies like the others.
+    """Row of each choice's token, sorted by expert [M, D]; tail rows are copies like the others.
 
     The gradient of a token sums over its choices in fp32, those in the tail left out.
 
     Raises:
         ValueError: `x_ND` does not have the plan's number of tokens.
     """
-    N, R = x_ND.shape[0], plan.order_R.size
+    N, R = x_ND.shape[0], plan.inverse_R.size
     if N == 0 or R % N:
         raise ValueError(f"{N} rows do not fit a plan of {R} choices; use the plan's own tokens")
     return _gather_rows(R // N, x_ND, plan)
@@ -93,70 +102,73 @@ def gather_rows(x_ND: Array, plan: Plan) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gather_rows(K: int, x_ND: Array, plan: Plan) -> Array:
-    return _take(x_ND, plan.order_R // K)
+    return _take(x_ND, plan.order_M // K)
 
 
 def _gather_rows_fwd(K: int, x_ND: Array, plan: Plan):
     return _gather_rows(K, x_ND, plan), plan
 
 
-def _gather_rows_bwd(K: int, plan: Plan, dxs_RD: Array):
+def _gather_rows_bwd(K: int, plan: Plan, dxs_MD: Array):
     inverse_NK = plan.inverse_R.reshape(-1, K)
     here_NK = inverse_NK < jnp.sum(plan.group_sizes_E)
     # One gather per choice, added as they come: XLA makes a single pass, without an [N, K, D].
     dx_ND = sum(
-        _keep(_take(dxs_RD, inverse_NK[:, k]), here_NK[:, k]).astype(jnp.float32) for k in range(K)
+        _keep(_take_choices(dxs_MD, inverse_NK[:, k]), here_NK[:, k]).astype(jnp.float32)
+        for k in range(K)
     )
-    return jnp.asarray(dx_ND, dxs_RD.dtype), None
+    return jnp.asarray(dx_ND, dxs_MD.dtype), None
 
 
 _gather_rows.defvjp(_gather_rows_fwd, _gather_rows_bwd)
 
 
-def combine_rows(y_RD: Array, weights_NK: Array, plan: Plan) -> Array:
+def combine_rows(y_MD: Array, weights_NK: Array, plan: Plan) -> Array:
     """out[n] = sum over k of weights[n, k] * y[row of choice (n, k)], summed in fp32 [N, D].
 
-    Choices in the tail add nothing. The result has the type of `y_RD`. Source: DeepSeek-V3
+    Choices in the tail add nothing. The result has the type of `y_MD`. Source: DeepSeek-V3
     report, eq. 12 (the routed sum).
 
     Raises:
         ValueError: rows or weights do not have the plan's number of choices.
     """
-    R = plan.order_R.size
-    if weights_NK.ndim != 2 or weights_NK.size != R or y_RD.shape[0] != R:
+    M, R = plan.order_M.size, plan.inverse_R.size
+    if weights_NK.ndim != 2 or weights_NK.size != R or y_MD.shape[0] != M:
         raise ValueError(
-            f"rows {y_RD.shape} and weights {weights_NK.shape} do not fit a plan of {R} choices; "
-            "give one row and one weight [tokens, choices] per choice"
+            f"rows {y_MD.shape} and weights {weights_NK.shape} do not fit a plan of {R} choices "
+            f"and {M} rows; give one weight [tokens, choices] per choice and the plan's rows"
         )
-    return _combine_rows(y_RD, weights_NK, plan)
+    return _combine_rows(y_MD, weights_NK, plan)
 
 
 @jax.custom_vjp
-def _combine_rows(y_RD: Array, weights_NK: Array, plan: Plan) -> Array:
+def _combine_rows(y_MD: Array, weights_NK: Array, plan: Plan) -> Array:
     inverse_NK = plan.inverse_R.reshape(weights_NK.shape)
     here_NK = inverse_NK < jnp.sum(plan.group_sizes_E)
     weights_NK = weights_NK.astype(jnp.float32)
     out_ND = sum(
-        _keep(_take(y_RD, inverse_NK[:, k]) * weights_NK[:, k, None], here_NK[:, k])
+        _keep(_take_choices(y_MD, inverse_NK[:, k]) * weights_NK[:, k, None], here_NK[:, k])
         for k in range(weights_NK.shape[1])
     )
-    return jnp.asarray(out_ND, y_RD.dtype)
+    return jnp.asarray(out_ND, y_MD.dtype)
 
 
-def _combine_rows_fwd(y_RD: Array, weights_NK: Array, plan: Plan):
-    return _combine_rows(y_RD, weights_NK, plan), (y_RD, weights_NK, plan)
+def _combine_rows_fwd(y_MD: Array, weights_NK: Array, plan: Plan):
+    return _combine_rows(y_MD, weights_NK, plan), (y_MD, weights_NK, plan)
 
 
 def _combine_rows_bwd(saved, dout_ND: Array):
-    y_RD, weights_NK, plan = saved
-    R, K = plan.order_R.size, weights_NK.shape[1]
-    here_R = jnp.arange(R, dtype=jnp.int32) < jnp.sum(plan.group_sizes_E)
-    dout_RD = _take(dout_ND, plan.order_R // K).astype(jnp.float32)
-    weights_R = _take(weights_NK.reshape(R), plan.order_R).astype(jnp.float32)
-    dy_RD = _keep(dout_RD * weights_R[:, None], here_R)
-    dweights_R = jnp.where(here_R, jnp.sum(dout_RD * y_RD.astype(jnp.float32), axis=1), 0)
-    dweights_NK = _take(dweights_R, plan.inverse_R).reshape(weights_NK.shape)
-    return dy_RD.astype(y_RD.dtype), dweights_NK.astype(weights_NK.dtype), None
+    y_MD, weights_NK, plan = saved
+    M, K = y_MD.shape[0], weights_NK.shape[1]
+    num_here = jnp.sum(plan.group_sizes_E)
+    here_M = jnp.arange(M, dtype=jnp.int32) < num_here
+    dout_MD = _take(dout_ND, plan.order_M // K).astype(jnp.float32)
+    weights_M = _take(weights_NK.reshape(-1), plan.order_M).astype(jnp.float32)
+    dy_MD = _keep(dout_MD * weights_M[:, None], here_M)
+    dweights_M = jnp.where(here_M, jnp.sum(dout_MD * y_MD.astype(jnp.float32), axis=1), 0)
+    dweights_R = jnp.where(plan.inverse_R < num_here, _take_choices(dweights_M, plan.inverse_R), 0)
+    dweights_NK = dweights_R.reshape(weights_NK.shape).astype(weights_NK.dtype)
+    return dy_MD.astype(y_MD.dtype), dweights_NK, None
 
 
 _combine_rows.defvjp(_combine_rows_fwd, _combine_rows_bwd)

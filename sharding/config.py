@@ -1,9 +1,13 @@
-"""Sizes of the mesh axes, and the named layouts that set them."""
+"""Sizes of the mesh axes, how work crosses them, and the named layouts that set both."""
 
 import dataclasses
+from typing import Literal
 
 AXES = ("pipe", "data", "fsdp", "expert", "context", "tensor")
-"""Mesh axes, outermost (slowest links) first."""
+"""Axes as a person names them, outermost (slowest links) first."""
+
+MESH_AXES = ("pipe", "data", "fsdp", "expert_nodes", "expert", "context", "tensor")
+"""Axes of the mesh itself: `expert` is cut in two, between nodes and inside one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +28,28 @@ class MeshConfig:
     """Shards of heads, MLP width and vocabulary."""
     zero1: bool = True
     """Shard optimizer state over `data` where weights are replicated (ZeRO-1)."""
+    expert_nodes: int = 1
+    """Nodes that `expert` spans: a token crosses to a node once and fans out inside it."""
+    exchange: Literal["dense", "ragged", "gather"] = "dense"
+    """How tokens reach their experts: all-to-all of padded buffers; of exact sizes (GPU only); or
+    an all-gather and a reduce-scatter."""
+    exchange_capacity: float = 0.0
+    """Rows of an all-to-all buffer, as a multiple of the mean under even load; what does not fit
+    goes in further rounds. 0: one round that holds everything."""
+    exchange_dtype: Literal["", "float8_e4m3fn"] = ""
+    """Type that tokens travel to their experts in; empty is that of the activations."""
+    context_exchange: Literal["ring", "gather"] = "ring"
+    """How attention sees the sequence's other shards: latents from neighbour to neighbour, or all
+    latents gathered."""
+    overlap: bool = False
+    """Compute micro batches in pairs, layer by layer, so that one's exchange with the experts can
+    overlap the other's compute; without a pipeline (DualPipe does it by itself)."""
+    sequence: bool = False
+    """Cut the residual stream over `tensor` along the sequence (sequence parallelism)."""
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zb1p", "dualpipe", "dualpipev"] = "1f1b"
+    """Order of forward and backward passes in the pipeline."""
+    pipe_chunks: int = 1
+    """Parts of the model per pipeline stage, with the interleaved schedule."""
 
 
 LAYOUTS: dict[str, MeshConfig] = {

@@ -9,7 +9,9 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh
 
-from sharding.config import AXES, LAYOUTS, MeshConfig
+from sharding.config import AXES, LAYOUTS, MESH_AXES, MeshConfig
+from sharding.partition import Layout
+from sharding.rules import computed_rules
 
 THREADS_PER_DEVICE = 8
 """Threads of the common pool per emulated device: several programs may be in flight."""
@@ -18,6 +20,13 @@ THREADS_PER_DEVICE = 8
 def axis_sizes(config: MeshConfig) -> dict[str, int]:
     """Devices per axis, outermost axis first."""
     return {axis: getattr(config, axis) for axis in AXES}
+
+
+def mesh_sizes(config: MeshConfig) -> dict[str, int]:
+    """Devices per axis of the mesh, where `expert` is cut into nodes and what one holds."""
+    sizes = axis_sizes(config)
+    parts = {"expert_nodes": config.expert_nodes, "expert": config.expert // config.expert_nodes}
+    return {axis: (sizes | parts)[axis] for axis in MESH_AXES}
 
 
 def resolve(config: MeshConfig, num_devices: int) -> MeshConfig:
@@ -33,12 +42,6 @@ def resolve(config: MeshConfig, num_devices: int) -> MeshConfig:
     open_axes = [axis for axis, size in sizes.items() if size == -1]
     if len(open_axes) > 1:
         raise ValueError(f"mesh: only one axis may be -1, got {open_axes}; give the others a size")
-    for axis in ("pipe", "context"):
-        if sizes[axis] != 1:
-            raise ValueError(
-                f"mesh: {axis}={sizes[axis]}, but the model is not cut along `{axis}` in this "
-                f"version; set mesh.{axis} to 1 and use data, fsdp, expert or tensor"
-            )
     used = math.prod(size for size in sizes.values() if size != -1)
     if open_axes:
         if num_devices % used:
@@ -46,11 +49,26 @@ def resolve(config: MeshConfig, num_devices: int) -> MeshConfig:
                 f"mesh: {equation} leaves {num_devices}/{used} devices for `{open_axes[0]}`, not a "
                 f"whole number; the other axes must divide the {num_devices} devices"
             )
-        return dataclasses.replace(config, **{open_axes[0]: num_devices // used})
+        return _checked(dataclasses.replace(config, **{open_axes[0]: num_devices // used}))
     if used != num_devices:
         raise ValueError(
             f"mesh: {equation} = {used} devices, but {num_devices} are present; change an axis, "
             f"set one to -1, or emulate {used} devices on CPU with --emulate {used}"
+        )
+    return _checked(config)
+
+
+def _checked(config: MeshConfig) -> MeshConfig:
+    """Raise ValueError for options that contradict the sizes."""
+    if config.expert_nodes < 1 or config.expert % config.expert_nodes:
+        raise ValueError(
+            f"mesh: expert={config.expert} does not split over expert_nodes="
+            f"{config.expert_nodes}; choose a number of nodes that divides it"
+        )
+    if config.exchange_capacity < 0:
+        raise ValueError(
+            f"mesh: exchange_capacity={config.exchange_capacity}; give 1 or more times the mean "
+            "load, or 0 for a single round that holds everything"
         )
     return config
 
@@ -63,12 +81,31 @@ def named_layout(name: str) -> MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of all (or the given) devices with the axes of `sharding.config.AXES`."""
+    """A mesh of all (or the given) devices with the axes of `sharding.config.MESH_AXES`."""
     devices = jax.devices() if devices is None else devices
-    sizes = axis_sizes(resolve(config, len(devices)))
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
-    )
+    sizes = mesh_sizes(resolve(config, len(devices)))
+    types = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
+
+
+def make_layout(config: MeshConfig, devices: Sequence[Any] | None = None) -> Layout:
+    """The layout of a configuration on all (or the given) devices.
+
+    Raises ValueError for sizes that do not fit, and for an exchange that the devices cannot do.
+    """
+    devices = jax.devices() if devices is None else devices
+    config = resolve(config, len(devices))
+    _check_platform(config, devices[0].platform)
+    return Layout(make_mesh(config, devices), computed=computed_rules(config), config=config)
+
+
+def _check_platform(config: MeshConfig, platform: str) -> None:
+    """Raise ValueError for options that the devices cannot carry out."""
+    if config.exchange == "ragged" and config.expert > 1 and platform == "cpu":
+        raise ValueError(
+            "mesh: exchange=ragged needs GPUs, since XLA has no ragged all-to-all on CPU; set "
+            "mesh.exchange to dense"
+        )
 
 
 def describe(mesh: Mesh) -> str:
@@ -89,25 +126,3 @@ def emulate_devices(count: int) -> None:
     os.environ["PJRT_NPROC"] = str(max(THREADS_PER_DEVICE * count, os.cpu_count() or 1))
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", count)
-
-
-def join_processes(mode: str, coordinator: str, num_processes: int, process_id: int) -> None:
-    """Meet the other processes of the program, if there are any. Call before JAX is first used.
-
-    `mode` is "off", "on" (JAX detects the cluster) or "auto": on under Slurm and Open MPI, and with
-    a `coordinator`, HOST:PORT of process 0, which the other two arguments belong to.
-
-    Raises ValueError for a coordinator without them.
-    """
-    launched = any(name in os.environ for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
-    if mode == "off" or not (coordinator or launched or mode == "on"):
-        return
-    if coordinator and (num_processes < 1 or process_id < 0):
-        raise ValueError(
-            f"--coordinator {coordinator} needs --num-processes (is {num_processes}) and "
-            f"--process-id (is {process_id})"
-        )
-    if coordinator:
-        jax.distributed.initialize(coordinator, num_processes, process_id)
-    else:
-        jax.distributed.initialize()

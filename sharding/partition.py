@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from sharding.config import MeshConfig
 from sharding.rules import COMPUTED, STORED, Rules, axes_of, check_divides, spec
 
 Names = tuple[str | None, ...]
@@ -23,16 +24,18 @@ Names = tuple[str | None, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A mesh and the two tables that map logical axes onto it."""
+    """A mesh, the two tables that map logical axes onto it, and how work crosses the axes."""
 
     mesh: Mesh
     stored: Rules = dataclasses.field(default_factory=lambda: STORED, hash=False)
     computed: Rules = dataclasses.field(default_factory=lambda: COMPUTED, hash=False)
-    zero1: bool = True
+    config: MeshConfig = MeshConfig()
+    """Options of the collectives; the axes' sizes are the mesh's."""
 
 
 _active: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout", default=None)
 _region: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("region", default=())
+_outer: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("outer", default=())
 
 
 @contextlib.contextmanager
@@ -50,7 +53,36 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     layout = _active.get()
     if layout is None or layout.mesh.size == 1:
         return x
-    return lax.with_sharding_constraint(x, NamedSharding(layout.mesh, spec(names, layout.computed)))
+    mesh = jax.sharding.get_abstract_mesh() if _outer.get() else layout.mesh
+    return lax.with_sharding_constraint(x, NamedSharding(mesh, spec(names, layout.computed)))
+
+
+def along_axis(fn: Callable, axis: str, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """`fn` run once per device of one mesh axis, everything else laid out as outside of it.
+
+    Within, `constrain` and `on_shards` act on the other axes, and collectives over `axis` may be
+    used. Specs are trees of PartitionSpec that name `axis` alone. Not differentiable: `fn` takes
+    its own derivatives.
+    """
+    layout = _active.get()
+    assert layout is not None
+    assert not _outer.get(), "one such axis at a time"
+
+    def body(*args):
+        token = _outer.set((axis,))
+        try:
+            return fn(*args)
+        finally:
+            _outer.reset(token)
+
+    return jax.shard_map(
+        body,
+        mesh=layout.mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names={axis},
+        check_vma=False,
+    )
 
 
 def on_shards(
@@ -64,7 +96,7 @@ def on_shards(
     a tuple with one entry per element of `out_names`.
     """
     layout = _active.get()
-    if layout is None or layout.mesh.size == 1:
+    if layout is None or layout.mesh.size == math.prod(layout.mesh.shape[a] for a in _outer.get()):
         return fn
     in_specs = tuple(spec(names, layout.computed) for names in in_names)
     out_specs = tuple(spec(names, layout.computed) for names in out_names)
@@ -77,7 +109,15 @@ def on_shards(
         finally:
             _region.reset(token)
 
-    return jax.shard_map(body, mesh=layout.mesh, in_specs=in_specs, out_specs=out_specs)
+    if not _outer.get():
+        return jax.shard_map(body, mesh=layout.mesh, in_specs=in_specs, out_specs=out_specs)
+    # JAX 0.11 names the outer axis in the specs of an inner region's residuals when it tracks what
+    # varies, and then refuses them; untracked, it sums gradients over all unmentioned axes itself.
+    inner = set(layout.mesh.axis_names) - set(_outer.get())
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.shard_map(
+        body, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=inner, check_vma=False
+    )
 
 
 def _flat(partition: PartitionSpec) -> list[str]:
@@ -94,6 +134,8 @@ def _axes(*names: str) -> tuple[str, ...]:
 
 def vary(x: jax.Array) -> jax.Array:
     """Mark a value as different on every device of the current region (fresh loop carries)."""
+    if _outer.get():  # nothing is tracked
+        return x
     missing = tuple(a for a in _region.get() if a not in jax.typeof(x).manual_axis_type.varying)
     return lax.pcast(x, missing, to="varying") if missing else x
 
@@ -122,10 +164,62 @@ def scatter_sum(x: jax.Array, name: str) -> jax.Array:
     return lax.psum_scatter(x, axes, scatter_dimension=0, tiled=True) if axes else x
 
 
+def all_to_all(x: jax.Array, name: str) -> jax.Array:
+    """Block s of dimension 0 goes to shard s of `name`; block s of the result came from there."""
+    axes = _axes(name)
+    return lax.all_to_all(x, axes, 0, 0, tiled=True) if axes else x
+
+
+def ragged_all_to_all(x: jax.Array, out: jax.Array, name: str, *blocks: jax.Array) -> jax.Array:
+    """`out` with what the shards of `name` sent written over it.
+
+    `blocks` are first row here, size, first row there, and size of what comes, one entry per shard.
+    """
+    return lax.ragged_all_to_all(x, out, *blocks, axis_name=_axes(name))
+
+
+def bound(fn: Callable) -> Callable[..., Any]:
+    """`fn` that always sees the layout and region of now: derivatives are traced later."""
+    layout, outer, region = _active.get(), _outer.get(), _region.get()
+
+    def call(*args):
+        tokens = _outer.set(outer), _region.set(region)
+        try:
+            with use_layout(layout):
+                return fn(*args)
+        finally:
+            _outer.reset(tokens[0])
+            _region.reset(tokens[1])
+
+    return call
+
+
 def shard_index(name: str) -> jax.Array | int:
     """Which shard of logical axis `name` this device holds, counted from 0."""
     axes = _axes(name)
     return lax.axis_index(axes) if axes else 0
+
+
+def rotate(x: jax.Array, name: str) -> jax.Array:
+    """What the previous shard of `name` holds; the first receives from the last."""
+    axes, count = _axes(name), num_shards(name)
+    if not axes or count == 1:
+        return x
+    return lax.ppermute(x, axes, [(i, (i + 1) % count) for i in range(count)])
+
+
+def num_shards(name: str) -> int:
+    """Into how many parts the active layout cuts activations along a logical axis."""
+    layout = _active.get()
+    if layout is None:
+        return 1
+    return math.prod(layout.mesh.shape[axis] for axis in layout.computed[name])
+
+
+def options() -> MeshConfig:
+    """How work crosses the axes in the active layout; the defaults without one."""
+    layout = _active.get()
+    return MeshConfig() if layout is None else layout.config
 
 
 def stored_shardings(layout: Layout, shapes: Any, axes: Any) -> Any:
@@ -159,7 +253,7 @@ def optimizer_shardings(layout: Layout, shapes: Any, axes: Any) -> Any:
         return NamedSharding(layout.mesh, PartitionSpec(*(entry or None for entry in entries)))
 
     stored = stored_shardings(layout, shapes, axes)
-    if not layout.zero1 or data == 1:
+    if not layout.config.zero1 or data == 1:
         return stored
     return jax.tree.map(extend, stored, shapes)
 
@@ -216,6 +310,11 @@ def batch_shards(layout: Layout) -> int:
 def stored_shards(layout: Layout, name: str) -> int:
     """Into how many parts parameters are cut along a logical axis."""
     return math.prod(layout.mesh.shape[axis] for axis in layout.stored[name])
+
+
+def pipeline_ranks(layout: Layout) -> int:
+    """Stages that micro batches pass through at the same time; 1: there is no pipeline."""
+    return layout.mesh.shape["pipe"]
 
 
 def replicated(layout: Layout) -> NamedSharding:

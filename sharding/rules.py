@@ -9,29 +9,32 @@ from collections.abc import Mapping
 
 from jax.sharding import Mesh, PartitionSpec
 
+from sharding.config import MeshConfig
+
 Rules = Mapping[str, tuple[str, ...]]
 
 STORED: Rules = {
-    "layers": ("pipe",),
+    "layers": (),
     "vocab": ("tensor",),
-    "embed": ("fsdp",),
+    "embed": ("pipe", "fsdp"),
     "embed_out": (),
-    "embed_pair": ("fsdp",),
+    "embed_pair": ("pipe", "fsdp"),
     "norm": (),
-    "latent": ("fsdp",),
+    "latent": ("pipe", "fsdp"),
     "latent_out": (),
     "heads": ("tensor",),
     "head_dim": (),
     "ffn": ("tensor",),
     "router": (),
-    "experts": ("expert",),
+    "experts": ("expert_nodes", "expert"),
     "expert_ffn": ("tensor",),
 }
 """Parameters, and gradients and optimizer state with them."""
 
 COMPUTED: Rules = {
-    "batch": ("data", "fsdp", "expert"),
+    "batch": ("data", "fsdp", "expert_nodes", "expert"),
     "seq": ("context",),
+    "stream": ("context",),
     "layers": (),
     "vocab": ("tensor",),
     "embed": (),
@@ -44,11 +47,23 @@ COMPUTED: Rules = {
     "head_dim": (),
     "ffn": ("tensor",),
     "router": (),
-    "experts": ("expert",),
+    "experts": ("expert_nodes", "expert"),
+    "nodes": ("expert_nodes",),
+    "experts_of_node": ("expert",),
     "expert_ffn": ("tensor",),
     "choices": (),
 }
-"""Activations, and weights as a sharded region receives them."""
+"""Activations, and weights as a sharded region receives them.
+
+`stream` is the sequence axis of the residual stream between the layers' inner parts."""
+
+
+def computed_rules(config: MeshConfig) -> Rules:
+    """The table of activations under a configuration's options."""
+    if config.sequence:
+        return {**COMPUTED, "stream": ("context", "tensor")}
+    return COMPUTED
+
 
 RESIDENT: Rules = {
     name: tuple(axis for axis in axes if axis != "fsdp") for name, axes in STORED.items()

@@ -17,7 +17,7 @@ import optax
 from model.config import ModelConfig
 from model.recipe import Recipe
 from sharding.config import MeshConfig
-from sharding.mesh import axis_sizes, make_mesh
+from sharding.mesh import axis_sizes, make_layout
 from sharding.partition import Layout
 from training.config import OptimizerConfig, TrainConfig
 from training.step import Trainer
@@ -71,7 +71,7 @@ class Result(NamedTuple):
 def layout_of(config: MeshConfig) -> Layout:
     """The layout on the first devices it needs."""
     count = math.prod(axis_sizes(config).values())
-    return Layout(make_mesh(config, jax.devices()[:count]), zero1=config.zero1)
+    return make_layout(config, jax.devices()[:count])
 
 
 def random_rows(seed: int = 0, model: ModelConfig = MODEL, train: TrainConfig = TRAIN):
@@ -84,8 +84,8 @@ def random_segments(train: TrainConfig = TRAIN):
     """Documents of uneven lengths, and padding that grows from row to row."""
     segments = np.zeros((train.batch_size, train.seq_len + 1), np.int32)
     for row in range(train.batch_size):
-        end = train.seq_len + 1 - row
-        segments[row, :end] = 1 + np.arange(end) // (4 + row)
+        end = train.seq_len + 1 - row % 8
+        segments[row, :end] = 1 + np.arange(end) // (4 + row % 8)
     return segments
 
 
@@ -121,10 +121,11 @@ def take_step(
     model: ModelConfig = MODEL,
     recipe: Recipe = FP32,
     micro: int = 1,
+    train: TrainConfig = TRAIN,
 ) -> Result:
     """Compile and run one step on `config`'s devices; `micro` batches are accumulated."""
-    batch = batch or {"tokens": random_rows(model=model)}
-    train = dataclasses.replace(TRAIN, micro_batch_size=TRAIN.batch_size // micro)
+    batch = batch or {"tokens": random_rows(model=model, train=train)}
+    train = dataclasses.replace(train, micro_batch_size=train.batch_size // micro)
     trainer = GradientTrainer(model, train, recipe, layout_of(config))
     state = jax.device_put(start(trainer), trainer.shardings)
     batch = {name: micro_batches(rows, micro) for name, rows in batch.items()}

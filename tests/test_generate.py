@@ -100,7 +100,7 @@ def test_text_begins_as_the_training_data_did(answer, run, tmp_path):
 def test_speculation_keeps_greedy_text_and_reports_acceptance(answer, run, capsys):
     plain = answer("--prompt", "the cat", *GREEDY)
     command = ["--checkpoint", str(run), "--mesh.data", "8", "--prompt", "the cat", *GREEDY]
-    assert generate.main([*command, "--speculate"]) == 0
+    assert generate.main([*command, "--speculate", "on"]) == 0
     out, err = capsys.readouterr()
     assert out == plain
     assert re.search(r"MTP drafts accepted \d+%", err)
@@ -249,6 +249,22 @@ def test_an_axis_overrides_the_layout(run):
     options = ["--checkpoint", str(run), "--layout", "cube", "--mesh.tensor", "4"]
     mesh = generate.parse(options).mesh
     assert (mesh.fsdp, mesh.expert, mesh.tensor) == (2, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "off"),
+        (["--speculate"], "auto"),
+        (["--speculate", "--seed", "1"], "auto"),
+        (["--speculate", "on", "--seed", "1"], "on"),
+        (["--speculate=off"], "off"),
+    ],
+)
+def test_speculate_alone_is_auto(run, arguments, expected):
+    options = generate.parse(["--checkpoint", str(run), *arguments])
+    assert isinstance(options, generate.Generate)
+    assert options.speculate == expected
 
 
 def test_a_score_that_fails_leaves_no_file(run, tmp_path, monkeypatch):

@@ -177,15 +177,30 @@ def test_zero1_keeps_no_copy_of_optimizer_state(name, layout):
         assert held[part, True] <= 1.02 * held[part, False] / layout.data + 64
 
 
-CUTS = [cut for cut in itertools.product((1, 2, 4, 8), repeat=4) if math.prod(cut) == 8]
-"""Every way to cut 8 devices along data, fsdp, expert and tensor; tensor up to the 4 heads."""
+CUTS = [
+    cut
+    for cut in itertools.product((1, 2, 4, 8), repeat=6)
+    if math.prod(cut) == 8 and cut[0] <= 2 and cut[5] <= 4
+]
+"""Every way to cut 8 devices along all axes; pipe up to 2 stages, tensor up to the 4 heads."""
 
 
 @st.composite
 def layouts(draw) -> MeshConfig:
-    data, fsdp, expert, tensor = draw(st.sampled_from([cut for cut in CUTS if cut[3] <= 4]))
-    zero1 = draw(st.booleans())
-    return MeshConfig(data=data, fsdp=fsdp, expert=expert, tensor=tensor, zero1=zero1)
+    """Any product of axes and any options that go with it."""
+    pipe, data, fsdp, expert, context, tensor = draw(st.sampled_from(CUTS))
+    capacity = draw(st.sampled_from([0.0, 1.0, 1.5]))
+    return MeshConfig(
+        pipe=pipe, data=data, fsdp=fsdp, expert=expert, context=context, tensor=tensor,
+        zero1=draw(st.booleans()),
+        expert_nodes=draw(st.sampled_from([n for n in (1, 2, 4) if expert % n == 0])),
+        exchange=draw(st.sampled_from(["dense", "gather"])),
+        exchange_capacity=capacity,
+        context_exchange=draw(st.sampled_from(["ring", "gather"])),
+        sequence=draw(st.booleans()),
+        overlap=pipe == 1 and draw(st.booleans()),
+        schedule=draw(st.sampled_from(["1f1b", "gpipe", "zb1p", "dualpipe"])),
+    )  # fmt: skip
 
 
 @st.composite
@@ -199,7 +214,7 @@ def models(draw) -> ModelConfig:
         scoring=draw(st.sampled_from(["sigmoid", "softmax"])),
         normalize_topk=draw(st.booleans()),
         q_lora_rank=draw(st.sampled_from([None, 16])),
-        num_layers=2,
+        num_layers=3,
         num_dense_layers=draw(st.integers(0, 1)),
         num_shared_experts=draw(st.integers(0, 2)),
         experts_per_token=draw(st.integers(2, 4)),
@@ -209,15 +224,20 @@ def models(draw) -> ModelConfig:
 
 
 @pytest.mark.slow
-@hypothesis.settings(max_examples=3, phases=[hypothesis.Phase.generate])
+@hypothesis.settings(max_examples=6, phases=[hypothesis.Phase.generate])
 @hypothesis.given(layouts(), models(), st.sampled_from([1, 2]), st.booleans())
 def test_any_layout_of_any_model(layout, model, micro, packed):
-    """The property behind the list above."""
-    if TRAIN.batch_size // micro % (layout.data * layout.fsdp * layout.expert):
-        micro = 1
-    batch = {"tokens": random_rows(model=model)}
+    """The property behind the lists here and in tests/test_pipeline.py."""
+    train = dataclasses.replace(TRAIN, batch_size=32)
+    if layout.pipe > 1:
+        micro = 4
+    elif layout.overlap:
+        micro = 2
+    batch = {"tokens": random_rows(model=model, train=train)}
     if packed:
-        batch["segments"] = random_segments()
+        batch["segments"] = random_segments(train)
+    hypothesis.note(f"{micro} micro batches")
     assert_same_step(
-        take_step(layout, batch, model, micro=micro), take_step(batch=batch, model=model)
+        take_step(layout, batch, model, micro=micro, train=train),
+        take_step(batch=batch, model=model, train=train),
     )

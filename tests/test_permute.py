@@ -38,8 +38,8 @@ def test_plan_is_a_stable_sort(ids):
     ids = np.array(ids, np.int32)[:, None]
     plan = jitted_sort(jnp.array(ids), E)
     key = np.where(here(ids), ids, E).ravel()
-    np.testing.assert_array_equal(plan.order_R, np.argsort(key, kind="stable"))
-    np.testing.assert_array_equal(plan.inverse_R[plan.order_R], np.arange(key.size))
+    np.testing.assert_array_equal(plan.order_M, np.argsort(key, kind="stable"))
+    np.testing.assert_array_equal(plan.inverse_R[plan.order_M], np.arange(key.size))
     np.testing.assert_array_equal(plan.group_sizes_E, np.bincount(key, minlength=E + 1)[:E])
 
 
@@ -86,6 +86,31 @@ def test_movement_and_gradients_match_plain_indexing(tail):
 
     got = jax.jit(lambda: run(lambda x, w: move(ids, x, w, scale, tail)))()
     check_close(got, run(lambda x, w: plain(ids, x, w, scale)))
+
+
+@pytest.mark.parametrize("held", [1, 2])
+def test_a_shorter_buffer_changes_nothing(held):
+    """Tokens that choose an expert once fill N * min(K, E) rows at most; the rest is tail."""
+    ids = np.random.default_rng(2).permuted(np.tile(np.arange(E), (N, 1)), axis=1)[:, :K]
+    ids[:, 0], ids[:, 1:] = 0, np.where(ids[:, 1:] == 0, E, ids[:, 1:])  # expert 0: every token
+    _, x, weights = choices()
+    dout = jnp.array(np.random.default_rng(3).standard_normal((N, D)), jnp.float32)
+
+    def run(max_rows):
+        def experts(x, weights):
+            plan = sort_by_expert(jnp.asarray(ids, jnp.int32), held, max_rows)
+            assert plan.order_M.size == (max_rows or N * K)
+            y = jnp.tanh(gather_rows(x, plan))
+            in_tail = jnp.arange(len(y)) >= jnp.sum(plan.group_sizes_E)
+            return combine_rows(jnp.where(in_tail[:, None], jnp.nan, y), weights, plan)
+
+        y, vjp = jax.vjp(experts, x, weights)
+        return [y, *vjp(dout)]
+
+    got, want = run(N * min(K, held)), run(None)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert np.abs(b).max() > 0
 
 
 def test_nan_cotangents_of_the_tail_reach_no_token():

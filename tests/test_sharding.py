@@ -1,6 +1,5 @@
 """Meshes and placements: what is refused, in which words, and what a rule means in shards."""
 
-import dataclasses
 import os
 import pathlib
 import re
@@ -15,8 +14,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import PRESETS, preset
 from model.blueprint import blueprint
-from sharding.config import AXES, LAYOUTS, MeshConfig
-from sharding.mesh import axis_sizes, describe, emulate_devices, make_mesh, named_layout, resolve
+from sharding.config import LAYOUTS, MESH_AXES, MeshConfig
+from sharding.mesh import (
+    axis_sizes,
+    describe,
+    emulate_devices,
+    make_layout,
+    make_mesh,
+    named_layout,
+    resolve,
+)
 from sharding.partition import (
     Layout,
     batch_sharding,
@@ -39,7 +46,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 def layout(**sizes) -> Layout:
     config = MeshConfig(**sizes)
     count = int(np.prod(list(axis_sizes(config).values())))
-    return Layout(make_mesh(config, jax.devices()[:count]), zero1=config.zero1)
+    return make_layout(config, jax.devices()[:count])
 
 
 # Meshes
@@ -76,19 +83,19 @@ def layout(**sizes) -> Layout:
             "mesh: axis sizes must be positive, or -1 for one of them; got {'expert': -2}",
         ),
         (
-            MeshConfig(pipe=2, fsdp=4),
+            MeshConfig(expert=4, fsdp=2, expert_nodes=3),
             8,
-            "mesh: pipe=2, but the model is not cut along `pipe` in this version; set mesh.pipe "
-            "to 1 and use data, fsdp, expert or tensor",
+            "mesh: expert=4 does not split over expert_nodes=3; choose a number of nodes that "
+            "divides it",
         ),
         (
-            MeshConfig(context=-1),
+            MeshConfig(expert=-1, exchange_capacity=-1.0),
             8,
-            "mesh: context=-1, but the model is not cut along `context` in this version; set "
-            "mesh.context to 1 and use data, fsdp, expert or tensor",
+            "mesh: exchange_capacity=-1.0; give 1 or more times the mean load, or 0 for a single "
+            "round that holds everything",
         ),
     ],
-    ids=["product", "open axis", "two open", "zero", "negative", "pipe", "context"],
+    ids=["product", "open axis", "two open", "zero", "negative", "nodes", "capacity"],
 )
 def test_a_mesh_that_cannot_be_says_why(config, devices, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
@@ -107,7 +114,7 @@ def test_named_layouts_fit_8_devices(name):
     devices = 1 if name == "single" else 8
     mesh = make_mesh(named_layout(name), jax.devices()[:devices])
     assert mesh.size == devices
-    assert mesh.axis_names == AXES
+    assert mesh.axis_names == MESH_AXES
 
 
 def test_unknown_layout_lists_the_known():
@@ -189,7 +196,7 @@ def test_every_name_of_every_model_has_both_rules():
 def test_large_models_split_over_a_cluster(name):
     """Placed on an abstract mesh of 2,048 devices: bytes of one device, no array is made."""
     plan = blueprint(preset(name).model)
-    sizes = dict(zip(AXES, (1, 2, 32, 32, 1, 1), strict=True))
+    sizes = dict(zip(MESH_AXES, (1, 2, 32, 8, 4, 1, 1), strict=True))
     mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
     shapes, axes = plan.params["moe_layers"], plan.params_axes["moe_layers"]
 
@@ -286,7 +293,8 @@ def test_constrain_places_by_logical_names():
 
     placed = place(jnp.zeros((4, 3, 2, 5))).sharding
     assert placed.shard_shape((4, 3, 2, 5)) == (1, 3, 1, 5)
-    expected = PartitionSpec(("data", "fsdp", "expert"), ("context",), ("tensor",))
+    batch = ("data", "fsdp", "expert_nodes", "expert")
+    expected = PartitionSpec(batch, ("context",), ("tensor",))
     assert placed.is_equivalent_to(NamedSharding(cube.mesh, expected), 4)
 
 
@@ -295,4 +303,4 @@ def test_layouts_compare_by_what_they_do():
     assert layout(fsdp=2) == layout(fsdp=2)
     assert hash(layout(fsdp=2)) == hash(layout(fsdp=2))
     assert layout(fsdp=2) != layout(data=2)
-    assert layout(data=2) != dataclasses.replace(layout(data=2), zero1=False)
+    assert layout(data=2) != layout(data=2, zero1=False)

@@ -30,6 +30,7 @@ ALLOWED_IMPORTS = {
     "model": ("sharding", "pallas_kernels"),
     "training": ("sharding",),
     "training/step.py": ("sharding", "model"),
+    "training/gradients.py": ("sharding", "model"),
     "checkpoint": ("model.config", "sharding"),
     "generation": ("sharding", "model"),
     "configs": tuple(f"{package}.config" for package in PACKAGES if package != "configs"),

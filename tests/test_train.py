@@ -192,7 +192,15 @@ def test_resume_on_another_mesh(options, straight, stopped, tmp_path):
     [
         (["--train.seq-len", "512"], "train.seq_len=512 exceeds model.max_position=256"),
         (["--mesh.tensor", "3"], "fsdp=2 x expert=2 x tensor=3 = 12 devices, but 8 are present"),
-        (["--mesh.context", "2", "--mesh.tensor", "1"], "context=2"),
+        (
+            ["--mesh.context", "2", "--mesh.tensor", "1", "--train.seq-len", "30"],
+            "sequences of 30 tokens do not split over context=2",
+        ),
+        (
+            ["--mesh.pipe", "2", "--mesh.tensor", "1", "--mesh.schedule", "dualpipe"],
+            "schedule dualpipe",
+        ),
+        (["--mesh.exchange", "ragged"], "exchange"),
         (["--train.batch-size", "6"], "does not split over fsdp=2 x expert=2"),
         (["--model.num-heads", "3"], "axis 'heads' has size 3, which does not split over tensor=2"),
         (["--data.vocab-size", "600"], "data.vocab_size=600 exceeds model.vocab_size=512"),

@@ -17,26 +17,32 @@ from model.blueprint import bind, blueprint, initialize
 from model.config import ModelConfig
 from model.loss import (
     LossParts,
-    LossWeights,
     cross_entropy_sum,
     greedy_ids,
     inputs_and_targets,
     mtp_targets,
-    training_loss,
 )
 from model.recipe import Recipe
 from model.router import load_max_over_mean, update_bias
 from model.sample import continue_rows
+from sharding.context import check_sequence, restore, whole_sequences
 from sharding.partition import (
     Layout,
     batch_sharding,
     check_batch,
     optimizer_shardings,
+    pipeline_ranks,
     replicated,
     stored_shardings,
     use_layout,
 )
 from training.config import TrainConfig
+from training.gradients import (
+    accumulated_gradients,
+    check_micro_batches,
+    loss_weights,
+    pipelined_gradients,
+)
 from training.optimizer import clip_by_global_norm, make_optimizer, state_axes
 
 State = dict[str, Any]
@@ -55,7 +61,11 @@ class Trainer:
     layout: Layout
 
     def __post_init__(self):
-        check_batch(self.layout, self.train.micro_batch_size or self.train.batch_size)
+        train = self.train
+        micro = train.micro_batch_size or train.batch_size
+        check_batch(self.layout, micro)
+        check_micro_batches(self.model, self.layout, train.batch_size // micro)
+        check_sequence(self.layout, self.train.seq_len)
 
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformation:
@@ -123,7 +133,7 @@ class Trainer:
         """
 
         def run(params, router_bias, ids_BT, prompt_length, key):
-            with use_layout(self.layout):
+            with use_layout(whole_sequences(self.layout)):
                 model = bind(self.model, params, router_bias)
                 return continue_rows(model, ids_BT, prompt_length, 0.8, key, self.recipe)
 
@@ -188,33 +198,12 @@ class Trainer:
 
     def _gradients(self, state: State, batch: Batch, mtp_weight: jax.Array):
         """Loss, its parts and its gradient over all micro batches (fp32 sums)."""
-        num_micro, num_rows = batch["tokens"].shape[:2]
-        flat = {name: rows.reshape(-1, rows.shape[-1]) for name, rows in batch.items()}
-        num_targets = jnp.maximum(inputs_and_targets(flat)[2].sum(), 1.0)
-        weights = LossWeights(
-            num_targets,
-            jnp.float32(num_micro * num_rows),
-            mtp_weight,
-            self.train.balance_weight,
-        )
-
-        def loss_of(params, micro: Batch):
-            model = bind(self.model, params, state["router_bias"])
-            return training_loss(model, micro, weights, self.recipe)
-
-        grad_of = jax.value_and_grad(loss_of, has_aux=True)
-
-        def body(total, micro: Batch):
-            return jax.tree.map(jnp.add, total, grad_of(state["params"], micro)), None
-
-        first = jax.tree.map(lambda rows: rows[0], batch)
-        if num_micro == 1:
-            (loss, parts), grads = grad_of(state["params"], first)
-        else:
-            shapes = jax.eval_shape(grad_of, state["params"], first)
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-            ((loss, parts), grads), _ = jax.lax.scan(body, zeros, batch)
-        return loss, parts, grads
+        weights = loss_weights(batch, mtp_weight, self.train.balance_weight)
+        inputs = state["params"], state["router_bias"], batch, weights
+        if pipeline_ranks(self.layout) > 1:
+            return pipelined_gradients(self.model, self.recipe, self.layout, *inputs)
+        in_pairs = self.layout.config.overlap
+        return accumulated_gradients(self.model, self.recipe, *inputs, in_pairs)
 
     def _apply(self, state: State, grads, parts: LossParts, knobs) -> tuple[State, jax.Array]:
         """State after the update, and the norm of the change of the parameters."""
@@ -249,9 +238,9 @@ class Trainer:
             nats = cross_entropy_sum(output.hidden_BTD, kernel, targets_BT, weights_BT)
             sums = {"nats": nats, "targets": weights_BT.sum()}
             if output.mtp_hidden:
-                _, draft_weights = mtp_targets(batch, targets_BT, 1)
-                draft_BT = greedy_ids(output.mtp_hidden[0], kernel)
-                own_BT = greedy_ids(output.hidden_BTD, kernel)
+                draft_weights = restore(mtp_targets(batch, 1)[1])
+                draft_BT = restore(greedy_ids(output.mtp_hidden[0], kernel))
+                own_BT = restore(greedy_ids(output.hidden_BTD, kernel))
                 # The draft made at i for i + 2 against the main model's own choice at i + 1.
                 agree = (draft_BT[:, :-1] == own_BT[:, 1:]) * draft_weights[:, :-1]
                 sums |= {"accepted": agree.sum(), "drafts": draft_weights[:, :-1].sum()}

@@ -1,0 +1,225 @@
+"""Train steps compiled for GPUs that are not there: time, memory, collectives, overlap.
+
+    make gpu-compiler
+    PYTHONPATH=.gpu-compiler python -m bench.gpu_programs --mesh expert=8,exchange=ragged
+    PYTHONPATH=.gpu-compiler python -m bench.gpu_programs --config v3_671b --nodes 256 \\
+        --mesh pipe=16,data=2,expert=64,expert_nodes=8,schedule=dualpipe --micro-batches 32
+    PYTHONPATH=.gpu-compiler python -m bench.gpu_programs --table [--write]
+
+The first two compile one layout, with one sequence per device and micro batch, and print what the
+compiled program says of itself. The third compiles every layout of the results, each in a process
+of its own. Nothing is run or allocated.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from bench.report import ROOT, write_section
+from configs import preset
+from model.recipe import Recipe
+from sharding.collectives import by_op_and_axes, read_collectives
+from sharding.config import MeshConfig
+from sharding.mesh import axis_sizes, make_layout, named_layout, resolve
+from sharding.overlap import read_spans
+from sharding.partition import batch_shards, pipeline_ranks
+from sharding.topology import INSPECTION, OVERLAP, absent_gpus
+from training.step import Trainer
+
+GIB = 2**30
+V3 = "--config v3_671b --nodes 256"
+PAPER = f"{V3} --mesh pipe=16,data=2,expert=64,expert_nodes=8,schedule=dualpipe --micro-batches"
+CASES = {
+    "tiny, cube": "--mesh cube",
+    "tiny, expert 8": "--mesh expert=8",
+    "tiny, expert 8, ragged": "--mesh expert=8,exchange=ragged",
+    "tiny, expert 8 on 2 nodes": "--mesh expert=8,expert_nodes=2",
+    "tiny, context 2, tensor 2, expert 2": "--mesh context=2,tensor=2,expert=2",
+    "tiny, pipe 2 (dualpipe), expert 4": "--mesh pipe=2,expert=4,schedule=dualpipe "
+    "--micro-batches 4",
+    "tiny, fsdp 8": "--mesh fsdp=8",
+    "tiny, tensor 8, sequence": "--mesh tensor=4,expert=2,sequence=true",
+    "v2_lite, expert 8, overlap": "--config v2_lite --mesh expert=8,overlap=true --micro-batches 4",
+    "V3, pipe 16, data 2, expert 64, 32 micro batches": f"{PAPER} 32",
+    "V3, the same, 128 micro batches": f"{PAPER} 128",
+    "V3, fsdp 32, expert 64, 4 MoE layers": f"{V3} --mesh fsdp=32,expert=64,expert_nodes=8 "
+    "--moe-layers 4",
+    "V3, fsdp 32, expert 64": f"{V3} --mesh fsdp=32,expert=64,expert_nodes=8",
+}
+"""Rows of the table: name and options."""
+
+
+class Report(NamedTuple):
+    """What a compiled step says of itself."""
+
+    devices: int
+    lower_s: float
+    compile_s: float
+    processor_s: float
+    """Of this process, both together."""
+    arguments: int
+    """Bytes per device: state and batch."""
+    temporaries: int
+    """Bytes per device besides."""
+    collectives: list[tuple[str, str, int, int]]
+    """Op, axes, executions, bytes."""
+    spans: list[tuple[str, str, int, int]]
+    """Of every asynchronous collective: op, its origin, products beside it, of other values."""
+
+
+def mesh_of(text: str) -> MeshConfig:
+    """A named layout, or fields such as `expert=8,exchange=ragged`."""
+    if "=" not in text:
+        return named_layout(text)
+    types = {field.name: type(field.default) for field in dataclasses.fields(MeshConfig)}
+    values: dict[str, Any] = {}
+    for pair in text.split(","):
+        name, _, value = pair.partition("=")
+        if name not in types:
+            raise ValueError(f"mesh: no field {name!r}; there are {', '.join(types)}")
+        values[name] = value.lower() == "true" if types[name] is bool else types[name](value)
+    return MeshConfig(**values)
+
+
+def trainer_of(options: argparse.Namespace) -> tuple[Trainer, dict[str, Any]]:
+    """The trainer of a preset on absent GPUs, and the shape of its batch."""
+    run = preset(options.config)
+    model, train = run.model, run.train
+    if options.moe_layers:
+        layers = model.num_dense_layers + options.moe_layers
+        model = dataclasses.replace(model, num_layers=layers)
+    devices = absent_gpus(options.nodes, options.per_node)
+    mesh = resolve(mesh_of(options.mesh), len(devices))
+    assert math.prod(axis_sizes(mesh).values()) == len(devices)
+    layout = make_layout(mesh, devices)
+    rows = batch_shards(layout) * options.sequences
+    train = dataclasses.replace(
+        train,
+        batch_size=rows * options.micro_batches,
+        micro_batch_size=rows,
+        batch_ramp_from=0,
+        batch_ramp_tokens=0,
+    )
+    shape = (options.micro_batches, rows, train.seq_len + 1)
+    batch = {"tokens": jax.ShapeDtypeStruct(shape, np.int32)}
+    return Trainer(model, train, Recipe(train.dtype, train.remat, "portable"), layout), batch
+
+
+def inspect(options: argparse.Namespace) -> Report:
+    """Compile one step and read it."""
+    trainer, batch = trainer_of(options)
+    layout = trainer.layout
+    scalar = jax.ShapeDtypeStruct((), np.float32)
+    knobs = dict.fromkeys(("learning_rate", "bias_update_rate", "mtp_weight"), scalar)
+    in_pairs = layout.config.overlap or pipeline_ranks(layout) > 1
+    compiler_options = INSPECTION | (OVERLAP if in_pairs else {})
+    start, processor = time.perf_counter(), time.process_time()
+    lowered = trainer.step.lower(trainer.abstract_state, batch, knobs)
+    lower_s = time.perf_counter() - start
+    compiled = lowered.compile(compiler_options=compiler_options)
+    compile_s = time.perf_counter() - start - lower_s
+    processor_s = time.process_time() - processor
+    text, memory = compiled.as_text() or "", compiled.memory_analysis()
+    assert memory is not None
+    if options.text:
+        with open(options.text, "w") as file:
+            file.write(text)
+    groups = by_op_and_axes(read_collectives(text, layout.mesh))
+    return Report(
+        layout.mesh.size,
+        lower_s,
+        compile_s,
+        processor_s,
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes,
+        [(op, axes, one.times, one.bytes) for (op, axes), one in groups.items()],
+        [(s.op, s.source, len(s.products), len(s.of_others)) for s in read_spans(text)],
+    )
+
+
+def show(report: Report) -> None:
+    """Print a report for a person."""
+    print(
+        f"{report.devices} GPUs; lowered in {report.lower_s:.0f} s, compiled in "
+        f"{report.compile_s:.0f} s ({report.processor_s:.0f} s of processor time)\n"
+        f"per device: {report.arguments / GIB:.2f} GiB of state and batch, "
+        f"{report.temporaries / GIB:.2f} GiB of temporaries\n"
+    )
+    for op, axes, times, size in report.collectives:
+        print(f"{op:20} {axes:24} {times:8} x  {size / GIB:10.3f} GiB in all")
+    spanning = [span for span in report.spans if span[2]]
+    print(f"\n{len(spanning)} of {len(report.spans)} asynchronous collectives span products:")
+    for op, source, products, others in spanning:
+        print(f"{op:20} {products:3} products, {others:3} of other values  {source}")
+
+
+def row(name: str, report: Report) -> str:
+    """A line of the table."""
+    sent = ", ".join(f"{op} {axes} {times}" for op, axes, times, _ in report.collectives)
+    across = sum(1 for op, _, _, others in report.spans if others and "all-to-all" in op)
+    return (
+        f"| {name} | {report.devices} | {report.lower_s:.0f} | {report.compile_s:.0f} "
+        f"| {report.arguments / GIB:.2f} | {report.temporaries / GIB:.2f} | {across} | {sent} |"
+    )
+
+
+def table() -> list[str]:
+    """Every case, each in a process of its own."""
+    columns = ("layout", "GPUs", "lower, s", "compile, s", "state, GiB", "temporaries, GiB")
+    columns += ("exchanges beside the other's products", "collectives: op, axes, executions")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for name, arguments in CASES.items():
+        with tempfile.NamedTemporaryFile(suffix=".json") as file:
+            command = [sys.executable, "-m", "bench.gpu_programs", *arguments.split()]
+            subprocess.run([*command, "--json", file.name], cwd=ROOT, check=True)
+            lines.append(row(name, Report(**json.load(file))))
+        print(lines[-1], flush=True)
+    return lines
+
+
+def parser() -> argparse.ArgumentParser:
+    """Options of the command."""
+    found = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    found.add_argument("--config", default="tiny", help="preset")
+    found.add_argument("--mesh", default="cube", help="layout: a name or FIELD=VALUE,...")
+    found.add_argument("--nodes", type=int, default=1, help="hosts")
+    found.add_argument("--per-node", type=int, default=8, help="GPUs of a host")
+    found.add_argument("--micro-batches", type=int, default=2, help="micro batches of a step")
+    found.add_argument("--sequences", type=int, default=1, help="per batch shard and micro batch")
+    found.add_argument("--moe-layers", type=int, default=0, help="depth; 0: the preset's")
+    found.add_argument("--json", default="", help="write the report here instead of printing it")
+    found.add_argument("--text", default="", help="write the compiled text here")
+    found.add_argument("--table", action="store_true", help="all layouts of the results")
+    found.add_argument("--write", action="store_true", help="with --table: write bench/results.md")
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Compile one layout, or those of the table."""
+    options = parser().parse_args(arguments)
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)
+    if options.table:
+        lines = table()
+        if options.write:
+            write_section("Train steps compiled for absent H200s", lines)
+        return
+    report = inspect(options)
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(report._asdict(), file)
+    else:
+        show(report)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

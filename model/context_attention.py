@@ -1,0 +1,276 @@
+"""Causal latent attention over sequences that are cut over devices (sharding/context.py).
+
+What a device sends to the others is one latent and one rotary key per token, never the keys and
+values of its heads: those are expanded where they are read. Per visited shard a device computes two
+blocks of one chunk of queries against one chunk of keys, and three for its own: nothing of the
+other half of the square is computed, and all devices do the same work.
+
+Blocks are combined by online softmax (Milakov and Gimelshein 2018); the backward pass recomputes
+the probabilities of each block from the log-sum-exp (FlashAttention 2, algorithm 2), walking over
+the shards a second time (Ring Attention, Liu et al. 2023).
+
+Letters: B batch, T tokens of this device, P = 2 chunks of this device (earlier, later), Q query and
+S key positions of a chunk, N heads, H query/key channels (nope then rope), V value channels,
+C latent width, L = C + rope channels.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from model.recipe import keep
+from sharding.context import over_sources, sequence_shards
+from sharding.partition import on_shards, shard_index, sum_over, vary
+
+QUERY_ROWS = 256
+"""Most queries of a block whose logits exist at a time."""
+OWN_BLOCKS = ((0, 0, True), (1, 1, True), (1, 0, False))
+"""Of the own keys: chunk of queries, chunk of keys, whether it lies on the diagonal."""
+
+_TOKENS, _LATENTS = ("batch", "seq"), ("batch", "seq", None)
+_HEADS, _STATISTIC = ("batch", "seq", "heads", "head_dim"), ("batch", "seq", "heads")
+_WEIGHT = ("latent", "heads", "head_dim")
+
+
+class Form(NamedTuple):
+    """What the arrays do not say."""
+
+    scale: float
+    """Factor on the logits."""
+    nope: int
+    """Query/key channels without rotation."""
+
+
+class Queries(NamedTuple):
+    """A device's queries and what belongs to each of them, [B, P, Q, ...] or a part of them."""
+
+    q: jax.Array
+    """[..., N, H]."""
+    segments: jax.Array | None
+    """Document of each."""
+    rest: Any
+    """Forward: output, maximum and sum so far. Backward: do, log-sum-exp, sum(do * o)."""
+
+
+class Keys(NamedTuple):
+    """Keys and values of one shard's tokens [B, P, S, N, H] and [B, P, S, N, V]."""
+
+    k: jax.Array
+    v: jax.Array
+    segments: jax.Array | None
+
+
+def context_attention(
+    q_BTNH: jax.Array,
+    latents_BTL: jax.Array,
+    w_CNH: jax.Array,
+    segments_BT: jax.Array | None,
+    form: Form,
+) -> jax.Array:
+    """softmax(q k^T * scale) v [B, T, N, V] of tokens in balanced order, T cut over devices.
+
+    Per head `w_CNH` makes [k_nope | v] of the first C channels of the latents; the others are the
+    rotated key that all heads share. Keys of other segments are not seen. fp32 softmax. Its
+    gradient must be taken under the same layout.
+    """
+    return _attention(q_BTNH, latents_BTL, w_CNH, segments_BT, form, sequence_shards())
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attention(q_BTNH, latents_BTL, w_CNH, segments_BT, form: Form, shards: int) -> jax.Array:
+    return _forward(q_BTNH, latents_BTL, w_CNH, segments_BT, form, shards)[0]
+
+
+def _forward(q_BTNH, latents_BTL, w_CNH, segments_BT, form: Form, shards: int):
+    assert shards == sequence_shards()
+    region = partial(_forward_on_shard, form=form)
+    arrays, names = (q_BTNH, latents_BTL, w_CNH), (_HEADS, _LATENTS, _WEIGHT)
+    if segments_BT is not None:
+        arrays, names = (*arrays, segments_BT), (*names, _TOKENS)
+    o_BTNV, lse_BTN = on_shards(region, names, (_HEADS, _STATISTIC))(*arrays)
+    # With selective recomputation the walk over the shards is not repeated for these two.
+    o_BTNV, lse_BTN = keep(o_BTNV), keep(lse_BTN)
+    return o_BTNV, (q_BTNH, latents_BTL, w_CNH, segments_BT, o_BTNV, lse_BTN)
+
+
+def _backward(form: Form, shards: int, saved, do_BTNV):
+    assert shards == sequence_shards(), "differentiate inside of `use_layout`"
+    q_BTNH, latents_BTL, w_CNH, segments_BT, o_BTNV, lse_BTN = saved
+    region = partial(_backward_on_shard, form=form)
+    arrays = (q_BTNH, latents_BTL, w_CNH, o_BTNV, lse_BTN, do_BTNV)
+    names = (_HEADS, _LATENTS, _WEIGHT, _HEADS, _STATISTIC, _HEADS)
+    if segments_BT is not None:
+        arrays, names = (*arrays, segments_BT), (*names, _TOKENS)
+    return (*on_shards(region, names, (_HEADS, _LATENTS, _WEIGHT))(*arrays), None)
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _forward_on_shard(q_BTNH, latents_BTL, w_CNH, segments_BT=None, *, form: Form):
+    """Output [B, T, N, V] and log-sum-exp of the logits [B, T, N] of one device's queries."""
+    B, T, N, _ = q_BTNH.shape
+    zeros_BTN = vary(jnp.zeros((B, T, N), jnp.float32))
+    o_BTNV = vary(jnp.zeros((B, T, N, w_CNH.shape[-1] - form.nope), jnp.float32))
+    rest = (o_BTNV, zeros_BTN - jnp.inf, zeros_BTN)
+    queries = jax.tree.map(_chunks, Queries(q_BTNH, segments_BT, rest))
+
+    def read(running, blocks, there):
+        latents_BSL, segments_BS = there
+        keys = _keys(latents_BSL, segments_BS, w_CNH, form)
+        for a, b, diagonal in blocks:
+            mine, part = queries._replace(rest=running), _chunk(keys, b)
+            rows = partial(_attend, keys=part, diagonal=diagonal, scale=form.scale)
+            _, new = _by_rows(lambda start, x, _, f=rows: ((), f(start, x)), (), _chunk(mine, a))
+            running = _put_chunk(running, new, a)
+        return running, ()
+
+    running, _ = over_sources(
+        lambda own: read(queries.rest, OWN_BLOCKS, own),
+        lambda running, source, there: read(running, _blocks_of(source), there),
+        (latents_BTL, segments_BT),
+    )
+    o_BPQNV, max_BPQN, sum_BPQN = running
+    o_BTNV = (o_BPQNV / sum_BPQN[..., None]).reshape(o_BTNV.shape).astype(q_BTNH.dtype)
+    return o_BTNV, (max_BPQN + jnp.log(sum_BPQN)).reshape(B, T, N)
+
+
+def _backward_on_shard(
+    q_BTNH, latents_BTL, w_CNH, o_BTNV, lse_BTN, do_BTNV, segments_BT=None, *, form: Form
+):
+    """Gradients with respect to q, latents and w, the last two summed over devices."""
+    delta_BTN = jnp.einsum("BTNV,BTNV->BTN", do_BTNV, o_BTNV, preferred_element_type=jnp.float32)
+    rest = (do_BTNV, lse_BTN, delta_BTN)
+    queries = jax.tree.map(_chunks, Queries(q_BTNH, segments_BT, rest))
+
+    def read(state, blocks, there):
+        dq_BPQNH, dw_CNH = state
+        latents_BSL, segments_BS = there
+        keys, pull = jax.vjp(lambda x, w: _keys(x, segments_BS, w, form)[:2], latents_BSL, w_CNH)
+        keys = Keys(*keys, None if segments_BS is None else _chunks(segments_BS))
+        dkv = jax.tree.map(lambda x: vary(jnp.zeros(x.shape, jnp.float32)), keys[:2])
+        for a, b, diagonal in blocks:
+            part = _chunk(keys, b)
+            rows = partial(_differentiate, keys=part, diagonal=diagonal, scale=form.scale)
+            dkv_b, dq = _by_rows(rows, _chunk(dkv, b), _chunk(queries, a))
+            dkv = _put_chunk(dkv, dkv_b, b)
+            dq_BPQNH = _put_chunk(dq_BPQNH, _chunk(dq_BPQNH, a) + dq, a)
+        dlatents_BSL, dw = pull(jax.tree.map(lambda g, x: g.astype(x.dtype), dkv, keys[:2]))
+        return (dq_BPQNH, dw_CNH + dw.astype(jnp.float32)), dlatents_BSL.astype(jnp.float32)
+
+    zero = lambda x: vary(jnp.zeros(x.shape, jnp.float32))  # noqa: E731
+    (dq_BPQNH, dw_CNH), dlatents_BTL = over_sources(
+        lambda own: read((zero(queries.q), zero(w_CNH)), OWN_BLOCKS, own),
+        lambda state, source, there: read(state, _blocks_of(source), there),
+        (latents_BTL, segments_BT),
+    )
+    # dc[B, T_cp, L]{U_tp} -> AllReduce_tp ; dw[C, N_tp, H]{U_batch,cp} -> AllReduce
+    dlatents_BTL = sum_over(dlatents_BTL.astype(latents_BTL.dtype), "heads")
+    dw_CNH = sum_over(dw_CNH, "batch", "seq").astype(w_CNH.dtype)
+    return dq_BPQNH.reshape(q_BTNH.shape).astype(q_BTNH.dtype), dlatents_BTL, dw_CNH
+
+
+def _blocks_of(source: jax.Array):
+    """Blocks of another shard's keys, as in OWN_BLOCKS; the same number whichever shard it is.
+
+    This device's later chunk sees the earlier chunk of every other shard. Besides, of a shard
+    before it, its earlier chunk sees the earlier one; of a shard behind, its later chunk the later.
+    """
+    behind = (source > shard_index("seq")).astype(jnp.int32)
+    return ((1, 0, False), (behind, behind, False))
+
+
+def _keys(latents_BTL, segments_BT, w_CNH, form: Form) -> Keys:
+    """Keys and values of every head (V3 report, eq. 2-5)."""
+    C = w_CNH.shape[0]
+    kv = jnp.einsum("BTC,CNH->BTNH", latents_BTL[..., :C], w_CNH)
+    shared = latents_BTL[:, :, None, C:]
+    shared = jnp.broadcast_to(shared, (*kv.shape[:3], shared.shape[-1]))
+    k_BTNH = jnp.concatenate([kv[..., : form.nope], shared], axis=-1)
+    return jax.tree.map(_chunks, Keys(k_BTNH, kv[..., form.nope :], segments_BT))
+
+
+def _logits(start, mine: Queries, keys: Keys, diagonal: bool, scale: float) -> jax.Array:
+    """Scaled logits [B, N, Q, S], fp32, -inf where nothing is seen; query 0 is number `start`."""
+    logits_BNQS = scale * jnp.einsum(
+        "BQNH,BSNH->BNQS", mine.q, keys.k, preferred_element_type=jnp.float32
+    )
+    if diagonal:
+        Q, S = logits_BNQS.shape[-2:]
+        seen_QS = start + jnp.arange(Q)[:, None] >= jnp.arange(S)
+        logits_BNQS = jnp.where(seen_QS, logits_BNQS, -jnp.inf)
+    if mine.segments is not None and keys.segments is not None:
+        same_BQS = mine.segments[:, :, None] == keys.segments[:, None]
+        logits_BNQS = jnp.where(same_BQS[:, None], logits_BNQS, -jnp.inf)
+    return logits_BNQS
+
+
+def _attend(start, mine: Queries, *, keys: Keys, diagonal: bool, scale: float):
+    """Output, maximum and sum of rows of queries after they saw one more chunk of keys.
+
+    The diagonal comes first: it shows every query itself, so that no maximum stays at -inf.
+    """
+    o_BQNV, max_BQN, sum_BQN = mine.rest
+    logits_BNQS = _logits(start, mine, keys, diagonal, scale)
+    new_BQN = jnp.maximum(max_BQN, logits_BNQS.max(-1).swapaxes(1, 2))
+    p_BNQS = jnp.exp(logits_BNQS - new_BQN.swapaxes(1, 2)[..., None])
+    kept_BQN = jnp.exp(max_BQN - new_BQN)
+    more_BQNV = jnp.einsum(
+        "BNQS,BSNV->BQNV", p_BNQS.astype(keys.v.dtype), keys.v, preferred_element_type=jnp.float32
+    )
+    sum_BQN = sum_BQN * kept_BQN + p_BNQS.sum(-1).swapaxes(1, 2)
+    return o_BQNV * kept_BQN[..., None] + more_BQNV, new_BQN, sum_BQN
+
+
+def _differentiate(start, mine: Queries, dkv, *, keys: Keys, diagonal: bool, scale: float):
+    """(dk, dv) with what rows of queries add to them, and these rows' dq; fp32."""
+    do_BQNV, lse_BQN, delta_BQN = mine.rest
+    dk_BSNH, dv_BSNV = dkv
+    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    logits_BNQS = _logits(start, mine, keys, diagonal, scale)
+    p_BNQS = jnp.exp(logits_BNQS - lse_BQN.swapaxes(1, 2)[..., None])
+    dp_BNQS = product("BQNV,BSNV->BNQS", do_BQNV, keys.v)
+    ds_BNQS = scale * p_BNQS * (dp_BNQS - delta_BQN.swapaxes(1, 2)[..., None])
+    p_BNQS, ds_BNQS = p_BNQS.astype(keys.v.dtype), ds_BNQS.astype(keys.k.dtype)
+    dk_BSNH = dk_BSNH + product("BNQS,BQNH->BSNH", ds_BNQS, mine.q)
+    dv_BSNV = dv_BSNV + product("BNQS,BQNV->BSNV", p_BNQS, do_BQNV)
+    return (dk_BSNH, dv_BSNV), product("BNQS,BSNH->BQNH", ds_BNQS, keys.k)
+
+
+def _chunks(x: jax.Array) -> jax.Array:
+    """[B, T, ...] -> [B, P, Q, ...]."""
+    return x.reshape(x.shape[0], 2, x.shape[1] // 2, *x.shape[2:])
+
+
+def _chunk(tree: Any, which: jax.Array | int) -> Any:
+    """[B, P, Q, ...] -> [B, Q, ...] of one chunk."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, which, 1, keepdims=False), tree)
+
+
+def _put_chunk(tree: Any, new: Any, which: jax.Array | int) -> Any:
+    """[B, P, Q, ...] with one chunk replaced."""
+    put = lambda x, n: jax.lax.dynamic_update_index_in_dim(x, n, which, 1)  # noqa: E731
+    return jax.tree.map(put, tree, new)
+
+
+def _by_rows(fn: Callable, carry: Any, arrays: Any) -> tuple[Any, Any]:
+    """`carry, out = fn(first row, rows of the arrays, carry)`, some rows of [B, Q, ...] at a time.
+
+    The outputs come back as [B, Q, ...].
+    """
+    B, Q = jax.tree.leaves(arrays)[0].shape[:2]
+    rows = max(n for n in range(1, min(Q, QUERY_ROWS) + 1) if Q % n == 0)
+    if rows == Q:
+        return fn(0, arrays, carry)
+    cut = lambda x: x.reshape(B, Q // rows, rows, *x.shape[2:]).swapaxes(0, 1)  # noqa: E731
+    join = lambda x: x.swapaxes(0, 1).reshape(B, Q, *x.shape[3:])  # noqa: E731
+
+    def body(carry, x):
+        return fn(*x, carry)
+
+    xs = (jnp.arange(Q // rows) * rows, jax.tree.map(cut, arrays))
+    carry, out = jax.lax.scan(body, carry, xs)
+    return carry, jax.tree.map(join, out)

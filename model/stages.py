@@ -1,0 +1,96 @@
+"""The model as a pipeline sees it: before the MoE layers, one of them, and after them.
+
+Letters: B batch, T sequence, D hidden width, L layers, E experts.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from model.blueprint import Tree, bind_around, bind_part, blueprint, prepare_parts
+from model.config import ModelConfig
+from model.costs import count_weights
+from model.loss import LossParts, LossWeights, inputs_and_targets, training_loss
+from model.moe import MoEStats
+from model.recipe import Recipe
+from sharding.pipeline import Stages, Weights
+
+ROUTED = ("w_gate", "w_up", "w_down")
+LAYERS = "moe_layers"
+"""The stack that is cut into stages; everything else is computed with the first or last of them."""
+
+
+def split_weights(params: Tree, router_bias: Tree) -> Weights:
+    """Parameters and router biases as a pipeline takes them."""
+    outer = {name: part for name, part in params.items() if name != LAYERS}
+    outer_bias = {name: part for name, part in router_bias.items() if name != LAYERS}
+    return Weights(outer, params[LAYERS], outer_bias, router_bias.get(LAYERS, {}))
+
+
+def join_weights(outer: Tree, layers: Tree) -> Tree:
+    """The parameters' tree again, or that of their gradients."""
+    return {**outer, LAYERS: layers}
+
+
+def pipeline_stages(config: ModelConfig, recipe: Recipe, balance_weight: float) -> Stages:
+    """Functions for `sharding/pipeline.py:run`; micro is (batch, LossWeights without balance).
+
+    Their objectives add up to `model/loss.py:training_loss`.
+    """
+
+    prepare_parts(config)
+
+    def tokens_of(micro):
+        return inputs_and_targets(micro[0])[0]
+
+    def weights_of(micro) -> LossWeights:
+        num_targets, num_sequences, mtp = micro[1]
+        return LossWeights(num_targets, num_sequences, mtp, balance_weight)
+
+    def first(outer: Tree, bias: Tree, micro) -> jax.Array:
+        return bind_around(config, outer, bias).before(tokens_of(micro), recipe)
+
+    def block(weights: Tree, bias: Tree, x_BTD: jax.Array, tokens):
+        module: Any = bind_part(config, LAYERS, weights, bias)
+        return module(x_BTD, tokens, recipe)
+
+    recompute = recipe.rematerialize(block)
+
+    def layer(weights: Tree, bias: Tree, x_BTD: jax.Array, micro):
+        x_BTD, stats = recompute(weights, bias, x_BTD, tokens_of(micro))
+        assert isinstance(stats, MoEStats)
+        scale = balance_weight / weights_of(micro).num_sequences
+        return (x_BTD, scale * stats.balance), jax.lax.stop_gradient(stats)
+
+    def last(outer: Tree, bias: Tree, x_BTD: jax.Array, micro):
+        model = bind_around(config, outer, bias)
+        return training_loss(model, micro[0], weights_of(micro), recipe, x_BTD)
+
+    return Stages(first, layer, last)
+
+
+def merge_parts(parts: LossParts, stats: MoEStats, num_sequences: jax.Array) -> LossParts:
+    """What `training_loss` reports, from that of the last stage and the layers' statistics."""
+    return parts._replace(
+        balance=parts.balance + stats.balance.sum() / num_sequences,
+        counts_LE=jnp.concatenate([stats.counts_E, parts.counts_LE]),
+        dropped=parts.dropped + stats.dropped.sum(),
+    )
+
+
+def stage_costs(config: ModelConfig) -> tuple[float, float]:
+    """What is computed before and after the MoE layers, in MoE layers, by active parameters."""
+    plan = blueprint(config)
+    K, E = config.experts_per_token, config.num_experts
+
+    def active(block: Tree) -> float:
+        routed = [w for name, w in block.get("moe", {}).items() if name in ROUTED]
+        return count_weights(block) - (1 - K / E) * count_weights(routed)
+
+    layer = active(plan.params[LAYERS]) / config.num_moe_layers
+    before = count_weights(plan.params.get("dense_layers", {}))
+    head = count_weights(plan.params["head"]) * (1 + config.mtp_depth)
+    modules = plan.params.get("mtp", {})
+    after = head + count_weights(modules) - count_weights(modules.get("block", {}))
+    return before / layer, (after + active(modules.get("block", {}))) / layer

@@ -1,0 +1,389 @@
+"""The collectives of the compiled step are what the layout promises.
+
+First the reader (`sharding/collectives.py`), on text whose answer is known. Then whole train steps
+with AdamW on 8 emulated devices: what must hold for every layout, and the table of each against
+`tests/golden/collectives/`. To write those anew, and see in the diff what changed:
+
+    UPDATE_GOLDEN=1 pytest tests/test_collectives.py -m "slow or not slow"
+"""
+
+import dataclasses
+import difflib
+import functools
+import math
+import os
+import pathlib
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from model.blueprint import blueprint
+from model.recipe import Recipe
+from sharding.collectives import (
+    Collective,
+    group_axes,
+    permuted_axes,
+    read_collectives,
+    read_flops,
+    replica_groups,
+    table,
+)
+from sharding.config import MeshConfig
+from sharding.mesh import axis_sizes, make_mesh
+from tests.layout_helpers import KNOBS, MODEL, TRAIN, layout_of
+from training.config import OptimizerConfig
+from training.step import Trainer
+
+# ---- the reader ---------------------------------------------------------------------------------
+
+CUBE = types.SimpleNamespace(shape={"data": 2, "fsdp": 2, "tensor": 2})
+HLO = """\
+HloModule jit_step, entry_computation_layout={()->f32[8]{0}}
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  ROOT %b = f32[] add(%a, %a)
+}
+
+%fused (p: f32[4,16]) -> f32[4,4] {
+  %p = f32[4,16]{1,0} parameter(0)
+  ROOT %dot.1 = f32[4,4]{1,0} dot(%p, %p), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+}
+
+%body (c: (s32[], f32[4,16])) -> (s32[], f32[4,16]) {
+  %c = (s32[], f32[4,16]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%c), index=0
+  %x = f32[4,16]{1,0} get-tuple-element(%c), index=1
+  %ar = f32[4,16]{1,0} all-reduce(%x), replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%sum, \
+metadata={op_name="jit(step)/psum"}
+  %f = f32[4,4]{1,0} fusion(%ar), kind=kCustom, calls=%fused
+  ROOT %t = (s32[], f32[4,16]{1,0}) tuple(%i, %ar)
+}
+
+%condition (c: (s32[], f32[4,16])) -> pred[] {
+  %c = (s32[], f32[4,16]{1,0}) parameter(0)
+  ROOT %p = pred[] constant(true)
+}
+
+%left (x: f32[4,16]) -> f32[4,16] {
+  %x = f32[4,16]{1,0} parameter(0)
+  ROOT %cp = f32[4,16]{1,0} collective-permute(%x), source_target_pairs={{0,2},{2,0},{1,3},{3,1},\
+{4,6},{6,4},{5,7},{7,5}}
+}
+
+%right (x: f32[4,16]) -> f32[4,16] {
+  %x = f32[4,16]{1,0} parameter(0)
+  ROOT %again = (s32[], f32[4,16]{1,0}) while(%x), condition=%condition, body=%body
+}
+
+%wrapped (x: bf16[8,16]) -> bf16[2,16] {
+  %x = bf16[8,16]{1,0} parameter(0)
+  ROOT %rs = bf16[2,16]{1,0} reduce-scatter(%x), replica_groups=[2,4]<=[2,4]T(0,1), dimensions={0}
+}
+
+ENTRY %main (x: f32[4,16], h: bf16[8,16]) -> f32[4,16] {
+  %x = f32[4,16]{1,0} parameter(0)
+  %h = bf16[8,16]{1,0:T(8,128)} parameter(1)
+  %zero = s32[] constant(0)
+  %alone = f32[4,16]{1,0} all-reduce(%x), replica_groups=[8,1]<=[8], to_apply=%sum
+  %start = (f32[4,16]{1,0}, f32[16,16]{1,0}) all-gather-start(%x), dimensions={0}, \
+replica_groups=[2,4]<=[2,2,2]T(1,0,2)
+  %done = f32[16,16]{1,0} all-gather-done(%start)
+  %as = ((bf16[8,16]{1,0}), bf16[2,16]{1,0}, u32[]) async-start(%h), calls=%wrapped
+  %ad = bf16[2,16]{1,0} async-done(%as)
+  %w = (s32[], /*index=1*/f32[4,16]{1,0}) while(%x), condition=%condition, body=%body, \
+backend_config={"known_trip_count":{"n":"5"},"known_init_step":{"init":"0","step":"1"}}
+  %two = (f32[4,16]{1,0}, f32[4,16]{1,0}) all-to-all(%x, %x), replica_groups=mesh['a'=4,'b'=2] {'b'}
+  %g = (f32[4,4]{1,0}, s8[64]{0}) custom-call(%x, %x), custom_call_target="__cublas$gemm", \
+backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}
+  ROOT %k = f32[4,16]{1,0} conditional(%zero, %x, %x), branch_computations={%left, %right}
+}
+"""
+
+
+def test_collectives_of_a_text():
+    """Loops multiply, branches add, an asynchronous pair is one, single devices are none."""
+    lines = table(read_collectives(HLO, CUBE)).splitlines()  # pyright: ignore[reportArgumentType]
+    assert [line.split() for line in lines] == [
+        ["op", "axes", "count", "bytes", "largest"],
+        ["all-gather", "data+tensor", "1", str(4 * 4 * 16 * 4), "f32[16,16]"],
+        ["all-reduce", "tensor", "5", str(5 * 4 * 16 * 4), "f32[4,16]"],
+        ["all-reduce", "tensor?", "1", str(4 * 16 * 4), "f32[4,16]"],
+        ["all-to-all", "tensor", "1", str(2 * 4 * 16 * 4), "f32[4,16]"],
+        ["collective-permute", "fsdp", "1", str(4 * 16 * 4), "f32[4,16]"],
+        ["reduce-scatter", "fsdp+tensor", "1", str(8 * 16 * 2), "bf16[8,16]"],
+    ]
+    sources = {c.instruction.source for c in read_collectives(HLO, CUBE)}  # pyright: ignore
+    assert sources == {"", "jit(step)/psum"}
+
+
+def test_flops_of_a_text():
+    """Five times the product in the loop, once the call of cuBLAS; the open loop as asked."""
+    product = 2 * 4 * 4 * 16
+    assert read_flops(HLO) == 6 * product
+    assert read_flops(HLO, open_trips=2.5) == 8.5 * product
+
+
+@pytest.mark.parametrize(
+    ("spelling", "axes", "whole"),
+    [
+        ("{{0,1},{2,3},{4,5},{6,7}}", ("tensor",), True),
+        ("{{0,4},{1,5},{2,6},{3,7}}", ("data",), True),
+        ("{}", ("data", "fsdp", "tensor"), True),
+        ("[4,2]<=[8]", ("tensor",), True),
+        ("[4,2]<=[2,4]T(1,0)", ("data",), True),
+        ("[4,2]<=[2,2,2]T(2,0,1)", ("fsdp",), True),
+        ("[2,4]<=[2,2,2]T(2,1,0)", ("data", "fsdp"), True),
+        ("[8,1]<=[8]", (), True),
+        ("mesh['x'=2,'y'=2,'z'=2] {'x','z'}", ("data", "tensor"), True),
+        ("mesh['x'=8] {'x':(2)2}", ("fsdp",), True),
+        ("{{0,3},{1,2},{4,7},{5,6}}", ("fsdp", "tensor"), False),
+    ],
+)
+def test_axes_of_replica_groups(spelling, axes, whole):
+    groups = replica_groups(f", replica_groups={spelling}, dimensions={{0}}", 8)
+    assert group_axes(groups, CUBE.shape) == (axes, whole)
+
+
+def test_groups_in_an_unknown_spelling_are_refused():
+    with pytest.raises(ValueError, match="unknown spelling"):
+        replica_groups("replica_groups=@mesh", 8)
+    with pytest.raises(ValueError, match="no ENTRY"):
+        read_collectives("HloModule empty", CUBE)  # pyright: ignore[reportArgumentType]
+
+
+def test_axes_of_permutes():
+    sizes = {"pipe": 4, "tensor": 2}
+    up = tuple((2 * p + t, 2 * ((p + 1) % 4) + t) for p in range(4) for t in range(2))
+    assert permuted_axes(up, sizes) == (("pipe",), True)
+    assert permuted_axes(up[:-2], sizes) == (("pipe",), True), "the last stage sends nothing"
+    assert permuted_axes(((0, 5), (5, 3)), sizes) == (("pipe", "tensor"), False)
+
+
+def test_a_program_whose_collectives_are_known():
+    """Every primitive over its own axis, one of them in a loop."""
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), jax.devices()[:8])
+
+    def on_device(x):  # [4, 16]
+        x = lax.scan(lambda x, _: (lax.psum(x, "tensor") / 3, None), x, length=7)[0]
+        x = lax.all_gather(x, "fsdp", axis=0, tiled=True)  # [8, 16]
+        x = lax.psum_scatter(x, ("data", "fsdp"), scatter_dimension=0, tiled=True)  # [2, 16]
+        x = lax.all_to_all(x, "tensor", 0, 0, tiled=True)
+        return lax.ppermute(x, "data", [(0, 1), (1, 0)])
+
+    run = jax.shard_map(
+        on_device, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=False
+    )
+    text = jax.jit(run).lower(jax.ShapeDtypeStruct((8, 16), np.float32)).compile().as_text()
+    got = {(c.op, c.axes): (c.times, c.bytes, c.is_open) for c in read_collectives(text, mesh)}
+    assert got == {
+        ("all-reduce", ("tensor",)): (7, 7 * 4 * 16 * 4, False),
+        ("all-gather", ("fsdp",)): (1, 8 * 16 * 4, False),
+        ("reduce-scatter", ("data", "fsdp")): (1, 8 * 16 * 4, False),
+        ("all-to-all", ("tensor",)): (1, 2 * 16 * 4, False),
+        ("collective-permute", ("data",)): (1, 2 * 16 * 4, False),
+    }
+
+
+def test_flops_of_a_program():
+    """Products in a loop of known length, and in one whose length is an argument."""
+
+    def run(x, w, n):
+        x = lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, length=3)[0]
+        return lax.fori_loop(0, n, lambda _, x: jnp.tanh(x @ w), x)
+
+    shapes = [jax.ShapeDtypeStruct(s, np.float32) for s in ((32, 64), (64, 64))]
+    count = jax.ShapeDtypeStruct((), np.int32)
+    text = jax.jit(run).lower(*shapes, count).compile().as_text()
+    product = 2 * 32 * 64 * 64
+    assert (read_flops(text), read_flops(text, 10)) == (3 * product, 13 * product)
+
+
+# ---- layouts ------------------------------------------------------------------------------------
+
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "collectives"
+SMALL = dataclasses.replace(MODEL, vocab_size=96, expert_ffn_size=40)
+"""No size of it is another's half, so that an array tells what it is."""
+DEEP = dataclasses.replace(SMALL, num_layers=6)
+ROWS = dataclasses.replace(TRAIN, seq_len=24, optimizer=OptimizerConfig())
+"""Moments are bf16, and nothing else is."""
+
+LAYOUTS = {
+    "replicas": MeshConfig(data=8),
+    "replicas_without_zero1": MeshConfig(data=8, zero1=False),
+    "fsdp": MeshConfig(fsdp=8),
+    "tensor_4_data_2": MeshConfig(tensor=4, data=2),
+    "expert": MeshConfig(expert=8),
+    "cube": MeshConfig(fsdp=2, expert=2, tensor=2),
+    "context_2_fsdp_2_tensor_2": MeshConfig(context=2, fsdp=2, tensor=2),
+    "sequence_tensor_2_fsdp_4": MeshConfig(tensor=2, fsdp=4, sequence=True),
+    "pipe_2_data_4": MeshConfig(pipe=2, data=4),
+    "dualpipe_2_expert_4": MeshConfig(pipe=2, expert=4, schedule="dualpipe"),
+}
+DEFAULT = ("cube", "replicas")
+"""Compiled in the default suite; the others are slow tests."""
+
+
+@pytest.fixture(
+    params=[n if n in DEFAULT else pytest.param(n, marks=pytest.mark.slow) for n in LAYOUTS]
+)
+def name(request) -> str:
+    return request.param
+
+
+def case(mesh: MeshConfig):
+    """Model, training and micro batches of a layout."""
+    if mesh.pipe == 1:
+        return SMALL, ROWS, 1
+    return DEEP, dataclasses.replace(ROWS, batch_size=16, micro_batch_size=4), 4
+
+
+@functools.cache
+def compiled(name: str) -> tuple[Collective, ...]:
+    """The collectives of a layout's step."""
+    mesh = LAYOUTS[name]
+    model, train, micro = case(mesh)
+    trainer = Trainer(model, train, Recipe(), layout_of(mesh))
+    shape = micro, train.batch_size // micro, train.seq_len + 1
+    batch = {"tokens": jax.ShapeDtypeStruct(shape, np.int32)}
+    knobs = {name: jax.ShapeDtypeStruct((), np.float32) for name in KNOBS}
+    text = trainer.step.lower(trainer.abstract_state, batch, knobs).compile().as_text() or ""
+    return read_collectives(text, trainer.layout.mesh)
+
+
+def complaint(one: Collective, reason: str) -> str:
+    arrays = " ".join(map(str, one.arrays))
+    where = one.instruction.source
+    return f"{reason}: {one.op} over {'+'.join(one.axes)}, x{one.times}: {arrays} from {where}"
+
+
+def local_experts(mesh: MeshConfig) -> tuple[int, tuple[int, ...]]:
+    """Entries of a routed expert weight of one layer on one device, and its sizes in order."""
+    sizes = (
+        SMALL.num_experts // mesh.expert,
+        SMALL.hidden_size,
+        SMALL.expert_ffn_size // mesh.tensor,
+    )
+    return math.prod(sizes), sizes
+
+
+def is_expert_weight(sizes: tuple[int, ...], mesh: MeshConfig) -> bool:
+    """Whether an array holds routed experts: their inner width, whole or cut, and experts."""
+    inner = {SMALL.expert_ffn_size, SMALL.expert_ffn_size // mesh.tensor}
+    return bool(inner & set(sizes)) and len([n for n in sizes if n > 1]) > 2
+
+
+def test_experts_are_gathered_only_where_they_are_stored_in_shards(name):
+    """Over `fsdp` one layer's, over `data` what ZeRO-1 updated, over `pipe` the stages' own.
+
+    Never over `expert`, `tensor` or `context`; and always only the device's share of experts and of
+    inner width. Gradients are summed over the axes that cut the batch and do not cut the experts.
+    """
+    mesh = LAYOUTS[name]
+    one_layer, _ = local_experts(mesh)
+    stacked = one_layer * case(mesh)[0].num_moe_layers
+    slots = math.prod((2, mesh.pipe)) * stacked  # DualPipe holds every layer twice
+    most = {
+        ("all-gather", "fsdp"): one_layer,
+        ("all-gather", "data"): stacked,
+        ("all-to-all", "pipe"): slots,
+    }
+    gradient = {"data", "fsdp", "context"} | ({"pipe"} if mesh.pipe > 1 else set())
+    wrong = []
+    for one in compiled(name):
+        for array in one.arrays:
+            if not is_expert_weight(array.sizes, mesh):
+                continue
+            if one.op in ("all-reduce", "reduce-scatter"):
+                allowed = stacked if set(one.axes) <= gradient else 0
+            else:
+                allowed = most.get((one.op, "+".join(one.axes)), 0)
+            if math.prod(array.sizes) > allowed:
+                wrong.append(complaint(one, f"{array} has more than {allowed} entries"))
+    assert not wrong, "\n".join(wrong)
+
+
+def test_logits_are_never_moved(name):
+    """An array as wide as the vocabulary, whole or cut, is an embedding or a head: [V, D]."""
+    mesh = LAYOUTS[name]
+    wrong = []
+    for one in compiled(name):
+        for array in one.arrays:
+            wide = {SMALL.vocab_size, SMALL.vocab_size // mesh.tensor} & set(array.sizes)
+            other = math.prod(array.sizes) // max(wide, default=1)
+            if wide and other > SMALL.hidden_size:
+                wrong.append(complaint(one, str(array)))
+    assert not wrong, "\n".join(wrong)
+
+
+def test_moments_are_never_moved(name):
+    """They are bf16, and nothing else is. ZeRO-1 gathers every parameter once, and no more."""
+    mesh = LAYOUTS[name]
+    moved = [complaint(c, "bf16") for c in compiled(name) for a in c.arrays if a.dtype == "bf16"]
+    assert not moved, "\n".join(moved)
+    whole = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(blueprint(case(mesh)[0]).params))
+    updated = [
+        c for c in compiled(name) if c.op == "all-gather" and "select_n" in c.instruction.source
+    ]
+    if mesh.data == 1 or not mesh.zero1:
+        assert not updated
+    else:
+        shards = mesh.pipe * mesh.fsdp * mesh.tensor
+        assert sum(c.bytes for c in updated) <= 4 * whole / shards * 1.1
+
+
+def test_tokens_of_other_sequences_are_never_gathered(name):
+    """What is computed for a token stays with its sequence: no array of the whole micro batch."""
+    mesh = LAYOUTS[name]
+    _, train, micro = case(mesh)
+    rows, tokens = train.batch_size // micro, train.seq_len
+    wrong = [
+        complaint(one, str(array))
+        for one in compiled(name)
+        for array in one.arrays
+        if one.op == "all-gather" and len(array.sizes) > 1
+        if array.sizes[:2] == (rows, tokens) or array.sizes[0] == rows * tokens
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_bytes_of_the_exchange(name):
+    """docs/expert_exchange.md: there and back, forward and backward, S blocks of C rows each; and
+    ids once, weights there and back."""
+    mesh = LAYOUTS[name]
+    sent = sum(c.bytes for c in compiled(name) if c.op == "all-to-all" and c.axes == ("expert",))
+    model, train, micro = case(mesh)
+    layers = model.num_moe_layers + model.mtp_depth
+    rows = train.batch_size * train.seq_len // (mesh.data * mesh.fsdp * mesh.expert * mesh.context)
+    row = 4 * model.hidden_size + 3 * model.experts_per_token
+    want = layers * mesh.expert * rows * row * 4 if mesh.expert > 1 else 0
+    if mesh.pipe == 1:
+        assert want <= sent <= 1.1 * want
+    else:  # every branch of every tick is counted, on every rank
+        assert want / micro <= sent
+
+
+def test_collectives_are_those_on_record(name):
+    """Count and bytes by op and axes, as `tests/golden/collectives/` holds them."""
+    path = GOLDEN / f"{name}.txt"
+    got = f"jax {jax.__version__}\n{table(compiled(name))}"
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(got)
+        return
+    assert path.exists(), f"{path} is missing; write it with UPDATE_GOLDEN=1"
+    diff = list(difflib.unified_diff(path.read_text().splitlines(), got.splitlines(), lineterm=""))
+    assert not diff, (
+        "the step's collectives changed:\n" + "\n".join(diff[2:]) + "\nIf that is meant: "
+        'UPDATE_GOLDEN=1 pytest tests/test_collectives.py -m "slow or not slow"'
+    )
+
+
+def test_every_record_has_a_layout():
+    assert {path.stem for path in GOLDEN.glob("*.txt")} == LAYOUTS.keys()
+    assert all(math.prod(axis_sizes(mesh).values()) == 8 for mesh in LAYOUTS.values())

@@ -1,0 +1,116 @@
+"""Loss and gradients of a step over all its micro batches: one after the other, or in a pipeline.
+
+Both give sums over micro batches whose terms are divided by counts of the whole global batch, so
+the result does not depend on how the batch is cut.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from model.blueprint import Tree, bind, blueprint
+from model.config import ModelConfig
+from model.loss import LossParts, LossWeights, inputs_and_targets, training_loss
+from model.recipe import Recipe
+from model.stages import join_weights, merge_parts, pipeline_stages, split_weights, stage_costs
+from model.transformer import DeepSeekV3
+from sharding.partition import Layout, pipeline_ranks
+from sharding.pipeline import run
+from sharding.schedule import Schedule, make_schedule
+from sharding.stage_weights import place_layers
+from sharding.ticks import tick_table
+
+Batch = dict[str, jax.Array]
+
+
+def loss_weights(batch: Batch, mtp_weight: jax.Array, balance_weight: float) -> LossWeights:
+    """Denominators over the whole global batch [micro batches, sequences, T+1]."""
+    num_micro, num_rows = batch["tokens"].shape[:2]
+    flat = {name: rows.reshape(-1, rows.shape[-1]) for name, rows in batch.items()}
+    num_targets = jnp.maximum(inputs_and_targets(flat)[2].sum(), 1.0)
+    return LossWeights(num_targets, jnp.float32(num_micro * num_rows), mtp_weight, balance_weight)
+
+
+def accumulated_gradients(
+    config: ModelConfig, recipe: Recipe, params: Tree, router_bias: Tree, batch: Batch,
+    weights: LossWeights, in_pairs: bool = False,
+) -> tuple[jax.Array, LossParts, Tree]:  # fmt: skip
+    """Loss, its parts and its gradient (fp32 sums), one micro batch at a time or two."""
+    if in_pairs:
+        batch = {name: rows.reshape(-1, 2, *rows.shape[1:]) for name, rows in batch.items()}
+
+    def loss_of(params, micro: Batch):
+        model = bind(config, params, router_bias)
+        if not in_pairs:
+            return training_loss(model, micro, weights, recipe)
+        pair = [{name: rows[i] for name, rows in micro.items()} for i in range(2)]
+        return _loss_of_pair(model, pair, weights, recipe)
+
+    grad_of = jax.value_and_grad(loss_of, has_aux=True)
+
+    def body(total, micro: Batch):
+        return jax.tree.map(jnp.add, total, grad_of(params, micro)), None
+
+    first = jax.tree.map(lambda rows: rows[0], batch)
+    if batch["tokens"].shape[0] == 1:
+        (loss, parts), grads = grad_of(params, first)
+    else:
+        shapes = jax.eval_shape(grad_of, params, first)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        ((loss, parts), grads), _ = jax.lax.scan(body, zeros, batch)
+    return loss, parts, grads
+
+
+def _loss_of_pair(model: DeepSeekV3, pair: list[Batch], weights: LossWeights, recipe: Recipe):
+    """`training_loss` of two micro batches, computed side by side."""
+    tokens = tuple(inputs_and_targets(micro)[0] for micro in pair)
+    xs = tuple(model.before(tokens_of_one, recipe) for tokens_of_one in tokens)
+    xs, stats = model.between(xs, tokens, recipe)
+    ends = [
+        training_loss(model, micro, weights, recipe, x_BTD)
+        for micro, x_BTD in zip(pair, xs, strict=True)
+    ]
+    total, parts = jax.tree.map(jnp.add, *ends)
+    layers = jax.tree.map(jnp.add, *stats)
+    total += weights.balance * layers.balance.sum() / weights.num_sequences
+    return total, merge_parts(parts, layers, weights.num_sequences)
+
+
+def make_pipeline_schedule(layout: Layout, num_micro: int) -> Schedule:
+    """The layout's schedule for a step of `num_micro` micro batches.
+
+    Raises ValueError where the schedule cannot take that number.
+    """
+    config = layout.config
+    return make_schedule(config.schedule, pipeline_ranks(layout), num_micro, config.pipe_chunks)
+
+
+def check_micro_batches(config: ModelConfig, layout: Layout, num_micro: int) -> None:
+    """Raise ValueError unless the model and `num_micro` micro batches fit the layout."""
+    if layout.config.overlap and (num_micro % 2 or pipeline_ranks(layout) > 1):
+        raise ValueError(
+            f"mesh.overlap computes micro batches in pairs, outside of a pipeline; there are "
+            f"{num_micro} of them and pipe={pipeline_ranks(layout)}. Make their number even by "
+            "train.micro_batch_size and set pipe to 1, or leave overlap off"
+        )
+    if pipeline_ranks(layout) > 1:
+        schedule = make_pipeline_schedule(layout, num_micro)
+        place_layers(schedule, config.num_moe_layers, *stage_costs(config))
+
+
+def pipelined_gradients(
+    config: ModelConfig, recipe: Recipe, layout: Layout, params: Tree, router_bias: Tree,
+    batch: Batch, weights: LossWeights,
+) -> tuple[jax.Array, LossParts, Tree]:  # fmt: skip
+    """The same, with the layers cut over `pipe` and micro batches in flight at the same time."""
+    schedule = make_pipeline_schedule(layout, batch["tokens"].shape[0])
+    placement = place_layers(schedule, config.num_moe_layers, *stage_costs(config))
+    held = split_weights(params, router_bias)
+    axes: Any = split_weights(blueprint(config).params_axes, blueprint(config).router_bias_axes)
+    shared = weights.num_targets, weights.num_sequences, weights.mtp
+    stages = pipeline_stages(config, recipe, weights.balance)
+    table = tick_table(schedule)
+    result = run(table, placement, stages, held, axes, batch, shared, layout)
+    parts = merge_parts(result.parts, result.stats, weights.num_sequences)
+    return result.objective, parts, join_weights(result.d_outer, result.d_layers)
