@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from generation.config import Sampling, Speculation
+from generation.config import ExpertOptions, Sampling, Speculation
+from generation.text import Answers, TextStream
 from sharding.config import LAYOUTS, MeshConfig
 
 if TYPE_CHECKING:
@@ -88,6 +89,8 @@ class Generate(Common):
     between runs, unless temperature is 0."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling()
     """How tokens are drawn."""
+    experts: Annotated[ExpertOptions, tyro.conf.arg(name="")] = ExpertOptions()
+    """Redundant experts, and the load that decides which."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,21 +166,32 @@ def make_layout(options: Common) -> "Layout":
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 when done, 2 for a request that cannot be met."""
+    """Run the command line; returns the exit status.
+
+    0: done. 1: an error of the program. 2: a request that cannot be met. 3: another process was
+    lost or failed.
+    """
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
         if isinstance(options, Generate):
             check_options(options)
-        layout = make_layout(options)
-        from checkpoint.weights import open_weights
-
-        source = open_weights(options.checkpoint)
-        if isinstance(options, Score):
-            return score(options, source, layout)
-        return generate(options, source, layout)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         note(f"generate.py: {error}")
         return 2
+    from sharding.processes import together  # --help needs no JAX
+
+    return together("generate.py", lambda: run(options), (ValueError, OSError))
+
+
+def run(options: Generate | Score) -> int:
+    """Do what the command line asks for."""
+    layout = make_layout(options)
+    from checkpoint.weights import open_weights
+
+    source = open_weights(options.checkpoint)
+    if isinstance(options, Score):
+        return score(options, source, layout)
+    return generate(options, source, layout)
 
 
 def check_options(options: Generate) -> None:
@@ -253,8 +267,8 @@ def end_ids(source: "Weights", tokenizer: "Tokenizer | None") -> tuple[int, ...]
 
 def generate(options: Generate, source: "Weights", layout: "Layout") -> int:
     """Answer every prompt."""
+    from generation import experts
     from generation.engine import Generator
-    from generation.text import TextStream
     from model.recipe import Recipe
 
     tokenizer = load_tokenizer(source)
@@ -262,7 +276,14 @@ def generate(options: Generate, source: "Weights", layout: "Layout") -> int:
     choices: dict[str, Speculation] = {"off": False, "on": True, "auto": "auto"}
     speculate = choices[options.speculate]
     config = model_to_load(source.config, bool(speculate))
-    generator = Generator(config, Recipe(options.dtype), layout)
+    saved = options.experts.save_expert_load
+    has_experts = bool(config.num_moe_layers or config.mtp_depth)
+    experts.check_options(options.experts, has_experts)
+    placement, about = experts.redundant_experts(
+        options.experts, config, source.config.mtp_depth, layout
+    )
+    more = {"placement": placement, "count_load": saved is not None}
+    generator = Generator(config, Recipe(options.dtype), layout, **more)
     generator.check(prompts, options.max_new_tokens, speculate)
 
     def decode(ids: Sequence[int]) -> str:
@@ -276,7 +297,8 @@ def generate(options: Generate, source: "Weights", layout: "Layout") -> int:
     session = generator.start(
         weights, prompts, options.sampling, options.max_new_tokens, eos_ids, speculate
     )
-    answers = Answers(len(prompts), first="," if options.prompt_ids else "")
+    first = "," if options.prompt_ids else ""
+    answers = Answers(len(prompts), first, quiet=not is_first_process())
     while not session.done:
         for row, ids in enumerate(session.advance()):
             answers.add(row, streams[row].push(ids.tolist()))
@@ -287,45 +309,17 @@ def generate(options: Generate, source: "Weights", layout: "Layout") -> int:
                 answers.end(row)
     if is_first_process():
         note(session.stats.report())
+        if about:
+            note(about)
+        if saved and session.expert_load is not None:
+            experts.write_load(saved, session.expert_load)
+            note(f"wrote {saved}: tokens per expert {list(session.expert_load.shape)}")
     return 0
 
 
 def model_to_load(config: "ModelConfig", with_mtp: bool) -> "ModelConfig":
     """The model without MTP modules unless they are asked for: they are billions of weights."""
     return config if with_mtp else dataclasses.replace(config, mtp_depth=0)
-
-
-class Answers:
-    """Writes answers to stdout: a single one as it comes, several whole and in order."""
-
-    def __init__(self, count: int, first: str = ""):
-        self._texts = [""] * count
-        self._first = first
-        """What the first piece of an answer begins with and people do not want to see."""
-        self.complete = [False] * count
-        self._written = 0
-
-    def add(self, row: int, text: str) -> None:
-        """The next piece of an answer."""
-        if not self._texts[row]:
-            text = text.removeprefix(self._first)
-        self._texts[row] += text
-        if len(self._texts) == 1:
-            self._say(text, end="")
-
-    def end(self, row: int) -> None:
-        """An answer is complete."""
-        self.complete[row] = True
-        if len(self._texts) == 1:
-            self._say("")
-            return
-        while self._written < len(self._texts) and self.complete[self._written]:
-            self._say(f"--- {self._written}\n{self._texts[self._written]}")
-            self._written += 1
-
-    def _say(self, text: str, end: str = "\n") -> None:
-        if is_first_process():
-            print(text, end=end, flush=True)
 
 
 # ---- Scoring -------------------------------------------------------------------------------------

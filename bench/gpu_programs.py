@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -31,29 +32,35 @@ from sharding.collectives import by_op_and_axes, read_collectives
 from sharding.config import MeshConfig
 from sharding.mesh import axis_sizes, make_layout, named_layout, resolve
 from sharding.overlap import read_spans
-from sharding.partition import batch_shards, pipeline_ranks
-from sharding.topology import INSPECTION, OVERLAP, absent_gpus
+from sharding.partition import batch_shards
+from sharding.topology import INSPECTION, absent_gpus, schedule_options
 from training.step import Trainer
 
 GIB = 2**30
 V3 = "--config v3_671b --nodes 256"
-PAPER = f"{V3} --mesh pipe=16,data=2,expert=64,expert_nodes=8,schedule=dualpipe --micro-batches"
+FSDP = f"{V3} --mesh fsdp=32,expert=64,expert_nodes=8,exchange_capacity=2"
+PAPER = (
+    f"{V3} --mesh pipe=16,data=2,expert=64,expert_nodes=8,exchange_capacity=2,schedule=dualpipe "
+    "--micro-batches"
+)
 CASES = {
     "tiny, cube": "--mesh cube",
     "tiny, expert 8": "--mesh expert=8",
     "tiny, expert 8, ragged": "--mesh expert=8,exchange=ragged",
-    "tiny, expert 8 on 2 nodes": "--mesh expert=8,expert_nodes=2",
+    "tiny, expert 8 on 2 nodes": "--mesh expert=8,expert_nodes=2 --nodes 2 --per-node 4",
     "tiny, context 2, tensor 2, expert 2": "--mesh context=2,tensor=2,expert=2",
     "tiny, pipe 2 (dualpipe), expert 4": "--mesh pipe=2,expert=4,schedule=dualpipe "
     "--micro-batches 4",
+    "the same, 4 times the micro batches": "--mesh pipe=2,expert=4,schedule=dualpipe "
+    "--micro-batches 16",
+    "tiny, expert 8, 58 MoE layers": "--mesh expert=8 --moe-layers 58",
     "tiny, fsdp 8": "--mesh fsdp=8",
-    "tiny, tensor 8, sequence": "--mesh tensor=4,expert=2,sequence=true",
+    "tiny, tensor 4, expert 2, sequence": "--mesh tensor=4,expert=2,sequence=true",
     "v2_lite, expert 8, overlap": "--config v2_lite --mesh expert=8,overlap=true --micro-batches 4",
     "V3, pipe 16, data 2, expert 64, 32 micro batches": f"{PAPER} 32",
     "V3, the same, 128 micro batches": f"{PAPER} 128",
-    "V3, fsdp 32, expert 64, 4 MoE layers": f"{V3} --mesh fsdp=32,expert=64,expert_nodes=8 "
-    "--moe-layers 4",
-    "V3, fsdp 32, expert 64": f"{V3} --mesh fsdp=32,expert=64,expert_nodes=8",
+    "V3, fsdp 32, expert 64, 4 MoE layers": f"{FSDP} --moe-layers 4",
+    "V3, fsdp 32, expert 64": FSDP,
 }
 """Rows of the table: name and options."""
 
@@ -65,7 +72,7 @@ class Report(NamedTuple):
     lower_s: float
     compile_s: float
     processor_s: float
-    """Of this process, both together."""
+    """Of this process and the assemblers that it started, both together."""
     arguments: int
     """Bytes per device: state and batch."""
     temporaries: int
@@ -114,20 +121,24 @@ def trainer_of(options: argparse.Namespace) -> tuple[Trainer, dict[str, Any]]:
     return Trainer(model, train, Recipe(train.dtype, train.remat, "portable"), layout), batch
 
 
+def processor_seconds() -> float:
+    """Processor time of this process and of those it started and that have ended."""
+    return sum(os.times()[:4])
+
+
 def inspect(options: argparse.Namespace) -> Report:
     """Compile one step and read it."""
     trainer, batch = trainer_of(options)
     layout = trainer.layout
     scalar = jax.ShapeDtypeStruct((), np.float32)
     knobs = dict.fromkeys(("learning_rate", "bias_update_rate", "mtp_weight"), scalar)
-    in_pairs = layout.config.overlap or pipeline_ranks(layout) > 1
-    compiler_options = INSPECTION | (OVERLAP if in_pairs else {})
-    start, processor = time.perf_counter(), time.process_time()
+    compiler_options = INSPECTION | schedule_options(layout.config)
+    start, processor = time.perf_counter(), processor_seconds()
     lowered = trainer.step.lower(trainer.abstract_state, batch, knobs)
     lower_s = time.perf_counter() - start
     compiled = lowered.compile(compiler_options=compiler_options)
     compile_s = time.perf_counter() - start - lower_s
-    processor_s = time.process_time() - processor
+    processor_s = processor_seconds() - processor
     text, memory = compiled.as_text() or "", compiled.memory_analysis()
     assert memory is not None
     if options.text:
@@ -168,13 +179,15 @@ def row(name: str, report: Report) -> str:
     across = sum(1 for op, _, _, others in report.spans if others and "all-to-all" in op)
     return (
         f"| {name} | {report.devices} | {report.lower_s:.0f} | {report.compile_s:.0f} "
+        f"| {report.processor_s:.0f} "
         f"| {report.arguments / GIB:.2f} | {report.temporaries / GIB:.2f} | {across} | {sent} |"
     )
 
 
 def table() -> list[str]:
     """Every case, each in a process of its own."""
-    columns = ("layout", "GPUs", "lower, s", "compile, s", "state, GiB", "temporaries, GiB")
+    columns = ("layout", "GPUs", "lower, s", "compile, s", "processor, s")
+    columns += ("state, GiB", "temporaries, GiB")
     columns += ("exchanges beside the other's products", "collectives: op, axes, executions")
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, arguments in CASES.items():

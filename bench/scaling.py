@@ -159,6 +159,11 @@ def scaling() -> list[str]:
         "",
         *(f"- `{axis}`: {what}" for axis, what in GROWTH.items()),
         "",
+        "Dense: products in the program's text; in a pipeline by the passes that a rank runs, with "
+        "the loss counted on every rank. Experts: their share at even load. Bytes are of whole "
+        "arrays, all over the row's axis (`docs/collectives.md`); in a pipeline each tick of every "
+        "kind counts.",
+        "",
         "| devices | MFLOP, dense | MFLOP, experts | "
         + " | ".join(f"{op}, kB" for op in OPS)
         + " | temporaries, MiB |",

@@ -1,6 +1,7 @@
-"""How tokens are chosen."""
+"""How tokens are chosen, and what experts do while they are."""
 
 import dataclasses
+from pathlib import Path
 from typing import Literal
 
 Speculation = bool | Literal["auto"]
@@ -27,3 +28,17 @@ class Sampling:
             raise ValueError(f"top_p is {self.top_p}; give more than 0, at most 1")
         if self.top_k < 0:
             raise ValueError(f"top_k is {self.top_k}; give a number of tokens, or 0 for all")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertOptions:
+    """Redundant experts, and the load that decides which."""
+
+    redundant_experts: int = 0
+    """Copies of busy experts in every MoE layer, beside the experts themselves; a multiple of the
+    shards of experts. Text stays the same."""
+    expert_load: Path | None = None
+    """.npy or .json file of tokens per expert [MoE layers, MTP module last, experts], as
+    --save-expert-load writes it: which experts get copies."""
+    save_expert_load: Path | None = None
+    """Count the tokens of every expert, and write them to this .npy or .json file."""

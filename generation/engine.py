@@ -29,7 +29,9 @@ from model.blueprint import Tree, blueprint
 from model.config import ModelConfig
 from model.decode import unstack
 from model.recipe import Recipe
+from model.replicas import Copies
 from sharding.context import whole_sequences
+from sharding.eplb import ExpertPlacement
 from sharding.partition import (
     Layout,
     batch_shards,
@@ -44,13 +46,24 @@ SLOT_BLOCK = 64
 
 
 class Generator:
-    """A model's generation programs on one layout; holds no weights."""
+    """A model's generation programs on one layout; holds no weights.
 
-    def __init__(self, config: ModelConfig, recipe: Recipe, layout: Layout):
-        self.config, self.recipe = config, recipe
+    Args:
+      config, recipe, layout: the model, its types, and the devices.
+      placement: redundant experts of every MoE layer, MTP modules last, for as many devices as
+        the layout has shards of experts; None: every expert once.
+      count_load: whether sessions count the tokens of each expert.
+    """
+
+    def __init__(
+        self, config: ModelConfig, recipe: Recipe, layout: Layout,
+        placement: ExpertPlacement | None = None, count_load: bool = False,
+    ):  # fmt: skip
+        self.config, self.recipe, self.count_load = config, recipe, count_load
         self.layout = dataclasses.replace(whole_sequences(layout), stored=RESIDENT)
         self.pass_steps: dict[Any, float] = {}
         """Cost of a speculative pass in plain steps, by sampling and shape, once measured."""
+        self._copies = None if placement is None else Copies(placement, self.layout)
 
     @functools.cached_property
     def abstract_weights(self) -> Tree:
@@ -83,6 +96,7 @@ class Generator:
             self.recipe.activation_dtype,
             consume,
             expert_shards=stored_shards(self.layout, "experts") if apart else None,
+            copies=self._copies,
         )
 
     def start(
@@ -118,7 +132,7 @@ class Generator:
     @functools.cache  # noqa: B019 - a generator lives as long as its programs
     def steps(self, sampling: Sampling, speculate: bool) -> Steps:
         """The compiled programs for one way of sampling."""
-        return Steps(self.config, self.recipe, self.layout, sampling, speculate)
+        return Steps(self.config, self.recipe, self.layout, sampling, speculate, self.count_load)
 
 
 def _check(config: ModelConfig, prompts, max_new_tokens: int, speculate: Speculation) -> None:
@@ -183,6 +197,11 @@ class Session:
         prefill = self._compiled(self._programs.prefill, *arguments, slots)
         began = time.perf_counter()
         self._state: State = prefill(*arguments)
+        self.expert_load: np.ndarray | None = None
+        """Tokens of each expert [MoE layers, the MTP module last, E] so far, if they are counted:
+        of prompts, and in running rows all that was computed, refused drafts too."""
+        if generator.count_load:
+            self.expert_load = np.asarray(self._state.pop("load_LE")).astype(np.int64)
         self._fresh: np.ndarray | None = np.asarray(self._state["pending_B"])
         self.finished = np.asarray(self._state["finished_B"])[: self._rows].copy()
         self.stats.prefill_seconds = time.perf_counter() - began
@@ -243,6 +262,9 @@ class Session:
         began = time.perf_counter()
         self._state, out = advance(*arguments)
         out = jax.device_get(out)
+        if self.expert_load is not None:
+            load_LE = out["load_LE"].astype(np.int64)
+            self.expert_load[: len(load_LE)] += load_LE  # without drafts no MTP module
         stats = self.stats
         stats.decode_seconds += time.perf_counter() - began
         self.finished |= out["finished_B"][: self._rows]

@@ -3,9 +3,11 @@
 State (arrays of B rows): `cache`, one [B, S, L] per layer; `lengths_B`, tokens in the cache;
 `pending_B`, the last token drawn, not in the cache yet; `left_B`, tokens a row may still give;
 `finished_B`; `key`. Speculation adds `mtp_cache`, `draft_B` (a guess for the token after pending)
-and, unless it is greedy, `q_BV`, the distribution that was drawn from.
+and, unless it is greedy, `q_BV`, the distribution that was drawn from. Where experts' tokens are
+counted, `prefill` adds `load_LE`, which is no part of the state of `advance`.
 
-Letters: B rows, T prompt length, D hidden width, V vocabulary, S slots, N tokens of one call.
+Letters: B rows, T prompt length, D hidden width, V vocabulary, S slots, N tokens of one call,
+L MoE layers (the MTP module last), E experts.
 """
 
 import functools
@@ -65,16 +67,18 @@ class Steps:
 
     def __init__(
         self, config: ModelConfig, recipe: Recipe, layout: Layout, sampling: Sampling,
-        speculate: bool,
+        speculate: bool, count_load: bool = False,
     ):  # fmt: skip
         self._config, self._recipe, self._layout = config, recipe, layout
         self._sampling, self._speculate = sampling, speculate
-        self._greedy = sampling.temperature == 0
+        self._greedy, self._count = sampling.temperature == 0, count_load
 
     @functools.cached_property
     def prefill(self) -> Program:
         """`state = prefill(weights, ids_BT, lengths_B, budget_B, eos, seed, slots)`."""
-        return Program(self._prefill, static_argnums=6, out_shardings=self._state_shardings)
+        load = {"load_LE": replicated(self._layout)} if self._count else {}
+        shardings = self._state_shardings | load
+        return Program(self._prefill, static_argnums=6, out_shardings=shardings)
 
     @functools.cached_property
     def advance(self) -> Program:
@@ -82,7 +86,7 @@ class Steps:
 
         `steps` (int32, at most CHUNK) bounds the passes; fewer are run when every row has ended.
         out: `tokens_BN`, of which `counts_B` are new; `finished_B`; and counted in running rows,
-        `passes_B` of the main model and `accepted_B` drafts.
+        `passes_B` of the main model and `accepted_B` drafts; and `load_LE`, if it is counted.
         """
         whole = replicated(self._layout)
         return Program(
@@ -99,14 +103,17 @@ class Steps:
         return {name: rows if name.endswith("cache") else whole for name in names}
 
     def _decoder(self, weights: Tree) -> Decoder:
-        return make_decoder(self._config, weights, self._recipe, self._speculate)
+        return make_decoder(self._config, weights, self._recipe, self._speculate, self._count)
 
     def _prefill(self, weights, ids_BT, lengths_B, budget_B, eos, seed, slots: int) -> State:
         key = jax.random.key(seed)
         with use_layout(self._layout):
             decoder = self._decoder(weights)
             positions_BT = jnp.broadcast_to(jnp.arange(ids_BT.shape[1]), ids_BT.shape)
-            hidden_BTD, cache = decoder.prefill(ids_BT, positions_BT, slots)
+            # Experts are counted for tokens of prompts only.
+            valid_BT = (positions_BT < lengths_B[:, None]) & (budget_B > 0)[:, None]
+            valid_BT = valid_BT.astype(jnp.float32)
+            hidden_BTD, cache = decoder.prefill(ids_BT, positions_BT, slots, valid_BT)
             p_BV = self._probabilities(decoder, _at(hidden_BTD, lengths_B - 1))
             pending_B = draw(row_keys(key, lengths_B, MAIN), p_BV, self._sampling)
             left_B = budget_B - 1
@@ -123,9 +130,11 @@ class Steps:
                 rows_B = jnp.arange(ids_BT.shape[0])
                 next_ids_BT = next_ids_BT.at[rows_B, lengths_B - 1].set(pending_B)
                 mtp_BTD, state["mtp_cache"] = decoder.prefill_mtp(
-                    hidden_BTD, next_ids_BT, positions_BT, slots
+                    hidden_BTD, next_ids_BT, positions_BT, slots, valid_BT
                 )
                 state |= self._draft(decoder, _at(mtp_BTD, lengths_B - 1), lengths_B + 1, key)
+            if self._count:
+                state["load_LE"] = decoder.take_counts()
             return _placed(state)
 
     def _advance(self, weights: Tree, state: State, eos: jax.Array, steps: jax.Array):
@@ -141,6 +150,9 @@ class Steps:
                 "passes_B": zeros_B,
                 "accepted_B": zeros_B,
             }
+            if self._count:
+                shape = self._config.num_moe_layers + self._speculate, self._config.num_experts
+                out["load_LE"] = constrain(jnp.zeros(shape, jnp.float32), None, None)
 
             def running(carry):
                 i, state, _ = carry
@@ -149,6 +161,9 @@ class Steps:
             def body(carry):
                 i, state, out = carry
                 state, out = step(decoder, state, out, eos)
+                if self._count:
+                    load_LE = out["load_LE"] + decoder.take_counts()
+                    out = {**out, "load_LE": constrain(load_LE, None, None)}
                 return i + 1, _placed(state), out
 
             _, state, out = jax.lax.while_loop(running, body, (0, state, out))
@@ -156,10 +171,12 @@ class Steps:
 
     def _plain_step(self, decoder: Decoder, state: State, out, eos):
         lengths_B, pending_B = state["lengths_B"], state["pending_B"]
-        hidden_BQD, cache = decoder.extend(pending_B[:, None], lengths_B[:, None], state["cache"])
+        running_B = ~state["finished_B"]
+        hidden_BQD, cache = decoder.extend(
+            pending_B[:, None], lengths_B[:, None], state["cache"], _valid(running_B, 1)
+        )
         p_BV = self._probabilities(decoder, hidden_BQD[:, 0])
         next_B = draw(row_keys(state["key"], lengths_B + 1, MAIN), p_BV, self._sampling)
-        running_B = ~state["finished_B"]
         out = {**out, "passes_B": out["passes_B"] + running_B}
         state = {**state, "cache": cache, "lengths_B": lengths_B + running_B}
         return _emit(state, out, next_B, running_B, eos)
@@ -168,7 +185,8 @@ class Steps:
         lengths_B, key, running_B = state["lengths_B"], state["key"], ~state["finished_B"]
         positions_B2 = lengths_B[:, None] + jnp.arange(2)
         ids_B2 = jnp.stack([state["pending_B"], state["draft_B"]], axis=1)
-        hidden_B2D, cache = decoder.extend(ids_B2, positions_B2, state["cache"])
+        valid_B2 = _valid(running_B, 2)
+        hidden_B2D, cache = decoder.extend(ids_B2, positions_B2, state["cache"], valid_B2)
         # One product for both positions: the head is the largest weight that is read.
         rows_BD = hidden_B2D.reshape(-1, hidden_B2D.shape[-1])
         p_B2V = self._probabilities(decoder, rows_BD).reshape(*ids_B2.shape, -1)
@@ -184,7 +202,7 @@ class Steps:
         # Behind a refused draft the second entry is garbage; the next step writes it again.
         next_ids_B2 = jnp.stack([first_B, second_B], axis=1)
         mtp_B2D, mtp_cache = decoder.extend_mtp(
-            hidden_B2D, next_ids_B2, positions_B2, state["mtp_cache"]
+            hidden_B2D, next_ids_B2, positions_B2, state["mtp_cache"], valid_B2
         )
         drafted = self._draft(
             decoder, _at(mtp_B2D, accepted_B.astype(jnp.int32)), lengths_B + accepted_B + 2, key
@@ -214,6 +232,11 @@ class Steps:
 def _at(x_BTD: jax.Array, index_B: jax.Array) -> jax.Array:
     """Row b's entry at index[b]: [B, D]."""
     return jnp.take_along_axis(x_BTD, index_B[:, None, None], axis=1)[:, 0]
+
+
+def _valid(running_B: jax.Array, tokens: int) -> jax.Array:
+    """1.0 for the tokens of running rows, whose experts are counted: [B, tokens]."""
+    return jnp.broadcast_to(running_B[:, None], (len(running_B), tokens)).astype(jnp.float32)
 
 
 def _emit(state: State, out, token_B: jax.Array, give_B: jax.Array, eos: jax.Array):

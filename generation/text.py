@@ -1,4 +1,5 @@
-"""Token ids to text as they come: whole characters only, and nothing from a stop string on."""
+"""Token ids to text as they come: whole characters only, and nothing from a stop string on; and
+the answers of a batch on standard output."""
 
 from collections.abc import Callable, Sequence
 
@@ -77,3 +78,41 @@ def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that `stop` begins with."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class Answers:
+    """Writes answers to stdout: a single one as it comes, several whole and in order.
+
+    Args:
+      count: number of answers.
+      first: what the first piece of an answer begins with and people do not want to see.
+      quiet: write nothing; another process does.
+    """
+
+    def __init__(self, count: int, first: str = "", quiet: bool = False):
+        self._texts = [""] * count
+        self._first, self._quiet = first, quiet
+        self.complete = [False] * count
+        self._written = 0
+
+    def add(self, row: int, text: str) -> None:
+        """The next piece of an answer."""
+        if not self._texts[row]:
+            text = text.removeprefix(self._first)
+        self._texts[row] += text
+        if len(self._texts) == 1:
+            self._say(text, end="")
+
+    def end(self, row: int) -> None:
+        """An answer is complete."""
+        self.complete[row] = True
+        if len(self._texts) == 1:
+            self._say("")
+            return
+        while self._written < len(self._texts) and self.complete[self._written]:
+            self._say(f"--- {self._written}\n{self._texts[self._written]}")
+            self._written += 1
+
+    def _say(self, text: str, end: str = "\n") -> None:
+        if not self._quiet:
+            print(text, end=end, flush=True)

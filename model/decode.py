@@ -13,12 +13,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from model.blueprint import Tree, bind_part
 from model.config import ModelConfig
 from model.mla import split_heads_first
+from model.moe import W_IN, W_OUT
 from model.recipe import Recipe
-from model.transformer import MTP, Block, Tokens
+from model.replicas import Copies
+from model.transformer import MTP, Block
 from pallas_kernels.separate_experts import separate_experts
 
 STACKS = ("dense_layers", "moe_layers", "mtp")
@@ -34,16 +37,18 @@ def unstack(
     dtype: jnp.dtype,
     consume: bool,
     expert_shards: int | None,
+    copies: Copies | None = None,
 ) -> Tree:
-    """{"params", "router_bias"} as decoding reads them: a list of layers in place of every stack.
+    """{"params", "router_bias", "replicas"} as decoding reads them: lists of layers, not stacks.
 
     Matrices become `dtype`; router, biases and norms stay fp32. W_UKV is cut into its halves
     (`model/mla.py:split_heads_first`). With `expert_shards`, the number of parts that the mesh
-    holds experts in, every expert becomes an array of its own (`separate_experts`). With `consume`
-    every array passed in is freed once its layers exist, so that the peak is one copy and the
-    largest stack.
+    holds experts in, every expert becomes an array of its own (`separate_experts`). With `copies`
+    they are laid out as those, and "replicas" has what each layer's tokens choose by. With
+    `consume` every array passed in is freed once its layers exist, so that the peak is one copy and
+    the largest stack.
     """
-    nope = config.qk_nope_head_dim
+    nope, first_mtp = config.qk_nope_head_dim, config.num_moe_layers
 
     def convert_leaf(path, stack: jax.Array) -> list[Any]:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -51,6 +56,11 @@ def unstack(
         kept = stack.dtype if exact else dtype
         if name.split("/")[0] not in STACKS:
             parts = [stack.astype(kept)]
+        elif copies is not None and name.endswith(EXPERTS):
+            first = first_mtp if name.startswith("mtp") else 0
+            names = W_OUT if name.endswith("w_down") else W_IN
+            lay_out = functools.partial(copies.weights, names=names, expert_shards=expert_shards)
+            parts = [lay_out(stack[i].astype(kept), first + i) for i in range(len(stack))]
         elif expert_shards is not None and name.endswith(EXPERTS):
             parts = [_separate_layer(stack, i, expert_shards, kept) for i in range(len(stack))]
         elif name.endswith("/attn/w_ukv"):
@@ -73,7 +83,14 @@ def unstack(
     def convert(tree: Tree) -> Tree:
         return {name: layers(name, sub) for name, sub in tree.items()}
 
-    return {"params": convert(params), "router_bias": convert(router_bias)}
+    replicas = {} if copies is None else _replicas(config, copies)
+    return {"params": convert(params), "router_bias": convert(router_bias), "replicas": replicas}
+
+
+def _replicas(config: ModelConfig, copies: Copies) -> Tree:
+    """What the tokens of every MoE layer choose copies by."""
+    made = [copies.replicas(i) for i in range(config.num_moe_layers + config.mtp_depth)]
+    return {"moe_layers": made[: config.num_moe_layers], "mtp": made[config.num_moe_layers :]}
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
@@ -97,6 +114,8 @@ class Decoder:
     mtp: MTP | None
     """The first MTP module."""
     recipe: Recipe
+    counts: list[jax.Array] | None = None
+    """Where layers leave their tokens per expert until `take_counts`; None: nowhere."""
 
     def logits(self, hidden_BD: jax.Array) -> jax.Array:
         """Main head on normed hidden states, also those of the MTP module; [B, V] fp32."""
@@ -104,56 +123,101 @@ class Decoder:
         return jnp.einsum("BD,DV->BV", hidden_BD, kernel_DV, preferred_element_type=jnp.float32)
 
     def prefill(
-        self, ids_BT: jax.Array, positions_BT: jax.Array, slots: int
+        self,
+        ids_BT: jax.Array,
+        positions_BT: jax.Array,
+        slots: int,
+        valid_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Normed hidden states [B, T, D] of prompts, and their cache with room for `slots` tokens.
 
         Rows start at position 0 and may be padded at the end: attention is causal, and the slots
-        of padding are written again before anything reads them.
+        of padding are written again before anything reads them. `valid_BT` is 1.0 for tokens whose
+        experts are counted; None: all.
         """
-        tokens = Tokens(ids_BT, positions_BT, None)
         x_BTD, cache = self.embed(ids_BT, self.recipe), []
         for block in self.blocks:
-            x_BTD, entries_BSL = _prefill_block(block, x_BTD, tokens, slots, self.recipe)
+            x_BTD, entries_BSL = self._prefill_block(block, x_BTD, positions_BT, slots, valid_BT)
             cache.append(entries_BSL)
         return self.final_norm(x_BTD), cache
 
     def extend(
-        self, ids_BQ: jax.Array, positions_BQ: jax.Array, cache: Cache
+        self,
+        ids_BQ: jax.Array,
+        positions_BQ: jax.Array,
+        cache: Cache,
+        valid_BQ: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Normed hidden states [B, Q, D] of new tokens, and the cache with them in."""
         x_BQD, new = self.embed(ids_BQ, self.recipe), []
         for block, entries_BSL in zip(self.blocks, cache, strict=True):
-            x_BQD, entries_BSL = _extend_block(block, x_BQD, positions_BQ, entries_BSL, self.recipe)
+            x_BQD, entries_BSL = self._extend_block(
+                block, x_BQD, positions_BQ, entries_BSL, valid_BQ
+            )
             new.append(entries_BSL)
         return self.final_norm(x_BQD), new
 
-    def prefill_mtp(self, hidden_BTD, next_ids_BT, positions_BT, slots: int):
+    def prefill_mtp(self, hidden_BTD, next_ids_BT, positions_BT, slots: int, valid_BT=None):
         """The MTP module on a prompt; `next_ids_BT` is the token after each. As `prefill`."""
         assert self.mtp is not None
         x_BTD = self.mtp.merge(hidden_BTD, self.embed(next_ids_BT, self.recipe))
-        tokens = Tokens(next_ids_BT, positions_BT, None)
-        x_BTD, entries_BSL = _prefill_block(self.mtp.block, x_BTD, tokens, slots, self.recipe)
+        x_BTD, entries_BSL = self._prefill_block(
+            self.mtp.block, x_BTD, positions_BT, slots, valid_BT
+        )
         return self.mtp.out_norm(x_BTD), entries_BSL
 
-    def extend_mtp(self, hidden_BQD, next_ids_BQ, positions_BQ, entries_BSL):
+    def extend_mtp(self, hidden_BQD, next_ids_BQ, positions_BQ, entries_BSL, valid_BQ=None):
         """The MTP module on new tokens. As `extend`."""
         assert self.mtp is not None
         x_BQD = self.mtp.merge(hidden_BQD, self.embed(next_ids_BQ, self.recipe))
-        x_BQD, entries_BSL = _extend_block(
-            self.mtp.block, x_BQD, positions_BQ, entries_BSL, self.recipe
+        x_BQD, entries_BSL = self._extend_block(
+            self.mtp.block, x_BQD, positions_BQ, entries_BSL, valid_BQ
         )
         return self.mtp.out_norm(x_BQD), entries_BSL
 
+    def take_counts(self) -> jax.Array:
+        """Tokens routed to each expert [L, E] since this was last called: the MoE layers in order,
+        the MTP module last. Needs `counts`."""
+        assert self.counts is not None
+        taken = jnp.stack(self.counts)
+        self.counts.clear()
+        return taken
 
-def make_decoder(config: ModelConfig, weights: Tree, recipe: Recipe, mtp: bool) -> Decoder:
-    """Modules over weights from `unstack`; `mtp` binds the first MTP module as well."""
+    def _prefill_block(self, block: Block, x_BTD, positions_BT, slots: int, valid_BT):
+        y_BTD, latents_BTL = block.attn.expanded(block.attn_norm(x_BTD), positions_BT, None)
+        entries_BSL = jnp.pad(latents_BTL, ((0, 0), (0, slots - latents_BTL.shape[1]), (0, 0)))
+        return self._feed_forward(block, x_BTD + y_BTD, valid_BT), entries_BSL
+
+    def _extend_block(self, block: Block, x_BQD, positions_BQ, entries_BSL, valid_BQ):
+        y_BQD, entries_BSL = block.attn.absorbed(block.attn_norm(x_BQD), positions_BQ, entries_BSL)
+        return self._feed_forward(block, x_BQD + y_BQD, valid_BQ), entries_BSL
+
+    def _feed_forward(self, block: Block, x_BTD, valid_BT):
+        if valid_BT is None:
+            valid_BT = jnp.ones(x_BTD.shape[:2], jnp.float32)
+        x_BTD, stats = block.feed_forward(x_BTD, valid_BT, self.recipe)
+        if self.counts is not None and stats is not None:
+            self.counts.append(stats.counts_E)
+        return x_BTD
+
+
+def make_decoder(
+    config: ModelConfig, weights: Tree, recipe: Recipe, mtp: bool, count: bool = False
+) -> Decoder:
+    """Modules over weights from `unstack`.
+
+    `mtp` binds the first MTP module as well; `count` lets the decoder count the experts' tokens.
+    """
     params, bias = weights["params"], weights["router_bias"]
 
     def layers(name: str) -> list[Any]:
         biases = bias.get(name) or [{}] * len(params.get(name, ()))
         pairs = zip(params.get(name, ()), biases, strict=True)
-        return [bind_part(config, name, *pair) for pair in pairs]
+        made: list[Any] = [bind_part(config, name, *pair) for pair in pairs]
+        for layer, replicas in zip(made, weights["replicas"].get(name, ()), strict=False):
+            block = layer.block if name == "mtp" else layer
+            block.moe.replicas = nnx.data(replicas)
+        return made
 
     def part(name: str) -> Any:
         return bind_part(config, name, params[name], {})
@@ -165,16 +229,5 @@ def make_decoder(config: ModelConfig, weights: Tree, recipe: Recipe, mtp: bool) 
         head=part("head"),
         mtp=layers("mtp")[0] if mtp else None,
         recipe=recipe,
+        counts=[] if count else None,
     )
-
-
-def _prefill_block(block: Block, x_BTD, tokens: Tokens, slots: int, recipe: Recipe):
-    y_BTD, latents_BTL = block.attn.expanded(block.attn_norm(x_BTD), tokens.positions_BT, None)
-    entries_BSL = jnp.pad(latents_BTL, ((0, 0), (0, slots - latents_BTL.shape[1]), (0, 0)))
-    return block.feed_forward(x_BTD + y_BTD, tokens.valid_BT, recipe)[0], entries_BSL
-
-
-def _extend_block(block: Block, x_BQD, positions_BQ, entries_BSL, recipe: Recipe):
-    y_BQD, entries_BSL = block.attn.absorbed(block.attn_norm(x_BQD), positions_BQ, entries_BSL)
-    valid_BQ = jnp.ones(positions_BQ.shape, jnp.float32)
-    return block.feed_forward(x_BQD + y_BQD, valid_BQ, recipe)[0], entries_BSL

@@ -117,6 +117,16 @@ def _backward(residuals, g):
 cross_entropy_sum.defvjp(_forward, _backward)
 
 
+class Examples(NamedTuple):
+    """A micro batch as the loss reads it; k = 0 is the main model, k > 0 MTP module k."""
+
+    tokens: Tokens
+    targets_KBT: jax.Array
+    """The token k + 1 ahead: target of module k, and what module k + 1 reads."""
+    weights_KBT: jax.Array
+    """1.0 where that target counts, fp32."""
+
+
 class LossWeights(NamedTuple):
     """Denominators and coefficients, the same for every micro batch of a step."""
 
@@ -164,34 +174,40 @@ def ahead(x_BT: jax.Array, k: int, fill: int = 0) -> jax.Array:
 
 def training_loss(
     model: DeepSeekV3,
-    batch: dict[str, jax.Array],
+    examples: Examples,
     weights: LossWeights,
     recipe: Recipe,
     x_BTD: jax.Array | None = None,
 ) -> tuple[jax.Array, LossParts]:
     """This micro batch's share of L = L_main + lambda/D sum_k L_MTP^k + alpha sum_l L_bal.
 
-    `batch` holds tokens [B, T+1] and, with documents kept apart, segments [B, T+1].
     Summing over the micro batches of a step gives the loss of the whole batch exactly. With
     `x_BTD`, the result of the MoE layers, these are not run and their terms are left out.
     """
-    tokens, targets_BT, weights_BT = inputs_and_targets(batch)
+    tokens, targets_KBT, weights_KBT = examples
     if x_BTD is None:
-        output = model(tokens, recipe, next_ids_BT=targets_BT)
+        output = model.forward(tokens, recipe, targets_KBT[:-1])
     else:
-        output = model.after(x_BTD, tokens, recipe, targets_BT)
-    kernel_DV = model.head.kernel[...]
-    main = cross_entropy_sum(output.hidden_BTD, kernel_DV, targets_BT, weights_BT)
-    main = main / weights.num_targets
-    mtp = jnp.zeros((), jnp.float32)
-    for k, hidden_BTD in enumerate(output.mtp_hidden, start=1):
-        shifted = mtp_targets(batch, k)
-        # Divided by the same count as the main loss, not by T - k (eq. 24).
-        mtp += cross_entropy_sum(hidden_BTD, kernel_DV, *shifted) / weights.num_targets
-    mtp = mtp / max(len(output.mtp_hidden), 1)
+        output = model.after(x_BTD, tokens, recipe, targets_KBT[:-1])
+    hidden = (output.hidden_BTD, *output.mtp_hidden)
+    sums = [
+        cross_entropy_sum(hidden[k], model.head.kernel[...], targets_KBT[k], weights_KBT[k])
+        for k in range(len(hidden))
+    ]
+    # All are divided by the count of the main loss, not by T - k (eq. 24).
+    main, *ahead = (total / weights.num_targets for total in sums)
+    mtp = sum(ahead, jnp.zeros((), jnp.float32)) / max(len(ahead), 1)
     balance, counts_LE, dropped = _moe_parts(output.stats, weights, model.config)
     loss = main + weights.mtp * mtp + weights.balance * balance
     return loss, LossParts(main, mtp, balance, counts_LE, dropped)
+
+
+def make_examples(batch: dict[str, jax.Array], mtp_depth: int) -> Examples:
+    """Inputs and targets of rows: tokens [B, T+1] and, with documents kept apart, segments."""
+    tokens, targets_BT, weights_BT = inputs_and_targets(batch)
+    further = [mtp_targets(batch, k) for k in range(1, mtp_depth + 1)]
+    pairs = [(targets_BT, weights_BT), *further]
+    return Examples(tokens, *(jnp.stack(part) for part in zip(*pairs, strict=True)))
 
 
 def inputs_and_targets(batch: dict[str, jax.Array]) -> tuple[Tokens, jax.Array, jax.Array]:

@@ -14,12 +14,18 @@ from flax import nnx
 from model.config import ModelConfig
 from model.layers import SwiGLU, from_stream, router_bias, to_stream, weight
 from model.recipe import Recipe, keep
+from model.replicas import Replicas
 from model.router import affinities, balance_loss, expert_counts, select
 from pallas_kernels.expert_ffn import expert_ffn
 from pallas_kernels.permute import combine_rows, gather_rows, sort_by_expert
 from pallas_kernels.separate_experts import separate_expert_ffn
 from sharding import expert
 from sharding.partition import constrain, max_over, on_shards, sum_over, vary
+
+W_IN = ("experts", "embed", "expert_ffn")
+"""Logical axes of the experts' gate and up weights."""
+W_OUT = ("experts", "expert_ffn", "embed")
+"""Logical axes of their down weights."""
 
 
 class MoEStats(NamedTuple):
@@ -57,11 +63,13 @@ class MoE(nnx.Module):
         c, std = config, config.init_std
         D, E, F = c.hidden_size, c.num_experts, c.expert_ffn_size
         self.router = Router(c, rngs)
-        self.w_gate = weight(rngs, (E, D, F), ("experts", "embed", "expert_ffn"), std)
-        self.w_up = weight(rngs, (E, D, F), ("experts", "embed", "expert_ffn"), std)
-        self.w_down = weight(rngs, (E, F, D), ("experts", "expert_ffn", "embed"), std)
+        self.w_gate = weight(rngs, (E, D, F), W_IN, std)
+        self.w_up = weight(rngs, (E, D, F), W_IN, std)
+        self.w_down = weight(rngs, (E, F, D), W_OUT, std)
         shared_width = c.num_shared_experts * F
         self.shared = SwiGLU(rngs, D, shared_width, std) if shared_width else None
+        self.replicas: Replicas | None = None
+        """Copies that the weights hold in place of experts, while serving."""
         self.config = config
 
     def __call__(
@@ -83,12 +91,15 @@ class MoE(nnx.Module):
     def routed(self, x_BTD, ids_BTK, weights_BTK, recipe: Recipe) -> tuple[jax.Array, jax.Array]:
         """Weighted sum of the chosen experts' outputs [B, T, D], and the choices missed."""
         tokens, choices = ("batch", "seq", "embed"), ("batch", "seq", "choices")
-        w_in, w_out = ("experts", "embed", "expert_ffn"), ("experts", "expert_ffn", "embed")
+        w_in, w_out = W_IN, W_OUT
         weights = [w.get_value() for w in (self.w_gate, self.w_up, self.w_down)]
         if isinstance(weights[0], tuple):  # apart, output first: see pallas_kernels
             w_in, w_out = w_out, w_in
 
         groups = self.config.num_expert_groups, self.config.groups_per_token
+        if self.replicas is not None:
+            ids_BTK = self.replicas.choose(ids_BTK)
+            groups = 1, 1  # their copies are spread over a node's devices
 
         def region(*arrays):
             return _experts_on_shard(*arrays, groups=groups, kernels=recipe.kernels)

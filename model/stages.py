@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from model.blueprint import Tree, bind_around, bind_part, blueprint, prepare_parts
 from model.config import ModelConfig
 from model.costs import count_weights
-from model.loss import LossParts, LossWeights, inputs_and_targets, training_loss
+from model.loss import LossParts, LossWeights, training_loss
 from model.moe import MoEStats
 from model.recipe import Recipe
 from sharding.pipeline import Stages, Weights
@@ -34,22 +34,18 @@ def join_weights(outer: Tree, layers: Tree) -> Tree:
 
 
 def pipeline_stages(config: ModelConfig, recipe: Recipe, balance_weight: float) -> Stages:
-    """Functions for `sharding/pipeline.py:run`; micro is (batch, LossWeights without balance).
+    """Functions for `sharding/pipeline.py:run`; micro is (Examples, LossWeights without balance).
 
     Their objectives add up to `model/loss.py:training_loss`.
     """
-
     prepare_parts(config)
-
-    def tokens_of(micro):
-        return inputs_and_targets(micro[0])[0]
 
     def weights_of(micro) -> LossWeights:
         num_targets, num_sequences, mtp = micro[1]
         return LossWeights(num_targets, num_sequences, mtp, balance_weight)
 
     def first(outer: Tree, bias: Tree, micro) -> jax.Array:
-        return bind_around(config, outer, bias).before(tokens_of(micro), recipe)
+        return bind_around(config, outer, bias).before(micro[0].tokens, recipe)
 
     def block(weights: Tree, bias: Tree, x_BTD: jax.Array, tokens):
         module: Any = bind_part(config, LAYERS, weights, bias)
@@ -58,7 +54,7 @@ def pipeline_stages(config: ModelConfig, recipe: Recipe, balance_weight: float) 
     recompute = recipe.rematerialize(block)
 
     def layer(weights: Tree, bias: Tree, x_BTD: jax.Array, micro):
-        x_BTD, stats = recompute(weights, bias, x_BTD, tokens_of(micro))
+        x_BTD, stats = recompute(weights, bias, x_BTD, micro[0].tokens)
         assert isinstance(stats, MoEStats)
         scale = balance_weight / weights_of(micro).num_sequences
         return (x_BTD, scale * stats.balance), jax.lax.stop_gradient(stats)

@@ -165,10 +165,16 @@ class DeepSeekV3(nnx.Module):
         `next_ids_BT` is the token after each position (the targets); with it the MTP modules run.
         On a mesh that cuts sequences, all arrays are in balanced order (sharding/context.py).
         """
+        if next_ids_BT is None or self.mtp is None:
+            return self.forward(tokens, recipe, None)
+        return self.forward(tokens, recipe, ids_ahead(next_ids_BT, self.config.mtp_depth))
+
+    def forward(self, tokens: Tokens, recipe: Recipe, ahead_KBT: jax.Array | None) -> Output:
+        """The same, with what MTP module k reads at hand: the token k ahead, k = 1 .. K."""
         x_BTD, layer_stats = self.before(tokens, recipe), None
         if self.moe_layers is not None:
             (x_BTD,), (layer_stats,) = self.between((x_BTD,), (tokens,), recipe)
-        output = self.after(x_BTD, tokens, recipe, next_ids_BT)
+        output = self.after(x_BTD, tokens, recipe, ahead_KBT)
         stats = [part for part in (layer_stats, output.stats) if part is not None]
         merged = jax.tree.map(lambda *a: jnp.concatenate(a), *stats) if stats else None
         return output._replace(stats=merged)
@@ -199,16 +205,16 @@ class DeepSeekV3(nnx.Module):
         return scan_layers(self.moe_layers, xs, apply)
 
     def after(
-        self, x_BTD: jax.Array, tokens: Tokens, recipe: Recipe, next_ids_BT: jax.Array | None
+        self, x_BTD: jax.Array, tokens: Tokens, recipe: Recipe, ahead_KBT: jax.Array | None
     ) -> Output:
         """Output for the last layer's result; its statistics are those of the MTP modules."""
         hidden_BTD = self.final_norm(x_BTD)
-        if self.mtp is None or next_ids_BT is None:
+        if self.mtp is None or ahead_KBT is None:
             return Output(hidden_BTD, (), None)
-        mtp_hidden, stats = self._predict_ahead(hidden_BTD, next_ids_BT, tokens, recipe)
+        mtp_hidden, stats = self._predict_ahead(hidden_BTD, ahead_KBT, tokens, recipe)
         return Output(hidden_BTD, mtp_hidden, stats)
 
-    def _predict_ahead(self, hidden_BTD, next_ids_BT, tokens: Tokens, recipe: Recipe):
+    def _predict_ahead(self, hidden_BTD, ahead_KBT, tokens: Tokens, recipe: Recipe):
         """Run the MTP modules one after the other; module k reads the token k ahead (eq. 21)."""
 
         @recipe.rematerialize
@@ -218,8 +224,7 @@ class DeepSeekV3(nnx.Module):
             return hidden_BTD, (hidden_BTD, stats)
 
         assert self.mtp is not None
-        ids_KBT = ids_ahead(next_ids_BT, self.config.mtp_depth)
-        _, (hidden, stats) = scan_layers(self.mtp, hidden_BTD, apply, ids_KBT)
+        _, (hidden, stats) = scan_layers(self.mtp, hidden_BTD, apply, ahead_KBT)
         return tuple(hidden), stats
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -205,7 +206,21 @@ def rotate(x: jax.Array, name: str) -> jax.Array:
     axes, count = _axes(name), num_shards(name)
     if not axes or count == 1:
         return x
-    return lax.ppermute(x, axes, [(i, (i + 1) % count) for i in range(count)])
+    if not (_outer.get() and on_cpu()):
+        return lax.ppermute(x, axes, [(i, (i + 1) % count) for i in range(count)])
+    # XLA:CPU's permute waits for every device of the program, also for pipeline ranks that are in
+    # another branch. An all-to-all waits for its own group only.
+    index = lax.axis_index(axes)
+    slots = jnp.zeros((count, *x.shape), x.dtype)
+    slots = lax.dynamic_update_index_in_dim(slots, x, (index + 1) % count, 0)
+    slots = lax.all_to_all(slots, axes, split_axis=0, concat_axis=0, tiled=True)
+    return lax.dynamic_index_in_dim(slots, (index - 1) % count, keepdims=False)
+
+
+def on_cpu() -> bool:
+    """Whether the active layout lies on (emulated) CPU devices."""
+    layout = _active.get()
+    return layout is None or layout.mesh.devices.flat[0].platform == "cpu"
 
 
 def num_shards(name: str) -> int:

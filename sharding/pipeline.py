@@ -14,6 +14,8 @@ layer backward that do not depend on each other.
 Letters: L layers, N micro batches.
 """
 
+import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -88,6 +90,7 @@ def run(
             weights.outer_constants, layers,
             jax.tree.map(lambda x: fetch(x, -1, slots_W, placement), weights.layer_constants),
             batch, shared, slots_W >= 0, is_first[0], is_last[0], slots.shape[-1],
+            bool((placement.layer_of >= 0).all()),
         )  # fmt: skip
         total = rank.run(jax.tree.map(lambda column: column[:, 0], columns))
         objective, parts = lax.psum((total.objective, total.parts), AXIS)
@@ -144,14 +147,14 @@ class _Rank:
     def __init__(
         self, table: Table, stages: Stages, outer: Tree, outer_constants: Tree, layers: Tree,
         layer_constants: Tree, batch: Tree, shared: Tree, active: jax.Array, is_first: jax.Array,
-        is_last: jax.Array, slots: int,
+        is_last: jax.Array, slots: int, full: bool,
     ):  # fmt: skip
         self.table, self.stages = table, stages
         self.outer, self.outer_constants = outer, outer_constants
         self.layers, self.layer_constants = layers, layer_constants
         self.batch, self.shared = batch, shared
         self.active, self.is_first, self.is_last = active, is_first, is_last
-        self.slots = slots
+        self.slots, self.full = slots, full
         micro = self._micro(jnp.int32(0))
         self.x = jax.eval_shape(lambda: self._first(outer, micro))
         self.parts = jax.eval_shape(lambda x: self._last(outer, x, micro)[1], self.x)
@@ -222,18 +225,16 @@ class _Rank:
         return self.stages.last(outer, self.outer_constants, x, micro)
 
     def _micro(self, index: jax.Array) -> Tree:
-        at = lambda x: lax.dynamic_index_in_dim(x, index, keepdims=False)  # noqa: E731
-        return jax.tree.map(at, self.batch), self.shared
+        return entry(self.batch, index), self.shared
 
     def _zero_total(self) -> _Total:
-        zeros = lambda tree: jax.tree.map(jnp.zeros_like, tree)  # noqa: E731
         rows = self.active.shape[0]
         return _Total(
             jnp.zeros((), jnp.float32),
             zeros_like_shapes(self.parts),
             jax.tree.map(lambda s: jnp.zeros((rows, *s.shape), s.dtype), self.one.stats),
-            zeros(self.outer),
-            zeros(self.layers),
+            zeros_like_shapes(self.outer),
+            zeros_like_shapes(self.layers),
         )
 
     def _nothing(self) -> _Out:
@@ -271,24 +272,30 @@ class _Rank:
         )
         return pull((dy, jnp.float32(1.0)))
 
-    def _layer_forward(self, row: jax.Array, x: jax.Array, micro: Tree):
-        def skip():
-            return _Layer(
-                x, *zeros_like_shapes((self.one.objective, self.one.stats, self.one.saved))
-            )
+    def _step(self, rows, saved, micro: Tree, defer: bool, carry):
+        """One layer forward, one backward, or both; `rows` says which, None for neither.
 
-        return lax.cond(self.active[row], lambda: self._run_layer(row, x, micro), skip)
+        Both are in one branch where both slots hold a layer, so that they can overlap.
+        """
+        x, dy, d_layers = carry
 
-    def _layer_backward(self, row: jax.Array, saved, dy: jax.Array, d_layers: Tree, defer: bool):
-        """Gradient of the layer's input, and `d_layers` with that of its weights added."""
+        def passes(forward: bool, backward: bool):
+            out: Any = None
+            if rows[0] is not None:
+                empty = zeros_like_shapes((self.one.objective, self.one.stats, self.one.saved))
+                out = self._run_layer(rows[0], x, micro) if forward else _Layer(x, *empty)
+            if not backward:
+                return out, dy, d_layers
+            d_weights, dx = self._pull_back(rows[1], saved, dy)
+            return out, dx, d_layers if defer else add_entry(d_layers, d_weights, rows[1])
 
-        def run():
-            d_weights, dx = self._pull_back(row, saved, dy)
-            if defer:
-                return dx, d_layers
-            return dx, add_entry(d_layers, d_weights, row)
-
-        return lax.cond(self.active[row], run, lambda: (dy, d_layers))
+        asked = [row is not None for row in rows]
+        if self.full:
+            return passes(*asked)
+        cases = list(itertools.product(*([False, True][: 1 + a] for a in asked)))
+        here = [self.active[row].astype(jnp.int32) for row in rows if row is not None]
+        index = functools.reduce(lambda total, bit: 2 * total + bit, here)
+        return lax.switch(index, [functools.partial(passes, *case) for case in cases])
 
     # -- ticks
 
@@ -310,18 +317,15 @@ class _Rank:
             dy, total = self._output_gradient(stash, row, total)
 
         def step(carry, i):
-            x, dy, d_layers = carry
-            out, cotangent = None, None  # leaves of nothing, to a scan
-            if forward:
-                out = self._layer_forward(row["f_chunk"] * self.slots + i, x, micro)
-                x = out.y
-            if backward:
-                j = self.slots - 1 - i
-                at = row["b_chunk"] * self.slots + j
-                cotangent = dy if defer else None
-                dy, d_layers = self._layer_backward(at, entry(saved, j), dy, d_layers, defer)
-            kept = None if out is None else out._replace(y=None)
-            return (x, dy, d_layers), (kept, cotangent)
+            j = self.slots - 1 - i
+            rows = (
+                row["f_chunk"] * self.slots + i if forward else None,
+                row["b_chunk"] * self.slots + j if backward else None,
+            )
+            kept = entry(saved, j) if backward else None
+            out, dx, d_layers = self._step(rows, kept, micro, defer, carry)
+            y, layer = (out.y, out._replace(y=None)) if forward else (None, None)
+            return (y, dx, d_layers), (layer, carry[1] if defer else None)
 
         start = (x, dy, total.d_layers)
         outputs: Any
@@ -380,7 +384,7 @@ class _Rank:
                     d_layers, self._pull_back(at, entry(saved, i), cotangents[i])[0], at
                 )
 
-            return lax.cond(self.active[at], add, lambda: d_layers), None
+            return (add() if self.full else lax.cond(self.active[at], add, lambda: d_layers)), None
 
         d_layers, _ = lax.scan(step, total.d_layers, jnp.arange(self.slots))
         return total._replace(d_layers=d_layers), self._nothing()

@@ -8,6 +8,8 @@ cluster would run, with its collectives and its memory. It cannot be run here.
 from collections.abc import Sequence
 from typing import Any
 
+from sharding.config import MeshConfig
+
 H200 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32
@@ -34,9 +36,20 @@ INSPECTION = {
 """Options that compile in less than half the time. Collectives and their order stay; products go
 to cuBLAS instead of Triton, and the machine code is slow: for reading, not for running."""
 
-OVERLAP = {"xla_gpu_dot_merger_threshold_mb": 0}
-"""Options of a layout that computes two micro batches side by side. XLA joins small products that
-share an operand, here the weights, into one, which then waits for both micro batches."""
+OVERLAP = {
+    "xla_gpu_dot_merger_threshold_mb": 0,
+    "xla_disable_hlo_passes": "multi_output_fusion",
+}
+"""Options of a layout that computes two micro batches side by side. XLA joins what shares an
+operand, such as a weight or a table of angles: products into one product, fusions into one kernel.
+What it joins waits for both micro batches, and no exchange of one can then hide behind the other.
+"""
+
+
+def schedule_options(config: MeshConfig) -> dict[str, Any]:
+    """Compiler options that a layout needs on GPUs for its overlap."""
+    in_pairs = config.overlap or (config.pipe > 1 and config.schedule.startswith("dualpipe"))
+    return dict(OVERLAP) if in_pairs else {}
 
 
 def absent_gpus(nodes: int, per_node: int = 8, description: str = H200) -> Sequence[Any]:

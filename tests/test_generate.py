@@ -245,6 +245,28 @@ def test_two_processes_give_the_text_of_one(run, tmp_path):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
+def test_a_process_that_refuses_ends_the_other(run):
+    """The second one is given a prompt of its own that the model cannot read."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    started = []
+    for i, prompt in enumerate(("5,77", "5,999")):
+        command = [
+            sys.executable, "generate.py", "--checkpoint", str(run), "--prompt-ids", prompt,
+            "--emulate", "2", "--compilation-cache", "", "--coordinator", f"localhost:{port}",
+            "--num-processes", "2", "--process-id", str(i),
+        ]  # fmt: skip
+        pipe = subprocess.PIPE
+        started.append(subprocess.Popen(command, cwd=HERE, stdout=pipe, stderr=pipe, text=True))
+    said = [process.communicate(timeout=120)[1] for process in started]
+    assert [process.returncode for process in started] == [3, 2], said
+    reason = "prompt 0 holds token 999; the vocabulary has ids 0..319"
+    assert f"generate.py: {reason}" in said[1]
+    assert f"generate.py: process 1 of 2 failed: {reason}" in said[0]
+
+
 def test_an_axis_overrides_the_layout(run):
     options = ["--checkpoint", str(run), "--layout", "cube", "--mesh.tensor", "4"]
     mesh = generate.parse(options).mesh

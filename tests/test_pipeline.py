@@ -17,12 +17,14 @@ from sharding.config import MeshConfig
 from sharding.schedule import make_schedule
 from sharding.stage_weights import place_layers
 from tests.layout_helpers import (
+    KNOBS,
     MODEL,
     ONE_DEVICE,
     TRAIN,
     Result,
     assert_same_step,
     layout_of,
+    micro_batches,
     random_rows,
     random_segments,
     take_step,
@@ -31,7 +33,8 @@ from training.step import Trainer
 
 DEEP = dataclasses.replace(MODEL, num_layers=6)
 """One dense and five MoE layers: they divide by no number of stages."""
-DEEPER = dataclasses.replace(MODEL, num_layers=9, num_dense_layers=0)
+EVEN = dataclasses.replace(MODEL, num_layers=8, num_dense_layers=0)
+"""A layer for each of eight stages: no rank has an empty slot."""
 ROWS = dataclasses.replace(TRAIN, batch_size=16)
 
 PIPELINES = {
@@ -86,10 +89,12 @@ def test_a_pipelined_step_is_the_one_device_step(name):
 
 
 @pytest.mark.slow
-def test_eight_stages():
-    """One layer each, on the first without a dense layer before it and the last with the loss."""
-    layout = MeshConfig(pipe=8)
-    assert_same_step(take_step(layout, model=DEEPER, micro=8, train=ROWS), one_device(DEEPER))
+@pytest.mark.parametrize(
+    "layout", [MeshConfig(pipe=8), MeshConfig(pipe=4, schedule="dualpipev")], ids=["1f1b", "v"]
+)
+def test_eight_stages_of_one_layer(layout):
+    """As many layers as slots on every rank: layers are not behind a branch."""
+    assert_same_step(take_step(layout, model=EVEN, micro=8, train=ROWS), one_device(EVEN))
 
 
 @pytest.mark.slow
@@ -178,3 +183,20 @@ def test_what_does_not_fit_is_refused_before_compilation(layout, micro, message)
     train = dataclasses.replace(ROWS, micro_batch_size=16 // micro)
     with pytest.raises(ValueError, match=message):
         Trainer(DEEP, train, Recipe(), layout_of(layout))
+
+
+@pytest.mark.slow
+def test_the_program_does_not_grow_with_layers_or_micro_batches():
+    """Lowered text of twice the layers and of twice the micro batches is as long."""
+
+    def length(layers: int, micro: int) -> int:
+        model = dataclasses.replace(MODEL, num_layers=1 + layers)
+        train = dataclasses.replace(ROWS, micro_batch_size=16 // micro)
+        trainer = Trainer(model, train, Recipe(), layout_of(MeshConfig(pipe=2)))
+        batch = {"tokens": micro_batches(random_rows(train=ROWS), micro)}
+        return len(trainer.step.lower(trainer.abstract_state, batch, KNOBS).as_text())
+
+    short = length(4, 4)
+    assert length(8, 4) < 1.02 * short
+    # Constants of the table are longer; nothing else is.
+    assert length(4, 8) < 1.02 * short

@@ -42,6 +42,9 @@ def test_plan_agrees_with_a_loop_over_steps():
         batch_ramp_from=8, batch_ramp_tokens=4000,
     )  # fmt: skip
     plan, sequences = BatchPlan(train), 0
+    pairs = BatchPlan(dataclasses.replace(train, batch_ramp_step=2))
+    assert pairs.micro_batch_counts() == (2, 4, 6)
+    assert pairs.steps_at(4000) == pytest.approx(plan.steps_at(4000), rel=0.05)
     for step in range(60):
         exact = 8 + 16 * min(1.0, sequences * 8 / 4000)
         expected = 4 * math.floor(exact / 4 + 0.5)
@@ -168,3 +171,12 @@ def test_errors_name_the_numbers(changes, words):
 def test_negative_step_is_an_error():
     with pytest.raises(ValueError, match="step is -1"):
         constant().at(-1)
+
+
+def test_a_ramp_that_misses_its_end_is_refused():
+    train = TrainConfig(
+        steps=1, seq_len=8, batch_size=24, micro_batch_size=4, batch_ramp_from=8,
+        batch_ramp_tokens=4000, batch_ramp_step=3,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="batch_ramp_step=3 does not lead from .* a divisor of 4"):
+        BatchPlan(train)

@@ -58,6 +58,8 @@ class TrainConfig:
     """Sequences per step at the start; grows to batch_size in whole micro batches. 0: no ramp."""
     batch_ramp_tokens: float = 0.0
     """Tokens over which the batch grows linearly."""
+    batch_ramp_step: int = 1
+    """Micro batches that are added at a time; 2 keeps their number even, as DualPipe wants."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Update rule and its constants."""
     learning_rate: tuple[Phase, ...] = ()

@@ -11,7 +11,13 @@ import jax.numpy as jnp
 
 from model.blueprint import Tree, bind, blueprint
 from model.config import ModelConfig
-from model.loss import LossParts, LossWeights, inputs_and_targets, training_loss
+from model.loss import (
+    LossParts,
+    LossWeights,
+    inputs_and_targets,
+    make_examples,
+    training_loss,
+)
 from model.recipe import Recipe
 from model.stages import join_weights, merge_parts, pipeline_stages, split_weights, stage_costs
 from model.transformer import DeepSeekV3
@@ -43,7 +49,7 @@ def accumulated_gradients(
     def loss_of(params, micro: Batch):
         model = bind(config, params, router_bias)
         if not in_pairs:
-            return training_loss(model, micro, weights, recipe)
+            return training_loss(model, make_examples(micro, config.mtp_depth), weights, recipe)
         pair = [{name: rows[i] for name, rows in micro.items()} for i in range(2)]
         return _loss_of_pair(model, pair, weights, recipe)
 
@@ -64,12 +70,13 @@ def accumulated_gradients(
 
 def _loss_of_pair(model: DeepSeekV3, pair: list[Batch], weights: LossWeights, recipe: Recipe):
     """`training_loss` of two micro batches, computed side by side."""
-    tokens = tuple(inputs_and_targets(micro)[0] for micro in pair)
+    examples = [make_examples(micro, model.config.mtp_depth) for micro in pair]
+    tokens = tuple(example.tokens for example in examples)
     xs = tuple(model.before(tokens_of_one, recipe) for tokens_of_one in tokens)
     xs, stats = model.between(xs, tokens, recipe)
     ends = [
-        training_loss(model, micro, weights, recipe, x_BTD)
-        for micro, x_BTD in zip(pair, xs, strict=True)
+        training_loss(model, example, weights, recipe, x_BTD)
+        for example, x_BTD in zip(examples, xs, strict=True)
     ]
     total, parts = jax.tree.map(jnp.add, *ends)
     layers = jax.tree.map(jnp.add, *stats)
@@ -111,6 +118,7 @@ def pipelined_gradients(
     shared = weights.num_targets, weights.num_sequences, weights.mtp
     stages = pipeline_stages(config, recipe, weights.balance)
     table = tick_table(schedule)
-    result = run(table, placement, stages, held, axes, batch, shared, layout)
+    examples = jax.vmap(lambda micro: make_examples(micro, config.mtp_depth))(batch)
+    result = run(table, placement, stages, held, axes, examples, shared, layout)
     parts = merge_parts(result.parts, result.stats, weights.num_sequences)
     return result.objective, parts, join_weights(result.d_outer, result.d_layers)

@@ -102,6 +102,12 @@ def _check_batches(train: TrainConfig) -> None:
             "a ramp needs both, a run without a ramp neither (set both to 0)"
         )
     micro = train.micro_batch_size or end
+    if train.batch_ramp_step < 1 or (start and (end - start) // micro % train.batch_ramp_step):
+        raise ValueError(
+            f"train.batch_ramp_step={train.batch_ramp_step} does not lead from batch_ramp_from="
+            f"{start} to batch_size={end} in micro batches of {micro}: give a divisor of "
+            f"{(end - start) // micro}"
+        )
     for name, size in (("batch_size", end), ("batch_ramp_from", start)):
         if micro < 1 or size % micro:
             common = math.gcd(start, end)
@@ -116,11 +122,11 @@ def _plateaus(train: TrainConfig, micro_batch_size: int) -> list[_Plateau]:
     last = train.batch_size // micro_batch_size
     if not train.batch_ramp_from:
         return [_Plateau(0, 0, last)]
-    first = train.batch_ramp_from // micro_batch_size
+    first, added = train.batch_ramp_from // micro_batch_size, train.batch_ramp_step
     plateaus, step, sequence = [], 0, 0
-    for micro_batches in range(first, last):
-        # The nearest whole number changes where the line crosses the half.
-        share = (micro_batches + 0.5 - first) / (last - first)
+    for micro_batches in range(first, last, added):
+        # The nearest of the plateaus changes where the line crosses the half between two.
+        share = (micro_batches + added / 2 - first) / (last - first)
         until_sequence = share * train.batch_ramp_tokens / train.seq_len
         batch_size = micro_batches * micro_batch_size
         steps = max(0, math.ceil((until_sequence - sequence) / batch_size))

@@ -44,6 +44,7 @@ from training.gradients import (
     pipelined_gradients,
 )
 from training.optimizer import clip_by_global_norm, make_optimizer, state_axes
+from training.schedule import BatchPlan
 
 State = dict[str, Any]
 Batch = dict[str, jax.Array]
@@ -64,7 +65,8 @@ class Trainer:
         train = self.train
         micro = train.micro_batch_size or train.batch_size
         check_batch(self.layout, micro)
-        check_micro_batches(self.model, self.layout, train.batch_size // micro)
+        for count in BatchPlan(train).micro_batch_counts():  # the batch may grow
+            check_micro_batches(self.model, self.layout, count)
         check_sequence(self.layout, self.train.seq_len)
 
     @functools.cached_property
