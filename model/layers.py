@@ -54,7 +54,17 @@ class RMSNorm(nnx.Module):
 
 def project(equation: str, x: jax.Array, w: nnx.Param) -> jax.Array:
     """Einsum of an activation with a weight, in the activation's type."""
-    return _project(equation, x, w[...].astype(x.dtype))
+    return _project(equation, x, computed(w).astype(x.dtype))
+
+
+def computed(w: nnx.Param) -> jax.Array:
+    """A weight's value, laid out as it is computed with.
+
+    Left to itself, XLA cuts the gradients of weights that are whole over `tensor` along it, and
+    moves them twice more between devices.
+    """
+    value, names = w[...], w.get_metadata("out_sharding")
+    return constrain(value, *names[len(names) - value.ndim :])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

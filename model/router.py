@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from model.config import ModelConfig
+from sharding.partition import on_shards
 
 
 def affinities(logits_BTE: jax.Array, config: ModelConfig) -> jax.Array:
@@ -25,15 +26,24 @@ def _limit_to_groups(choice_BTE: jax.Array, config: ModelConfig) -> jax.Array:
         return choice_BTE
     grouped_BTGM = choice_BTE.reshape(*choice_BTE.shape[:-1], G, -1)
     if config.topk_method == "noaux_tc":
-        group_BTG = jax.lax.top_k(grouped_BTGM, 2)[0].sum(-1)
+        group_BTG = _top_k(grouped_BTGM, 2)[0].sum(-1)
         removed = -jnp.inf
     else:
         # V2 masks with 0, which no softmax score falls below.
         group_BTG = grouped_BTGM.max(-1)
         removed = 0.0
-    kept_BTg = jax.lax.top_k(group_BTG, config.groups_per_token)[1]
+    kept_BTg = _top_k(group_BTG, config.groups_per_token)[1]
     kept_BTG = jax.nn.one_hot(kept_BTg, G, dtype=jnp.bool).any(-2)
     return jnp.where(kept_BTG[..., None], grouped_BTGM, removed).reshape(choice_BTE.shape)
+
+
+def _top_k(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """The `count` largest of the last axis and their places, of arrays [B, T, ...].
+
+    On each device for its own tokens: XLA's partitioner would gather those of all devices.
+    """
+    names = ("batch", "seq", *(None,) * (x.ndim - 2))
+    return on_shards(lambda x: tuple(jax.lax.top_k(x, count)), (names,), (names, names))(x)
 
 
 def select(
@@ -46,7 +56,7 @@ def select(
     choice_BTE = jax.lax.stop_gradient(scores_BTE)
     if bias_E is not None:
         choice_BTE = choice_BTE + bias_E.astype(jnp.float32)
-    ids_BTK = jax.lax.top_k(_limit_to_groups(choice_BTE, config), config.experts_per_token)[1]
+    ids_BTK = _top_k(_limit_to_groups(choice_BTE, config), config.experts_per_token)[1]
     weights_BTK = jnp.take_along_axis(scores_BTE, ids_BTK, axis=-1)
     if config.normalize_topk:
         weights_BTK = weights_BTK / (weights_BTK.sum(-1, keepdims=True) + 1e-20)
@@ -67,7 +77,7 @@ def balance_loss(scores_BTE: jax.Array, valid_BT: jax.Array, config: ModelConfig
     """
     E, K = config.num_experts, config.experts_per_token
     tokens_B = jnp.maximum(valid_BT.sum(1), 1.0)
-    top_BTK = jax.lax.top_k(jax.lax.stop_gradient(scores_BTE), K)[1]
+    top_BTK = _top_k(jax.lax.stop_gradient(scores_BTE), K)[1]
     hits_BTE = jax.nn.one_hot(top_BTK, E, dtype=jnp.float32).sum(2)
     f_BE = E / K * jnp.einsum("BTE,BT->BE", hits_BTE, valid_BT) / tokens_B[:, None]  # eq. 18
     share_BTE = scores_BTE / scores_BTE.sum(-1, keepdims=True)  # eq. 19

@@ -14,6 +14,7 @@ from model.costs import count_weights
 from model.loss import LossParts, LossWeights, training_loss
 from model.moe import MoEStats
 from model.recipe import Recipe
+from sharding.partition import constrain
 from sharding.pipeline import Stages, Weights
 
 ROUTED = ("w_gate", "w_up", "w_down")
@@ -63,7 +64,10 @@ def pipeline_stages(config: ModelConfig, recipe: Recipe, balance_weight: float) 
         model = bind_around(config, outer, bias)
         return training_loss(model, micro[0], weights_of(micro), recipe, x_BTD)
 
-    return Stages(first, layer, last)
+    def place(x_BTD: jax.Array) -> jax.Array:
+        return constrain(x_BTD, "batch", "stream", "embed")
+
+    return Stages(first, layer, last, place)
 
 
 def merge_parts(parts: LossParts, stats: MoEStats, num_sequences: jax.Array) -> LossParts:

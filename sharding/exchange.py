@@ -292,28 +292,32 @@ _collect.defvjp(_collect_fwd, _collect_bwd)
 
 
 def _rounds(one_round: Callable, floats, ints, rounds: Array) -> tuple[Array, Array]:
-    """Sum of `one_round(i, floats, ints)` over as many rounds as it takes: a run-time number."""
+    """Sum of `one_round(i, floats, ints)` over as many rounds as it takes: a run-time number.
+
+    The first, often the only one, is outside of the loop: there it can overlap other work.
+    """
 
     def step(carry):
         i, *total = carry
         return i + 1, *map(jnp.add, total, one_round(i, floats, ints))
 
-    _, x_RD, _ = floats
-    zeros = vary(jnp.zeros(x_RD.shape, jnp.float32)), vary(jnp.zeros((), jnp.int32))
-    _, y_RD, computed = lax.while_loop(lambda carry: carry[0] < rounds, step, (0, *zeros))
+    start = (1, *one_round(0, floats, ints))
+    _, y_RD, computed = lax.while_loop(lambda carry: carry[0] < rounds, step, start)
     return y_RD, computed
 
 
 def _rounds_gradient(one_round: Callable, floats, ints, rounds: Array, dy_RD: Array):
     """Gradient of `floats`, summed in fp32. Each round is computed again: one at a time is held."""
 
+    def gradient(i):
+        _, vjp = jax.vjp(lambda floats: one_round(i, floats, ints)[0], floats)
+        return jax.tree.map(lambda g: vary(g.astype(jnp.float32)), *vjp(dy_RD))
+
     def step(carry):
         i, total = carry
-        _, vjp = jax.vjp(lambda floats: one_round(i, floats, ints)[0], floats)
-        return i + 1, jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, *vjp(dy_RD))
+        return i + 1, jax.tree.map(jnp.add, total, gradient(i))
 
-    zeros = jax.tree.map(lambda x: vary(jnp.zeros(x.shape, jnp.float32)), floats)
-    _, total = lax.while_loop(lambda carry: carry[0] < rounds, step, (0, zeros))
+    _, total = lax.while_loop(lambda carry: carry[0] < rounds, step, (1, gradient(0)))
     return jax.tree.map(lambda g, x: g.astype(x.dtype), total, floats)
 
 

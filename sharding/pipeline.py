@@ -30,10 +30,9 @@ from sharding.stage_weights import (
     AXIS,
     Placement,
     Weights,
-    cut,
+    by_layer,
     fetch,
     gather_outer,
-    manual_spec,
     send_back,
     sum_outer,
 )
@@ -54,6 +53,8 @@ class Stages(NamedTuple):
     """One layer: (x, objective), stats = layer(weights, constants, x, micro)."""
     last: Callable[[Tree, Tree, jax.Array, Tree], tuple[jax.Array, Tree]]
     """What follows the layers: objective, parts = last(outer, constants, x, micro)."""
+    place: Callable[[jax.Array], jax.Array]
+    """x, laid out over the other axes as activations between layers are."""
 
 
 class Result(NamedTuple):
@@ -73,51 +74,43 @@ def run(
 ) -> Result:  # fmt: skip
     """Gradients of the sum of all objectives over the micro batches of `batch` [N, ...].
 
-    `axes` holds the logical axes of every weight (constants excepted: they are whole everywhere).
+    `axes` holds the logical axes of every weight; constants outside the layers are whole.
     `shared` is a tree that all micro batches see; a stage function's `micro` is (batch[n], shared).
     """
-    find_cut = lambda x, names: cut(names, layout)  # noqa: E731
-    outer_dims = jax.tree.map(find_cut, weights.outer, axes.outer)
-    layer_dims = jax.tree.map(find_cut, weights.layers, axes.layers)
+    held = Weights(
+        gather_outer(weights.outer, axes.outer, layout),
+        fetch(weights.layers, axes.layers, placement, layout),
+        weights.outer_constants,
+        fetch(weights.layer_constants, axes.layer_constants, placement, layout),
+    )
+    full = bool((placement.layer_of >= 0).all())
 
-    def on_rank(weights, batch, shared, columns, slots, is_first, is_last):
-        slots_W = slots.reshape(-1)
-        layers = jax.tree.map(
-            lambda x, dim: fetch(x, dim, slots_W, placement), weights.layers, layer_dims
-        )
-        rank = _Rank(
-            table, stages, jax.tree.map(gather_outer, weights.outer, outer_dims),
-            weights.outer_constants, layers,
-            jax.tree.map(lambda x: fetch(x, -1, slots_W, placement), weights.layer_constants),
-            batch, shared, slots_W >= 0, is_first[0], is_last[0], slots.shape[-1],
-            bool((placement.layer_of >= 0).all()),
-        )  # fmt: skip
+    def on_rank(held, batch, shared, columns, slots, is_first, is_last):
+        active = slots.reshape(-1) >= 0
+        ends = is_first[0], is_last[0]
+        rank = _Rank(table, stages, held, batch, shared, active, *ends, slots.shape[-1], full)
         total = rank.run(jax.tree.map(lambda column: column[:, 0], columns))
         objective, parts = lax.psum((total.objective, total.parts), AXIS)
-        return Result(
-            objective,
-            parts,
-            jax.tree.map(lambda x: send_back(x, -1, slots_W, placement), total.stats),
-            jax.tree.map(sum_outer, total.d_outer, outer_dims),
-            jax.tree.map(
-                lambda g, dim: send_back(g, dim, slots_W, placement), total.d_layers, layer_dims
-            ),
-        )
+        d_outer = jax.tree.map(lambda g: g[None], total.d_outer)
+        return Result(objective, parts, total.stats, d_outer, total.d_layers)
 
     whole: Any = PartitionSpec()
-    ranks, ticks = PartitionSpec(AXIS), PartitionSpec(None, AXIS)
-    outer_specs, layer_specs = (
-        jax.tree.map(manual_spec, dims) for dims in (outer_dims, layer_dims)
-    )
+    ranks: Any = PartitionSpec(AXIS)
+    ticks = PartitionSpec(None, AXIS)
     run_on_ranks = along_axis(
         on_rank,
         AXIS,
-        (Weights(outer_specs, layer_specs, whole, whole), whole, whole, ticks, ranks, ranks, ranks),
-        Result(whole, whole, whole, outer_specs, layer_specs),
+        (Weights(whole, ranks, whole, ranks), whole, whole, ticks, ranks, ranks, ranks),
+        Result(whole, whole, ranks, ranks, ranks),
     )
     columns = {name: jnp.asarray(column) for name, column in table.columns().items()}
     arrays = (jnp.asarray(x) for x in placement)
-    return run_on_ranks(weights, batch, shared, columns, *arrays)
+    result = run_on_ranks(held, batch, shared, columns, *arrays)
+    return result._replace(
+        stats=jax.tree.map(lambda x: by_layer(x, placement), result.stats),
+        d_outer=sum_outer(result.d_outer, axes.outer, layout),
+        d_layers=send_back(result.d_layers, axes.layers, placement, layout),
+    )
 
 
 class _Total(NamedTuple):
@@ -145,19 +138,17 @@ class _Rank:
     """The program of one rank; its methods are traced."""
 
     def __init__(
-        self, table: Table, stages: Stages, outer: Tree, outer_constants: Tree, layers: Tree,
-        layer_constants: Tree, batch: Tree, shared: Tree, active: jax.Array, is_first: jax.Array,
-        is_last: jax.Array, slots: int, full: bool,
+        self, table: Table, stages: Stages, held: Weights, batch: Tree, shared: Tree,
+        active: jax.Array, is_first: jax.Array, is_last: jax.Array, slots: int, full: bool,
     ):  # fmt: skip
         self.table, self.stages = table, stages
-        self.outer, self.outer_constants = outer, outer_constants
-        self.layers, self.layer_constants = layers, layer_constants
+        self.outer, self.layers, self.outer_constants, self.layer_constants = held
         self.batch, self.shared = batch, shared
         self.active, self.is_first, self.is_last = active, is_first, is_last
         self.slots, self.full = slots, full
         micro = self._micro(jnp.int32(0))
-        self.x = jax.eval_shape(lambda: self._first(outer, micro))
-        self.parts = jax.eval_shape(lambda x: self._last(outer, x, micro)[1], self.x)
+        self.x = jax.eval_shape(lambda: self._first(self.outer, micro))
+        self.parts = jax.eval_shape(lambda x: self._last(self.outer, x, micro)[1], self.x)
         self.one = jax.eval_shape(lambda x: self._run_layer(jnp.int32(0), x, micro), self.x)
 
     def run(self, columns: dict[str, jax.Array]) -> _Total:
@@ -219,10 +210,13 @@ class _Rank:
         return slots
 
     def _first(self, outer: Tree, micro: Tree) -> jax.Array:
-        return self.stages.first(outer, self.outer_constants, micro)
+        return self.stages.place(self.stages.first(outer, self.outer_constants, micro))
 
     def _last(self, outer: Tree, x: jax.Array, micro: Tree):
         return self.stages.last(outer, self.outer_constants, x, micro)
+
+    def _stashed(self, stash: jax.Array, slot: jax.Array) -> jax.Array:
+        return self.stages.place(entry(stash, slot))
 
     def _micro(self, index: jax.Array) -> Tree:
         return entry(self.batch, index), self.shared
@@ -308,9 +302,10 @@ class _Rank:
         dy: Any = None
         saved, micro = None, self._micro(row["f_micro"])
         if forward:
-            first = lambda: self._first(self.outer, micro)  # noqa: E731
             x = lax.cond(
-                self.is_first[row["f_chunk"]], first, lambda: entry(stash["x"], row["f_x"])
+                self.is_first[row["f_chunk"]],
+                lambda: self._first(self.outer, micro),
+                lambda: self._stashed(stash["x"], row["f_x"]),
             )
         if backward:
             saved = entry(stash["saved"], row["b_saved"])
@@ -345,7 +340,7 @@ class _Rank:
 
     def _output_gradient(self, stash, row, total: _Total) -> tuple[jax.Array, _Total]:
         """Gradient of the chunk's output: received, or on the last stage that of the loss."""
-        here = entry(stash["dy"], row["b_dy"])
+        here = self._stashed(stash["dy"], row["b_dy"])
         micro = self._micro(row["b_micro"])
 
         def last():
@@ -353,7 +348,7 @@ class _Rank:
                 lambda outer, y: self._last(outer, y, micro), self.outer, here, has_aux=True
             )  # fmt: skip
             d_outer, dy = pull(jnp.ones_like(objective))
-            return dy, total._replace(
+            return self.stages.place(dy), total._replace(
                 objective=total.objective + objective,
                 parts=jax.tree.map(jnp.add, total.parts, parts),
                 d_outer=jax.tree.map(jnp.add, total.d_outer, d_outer),

@@ -3,19 +3,23 @@
 Weights are stored in the model's order, cut over `pipe` along their width. At the start of a step
 each rank fetches whole layers of its stages by an all-to-all, and at the end sends the gradients
 back by another. So any placement of layers on ranks, uneven counts and the second copy of DualPipe
-need nothing else, and a checkpoint does not know of stages. Letters: L layers, W slots for layers
-on a rank, D the dimension that is stored in shards.
+need nothing else, and a checkpoint does not know of stages.
+
+All of it runs on whole devices, not in the region that is manual over `pipe` alone: there XLA would
+make a collective's operand whole over all other axes first. Letters: L layers, W slots for layers
+on a rank, P ranks, D the dimension that is stored in shards.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from sharding.partition import Layout
+from sharding.partition import Layout, Names
 from sharding.rules import axes_of, spec
 from sharding.schedule import Schedule
 
@@ -81,48 +85,96 @@ def place_layers(
     return Placement(layer_of, is_first, is_last)
 
 
-def cut(names: tuple[str | None, ...], layout: Layout) -> int:
+def gather_outer(tree: Tree, axes: Tree, layout: Layout) -> Tree:
+    """Weights outside the layers, whole over `pipe`: w[D_pipe] -> AllGather_pipe -> w[D]."""
+
+    def gather(x: jax.Array, names: Names) -> jax.Array:
+        return lax.with_sharding_constraint(x, NamedSharding(layout.mesh, _held(names, layout)))
+
+    return jax.tree.map(gather, tree, axes)
+
+
+def sum_outer(tree: Tree, axes: Tree, layout: Layout) -> Tree:
+    """Their gradients, one part per rank: dw[P_pipe, D]{U_pipe} -> ReduceScatter -> dw[D_pipe]."""
+
+    def add(g: jax.Array, names: Names) -> jax.Array:
+        dim = _cut(names, layout)
+        if dim < 0:
+            return g.sum(0)
+
+        def body(g):
+            return lax.psum_scatter(g[0], AXIS, scatter_dimension=dim, tiled=True)
+
+        held = PartitionSpec(AXIS, *_held(names, layout))
+        return _on_devices(body, layout, held, spec(names, layout.stored))(g)
+
+    return jax.tree.map(add, tree, axes)
+
+
+def fetch(tree: Tree, axes: Tree, placement: Placement, layout: Layout) -> Tree:
+    """Whole layers of every rank's slots: w[L, D_pipe] -> AllToAll_pipe -> w[(P W)_pipe, D]."""
+    everywhere = np.maximum(placement.layer_of, 0).reshape(-1)
+
+    def fetch_one(x: jax.Array, names: Names) -> jax.Array:
+        dim, held = _cut(names, layout), _held(names, layout)
+        slots = PartitionSpec(AXIS, *held[1:])
+        if dim < 0:
+            return lax.with_sharding_constraint(x[everywhere], NamedSharding(layout.mesh, slots))
+
+        def body(x):
+            return lax.all_to_all(x[everywhere], AXIS, split_axis=0, concat_axis=dim, tiled=True)
+
+        return _on_devices(body, layout, spec(names, layout.stored), slots)(x)
+
+    return jax.tree.map(fetch_one, tree, axes)
+
+
+def send_back(tree: Tree, axes: Tree, placement: Placement, layout: Layout) -> Tree:
+    """The transpose of `fetch`: dw[(P W)_pipe, D] -> AllToAll_pipe -> dw[L, D_pipe], copies added
+    up."""
+
+    def send_one(g: jax.Array, names: Names) -> jax.Array:
+        dim = _cut(names, layout)
+        if dim < 0:
+            return by_layer(g, placement)
+
+        def body(g):
+            g = lax.all_to_all(g, AXIS, split_axis=dim, concat_axis=0, tiled=True)
+            return by_layer(g, placement)
+
+        slots = PartitionSpec(AXIS, *_held(names, layout)[1:])
+        return _on_devices(body, layout, slots, spec(names, layout.stored))(g)
+
+    return jax.tree.map(send_one, tree, axes)
+
+
+def by_layer(x: jax.Array, placement: Placement) -> jax.Array:
+    """Rows of all slots added up by the layer they hold: [P W, ...] -> [L, ...]."""
+    layer_of = placement.layer_of.reshape(-1)
+    num_layers = int(layer_of.max()) + 1
+    # Every layer lies in one slot, or in two with DualPipe; a slot that is missing reads zeros.
+    copies = np.full((2, num_layers), len(layer_of))
+    for slot in np.flatnonzero(layer_of >= 0):
+        layer = layer_of[slot]
+        copies[int(copies[0, layer] < len(layer_of)), layer] = slot
+    first = x[copies[0]]
+    if (copies[1] == len(layer_of)).all():
+        return first
+    there = (copies[1] < len(layer_of)).reshape(-1, *(1,) * (x.ndim - 1))
+    return first + jnp.where(there, x[np.minimum(copies[1], len(layer_of) - 1)], 0)
+
+
+def _cut(names: Names, layout: Layout) -> int:
     """Dimension that is stored in shards over `pipe`; -1 for none."""
     cut = [AXIS in axes_of(entry) for entry in spec(names, layout.stored)]
     return cut.index(True) if any(cut) else -1
 
 
-def manual_spec(dim: int) -> PartitionSpec:
-    """Placement over `pipe` alone of an array that is cut along `dim` (-1: not at all)."""
-    return PartitionSpec(*([None] * dim), AXIS) if dim >= 0 else PartitionSpec()
+def _held(names: Names, layout: Layout) -> PartitionSpec:
+    """Placement of a weight as stored, but whole over `pipe`."""
+    rules = {n: tuple(a for a in axes if a != AXIS) for n, axes in layout.stored.items()}
+    return spec(names, rules)
 
 
-def gather_outer(x: jax.Array, dim: int) -> jax.Array:
-    """w[D_pipe] -> AllGather_pipe -> w[D]."""
-    return lax.all_gather(x, AXIS, axis=dim, tiled=True) if dim >= 0 else x
-
-
-def sum_outer(g: jax.Array, dim: int) -> jax.Array:
-    """dw[D]{U_pipe} -> ReduceScatter_pipe -> dw[D_pipe]."""
-    if dim < 0:
-        return lax.psum(g, AXIS)
-    return lax.psum_scatter(g, AXIS, scatter_dimension=dim, tiled=True)
-
-
-def fetch(x: jax.Array, dim: int, slots_W: jax.Array, placement: Placement) -> jax.Array:
-    """Whole layers of this rank's slots, w[L, D_pipe] -> AllToAll_pipe -> w[W, D]."""
-    if dim < 0:
-        return x[jnp.maximum(slots_W, 0)]
-    everywhere = np.maximum(placement.layer_of, 0).reshape(-1)
-    return lax.all_to_all(x[everywhere], AXIS, split_axis=0, concat_axis=dim, tiled=True)
-
-
-def send_back(g: jax.Array, dim: int, slots_W: jax.Array, placement: Placement) -> jax.Array:
-    """The transpose of `fetch`: dw[W, D] -> AllToAll_pipe -> dw[L, D_pipe], copies added up."""
-    num_layers = placement.layer_of.max() + 1
-    if dim < 0:
-        return lax.psum(by_layer(g, slots_W, num_layers), AXIS)
-    g = lax.all_to_all(g, AXIS, split_axis=dim, concat_axis=0, tiled=True)
-    return by_layer(g, placement.layer_of.reshape(-1), num_layers)
-
-
-def by_layer(x: jax.Array, layer_of: Any, num_layers: int) -> jax.Array:
-    """Rows of slots added up by the layer they hold: [slots, ...] -> [L, ...]; empty ones count
-    nothing."""
-    index = jnp.where(layer_of < 0, num_layers, layer_of)
-    return jnp.zeros((num_layers, *x.shape[1:]), x.dtype).at[index].add(x, mode="drop")
+def _on_devices(body: Callable, layout: Layout, in_spec: Any, out_spec: Any) -> Callable:
+    return jax.shard_map(body, mesh=layout.mesh, in_specs=in_spec, out_specs=out_spec)

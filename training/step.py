@@ -36,6 +36,7 @@ from sharding.partition import (
     stored_shardings,
     use_layout,
 )
+from sharding.topology import schedule_options
 from training.config import TrainConfig
 from training.gradients import (
     accumulated_gradients,
@@ -107,11 +108,13 @@ class Trainer:
         """
         rows = batch_sharding(self.layout, ROWS)
         whole = replicated(self.layout)
+        on_gpu = self.layout.mesh.devices.flat[0].platform in ("cuda", "gpu")
         return jax.jit(
             self._step,
             donate_argnums=0,
             in_shardings=(self.shardings, rows, whole),
             out_shardings=(self.shardings, whole),
+            compiler_options=schedule_options(self.layout.config) if on_gpu else None,
         )
 
     @functools.cached_property
