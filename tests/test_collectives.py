@@ -166,7 +166,7 @@ LAYOUTS = {
     "pipe_2_data_4": MeshConfig(pipe=2, data=4),
     "dualpipe_2_expert_4": MeshConfig(pipe=2, expert=4, schedule="dualpipe"),
 }
-DEFAULT = ("cube", "replicas")
+DEFAULT = ("cube",)
 """Compiled in the default suite; the others are slow tests."""
 
 

@@ -337,8 +337,8 @@ def emulated(x, out, name, start, size, far_start, far_size):
 @pytest.mark.parametrize(
     "config",
     [
-        MeshConfig(expert=4, expert_nodes=2, exchange="ragged", exchange_capacity=1.0),
-        slow(RAGGED),
+        slow(MeshConfig(expert=4, expert_nodes=2, exchange="ragged", exchange_capacity=1.0)),
+        RAGGED,
         slow(MeshConfig(expert=8, exchange="ragged", exchange_capacity=1.25)),
         slow(MeshConfig(expert=8, expert_nodes=2, exchange="ragged")),
     ],

@@ -131,7 +131,8 @@ def test_stacked_copies_as_on_a_gpu_give_the_same_logits():
 
 
 @pytest.mark.parametrize(("mesh", "extra"), LAYOUTS[1:4])
-@pytest.mark.parametrize("speculate", [pytest.param(False, marks=SLOW), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("speculate", [False, True])
 def test_greedy_text_is_that_without_copies(mesh, extra, speculate):
     assert text(mesh, extra, speculate)[0] == text()[0]
 

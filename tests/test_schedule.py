@@ -178,5 +178,5 @@ def test_a_ramp_that_misses_its_end_is_refused():
         steps=1, seq_len=8, batch_size=24, micro_batch_size=4, batch_ramp_from=8,
         batch_ramp_tokens=4000, batch_ramp_step=3,
     )  # fmt: skip
-    with pytest.raises(ValueError, match="batch_ramp_step=3 does not lead from .* a divisor of 4"):
+    with pytest.raises(ValueError, match=r"batch_ramp_step=3 does not lead from .* a divisor of 4"):
         BatchPlan(train)
