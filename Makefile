@@ -49,7 +49,7 @@ gpu-test: $(VENV)/.dev  ## tests that need a GPU (first: .venv/bin/python -m pip
 gpu-compiler: $(GPU_COMPILER)/.installed  ## XLA's compiler for GPUs, without GPU or driver (840 MB)
 
 gpu-programs: $(VENV)/.dev $(GPU_COMPILER)/.installed  ## compile train steps for absent GPUs and read them
-	$(PY) -m pytest -n 2 -m gpu_compile
+	$(PY) -m pytest -n 2 -m "gpu_compile and not slow"
 
 lint: $(VENV)/.dev  ## formatting and lint, nothing is changed
 	$(VENV)/bin/ruff format --check

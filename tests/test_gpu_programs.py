@@ -110,6 +110,7 @@ def hides(op: str, others: int) -> bool:
 
 
 @needs_compiler
+@pytest.mark.slow
 @pytest.mark.gpu_compile
 def test_v3_compiles_for_2048_gpus(tmp_path):
     """Real widths, 4 of 58 MoE layers: memory is that of the whole one in bench/results.md."""
@@ -120,6 +121,7 @@ def test_v3_compiles_for_2048_gpus(tmp_path):
 
 
 @needs_compiler
+@pytest.mark.slow
 @pytest.mark.gpu_compile
 def test_v3_compiles_in_the_papers_layout(tmp_path):
     report = compiled(tmp_path, f"{PAPER} 32")

@@ -46,6 +46,7 @@ LAYOUTS = {
     "data 8": MeshConfig(data=8),
     "fsdp 8": MeshConfig(fsdp=8),
     "expert 8": MeshConfig(expert=8),
+    "tensor 4": MeshConfig(tensor=4),
 }
 DEFAULT = ("cube",)
 """Compiled in the default suite; the others are slow tests."""
