@@ -54,10 +54,10 @@ class RMSNorm(nnx.Module):
 
 def project(equation: str, x: jax.Array, w: nnx.Param) -> jax.Array:
     """Einsum of an activation with a weight, in the activation's type."""
-    return _project(equation, x, computed(w).astype(x.dtype))
+    return _project(equation, x, as_computed(w).astype(x.dtype))
 
 
-def computed(w: nnx.Param) -> jax.Array:
+def as_computed(w: nnx.Param) -> jax.Array:
     """A weight's value, laid out as it is computed with.
 
     Left to itself, XLA cuts the gradients of weights that are whole over `tensor` along it, and

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from model.config import ModelConfig
-from model.layers import SwiGLU, computed, from_stream, router_bias, to_stream, weight
+from model.layers import SwiGLU, as_computed, from_stream, router_bias, to_stream, weight
 from model.recipe import Recipe, keep
 from model.replicas import Replicas
 from model.router import affinities, balance_loss, expert_counts, select
@@ -49,7 +49,7 @@ class Router(nnx.Module):
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Gate logits [B, T, E]; fp32 operands whatever the recipe, or near ties flip experts."""
-        kernel_DE = computed(self.kernel).astype(jnp.float32)
+        kernel_DE = as_computed(self.kernel).astype(jnp.float32)
         logits_BTE = jnp.einsum(
             "BTD,DE->BTE", x_BTD.astype(jnp.float32), kernel_DE, precision=jax.lax.Precision.HIGHEST
         )
