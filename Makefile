@@ -25,14 +25,18 @@ export GPU_COMPILER
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train env dev-env test slow gpu-test gpu-compiler gpu-programs lint format types \
+.PHONY: help train r1 env dev-env test slow gpu-test gpu-compiler gpu-programs lint format types \
 	reference-env reference bench clean distclean
 
 help:  ## list these targets
-	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
+	@grep -E '^[a-z0-9-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 16
 
 train: $(VENV)/.base  ## train a preset: CONFIG=tiny TRAIN_FLAGS="--emulate 8 --layout cube"
 	$(PY) train.py --config $(CONFIG) $(TRAIN_FLAGS)
+
+r1: $(VENV)/.base  ## R1-Zero in small, from random weights to runs/r1_zero/rl.png
+	$(PY) train.py --config r1_base
+	$(PY) train.py --config r1_zero --init-from runs/r1_base
 
 env: $(VENV)/.base  ## environment of a run
 dev-env: $(VENV)/.dev  ## the same with test, lint and type tools

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from checkpoint.weights import Weights
     from data.tokenizer import Tokenizer
     from model.config import ModelConfig
+    from model.recipe import Recipe
     from sharding.partition import Layout
 
 
@@ -46,6 +47,9 @@ class Common:
     """Run on this many emulated CPU devices; 0 takes the devices that are there."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and matrix products."""
+    kernels: Literal["auto", "mosaic", "portable", "reference"] = "auto"
+    """Backend of the hot paths. auto: the kernels for Hopper where devices, types and shapes allow
+    them, XLA elsewhere. mosaic: kernels or an error."""
     compilation_cache: str = "cache/xla"
     """Folder that keeps compiled programs between runs; empty keeps none."""
     distributed: Literal["auto", "on", "off"] = "auto"
@@ -269,7 +273,6 @@ def generate(options: Generate, source: "Weights", layout: "Layout") -> int:
     """Answer every prompt."""
     from generation import experts
     from generation.engine import Generator
-    from model.recipe import Recipe
 
     tokenizer = load_tokenizer(source)
     prompts = encode_prompts(options, source, tokenizer)
@@ -283,7 +286,7 @@ def generate(options: Generate, source: "Weights", layout: "Layout") -> int:
         options.experts, config, source.config.mtp_depth, layout
     )
     more = {"placement": placement, "count_load": saved is not None}
-    generator = Generator(config, Recipe(options.dtype), layout, **more)
+    generator = Generator(config, make_recipe(options, config, layout), layout, **more)
     generator.check(prompts, options.max_new_tokens, speculate)
 
     def decode(ids: Sequence[int]) -> str:
@@ -317,6 +320,17 @@ def generate(options: Generate, source: "Weights", layout: "Layout") -> int:
     return 0
 
 
+def make_recipe(options: Common, config: "ModelConfig", layout: "Layout") -> "Recipe":
+    """Types and kernels; says which hot paths go where."""
+    from model.kernels import choose
+    from model.recipe import Recipe
+
+    choice = choose(options.kernels, config, options.dtype, layout)
+    if is_first_process():
+        note("\n".join(f"kernels: {line}" for line in choice.describe()))
+    return Recipe(options.dtype, kernels=choice.kernels)
+
+
 def model_to_load(config: "ModelConfig", with_mtp: bool) -> "ModelConfig":
     """The model without MTP modules unless they are asked for: they are billions of weights."""
     return config if with_mtp else dataclasses.replace(config, mtp_depth=0)
@@ -331,11 +345,11 @@ def score(options: Score, source: "Weights", layout: "Layout") -> int:
 
     from generation.engine import Generator
     from generation.score import NpyWriter, Scorer, check_ids, nats, output_paths
-    from model.recipe import Recipe
 
     if options.mtp and not source.config.mtp_depth:
         raise ValueError("the model has no MTP module; score it without --mtp")
-    config, recipe = model_to_load(source.config, options.mtp), Recipe(options.dtype)
+    config = model_to_load(source.config, options.mtp)
+    recipe = make_recipe(options, config, layout)
     ids_BT = check_ids(read_tokens(options.tokens), config, str(options.tokens))
     B, T = ids_BT.shape
     depths = config.mtp_depth

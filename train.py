@@ -1,6 +1,7 @@
 """Train a DeepSeek-V3 family model: `python train.py --config tiny --emulate 8 --layout cube`.
 
-Reads top to bottom: devices, configuration, data, model and state, loop, what is left behind.
+Reads top to bottom: devices, configuration, data, model and state, loop, what is left behind. The
+stage of the configuration decides what is learned: text, or (stage rl) what a verifier rewards.
 `--help` lists every option, `--print-config` shows what a run would be.
 """
 
@@ -13,16 +14,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from configs.command import Command, parse
+from configs.command import Command, parse, print_config
 from configs.schema import RunConfig
 
 if TYPE_CHECKING:
+    from checkpoint.manager import CheckpointManager
     from data.prepare import Prepared
     from training.loop import Loop
     from training.step import Trainer
 
 STARTED = time.monotonic()
-SAMPLE_PROMPT = "def "
 SAMPLE_LENGTH = 128
 
 
@@ -61,7 +62,9 @@ def start_devices(command: Command) -> None:
 def make_trainer(run: RunConfig) -> "Trainer":
     """Everything that can be checked before data is read or an array exists."""
     from data.prepare import check_config
+    from model.kernels import choose
     from model.recipe import Recipe
+    from rl.stages import policy_trainer
     from sharding.mesh import make_layout
     from training.schedule import BatchPlan, check_schedules
     from training.step import Trainer
@@ -79,8 +82,12 @@ def make_trainer(run: RunConfig) -> "Trainer":
         )
     check_schedules(run.train, BatchPlan(run.train))
     layout = make_layout(run.mesh)
-    recipe = Recipe(run.train.dtype, run.train.remat, run.kernels)
-    trainer = Trainer(run.model, run.train, recipe, layout)
+    choice = choose(run.kernels, run.model, run.train.dtype, layout, run.train.fp8)
+    recipe = Recipe(run.train.dtype, run.train.remat, choice.kernels, fp8=run.train.fp8)
+    if run.stage == "rl":
+        trainer = policy_trainer(run, recipe, layout)
+    else:
+        trainer = Trainer(run.model, run.train, recipe, layout)
     _ = trainer.abstract_state  # names any weight that does not divide over the mesh
     return trainer
 
@@ -90,11 +97,13 @@ def describe(run: RunConfig, trainer: "Trainer") -> list[str]:
     import jax
 
     from model.costs import cache_bytes_per_token, count_parameters, train_flops_per_token
+    from model.kernels import choose
     from sharding.mesh import describe as describe_mesh
     from training.display import human
     from training.schedule import BatchPlan
 
     plan, train = BatchPlan(run.train), run.train
+    choice = choose(run.kernels, run.model, train.dtype, trainer.layout, train.fp8)
     count = count_parameters(run.model)
     flops = train_flops_per_token(run.model, train.seq_len)
     leaves = jax.tree.leaves(trainer.abstract_state)
@@ -105,8 +114,10 @@ def describe(run: RunConfig, trainer: "Trainer") -> list[str]:
     return [
         f"devices      {describe_mesh(trainer.layout.mesh)}",
         f"parameters   {count.total:,} total, {count.active:,} active, {count.mtp:,} in MTP",
-        f"compute      {human(flops)}FLOP/token (causal, without MTP), {train.dtype}, "
-        f"remat {train.remat}, kernels {run.kernels}",
+        f"compute      {human(flops)}FLOP/token (causal, without MTP), "
+        f"{train.dtype}{' with fp8 products' * train.fp8}, "
+        f"remat {train.remat}",
+        *(f"kernels      {line}" for line in choice.describe()),
         f"state        {held / 2**30:.3g} GiB per device: weights, moments, biases",
         f"cache        {cache_bytes_per_token(run.model):,} bytes/token in bf16",
         f"batch        {last.batch_size} x {train.seq_len} tokens in {last.micro_batches} micro "
@@ -122,24 +133,6 @@ def _size(shape: tuple[int, ...]) -> int:
     return size
 
 
-def print_config(run: RunConfig, derived: list[str]) -> None:
-    """Every resolved field as key=value, then what follows from them."""
-
-    def walk(prefix: str, value: Any) -> None:
-        if dataclasses.is_dataclass(value):
-            for field in dataclasses.fields(value):
-                walk(f"{prefix}.{field.name}" if prefix else field.name, getattr(value, field.name))
-        elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
-            for i, item in enumerate(value):
-                walk(f"{prefix}.{i}", item)
-        else:
-            print(f"{prefix}={value!r}")
-
-    walk("", run)
-    print()
-    print("\n".join(derived))
-
-
 # ---- Data ----------------------------------------------------------------------------------------
 
 
@@ -148,11 +141,13 @@ def prepare_data(run: RunConfig, say) -> "Prepared":
     import jax
 
     from data.prepare import prepare
+    from rl.corpus import corpus_data
     from sharding.processes import barrier
 
     if jax.process_index() > 0:
         barrier("data")
-    prepared = prepare(run.data, run.train.seq_len, run.seed, say)
+    data = corpus_data(run.task, run.data, run.seed, say) if run.task.name else run.data
+    prepared = prepare(data, run.train.seq_len, run.seed, say)
     if jax.process_index() == 0:
         barrier("data")
     if prepared.tokenizer.vocab_size > run.model.vocab_size:
@@ -210,29 +205,37 @@ def check_initial_weights(run: RunConfig, init_from: str) -> None:
         open_initial(Path(init_from), run.model)
 
 
+def open_state(
+    run: RunConfig, trainer: "Trainer", init_from: str, say
+) -> tuple["CheckpointManager", Any]:
+    """The run's checkpoints, and its state: of the newest good one, or a new one."""
+    from checkpoint.manager import CheckpointManager
+
+    checkpoints = CheckpointManager(Path(run.run_dir) / "checkpoints", run.checkpoint)
+    state = checkpoints.restore(trainer.abstract_state)
+    if state is None:
+        state = initial_state(run, trainer, init_from, say)
+    return checkpoints, state
+
+
 def make_loop(
     run: RunConfig, trainer: "Trainer", prepared: "Prepared", profile: range, init_from: str, say
 ) -> "Loop":
     """Restore the newest good checkpoint or initialise, and wire the parts together."""
-    from checkpoint.manager import CheckpointManager
     from model.costs import train_flops_per_token
     from training.display import Display
     from training.loop import Loop
     from training.schedule import BatchPlan
     from training.throughput import Throughput
 
-    run_dir = Path(run.run_dir)
-    checkpoints = CheckpointManager(run_dir / "checkpoints", run.checkpoint)
-    state = checkpoints.restore(trainer.abstract_state)
-    if state is None:
-        state = initial_state(run, trainer, init_from, say)
+    checkpoints, state = open_state(run, trainer, init_from, say)
     mesh = trainer.layout.mesh
     flops = train_flops_per_token(run.model, run.train.seq_len)
     return Loop(
         trainer=trainer,
         plan=BatchPlan(run.train),
         state=state,
-        run_dir=run_dir,
+        run_dir=Path(run.run_dir),
         config=dataclasses.asdict(run),
         checkpoints=checkpoints,
         save_every=run.checkpoint.every,
@@ -263,15 +266,15 @@ def run_loop(loop: "Loop", prepared: "Prepared") -> str:
 # ---- What is left behind -------------------------------------------------------------------------
 
 
-def sample_text(trainer: "Trainer", state: Any, prepared: "Prepared") -> str:
-    """One continuation of SAMPLE_PROMPT, to SAMPLE_LENGTH tokens or the length of a sequence."""
+def sample_text(trainer: "Trainer", state: Any, prepared: "Prepared", text: str) -> str:
+    """One continuation of `text`, to SAMPLE_LENGTH tokens or the length of a sequence."""
     import jax
     import numpy as np
 
     from sharding.partition import batch_shards
 
     tokenizer = prepared.tokenizer
-    prompt = np.concatenate([[tokenizer.eos_id], tokenizer.encode(SAMPLE_PROMPT)])
+    prompt = np.concatenate([[tokenizer.eos_id], tokenizer.encode(text)])
     length = min(SAMPLE_LENGTH, trainer.train.seq_len)
     ids = np.zeros((batch_shards(trainer.layout), length), np.int32)
     ids[:, : len(prompt)] = prompt
@@ -282,7 +285,7 @@ def sample_text(trainer: "Trainer", state: Any, prepared: "Prepared") -> str:
     return tokenizer.decode(row[: end[0]] if len(end) else row)
 
 
-def finish(loop: "Loop", prepared: "Prepared", say) -> None:
+def finish(loop: "Loop", prepared: "Prepared", sample_prompt: str, say) -> None:
     """Held-out result against gzip, a sample, plots, and where everything is."""
     from data.evaluation import gzip_bits_per_byte
     from training.plots import plot_run
@@ -296,7 +299,7 @@ def finish(loop: "Loop", prepared: "Prepared", say) -> None:
             f"{result['eval/loss']:.3f} nats/token"
             + (f", MTP acceptance {accepted:.0%}" if accepted is not None else "")
         )
-    text = sample_text(loop.trainer, loop.state, prepared)
+    text = sample_text(loop.trainer, loop.state, prepared, sample_prompt)
     say(f"sample:\n{text}\n")
     if _is_first_process():
         (loop.run_dir / "sample.txt").write_text(text)
@@ -345,12 +348,16 @@ def train(command: Command) -> int:
         if _is_first_process():
             print(line, flush=True)
 
-    derived = describe(run, trainer)
+    from rl import stages
+
+    derived = describe(run, trainer) + (stages.describe(run) if run.stage == "rl" else [])
     if command.print_config:
         print_config(run, derived)
         return 0
     say("\n".join(derived))
     check_initial_weights(run, command.init_from)
+    if run.stage == "rl":
+        return stages.run_stage(run, trainer, profile, command.init_from, open_state, STARTED, say)
     return run_to_end(run, trainer, profile, command.init_from, say)
 
 
@@ -377,7 +384,7 @@ def run_to_end(run: RunConfig, trainer: "Trainer", profile: range, init_from: st
         step = int(loop.state["step"])
         say(f"{stopped}: stopped and saved at step {step} in {run.run_dir}; run again to go on")
     else:
-        finish(loop, prepared, say)
+        finish(loop, prepared, run.sample_prompt, say)
     return 0
 
 

@@ -4,18 +4,22 @@
     PYTHONPATH=.gpu-compiler python -m bench.gpu_programs --mesh expert=8,exchange=ragged
     PYTHONPATH=.gpu-compiler python -m bench.gpu_programs --config v3_671b --nodes 256 \\
         --mesh pipe=16,data=2,expert=64,expert_nodes=8,schedule=dualpipe --micro-batches 32
+    PYTHONPATH=.gpu-compiler python -m bench.gpu_programs --config v3_671b --per-node 1 \\
+        --mesh data=1 --kernels mosaic --dense-layers 1 --moe-layers 4 --experts 16
     PYTHONPATH=.gpu-compiler python -m bench.gpu_programs --table [--write]
 
-The first two compile one layout, with one sequence per device and micro batch, and print what the
-compiled program says of itself. The third compiles every layout of the results, each in a process
+The first ones compile one layout, with one sequence per device and micro batch, and print what the
+compiled program says of itself. The last compiles every layout of the results, each in a process
 of its own. Nothing is run or allocated.
 """
 
 import argparse
+import collections
 import dataclasses
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -27,6 +31,8 @@ import numpy as np
 
 from bench.report import ROOT, write_section
 from configs import preset
+from model.config import ModelConfig
+from model.kernels import choose
 from model.recipe import Recipe
 from sharding.collectives import by_op_and_axes, read_collectives
 from sharding.config import MeshConfig
@@ -43,7 +49,14 @@ PAPER = (
     f"{V3} --mesh pipe=16,data=2,expert=64,expert_nodes=8,exchange_capacity=2,schedule=dualpipe "
     "--micro-batches"
 )
+STACK = (
+    "--config v3_671b --per-node 1 --mesh data=1 --kernels mosaic --micro-batches 1 "
+    "--dense-layers 1 --experts 16 --moe-layers"
+)
 CASES = {
+    "small, kernels": "--config small --per-node 1 --mesh data=1 --kernels mosaic",
+    "small, cube, kernels": "--config small --mesh cube --kernels mosaic",
+    "V3's widths, 1 + 7 layers of 16 experts, kernels": f"{STACK} 7",
     "tiny, cube": "--mesh cube",
     "tiny, expert 8": "--mesh expert=8",
     "tiny, expert 8, ragged": "--mesh expert=8,exchange=ragged",
@@ -81,6 +94,9 @@ class Report(NamedTuple):
     """Op, axes, executions, bytes."""
     spans: list[tuple[str, str, int, int]]
     """Of every asynchronous collective: op, its origin, products beside it, of other values."""
+    calls: dict[str, int]
+    """Calls in the program's text, loops counted once: libraries and kernels by name, and XLA's own
+    fusions by kind."""
 
 
 def mesh_of(text: str) -> MeshConfig:
@@ -101,9 +117,7 @@ def trainer_of(options: argparse.Namespace) -> tuple[Trainer, dict[str, Any]]:
     """The trainer of a preset on absent GPUs, and the shape of its batch."""
     run = preset(options.config)
     model, train = run.model, run.train
-    if options.moe_layers:
-        layers = model.num_dense_layers + options.moe_layers
-        model = dataclasses.replace(model, num_layers=layers)
+    model = resized(model, options)
     devices = absent_gpus(options.nodes, options.per_node)
     mesh = resolve(mesh_of(options.mesh), len(devices))
     assert math.prod(axis_sizes(mesh).values()) == len(devices)
@@ -118,7 +132,29 @@ def trainer_of(options: argparse.Namespace) -> tuple[Trainer, dict[str, Any]]:
     )
     shape = (options.micro_batches, rows, train.seq_len + 1)
     batch = {"tokens": jax.ShapeDtypeStruct(shape, np.int32)}
-    return Trainer(model, train, Recipe(train.dtype, train.remat, "portable"), layout), batch
+    choice = choose(options.kernels, model, train.dtype, layout)
+    return Trainer(model, train, Recipe(train.dtype, train.remat, choice.kernels), layout), batch
+
+
+def resized(model: ModelConfig, options: argparse.Namespace) -> ModelConfig:
+    """The preset with other numbers of layers and experts, widths as they are."""
+    dense = options.dense_layers or model.num_dense_layers
+    moe = options.moe_layers or model.num_moe_layers
+    experts = options.experts or model.num_experts
+    groups = math.gcd(model.num_expert_groups, experts)
+    kept = min(model.groups_per_token, groups)
+    return dataclasses.replace(
+        model, num_layers=dense + moe, num_dense_layers=dense, num_experts=experts,
+        num_expert_groups=groups, groups_per_token=kept,
+    )  # fmt: skip
+
+
+def read_calls(text: str) -> dict[str, int]:
+    """How often a compiled program's text calls each library or kernel, and XLA's fusions."""
+    kernels = re.findall(r'custom_call_target="([^"]+)"', text)
+    fusions = re.findall(r" fusion\(.*?kind=(\w+)", text)
+    found = collections.Counter([*kernels, *(f"fusion {kind}" for kind in fusions)])
+    return dict(found.most_common())
 
 
 def processor_seconds() -> float:
@@ -154,6 +190,7 @@ def inspect(options: argparse.Namespace) -> Report:
         memory.temp_size_in_bytes,
         [(op, axes, one.times, one.bytes) for (op, axes), one in groups.items()],
         [(s.op, s.source, len(s.products), len(s.of_others)) for s in read_spans(text)],
+        read_calls(text),
     )
 
 
@@ -167,6 +204,9 @@ def show(report: Report) -> None:
     )
     for op, axes, times, size in report.collectives:
         print(f"{op:20} {axes:24} {times:8} x  {size / GIB:10.3f} GiB in all")
+    print("\ncalls in the text, loops counted once:")
+    for name, count in report.calls.items():
+        print(f"{count:6}  {name}")
     spanning = [span for span in report.spans if span[2]]
     print(f"\n{len(spanning)} of {len(report.spans)} asynchronous collectives span products:")
     for op, source, products, others in spanning:
@@ -208,7 +248,10 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--per-node", type=int, default=8, help="GPUs of a host")
     found.add_argument("--micro-batches", type=int, default=2, help="micro batches of a step")
     found.add_argument("--sequences", type=int, default=1, help="per batch shard and micro batch")
-    found.add_argument("--moe-layers", type=int, default=0, help="depth; 0: the preset's")
+    found.add_argument("--moe-layers", type=int, default=0, help="0: the preset's")
+    found.add_argument("--dense-layers", type=int, default=0, help="0: the preset's")
+    found.add_argument("--experts", type=int, default=0, help="routed experts; 0: the preset's")
+    found.add_argument("--kernels", default="portable", help="as of train.py")
     found.add_argument("--json", default="", help="write the report here instead of printing it")
     found.add_argument("--text", default="", help="write the compiled text here")
     found.add_argument("--table", action="store_true", help="all layouts of the results")

@@ -5,7 +5,17 @@ import importlib
 
 from configs.schema import RunConfig
 
-PRESETS = ("tiny", "small", "v2_lite", "moonlight_16b", "v2", "v3_671b", "kimi_k2")
+PRESETS = (
+    "tiny",
+    "small",
+    "v2_lite",
+    "moonlight_16b",
+    "v2",
+    "v3_671b",
+    "kimi_k2",
+    "r1_base",
+    "r1_zero",
+)
 """Names of presets; each is the module of that name in this package."""
 
 

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -76,3 +76,21 @@ def parse(arguments: Sequence[str] | None = None) -> Command:
     if not run.run_dir:
         run = dataclasses.replace(run, run_dir=f"runs/{command.config}")
     return dataclasses.replace(command, run=run)
+
+
+def print_config(run: RunConfig, derived: list[str]) -> None:
+    """Every resolved field as key=value, then what follows from them."""
+
+    def walk(prefix: str, value: Any) -> None:
+        if dataclasses.is_dataclass(value):
+            for field in dataclasses.fields(value):
+                walk(f"{prefix}.{field.name}" if prefix else field.name, getattr(value, field.name))
+        elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+            for i, item in enumerate(value):
+                walk(f"{prefix}.{i}", item)
+        else:
+            print(f"{prefix}={value!r}")
+
+    walk("", run)
+    print()
+    print("\n".join(derived))

@@ -6,6 +6,7 @@ from typing import Literal
 from checkpoint.config import CheckpointConfig
 from data.config import DataConfig
 from model.config import ModelConfig
+from rl.config import RLConfig, TaskConfig
 from sharding.config import MeshConfig
 from training.config import TrainConfig
 
@@ -20,6 +21,12 @@ class RunConfig:
     """Length, batches, optimizer, schedules."""
     data: DataConfig = DataConfig()
     """Sources, tokenizer, packing."""
+    stage: Literal["pretrain", "rl"] = "pretrain"
+    """pretrain: next-token prediction. rl: a policy learns from rewards."""
+    task: TaskConfig = TaskConfig()
+    """A task with a verifier."""
+    rl: RLConfig = RLConfig()
+    """Rollout and objective of stage rl."""
     mesh: MeshConfig = MeshConfig()
     """Devices per mesh axis."""
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -28,5 +35,8 @@ class RunConfig:
     """Seed of initialisation and data order."""
     run_dir: str = ""
     """Folder of the run; empty is runs/<preset>. A run found there is resumed."""
-    kernels: Literal["auto", "portable", "reference"] = "auto"
-    """Backend of the hot paths."""
+    sample_prompt: str = "def "
+    """What the text that stage pretrain leaves in sample.txt begins with."""
+    kernels: Literal["auto", "mosaic", "emulated", "portable", "reference"] = "auto"
+    """Backend of the hot paths. auto: the kernels for Hopper where devices, types and shapes allow
+    them, XLA elsewhere. mosaic: kernels or an error. emulated: the kernels on CPU, for tests."""

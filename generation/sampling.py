@@ -32,12 +32,13 @@ def _renormalised(p_BV: jax.Array) -> jax.Array:
     return p_BV / p_BV.sum(-1, keepdims=True)
 
 
-def row_keys(key: jax.Array, positions_B: jax.Array, purpose: int) -> jax.Array:
-    """A key per row and position [B], so that a row's draws do not depend on the others."""
+def row_keys(
+    key: jax.Array, streams_B: jax.Array, positions_B: jax.Array, purpose: int
+) -> jax.Array:
+    """A key per row and position [B]; a row's draws depend on its stream's number alone."""
     key = jax.random.fold_in(key, purpose)
-    rows_B = jnp.arange(positions_B.shape[0])
     fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-    return jax.vmap(jax.random.fold_in)(fold(key, rows_B), positions_B)
+    return jax.vmap(jax.random.fold_in)(fold(key, streams_B), positions_B)
 
 
 def draw(keys_B: jax.Array, p_BV: jax.Array, sampling: Sampling) -> jax.Array:

@@ -2,9 +2,10 @@
 
 State (arrays of B rows): `cache`, one [B, S, L] per layer; `lengths_B`, tokens in the cache;
 `pending_B`, the last token drawn, not in the cache yet; `left_B`, tokens a row may still give;
-`finished_B`; `key`. Speculation adds `mtp_cache`, `draft_B` (a guess for the token after pending)
-and, unless it is greedy, `q_BV`, the distribution that was drawn from. Where experts' tokens are
-counted, `prefill` adds `load_LE`, which is no part of the state of `advance`.
+`finished_B`; `streams_B`, numbers that tell the rows' draws apart; `key`. Speculation adds
+`mtp_cache`, `draft_B` (a guess for the token after pending) and, unless it is greedy, `q_BV`, the
+distribution that was drawn from. Where experts' tokens are counted, `prefill` adds `load_LE`, which
+is no part of the state of `advance`.
 
 Letters: B rows, T prompt length, D hidden width, V vocabulary, S slots, N tokens of one call,
 L MoE layers (the MTP module last), E experts.
@@ -23,6 +24,7 @@ from generation.speculate import accept_or_redraw
 from model.blueprint import Tree
 from model.config import ModelConfig
 from model.decode import Decoder, make_decoder
+from model.mla import write_rows
 from model.recipe import Recipe
 from sharding.partition import Layout, batch_sharding, constrain, replicated, use_layout
 
@@ -34,6 +36,9 @@ MAIN, ACCEPT, REDRAW, DRAFT, TRIAL = range(5)
 
 DRAFTS = ("mtp_cache", "draft_B", "q_BV")
 """What speculation adds to the state."""
+
+BY_ROWS = ("cache", "mtp_cache", "routes_BSR")
+"""What of the state lies on the devices of its rows; everything else is whole on each."""
 
 State = dict[str, Any]
 
@@ -97,10 +102,10 @@ class Steps:
     def _state_shardings(self) -> dict[str, Any]:
         """Caches by rows, the rest whole on every device, the host's own included."""
         rows, whole = batch_sharding(self._layout, ("batch",)), replicated(self._layout)
-        names = ["cache", "lengths_B", "pending_B", "left_B", "finished_B", "key"]
+        names = ["cache", "lengths_B", "pending_B", "left_B", "finished_B", "streams_B", "key"]
         if self._speculate:
             names += ["mtp_cache", "draft_B"] + ([] if self._greedy else ["q_BV"])
-        return {name: rows if name.endswith("cache") else whole for name in names}
+        return {name: rows if name in BY_ROWS else whole for name in names}
 
     def _decoder(self, weights: Tree) -> Decoder:
         return make_decoder(self._config, weights, self._recipe, self._speculate, self._count)
@@ -114,12 +119,14 @@ class Steps:
             valid_BT = (positions_BT < lengths_B[:, None]) & (budget_B > 0)[:, None]
             valid_BT = valid_BT.astype(jnp.float32)
             hidden_BTD, cache = decoder.prefill(ids_BT, positions_BT, slots, valid_BT)
-            p_BV = self._probabilities(decoder, _at(hidden_BTD, lengths_B - 1))
-            pending_B = draw(row_keys(key, lengths_B, MAIN), p_BV, self._sampling)
+            p_BV = self._probabilities(decoder, at_index(hidden_BTD, lengths_B - 1))
+            streams_B = jnp.arange(ids_BT.shape[0], dtype=jnp.int32)
+            pending_B = draw(row_keys(key, streams_B, lengths_B, MAIN), p_BV, self._sampling)
             left_B = budget_B - 1
             state = {
                 "cache": cache,
                 "lengths_B": lengths_B,
+                "streams_B": streams_B,
                 "pending_B": pending_B,
                 "left_B": left_B,
                 "finished_B": (left_B <= 0) | jnp.isin(pending_B, eos),
@@ -132,27 +139,18 @@ class Steps:
                 mtp_BTD, state["mtp_cache"] = decoder.prefill_mtp(
                     hidden_BTD, next_ids_BT, positions_BT, slots, valid_BT
                 )
-                state |= self._draft(decoder, _at(mtp_BTD, lengths_B - 1), lengths_B + 1, key)
+                state |= self._draft(
+                    decoder, at_index(mtp_BTD, lengths_B - 1), lengths_B + 1, state
+                )
             if self._count:
                 state["load_LE"] = decoder.take_counts()
-            return _placed(state)
+            return place(state)
 
     def _advance(self, weights: Tree, state: State, eos: jax.Array, steps: jax.Array):
         with use_layout(self._layout):
             decoder = self._decoder(weights)
             step = self._speculative_step if self._speculate else self._plain_step
-            zeros_B = jnp.zeros_like(state["lengths_B"])
-            width = CHUNK * (2 if self._speculate else 1)
-            tokens_BN = jnp.zeros((zeros_B.shape[0], width), jnp.int32)
-            out = {
-                "tokens_BN": constrain(tokens_BN, None, None),
-                "counts_B": zeros_B,
-                "passes_B": zeros_B,
-                "accepted_B": zeros_B,
-            }
-            if self._count:
-                shape = self._config.num_moe_layers + self._speculate, self._config.num_experts
-                out["load_LE"] = constrain(jnp.zeros(shape, jnp.float32), None, None)
+            out = self._outputs(jnp.zeros_like(state["lengths_B"]))
 
             def running(carry):
                 i, state, _ = carry
@@ -164,10 +162,25 @@ class Steps:
                 if self._count:
                     load_LE = out["load_LE"] + decoder.take_counts()
                     out = {**out, "load_LE": constrain(load_LE, None, None)}
-                return i + 1, _placed(state), out
+                return i + 1, place(state), out
 
             _, state, out = jax.lax.while_loop(running, body, (0, state, out))
             return state, {**out, "finished_B": state["finished_B"]}
+
+    def _outputs(self, zeros_B: jax.Array) -> dict[str, jax.Array]:
+        """What `advance` returns, before its first step."""
+        width = CHUNK * (2 if self._speculate else 1)
+        tokens_BN = jnp.zeros((zeros_B.shape[0], width), jnp.int32)
+        out = {
+            "tokens_BN": constrain(tokens_BN, None, None),
+            "counts_B": zeros_B,
+            "passes_B": zeros_B,
+            "accepted_B": zeros_B,
+        }
+        if self._count:
+            shape = self._config.num_moe_layers + self._speculate, self._config.num_experts
+            out["load_LE"] = constrain(jnp.zeros(shape, jnp.float32), None, None)
+        return out
 
     def _plain_step(self, decoder: Decoder, state: State, out, eos):
         lengths_B, pending_B = state["lengths_B"], state["pending_B"]
@@ -176,13 +189,16 @@ class Steps:
             pending_B[:, None], lengths_B[:, None], state["cache"], _valid(running_B, 1)
         )
         p_BV = self._probabilities(decoder, hidden_BQD[:, 0])
-        next_B = draw(row_keys(state["key"], lengths_B + 1, MAIN), p_BV, self._sampling)
+        keys_B = row_keys(state["key"], state["streams_B"], lengths_B + 1, MAIN)
+        next_B = draw(keys_B, p_BV, self._sampling)
         out = {**out, "passes_B": out["passes_B"] + running_B}
+        state = self._with_routes(decoder, state, lengths_B)
         state = {**state, "cache": cache, "lengths_B": lengths_B + running_B}
-        return _emit(state, out, next_B, running_B, eos)
+        return _emit(state, out, next_B, p_BV, running_B, eos)
 
     def _speculative_step(self, decoder: Decoder, state: State, out, eos):
-        lengths_B, key, running_B = state["lengths_B"], state["key"], ~state["finished_B"]
+        lengths_B, running_B = state["lengths_B"], ~state["finished_B"]
+        keys = functools.partial(row_keys, state["key"], state["streams_B"])
         positions_B2 = lengths_B[:, None] + jnp.arange(2)
         ids_B2 = jnp.stack([state["pending_B"], state["draft_B"]], axis=1)
         valid_B2 = _valid(running_B, 2)
@@ -191,21 +207,24 @@ class Steps:
         rows_BD = hidden_B2D.reshape(-1, hidden_B2D.shape[-1])
         p_B2V = self._probabilities(decoder, rows_BD).reshape(*ids_B2.shape, -1)
         first_B, accepted_B = accept_or_redraw(
-            row_keys(key, lengths_B + 1, ACCEPT),
-            row_keys(key, lengths_B + 1, REDRAW),
+            keys(lengths_B + 1, ACCEPT),
+            keys(lengths_B + 1, REDRAW),
             state["draft_B"],
             state.get("q_BV"),
             p_B2V[:, 0],
             self._sampling,
         )
-        second_B = draw(row_keys(key, lengths_B + 2, MAIN), p_B2V[:, 1], self._sampling)
+        second_B = draw(keys(lengths_B + 2, MAIN), p_B2V[:, 1], self._sampling)
         # Behind a refused draft the second entry is garbage; the next step writes it again.
         next_ids_B2 = jnp.stack([first_B, second_B], axis=1)
         mtp_B2D, mtp_cache = decoder.extend_mtp(
             hidden_B2D, next_ids_B2, positions_B2, state["mtp_cache"], valid_B2
         )
         drafted = self._draft(
-            decoder, _at(mtp_B2D, accepted_B.astype(jnp.int32)), lengths_B + accepted_B + 2, key
+            decoder,
+            at_index(mtp_B2D, accepted_B.astype(jnp.int32)),
+            lengths_B + accepted_B + 2,
+            state,
         )
         out = {
             **out,
@@ -213,14 +232,26 @@ class Steps:
             "accepted_B": out["accepted_B"] + (running_B & accepted_B),
         }
         moved_B = jnp.where(running_B, 1 + accepted_B, 0)
+        state = self._with_routes(decoder, state, lengths_B)
         state = {**state, "cache": cache, "mtp_cache": mtp_cache, "lengths_B": lengths_B + moved_B}
-        state, out = _emit(state, out, first_B, running_B, eos)
-        state, out = _emit(state, out, second_B, accepted_B & ~state["finished_B"], eos)
+        state, out = _emit(state, out, first_B, p_B2V[:, 0], running_B, eos)
+        give_B = accepted_B & ~state["finished_B"]
+        state, out = _emit(state, out, second_B, p_B2V[:, 1], give_B, eos)
         return {**state, **drafted}, out
 
-    def _draft(self, decoder: Decoder, mtp_BD, positions_B, key) -> State:
+    def _with_routes(self, decoder: Decoder, state: State, start_B: jax.Array) -> State:
+        """The state with the experts of the tokens just read, if they are recorded."""
+        if "routes_BSR" not in state:
+            return state
+        return {
+            **state,
+            "routes_BSR": write_rows(state["routes_BSR"], decoder.take_routes(), start_B),
+        }
+
+    def _draft(self, decoder: Decoder, mtp_BD, positions_B, state: State) -> State:
         q_BV = self._probabilities(decoder, mtp_BD)
-        draft_B = draw(row_keys(key, positions_B, DRAFT), q_BV, self._sampling)
+        keys_B = row_keys(state["key"], state["streams_B"], positions_B, DRAFT)
+        draft_B = draw(keys_B, q_BV, self._sampling)
         return {"draft_B": draft_B} | ({} if self._greedy else {"q_BV": q_BV})
 
     def _probabilities(self, decoder: Decoder, hidden_BD: jax.Array) -> jax.Array:
@@ -229,7 +260,7 @@ class Steps:
         return probabilities(logits_BV, self._sampling)
 
 
-def _at(x_BTD: jax.Array, index_B: jax.Array) -> jax.Array:
+def at_index(x_BTD: jax.Array, index_B: jax.Array) -> jax.Array:
     """Row b's entry at index[b]: [B, D]."""
     return jnp.take_along_axis(x_BTD, index_B[:, None, None], axis=1)[:, 0]
 
@@ -239,12 +270,15 @@ def _valid(running_B: jax.Array, tokens: int) -> jax.Array:
     return jnp.broadcast_to(running_B[:, None], (len(running_B), tokens)).astype(jnp.float32)
 
 
-def _emit(state: State, out, token_B: jax.Array, give_B: jax.Array, eos: jax.Array):
+def _emit(state: State, out, token_B: jax.Array, p_BV: jax.Array, give_B: jax.Array, eos):
     """Hand out one token in the rows of `give_B`, and see whether it was their last."""
     rows_B = jnp.arange(token_B.shape[0])
     # Rows that give nothing write beyond the end, which drops it.
     column_B = jnp.where(give_B, out["counts_B"], out["tokens_BN"].shape[1])
     tokens_BN = out["tokens_BN"].at[rows_B, column_B].set(token_B, mode="drop")
+    if "logps_BN" in out:
+        logps_BN = out["logps_BN"].at[rows_B, column_B].set(log_p(p_BV, token_B), mode="drop")
+        out = {**out, "logps_BN": logps_BN}
     out = {**out, "tokens_BN": tokens_BN, "counts_B": out["counts_B"] + give_B}
     left_B = state["left_B"] - give_B
     ended_B = give_B & (jnp.isin(token_B, eos) | (left_B <= 0))
@@ -257,13 +291,18 @@ def _emit(state: State, out, token_B: jax.Array, give_B: jax.Array, eos: jax.Arr
     return state, out
 
 
-def _placed(state: State) -> State:
-    """The same placement on every way out: caches by rows, the rest whole everywhere."""
+def log_p(p_BV: jax.Array, token_B: jax.Array) -> jax.Array:
+    """Log-probability of each row's token under the distribution it was drawn from, fp32 [B]."""
+    return jnp.log(jnp.take_along_axis(p_BV, token_B[:, None], axis=1)[:, 0])
 
-    def place(name: str, value):
+
+def place(state: State) -> State:
+    """The same placement on every way out: rows where their devices are, the rest whole."""
+
+    def constrained(name: str, value: Any) -> Any:
         if name == "key":
             return value
-        batch = "batch" if name.endswith("cache") else None
+        batch = "batch" if name in BY_ROWS else None
         return jax.tree.map(lambda x: constrain(x, batch, *(None,) * (x.ndim - 1)), value)
 
-    return {name: place(name, value) for name, value in state.items()}
+    return {name: constrained(name, value) for name, value in state.items()}

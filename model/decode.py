@@ -116,6 +116,8 @@ class Decoder:
     recipe: Recipe
     counts: list[jax.Array] | None = None
     """Where layers leave their tokens per expert until `take_counts`; None: nowhere."""
+    routes: list[jax.Array] = dataclasses.field(default_factory=list)
+    """Where layers leave the experts of every token, if the recipe asks for them."""
 
     def logits(self, hidden_BD: jax.Array) -> jax.Array:
         """Main head on normed hidden states, also those of the MTP module; [B, V] fp32."""
@@ -160,7 +162,7 @@ class Decoder:
     def prefill_mtp(self, hidden_BTD, next_ids_BT, positions_BT, slots: int, valid_BT=None):
         """The MTP module on a prompt; `next_ids_BT` is the token after each. As `prefill`."""
         assert self.mtp is not None
-        x_BTD = self.mtp.merge(hidden_BTD, self.embed(next_ids_BT, self.recipe))
+        x_BTD = self.mtp.merge(hidden_BTD, self.embed(next_ids_BT, self.recipe), self.recipe)
         x_BTD, entries_BSL = self._prefill_block(
             self.mtp.block, x_BTD, positions_BT, slots, valid_BT
         )
@@ -169,7 +171,7 @@ class Decoder:
     def extend_mtp(self, hidden_BQD, next_ids_BQ, positions_BQ, entries_BSL, valid_BQ=None):
         """The MTP module on new tokens. As `extend`."""
         assert self.mtp is not None
-        x_BQD = self.mtp.merge(hidden_BQD, self.embed(next_ids_BQ, self.recipe))
+        x_BQD = self.mtp.merge(hidden_BQD, self.embed(next_ids_BQ, self.recipe), self.recipe)
         x_BQD, entries_BSL = self._extend_block(
             self.mtp.block, x_BQD, positions_BQ, entries_BSL, valid_BQ
         )
@@ -183,13 +185,26 @@ class Decoder:
         self.counts.clear()
         return taken
 
+    def take_routes(self) -> jax.Array:
+        """Experts of every token [B, T, R] since this was last called: those of the MoE layers of
+        the main model one after the other, R of them in all; int16. The MTP module's are left
+        out."""
+        num_layers = sum(block.has_experts for block in self.blocks)
+        taken_BTR = jnp.concatenate(self.routes[:num_layers], axis=-1).astype(jnp.int16)
+        self.routes.clear()
+        return taken_BTR
+
     def _prefill_block(self, block: Block, x_BTD, positions_BT, slots: int, valid_BT):
-        y_BTD, latents_BTL = block.attn.expanded(block.attn_norm(x_BTD), positions_BT, None)
+        y_BTD, latents_BTL = block.attn.expanded(
+            block.attn_norm(x_BTD), positions_BT, None, self.recipe
+        )
         entries_BSL = jnp.pad(latents_BTL, ((0, 0), (0, slots - latents_BTL.shape[1]), (0, 0)))
         return self._feed_forward(block, x_BTD + y_BTD, valid_BT), entries_BSL
 
     def _extend_block(self, block: Block, x_BQD, positions_BQ, entries_BSL, valid_BQ):
-        y_BQD, entries_BSL = block.attn.absorbed(block.attn_norm(x_BQD), positions_BQ, entries_BSL)
+        y_BQD, entries_BSL = block.attn.absorbed(
+            block.attn_norm(x_BQD), positions_BQ, entries_BSL, self.recipe
+        )
         return self._feed_forward(block, x_BQD + y_BQD, valid_BQ), entries_BSL
 
     def _feed_forward(self, block: Block, x_BTD, valid_BT):
@@ -198,6 +213,8 @@ class Decoder:
         x_BTD, stats = block.feed_forward(x_BTD, valid_BT, self.recipe)
         if self.counts is not None and stats is not None:
             self.counts.append(stats.counts_E)
+        if stats is not None and stats.ids_BTK is not None:
+            self.routes.append(stats.ids_BTK)
         return x_BTD
 
 
@@ -207,6 +224,8 @@ def make_decoder(
     """Modules over weights from `unstack`.
 
     `mtp` binds the first MTP module as well; `count` lets the decoder count the experts' tokens.
+    Products are never in FP8, whatever the recipe says: few tokens at a time would pay for
+    quantising every weight.
     """
     params, bias = weights["params"], weights["router_bias"]
 
@@ -228,6 +247,6 @@ def make_decoder(
         final_norm=part("final_norm"),
         head=part("head"),
         mtp=layers("mtp")[0] if mtp else None,
-        recipe=recipe,
+        recipe=dataclasses.replace(recipe, fp8=False),
         counts=[] if count else None,
     )

@@ -11,7 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sharding.partition import constrain
+from model.recipe import Recipe
+from pallas_kernels.fp8_linear import fp8_linear
+from pallas_kernels.mosaic import Backend
+from sharding.partition import constrain, on_shards, sum_over
 
 LATENT_EPS = 1e-6
 """Epsilon of the two latent norms in the released code, whatever the model's `norm_eps` says."""
@@ -52,8 +55,18 @@ class RMSNorm(nnx.Module):
         return rms_norm(x, self.scale[...], self.eps)
 
 
-def project(equation: str, x: jax.Array, w: nnx.Param) -> jax.Array:
-    """Einsum of an activation with a weight, in the activation's type."""
+def project(
+    equation: str, x: jax.Array, w: nnx.Param, recipe: Recipe, tokens: str = "seq"
+) -> jax.Array:
+    """Einsum of an activation [B, T, ..] with a weight, in the activation's type.
+
+    The last axes of `x` meet the first of `w`. With FP8 the products are `fp8_linear`'s; `tokens`
+    is the logical name of T then.
+    """
+    if recipe.fp8:
+        x_axes, w_axes = equation.split("->")[0].split(",")
+        contracted = len(set(x_axes) & set(w_axes))
+        return _fp8_on_shards(x, w, contracted, tokens, recipe.kernels.linear)
     return _project(equation, x, as_computed(w).astype(x.dtype))
 
 
@@ -63,8 +76,35 @@ def as_computed(w: nnx.Param) -> jax.Array:
     Left to itself, XLA cuts the gradients of weights that are whole over `tensor` along it, and
     moves them twice more between devices.
     """
-    value, names = w[...], w.get_metadata("out_sharding")
-    return constrain(value, *names[len(names) - value.ndim :])
+    value = w[...]
+    return constrain(value, *_axes(w, value))
+
+
+def _axes(w: nnx.Param, value: jax.Array) -> tuple[str, ...]:
+    """Logical axes of a weight's value, which may be one layer's part of a stack."""
+    names = w.get_metadata("out_sharding")
+    return names[len(names) - value.ndim :]
+
+
+def _fp8_on_shards(
+    x: jax.Array, w: nnx.Param, contracted: int, tokens: str, backend: Backend
+) -> jax.Array:
+    """x w over `contracted` axes in FP8; a device quantises its own part of x, w and dy.
+
+    A scale spans 128 entries of what the device holds. Where a part is no multiple of 128 (widths
+    cut by `tensor`, tokens by the batch axes), scales, not sums, differ from those of one device.
+    """
+    value = w[...]
+    names, lead = _axes(w, value), ("batch", tokens)
+    inner, outer = names[:contracted], names[contracted:]
+
+    def on_shard(x, w):
+        B, T = x.shape[:2]
+        x_MK = x.reshape(B * T, -1)
+        y_MN = fp8_linear(x_MK, w.reshape(x_MK.shape[1], -1), backend=backend)
+        return (sum_over(y_MN.reshape(B, T, *w.shape[contracted:]), *inner),)
+
+    return on_shards(on_shard, ((*lead, *inner), names), ((*lead, *outer),))(x, value)[0]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -107,12 +147,12 @@ class SwiGLU(nnx.Module):
         self.w_up = weight(rngs, (size, inner), ("embed", "ffn"), std)
         self.w_down = weight(rngs, (inner, size), ("ffn", "embed"), std)
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, recipe: Recipe) -> jax.Array:
         x_BTD = from_stream(x_BTD)
-        gate_BTF = project("BTD,DF->BTF", x_BTD, self.w_gate)
-        up_BTF = project("BTD,DF->BTF", x_BTD, self.w_up)
+        gate_BTF = project("BTD,DF->BTF", x_BTD, self.w_gate, recipe)
+        up_BTF = project("BTD,DF->BTF", x_BTD, self.w_up, recipe)
         h_BTF = constrain(_gated(gate_BTF, up_BTF), "batch", "seq", "ffn")
-        return to_stream(project("BTF,FD->BTD", h_BTF, self.w_down))
+        return to_stream(project("BTF,FD->BTD", h_BTF, self.w_down, recipe))
 
 
 def from_stream(x_BTD: jax.Array) -> jax.Array:

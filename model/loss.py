@@ -3,7 +3,9 @@
 Letters: B batch, T sequence, D hidden width, V vocabulary (this device's part), C chunk of T.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,104 +14,74 @@ from model.config import ModelConfig
 from model.moe import MoEStats
 from model.recipe import Recipe
 from model.transformer import DeepSeekV3, Tokens
+from pallas_kernels.linear_cross_entropy import Parts, loss_and_gradients, loss_sum, merge
+from pallas_kernels.mosaic import Backend
 from sharding.context import balance, sequence_shards
-from sharding.partition import constrain, max_over, on_shards, shard_index, sum_over, vary
+from sharding.partition import constrain, max_over, on_shards, shard_index, sum_over
 
 CHUNK_BYTES = 4 << 20
-"""Logits a device holds at a time, fp32; a few MiB stay in the last-level cache of a CPU."""
+"""Logits a device holds at a time in `greedy_ids`, fp32."""
 
 _HIDDEN, _KERNEL, _TOKENS = ("batch", "seq", "embed"), ("embed", "vocab"), ("batch", "seq")
 
 
-def _chunk_length(B: int, T: int, V: int) -> int:
-    """Largest divisor of T whose B x length x V fp32 logits fit CHUNK_BYTES (at least 1)."""
-    lengths = [n for n in range(1, T + 1) if T % n == 0 and 4 * B * n * V <= CHUNK_BYTES]
-    return max(lengths, default=1)
+def _on_shard(compute: Callable, backend: Backend, x_BTD, w_DV, targets_BT, weights_BT):
+    """`compute` of this device's tokens as rows, over its part of the vocabulary."""
+    rows = x_BTD.reshape(-1, x_BTD.shape[-1]), w_DV
+    local_M = targets_BT.reshape(-1) - shard_index("vocab") * w_DV.shape[1]
+    parts = (local_M, weights_BT.reshape(-1))
+    return compute(*rows, *parts, combine=_whole_vocabulary, backend=backend)
 
 
-def _chunks(x: jax.Array, length: int) -> jax.Array:
-    """[B, T, ...] -> [T / length, B, length, ...], so that a scan walks along the sequence."""
-    B, T = x.shape[:2]
-    return x.reshape(B, T // length, length, *x.shape[2:]).swapaxes(0, 1)
+def _whole_vocabulary(parts: Parts) -> Parts:
+    """largest[M]{U_tp}, sum[M]{U_tp}, target[M]{U_tp} -> AllReduce over the vocabulary's shards."""
+    return merge(parts, lambda x: max_over(x, "vocab"), lambda x: sum_over(x, "vocab"))
 
 
-def _softmax_parts(x_BCD, w_DV, targets_BC):
-    """exp(logits - max), its sum, log-sum-exp and one-hot targets, over the whole vocabulary."""
-    logits_BCV = jnp.einsum("BCD,DV->BCV", x_BCD, w_DV, preferred_element_type=jnp.float32)
-    V = w_DV.shape[1]
-    largest_BC = max_over(logits_BCV.max(-1), "vocab")
-    exp_BCV = jnp.exp(logits_BCV - largest_BC[..., None])
-    sum_BC = sum_over(exp_BCV.sum(-1), "vocab")
-    hit_BCV = (targets_BC - shard_index("vocab") * V)[..., None] == jnp.arange(V)
-    target_BC = sum_over(jnp.sum(jnp.where(hit_BCV, logits_BCV, 0.0), -1), "vocab")
-    return exp_BCV, sum_BC, jnp.log(sum_BC) + largest_BC - target_BC, hit_BCV
-
-
-def _loss_on_shard(x_BTD, w_DV, targets_BT, weights_BT):
+def _loss_on_shard(backend: Backend, *arrays: jax.Array) -> tuple[jax.Array]:
     """Weighted sum of -log p(target)."""
-
-    def body(total, chunk):
-        x_BCD, targets_BC, weights_BC = chunk
-        _, _, nll_BC, _ = _softmax_parts(x_BCD, w_DV, targets_BC)
-        return total + vary(jnp.sum(nll_BC * weights_BC)), None
-
-    length = _chunk_length(x_BTD.shape[0], x_BTD.shape[1], w_DV.shape[1])
-    xs = tuple(_chunks(a, length) for a in (x_BTD, targets_BT, weights_BT))
-    total, _ = jax.lax.scan(body, vary(jnp.zeros((), jnp.float32)), xs)
+    total = _on_shard(loss_sum, backend, *arrays)
     return (max_over(sum_over(total, "batch", "seq"), "vocab"),)
 
 
-def _loss_and_grads_on_shard(x_BTD, w_DV, targets_BT, weights_BT):
+def _loss_and_grads_on_shard(backend: Backend, *arrays: jax.Array):
     """The loss, and its gradients with respect to x and w while the logits are at hand."""
-
-    # Once here instead of once per chunk in the product with it.
-    w_VD = jax.lax.optimization_barrier(w_DV.T)
-
-    def body(carry, chunk):
-        total, dw_DV = carry
-        x_BCD, targets_BC, weights_BC = chunk
-        exp_BCV, sum_BC, nll_BC, hit_BCV = _softmax_parts(x_BCD, w_DV, targets_BC)
-        dlogits_BCV = exp_BCV * (weights_BC / sum_BC)[..., None]
-        dlogits_BCV = dlogits_BCV - jnp.where(hit_BCV, weights_BC[..., None], 0.0)
-        dlogits_BCV = dlogits_BCV.astype(x_BCD.dtype)
-        dw_DV = dw_DV + jnp.einsum(
-            "BCD,BCV->DV", x_BCD, dlogits_BCV, preferred_element_type=jnp.float32
-        )
-        dx_BCD = jnp.einsum("BCV,VD->BCD", dlogits_BCV, w_VD)
-        return (total + vary(jnp.sum(nll_BC * weights_BC)), dw_DV), dx_BCD
-
-    length = _chunk_length(x_BTD.shape[0], x_BTD.shape[1], w_DV.shape[1])
-    xs = tuple(_chunks(a, length) for a in (x_BTD, targets_BT, weights_BT))
-    start = (vary(jnp.zeros((), jnp.float32)), vary(jnp.zeros(w_DV.shape, jnp.float32)))
-    (total, dw_DV), dx = jax.lax.scan(body, start, xs)
-    dx_BTD = dx.swapaxes(0, 1).reshape(x_BTD.shape)
+    total, dx_MD, dw_DV = _on_shard(loss_and_gradients, backend, *arrays)
     # dx[B, T, D]{U_vocab} -> AllReduce_tp ; dw[D, V_tp]{U_batch} -> AllReduce over the batch axes
-    dx_BTD, dw_DV = sum_over(dx_BTD, "vocab"), sum_over(dw_DV, "batch", "seq")
+    dx_BTD = sum_over(dx_MD.reshape(arrays[0].shape), "vocab")
+    dw_DV = sum_over(dw_DV, "batch", "seq")
     return max_over(sum_over(total, "batch", "seq"), "vocab"), dx_BTD, dw_DV
 
 
-@jax.custom_vjp
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def cross_entropy_sum(
-    x_BTD: jax.Array, kernel_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
+    x_BTD: jax.Array,
+    kernel_DV: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    backend: Backend = "portable",
 ) -> jax.Array:
     """sum(weights * -log softmax(x @ kernel)[target]), an fp32 scalar.
 
-    Logits are made a chunk of the sequence at a time, in fp32, and used up at once: the forward
-    pass computes the gradients too, so the backward pass only scales them and no logits are
-    recomputed. Works with batch, sequence and vocabulary sharded. No gradient for the weights.
+    Logits are made a chunk of the tokens at a time and used up at once: the forward pass computes
+    the gradients too, so the backward pass only scales them and no logits are recomputed
+    (`pallas_kernels/linear_cross_entropy.py`). Works with batch, sequence and vocabulary sharded.
+    No gradient for the weights.
     """
-    run = on_shards(_loss_on_shard, (_HIDDEN, _KERNEL, _TOKENS, _TOKENS), ((),))
+    shard = partial(_loss_on_shard, backend)
+    run = on_shards(shard, (_HIDDEN, _KERNEL, _TOKENS, _TOKENS), ((),))
     return run(x_BTD, kernel_DV.astype(x_BTD.dtype), targets_BT, weights_BT)[0]
 
 
-def _forward(x_BTD, kernel_DV, targets_BT, weights_BT):
+def _forward(x_BTD, kernel_DV, targets_BT, weights_BT, backend: Backend):
     outs = ((), _HIDDEN, _KERNEL)
-    run = on_shards(_loss_and_grads_on_shard, (_HIDDEN, _KERNEL, _TOKENS, _TOKENS), outs)
+    shard = partial(_loss_and_grads_on_shard, backend)
+    run = on_shards(shard, (_HIDDEN, _KERNEL, _TOKENS, _TOKENS), outs)
     loss, dx_BTD, dw_DV = run(x_BTD, kernel_DV.astype(x_BTD.dtype), targets_BT, weights_BT)
     return loss, (dx_BTD, dw_DV.astype(kernel_DV.dtype))
 
 
-def _backward(residuals, g):
+def _backward(backend: Backend, residuals, g):
     dx_BTD, dw_DV = residuals
     return dx_BTD * g.astype(dx_BTD.dtype), dw_DV * g.astype(dw_DV.dtype), None, None
 
@@ -190,8 +162,10 @@ def training_loss(
     else:
         output = model.after(x_BTD, tokens, recipe, targets_KBT[:-1])
     hidden = (output.hidden_BTD, *output.mtp_hidden)
-    sums = [
-        cross_entropy_sum(hidden[k], model.head.kernel[...], targets_KBT[k], weights_KBT[k])
+    sums: list[Any] = [
+        cross_entropy_sum(
+            hidden[k], model.head.kernel[...], targets_KBT[k], weights_KBT[k], recipe.kernels.loss
+        )
         for k in range(len(hidden))
     ]
     # All are divided by the count of the main loss, not by T - k (eq. 24).
@@ -270,6 +244,7 @@ def greedy_ids(x_BTD: jax.Array, kernel_DV: jax.Array) -> jax.Array:
 
     B, T, D = x_BTD.shape
     S = sequence_shards()
-    length = _chunk_length(B * S, T // S, kernel_DV.shape[1])
+    fits = CHUNK_BYTES // (4 * B * S * kernel_DV.shape[1])
+    length = max(n for n in range(1, T // S + 1) if (T // S) % n == 0 and n <= max(fits, 1))
     chunks = jnp.moveaxis(x_BTD.reshape(B, S, -1, length, D), 2, 0)
     return jnp.moveaxis(jax.lax.map(best, chunks), 0, 2).reshape(B, T)

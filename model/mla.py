@@ -15,11 +15,15 @@ from flax import nnx
 from model.config import ModelConfig
 from model.context_attention import Form, context_attention
 from model.layers import LATENT_EPS, RMSNorm, from_stream, project, to_stream, weight
-from model.recipe import keep
+from model.recipe import Recipe, keep
 from model.rope import rotate, rotation, softmax_scale
+from pallas_kernels.mla_attention import mla_attention, starts_of_segments
+from pallas_kernels.mla_decode import mla_decode
+from pallas_kernels.mosaic import Backend
 from sharding.context import sequence_shards
-from sharding.partition import constrain
+from sharding.partition import constrain, on_shards
 
+PLAIN = Recipe()
 QUERY_BLOCK = 128
 MAX_BLOCKS = 16
 
@@ -45,43 +49,62 @@ class MLA(nnx.Module):
         self.config = config
 
     def __call__(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        segments_BT: jax.Array | None,
+        recipe: Recipe = PLAIN,
     ) -> jax.Array:
         """Causal attention within each segment (everything is one segment if None).
 
         On a mesh that cuts sequences, tokens come in balanced order (sharding/context.py).
         """
-        return self.expanded(x_BTD, positions_BT, segments_BT)[0]
+        return self.expanded(x_BTD, positions_BT, segments_BT, recipe)[0]
 
     def expanded(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        segments_BT: jax.Array | None,
+        recipe: Recipe = PLAIN,
     ) -> tuple[jax.Array, jax.Array]:
         """Causal attention [B, T, D], and what a cache keeps of these tokens [B, T, L]."""
         c = self.config
         cos_sin = rotation(c, positions_BT)
-        q_BTNH = constrain(self.queries(x_BTD, *cos_sin), "batch", "seq", "heads", "head_dim")
-        latents_BTL = self.latents(x_BTD, *cos_sin)
+        q_BTNH = constrain(
+            self.queries(x_BTD, *cos_sin, recipe), "batch", "seq", "heads", "head_dim"
+        )
+        latents_BTL = self.latents(x_BTD, *cos_sin, recipe)
         if sequence_shards() > 1:
             w_ukv_CNH = self.w_ukv[...].astype(x_BTD.dtype)
             form = Form(softmax_scale(c), c.qk_nope_head_dim)
             o_BTNV = context_attention(q_BTNH, latents_BTL, w_ukv_CNH, segments_BT, form)
+        elif recipe.kernels.attention != "portable":
+            c_kv_BTC, k_rope_BTR = jnp.split(latents_BTL, [c.kv_lora_rank], axis=-1)
+            kv_BTNW = self.expand_both(c_kv_BTC, recipe)
+            arrays = q_BTNH, kv_BTNW, k_rope_BTR, segments_BT
+            o_BTNV = keep(_attend_on_shards(*arrays, softmax_scale(c), recipe.kernels.attention))
         else:
-            k_BTNH, v_BTNV = self.keys_values(latents_BTL)
+            k_BTNH, v_BTNV = self.keys_values(latents_BTL, recipe)
             o_BTNV = keep(causal_attention(q_BTNH, k_BTNH, v_BTNV, softmax_scale(c), segments_BT))
-        return self.output(o_BTNV), latents_BTL
+        return self.output(o_BTNV, recipe), latents_BTL
 
-    def keys_values(self, latents_BTL: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def keys_values(self, latents_BTL: jax.Array, recipe: Recipe) -> tuple[jax.Array, jax.Array]:
         """Keys [B, T, N, H] and values [B, T, N, V] of every head (eq. 2-5)."""
         c = self.config
         c_kv_BTC, k_rope_BTR = jnp.split(latents_BTL, [c.kv_lora_rank], axis=-1)
-        k_nope, v_BTNV = self.expand(c_kv_BTC)
+        k_nope, v_BTNV = self.expand(c_kv_BTC, recipe)
         k_rope = jnp.broadcast_to(k_rope_BTR[:, :, None], (*k_nope.shape[:3], c.qk_rope_head_dim))
         k_BTNH = jnp.concatenate([k_nope, k_rope], axis=-1)  # eq. 4
         heads = ("batch", "seq", "heads", "head_dim")
         return constrain(k_BTNH, *heads), constrain(v_BTNV, *heads)
 
     def absorbed(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, cache_BSL: jax.Array
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        cache_BSL: jax.Array,
+        recipe: Recipe = PLAIN,
     ) -> tuple[jax.Array, jax.Array]:
         """The same attention [B, T, D] for T new tokens over a cache, and the cache with them in.
 
@@ -91,58 +114,106 @@ class MLA(nnx.Module):
         """
         c, nope = self.config, self.config.qk_nope_head_dim
         cos_sin = rotation(c, positions_BT)
-        q_BTNH = self.queries(x_BTD, *cos_sin)
-        cache_BSL = _write(cache_BSL, self.latents(x_BTD, *cos_sin), positions_BT[:, 0])
+        q_BTNH = self.queries(x_BTD, *cos_sin, recipe)
+        cache_BSL = write_rows(cache_BSL, self.latents(x_BTD, *cos_sin, recipe), positions_BT[:, 0])
         w_ukv = self.w_ukv.get_value()
         w_uk_NCH, w_uv_NCV = w_ukv if isinstance(w_ukv, tuple) else split_heads_first(w_ukv, nope)
         q_BNTC = jnp.einsum("BTNH,NCH->BNTC", q_BTNH[..., :nope], w_uk_NCH.astype(x_BTD.dtype))
         q_rope = jnp.swapaxes(q_BTNH[..., nope:], 1, 2)
         q_BNTL = jnp.concatenate([q_BNTC, q_rope], axis=-1)
         q_BNTL = constrain(q_BNTL, "batch", "heads", "seq", None)
-        seen_BTS = jnp.arange(cache_BSL.shape[1]) <= positions_BT[:, :, None]
-        o_BNTL = _attend(q_BNTL, cache_BSL, softmax_scale(c), seen_BTS)
-        o_BNTC = o_BNTL[..., : c.kv_lora_rank]
+        if recipe.kernels.decode != "portable":
+            arrays = q_BNTL, cache_BSL, positions_BT[:, -1] + 1
+            sizes = softmax_scale(c), c.kv_lora_rank
+            o_BNTC = _decode_on_shards(*arrays, *sizes, recipe.kernels.decode)
+        else:
+            seen_BTS = jnp.arange(cache_BSL.shape[1]) <= positions_BT[:, :, None]
+            o_BNTL = _attend(q_BNTL, cache_BSL, softmax_scale(c), seen_BTS)
+            o_BNTC = o_BNTL[..., : c.kv_lora_rank]
         o_BTNV = jnp.einsum("BNTC,NCV->BTNV", o_BNTC, w_uv_NCV.astype(x_BTD.dtype))
-        return self.output(o_BTNV), cache_BSL
+        return self.output(o_BTNV, recipe), cache_BSL
 
-    def expand(self, c_kv_BTC: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def expand(self, c_kv_BTC: jax.Array, recipe: Recipe) -> tuple[jax.Array, jax.Array]:
         """Keys without rotation [B, T, N, nope] and values [B, T, N, V] of latents (eq. 2, 5)."""
         if isinstance(self.w_ukv.get_value(), tuple):
             w_uk_NCH, w_uv_NCV = (w.astype(c_kv_BTC.dtype) for w in self.w_ukv.get_value())
             k_nope = jnp.einsum("BTC,NCH->BTNH", c_kv_BTC, w_uk_NCH)
             return k_nope, jnp.einsum("BTC,NCV->BTNV", c_kv_BTC, w_uv_NCV)
-        kv = project("BTC,CNH->BTNH", c_kv_BTC, self.w_ukv)  # per head [k_nope | v]
+        kv = project("BTC,CNH->BTNH", c_kv_BTC, self.w_ukv, recipe)  # per head [k_nope | v]
         return kv[..., : self.config.qk_nope_head_dim], kv[..., self.config.qk_nope_head_dim :]
 
-    def queries(self, x_BTD: jax.Array, cos_BTJ: jax.Array, sin_BTJ: jax.Array) -> jax.Array:
+    def expand_both(self, c_kv_BTC: jax.Array, recipe: Recipe) -> jax.Array:
+        """Per head its key without rotation, then its value [B, T, N, W] (eq. 2, 5)."""
+        if isinstance(self.w_ukv.get_value(), tuple):
+            return jnp.concatenate(self.expand(c_kv_BTC, recipe), axis=-1)
+        kv_BTNW = project("BTC,CNH->BTNH", c_kv_BTC, self.w_ukv, recipe)
+        return constrain(kv_BTNW, "batch", "seq", "heads", "head_dim")
+
+    def queries(
+        self, x_BTD: jax.Array, cos_BTJ: jax.Array, sin_BTJ: jax.Array, recipe: Recipe
+    ) -> jax.Array:
         """Queries of every head, nope channels then rotated ones [B, T, N, H]."""
         c, nope = self.config, self.config.qk_nope_head_dim
         if c.q_lora_rank is None:
-            q_BTNH = project("BTD,DNH->BTNH", from_stream(x_BTD), self.w_q)
+            q_BTNH = project("BTD,DNH->BTNH", from_stream(x_BTD), self.w_q, recipe)
         else:
-            c_q_BTC = from_stream(self.q_norm(self._down(x_BTD, self.w_dq)))  # eq. 6
-            q_BTNH = project("BTC,CNH->BTNH", c_q_BTC, self.w_uq)  # eq. 7, 8
+            c_q_BTC = from_stream(self.q_norm(self._down(x_BTD, self.w_dq, recipe)))  # eq. 6
+            q_BTNH = project("BTC,CNH->BTNH", c_q_BTC, self.w_uq, recipe)  # eq. 7, 8
         q_rope = rotate(q_BTNH[..., nope:], cos_BTJ, sin_BTJ, c.rope_interleaved)
         return jnp.concatenate([q_BTNH[..., :nope], q_rope], axis=-1)  # eq. 9
 
-    def latents(self, x_BTD: jax.Array, cos_BTJ: jax.Array, sin_BTJ: jax.Array) -> jax.Array:
+    def latents(
+        self, x_BTD: jax.Array, cos_BTJ: jax.Array, sin_BTJ: jax.Array, recipe: Recipe
+    ) -> jax.Array:
         """Normed key-value latent, then the rotated key that all heads share [B, T, L]."""
         c = self.config
-        down_BTL = self._down(x_BTD, self.w_dkv)  # eq. 1 and the key of eq. 3
+        down_BTL = self._down(x_BTD, self.w_dkv, recipe)  # eq. 1 and the key of eq. 3
         c_kv_BTC = self.kv_norm(down_BTL[..., : c.kv_lora_rank])
         # One rotary key per token, not normalised.
         k_rope = down_BTL[..., None, c.kv_lora_rank :]
         k_rope = rotate(k_rope, cos_BTJ, sin_BTJ, c.rope_interleaved)
         return from_stream(jnp.concatenate([c_kv_BTC, k_rope[:, :, 0]], axis=-1))
 
-    def _down(self, x_BTD: jax.Array, w_DC: nnx.Param) -> jax.Array:
+    def _down(self, x_BTD: jax.Array, w_DC: nnx.Param, recipe: Recipe) -> jax.Array:
         """A down-projection; with sequence parallelism each device has its own tokens."""
-        return keep(constrain(project("BTD,DC->BTC", x_BTD, w_DC), "batch", "stream", None))
+        down_BTC = project("BTD,DC->BTC", x_BTD, w_DC, recipe, tokens="stream")
+        return keep(constrain(down_BTC, "batch", "stream", None))
 
-    def output(self, o_BTNV: jax.Array) -> jax.Array:
+    def output(self, o_BTNV: jax.Array, recipe: Recipe) -> jax.Array:
         """Outputs of the heads to the residual stream (eq. 11)."""
         o_BTNV = constrain(o_BTNV, "batch", "seq", "heads", "head_dim")
-        return to_stream(project("BTNV,NVD->BTD", o_BTNV, self.w_o))
+        return to_stream(project("BTNV,NVD->BTD", o_BTNV, self.w_o, recipe))
+
+
+def _attend_on_shards(q_BTNH, kv_BTNW, k_rope_BTR, segments_BT, scale: float, backend: Backend):
+    """Expanded attention [B, T, N, V] by a kernel, which sees one device's rows and heads."""
+    heads, tokens = ("batch", "seq", "heads", "head_dim"), ("batch", "seq")
+    arrays, names = [q_BTNH, kv_BTNW, k_rope_BTR], [heads, heads, (*tokens, None)]
+    if segments_BT is not None:
+        arrays, names = [*arrays, starts_of_segments(segments_BT)], [*names, tokens]
+
+    def on_shard(q_BTNH, kv_BTNW, k_rope_BTR, start_BT=None):
+        out = mla_attention(q_BTNH, kv_BTNW, k_rope_BTR, start_BT, scale=scale, backend=backend)
+        return (out,)
+
+    return on_shards(on_shard, tuple(names), (heads,))(*arrays)[0]
+
+
+def _decode_on_shards(
+    q_BNTL, cache_BSL, lengths_B, scale: float, latent: int, backend: Backend
+) -> jax.Array:
+    """Absorbed attention [B, N, T, C] by a kernel, which sees one device's rows and heads."""
+    heads = ("batch", "heads", "seq", None)
+
+    def on_shard(q_BNTL, cache_BSL, lengths_B):
+        q_BTNL = jnp.swapaxes(q_BNTL, 1, 2)
+        o_BTNC = mla_decode(
+            q_BTNL, cache_BSL, lengths_B, scale=scale, latent=latent, backend=backend
+        )
+        return (jnp.swapaxes(o_BTNC, 1, 2),)
+
+    names = heads, ("batch", None, None), ("batch",)
+    return on_shards(on_shard, names, (heads,))(q_BNTL, cache_BSL, lengths_B)[0]
 
 
 def split_heads_first(w_CNH: jax.Array, nope: int) -> tuple[jax.Array, jax.Array]:
@@ -173,8 +244,8 @@ def _attend(q_BNTL: jax.Array, cache_BSL: jax.Array, scale: float, seen_BTS: jax
     return jnp.einsum("BMS,BSL->BML", p_BNTS.reshape(B, N * T, -1), cache_BSL).reshape(B, N, T, L)
 
 
-def _write(cache_BSL: jax.Array, new_BTL: jax.Array, start_B: jax.Array) -> jax.Array:
-    """The cache with T new entries per row, the first of row b at slot start[b]."""
+def write_rows(cache_BSL: jax.Array, new_BTL: jax.Array, start_B: jax.Array) -> jax.Array:
+    """A cache with T new entries per row, the first of row b at slot start[b]."""
     put = jax.vmap(lambda row, new, start: jax.lax.dynamic_update_slice(row, new, (start, 0)))
     cache_BSL = put(cache_BSL, new_BTL.astype(cache_BSL.dtype), start_B)
     return constrain(cache_BSL, "batch", None, None)

@@ -17,6 +17,7 @@ from model.recipe import Recipe, keep
 from model.replicas import Replicas
 from model.router import affinities, balance_loss, expert_counts, select
 from pallas_kernels.expert_ffn import expert_ffn
+from pallas_kernels.fp8_expert_ffn import fp8_expert_ffn
 from pallas_kernels.permute import combine_rows, gather_rows, sort_by_expert
 from pallas_kernels.separate_experts import separate_expert_ffn
 from sharding import expert
@@ -37,6 +38,8 @@ class MoEStats(NamedTuple):
     """Sequence-wise balance loss before its factor, summed over sequences."""
     dropped: jax.Array
     """Routed token-expert pairs that no expert computed; must be 0."""
+    ids_BTK: jax.Array | None = None
+    """The experts of every token, where the recipe asks for them."""
 
 
 class Router(nnx.Module):
@@ -73,20 +76,30 @@ class MoE(nnx.Module):
         self.config = config
 
     def __call__(
-        self, x_BTD: jax.Array, valid_BT: jax.Array, recipe: Recipe
+        self,
+        x_BTD: jax.Array,
+        valid_BT: jax.Array,
+        recipe: Recipe,
+        replayed_BTK: jax.Array | None = None,
     ) -> tuple[jax.Array, MoEStats]:
-        """Output [B, T, D] and the layer's statistics over valid tokens."""
+        """Output [B, T, D] and the layer's statistics over valid tokens.
+
+        `replayed_BTK` are experts chosen before (`model/router.py:select`).
+        """
         c, bias = self.config, self.router.bias
         x_BTD = from_stream(x_BTD)
         scores_BTE = affinities(self.router.logits(x_BTD), c)
-        ids_BTK, weights_BTK = select(scores_BTE, None if bias is None else bias[...], c)
+        ids_BTK, weights_BTK = select(
+            scores_BTE, None if bias is None else bias[...], c, replayed_BTK
+        )
         ids_BTK, weights_BTK = keep(ids_BTK), keep(weights_BTK)
         y_BTD, dropped = self.routed(x_BTD, ids_BTK, weights_BTK, recipe)
         y_BTD = to_stream(y_BTD)
         if self.shared is not None:
-            y_BTD = y_BTD + self.shared(x_BTD)
+            y_BTD = y_BTD + self.shared(x_BTD, recipe)
         counts_E = expert_counts(ids_BTK, valid_BT, c.num_experts)
-        return y_BTD, MoEStats(counts_E, balance_loss(scores_BTE, valid_BT, c), dropped)
+        balance, routes = balance_loss(scores_BTE, valid_BT, c), ids_BTK if recipe.routes else None
+        return y_BTD, MoEStats(counts_E, balance, dropped, routes)
 
     def routed(self, x_BTD, ids_BTK, weights_BTK, recipe: Recipe) -> tuple[jax.Array, jax.Array]:
         """Weighted sum of the chosen experts' outputs [B, T, D], and the choices missed."""
@@ -102,14 +115,15 @@ class MoE(nnx.Module):
             groups = 1, 1  # their copies are spread over a node's devices
 
         def region(*arrays):
-            return _experts_on_shard(*arrays, groups=groups, kernels=recipe.kernels)
+            return _experts_on_shard(*arrays, groups=groups, recipe=recipe)
 
         run = on_shards(region, (tokens, choices, choices, w_in, w_in, w_out), (tokens, ()))
-        cast = jax.tree.map(lambda w: w.astype(x_BTD.dtype), weights)
-        return run(x_BTD, ids_BTK, weights_BTK, *cast)
+        if not recipe.fp8:  # FP8 is made of the master weights, and gives fp32 gradients
+            weights = jax.tree.map(lambda w: w.astype(x_BTD.dtype), weights)
+        return run(x_BTD, ids_BTK, weights_BTK, *weights)
 
 
-def _experts_on_shard(x_BTD, ids_BTK, weights_BTK, *params, groups, kernels):
+def _experts_on_shard(x_BTD, ids_BTK, weights_BTK, *params, groups, recipe: Recipe):
     """One device's part: its tokens to their experts, the weighted sums back.
 
     `params` are gate, up and down. Stacked, gate and up are [E, D, F], down [E, F, D]; or E arrays
@@ -118,7 +132,7 @@ def _experts_on_shard(x_BTD, ids_BTK, weights_BTK, *params, groups, kernels):
     B, T, D = x_BTD.shape
     K = ids_BTK.shape[-1]
     rows = x_BTD.reshape(B * T, D), ids_BTK.reshape(B * T, K), weights_BTK.reshape(B * T, K)
-    experts = functools.partial(_local_experts, kernels)
+    experts = functools.partial(_local_experts, recipe)
     y_ND, computed = expert.exchange(*rows, params, len(params[0]), experts, groups)
     # Over all devices, choices made minus choices that some expert computed.
     missed = vary(B * T * K - computed)
@@ -126,19 +140,21 @@ def _experts_on_shard(x_BTD, ids_BTK, weights_BTK, *params, groups, kernels):
     return y_ND.reshape(B, T, D), dropped.astype(jnp.float32)
 
 
-def _local_experts(kernels, params, x_ND, ids_NK, weights_NK):
+def _local_experts(recipe: Recipe, params, x_ND, ids_NK, weights_NK):
     """Weighted sums [N, D] over the experts held here, and how many choices they are.
 
     Rows are sorted by expert, computed, weighed and summed. Ids outside of [0, E) add nothing.
     """
     w_gate, w_up, w_down = params
+    backend = recipe.kernels.experts
     num_experts, (N, K) = len(w_gate), ids_NK.shape
     # A token chooses an expert at most once.
     plan = sort_by_expert(ids_NK, num_experts, N * min(K, num_experts))
     x_MD = gather_rows(x_ND, plan)
     if isinstance(w_gate, tuple):
         gate, up, down = ([w[0] for w in ws] for ws in params)
-        y_MD = separate_expert_ffn(x_MD, gate, up, down, plan.group_sizes_E, backend=kernels)
+        y_MD = separate_expert_ffn(x_MD, gate, up, down, plan.group_sizes_E, backend=backend)
     else:
-        y_MD = expert_ffn(x_MD, w_gate, w_up, w_down, plan.group_sizes_E, backend=kernels)
+        ffn = fp8_expert_ffn if recipe.fp8 else expert_ffn
+        y_MD = ffn(x_MD, w_gate, w_up, w_down, plan.group_sizes_E, backend=backend)
     return combine_rows(y_MD, weights_NK, plan), jnp.sum(plan.group_sizes_E)

@@ -2,13 +2,30 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels.mosaic import Backend
+
 _KEPT = "kept"
+
+
+class Kernels(NamedTuple):
+    """Backend of each hot path (`model/kernels.py` chooses)."""
+
+    attention: Backend = "portable"
+    """Expanded latent attention: training and prefill."""
+    decode: Backend = "portable"
+    """Absorbed latent attention over the cache."""
+    experts: Backend = "portable"
+    """Grouped products of the routed experts."""
+    loss: Backend = "portable"
+    """Head and cross-entropy."""
+    linear: Backend = "portable"
+    """FP8 products of dense layers; used with FP8 alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +40,20 @@ class Recipe:
     """Type of activations and matrix products."""
     remat: Literal["none", "selective", "full"] = "none"
     """What the backward pass recomputes: nothing; all but what `keep` marks; whole layers."""
-    kernels: Literal["auto", "portable", "reference"] = "auto"
-    """Backend of the hot paths."""
+    kernels: Kernels = Kernels()
+    """Backends of the hot paths."""
+    routes: bool = False
+    """Report the experts of every token, for a later pass that replays them."""
+    fp8: bool = False
+    """Products of every linear layer in FP8 (V3 report, section 3.3), gradients included. Not in
+    FP8: embedding, head, router, norms, attention."""
+
+    def __post_init__(self):
+        if self.fp8 and self.dtype != "bfloat16":
+            raise ValueError(
+                f"fp8 products give bfloat16 activations, but dtype is {self.dtype}; "
+                "set dtype to bfloat16 or leave fp8 off"
+            )
 
     @property
     def activation_dtype(self) -> jnp.dtype:

@@ -47,16 +47,23 @@ def _top_k(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
 
 
 def select(
-    scores_BTE: jax.Array, bias_E: jax.Array | None, config: ModelConfig
+    scores_BTE: jax.Array,
+    bias_E: jax.Array | None,
+    config: ModelConfig,
+    replayed_BTK: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Chosen experts (int32 [B, T, K]) and their weights (fp32 [B, T, K]).
 
-    The bias decides who is chosen and never enters a weight (eq. 16).
+    The bias decides who is chosen and never enters a weight (eq. 16). `replayed_BTK` are choices
+    made before, by the sampler of a rollout say: they are kept, with the weights of these scores
+    (V3.2 report, section 3.1, Keep Routing); tokens whose entries are negative choose anew.
     """
     choice_BTE = jax.lax.stop_gradient(scores_BTE)
     if bias_E is not None:
         choice_BTE = choice_BTE + bias_E.astype(jnp.float32)
     ids_BTK = _top_k(_limit_to_groups(choice_BTE, config), config.experts_per_token)[1]
+    if replayed_BTK is not None:
+        ids_BTK = jnp.where(replayed_BTK < 0, ids_BTK, replayed_BTK)
     weights_BTK = jnp.take_along_axis(scores_BTE, ids_BTK, axis=-1)
     if config.normalize_topk:
         weights_BTK = weights_BTK / (weights_BTK.sum(-1, keepdims=True) + 1e-20)

@@ -61,17 +61,30 @@ class Block(nnx.Module):
             self.mlp = SwiGLU(rngs, size, config.dense_ffn_size, config.init_std)
         self.has_experts = moe
 
-    def __call__(self, x_BTD: jax.Array, tokens: Tokens, recipe: Recipe):
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        tokens: Tokens,
+        recipe: Recipe,
+        replayed_BTK: jax.Array | None = None,
+    ):
         """Next hidden state [B, T, D] and the layer's MoEStats (None for a dense layer)."""
-        x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), tokens.positions_BT, tokens.segments_BT)
-        return self.feed_forward(x_BTD, tokens.valid_BT, recipe)
+        normed_BTD = self.attn_norm(x_BTD)
+        x_BTD = x_BTD + self.attn(normed_BTD, tokens.positions_BT, tokens.segments_BT, recipe)
+        return self.feed_forward(x_BTD, tokens.valid_BT, recipe, replayed_BTK)
 
-    def feed_forward(self, x_BTD: jax.Array, valid_BT: jax.Array, recipe: Recipe):
+    def feed_forward(
+        self,
+        x_BTD: jax.Array,
+        valid_BT: jax.Array,
+        recipe: Recipe,
+        replayed_BTK: jax.Array | None = None,
+    ):
         """The block's second half: MLP or experts on the residual stream after attention."""
         normed_BTD = self.ffn_norm(x_BTD)
         if not self.has_experts:
-            return x_BTD + self.mlp(normed_BTD), None
-        y_BTD, stats = self.moe(normed_BTD, valid_BT, recipe)
+            return x_BTD + self.mlp(normed_BTD, recipe), None
+        y_BTD, stats = self.moe(normed_BTD, valid_BT, recipe, replayed_BTK)
         return x_BTD + y_BTD, stats
 
 
@@ -124,13 +137,15 @@ class MTP(nnx.Module):
         checkpoints concatenate embedding first, hidden second, unlike the paper's figure. Every
         module reads its predecessor's state after that one's output norm, the main model included.
         """
-        x_BTD, stats = self.block(self.merge(hidden_BTD, embedded_BTD), tokens, recipe)
+        x_BTD = self.merge(hidden_BTD, embedded_BTD, recipe)
+        x_BTD, stats = self.block(x_BTD, tokens, recipe)
         return self.out_norm(x_BTD), stats
 
-    def merge(self, hidden_BTD: jax.Array, embedded_BTD: jax.Array) -> jax.Array:
+    def merge(self, hidden_BTD: jax.Array, embedded_BTD: jax.Array, recipe: Recipe) -> jax.Array:
         """Input of the module's block: both norms and the projection (eq. 21)."""
         pair = jnp.concatenate([self.embed_norm(embedded_BTD), self.hidden_norm(hidden_BTD)], -1)
-        return constrain(project("BTP,PD->BTD", pair, self.proj.kernel), "batch", "stream", "embed")
+        merged_BTD = project("BTP,PD->BTD", pair, self.proj.kernel, recipe, tokens="stream")
+        return constrain(merged_BTD, "batch", "stream", "embed")
 
 
 class Projection(nnx.Module):
@@ -169,11 +184,20 @@ class DeepSeekV3(nnx.Module):
             return self.forward(tokens, recipe, None)
         return self.forward(tokens, recipe, ids_ahead(next_ids_BT, self.config.mtp_depth))
 
-    def forward(self, tokens: Tokens, recipe: Recipe, ahead_KBT: jax.Array | None) -> Output:
-        """The same, with what MTP module k reads at hand: the token k ahead, k = 1 .. K."""
+    def forward(
+        self,
+        tokens: Tokens,
+        recipe: Recipe,
+        ahead_KBT: jax.Array | None,
+        replayed_LBTK: jax.Array | None = None,
+    ) -> Output:
+        """The same, with what MTP module k reads at hand: the token k ahead, k = 1 .. K.
+
+        `replayed_LBTK` are the experts that the tokens of every MoE layer keep to.
+        """
         x_BTD, layer_stats = self.before(tokens, recipe), None
         if self.moe_layers is not None:
-            (x_BTD,), (layer_stats,) = self.between((x_BTD,), (tokens,), recipe)
+            (x_BTD,), (layer_stats,) = self.between((x_BTD,), (tokens,), recipe, replayed_LBTK)
         output = self.after(x_BTD, tokens, recipe, ahead_KBT)
         stats = [part for part in (layer_stats, output.stats) if part is not None]
         merged = jax.tree.map(lambda *a: jnp.concatenate(a), *stats) if stats else None
@@ -187,7 +211,11 @@ class DeepSeekV3(nnx.Module):
         return x_BTD
 
     def between(
-        self, xs: tuple[jax.Array, ...], tokens: tuple[Tokens, ...], recipe: Recipe
+        self,
+        xs: tuple[jax.Array, ...],
+        tokens: tuple[Tokens, ...],
+        recipe: Recipe,
+        replayed_LBTK: jax.Array | None = None,
     ) -> tuple[tuple[jax.Array, ...], tuple[MoEStats, ...]]:
         """The MoE layers, for micro batches side by side; statistics are stacked [L] for each.
 
@@ -195,14 +223,18 @@ class DeepSeekV3(nnx.Module):
         devices can travel while another is computed.
         """
         applies = [_one_layer(tokens_of_one, recipe) for tokens_of_one in tokens]
+        assert replayed_LBTK is None or len(xs) == 1
 
-        def apply(layer: Block, xs):
-            pairs = [apply(layer, x_BTD) for apply, x_BTD in zip(applies, xs, strict=True)]
+        def apply(layer: Block, xs, *replayed_BTK):
+            pairs = [
+                apply(layer, x_BTD, *replayed_BTK) for apply, x_BTD in zip(applies, xs, strict=True)
+            ]
             ys, stats = zip(*pairs, strict=True)
             return ys, stats
 
         assert self.moe_layers is not None
-        return scan_layers(self.moe_layers, xs, apply)
+        inputs = () if replayed_LBTK is None else (replayed_LBTK,)
+        return scan_layers(self.moe_layers, xs, apply, *inputs)
 
     def after(
         self, x_BTD: jax.Array, tokens: Tokens, recipe: Recipe, ahead_KBT: jax.Array | None
@@ -242,7 +274,7 @@ def _one_layer(tokens: Tokens, recipe: Recipe):
     """One step of a scan over layers, with the recipe's recomputation."""
 
     @recipe.rematerialize
-    def apply(layer: Block, x_BTD: jax.Array):
-        return layer(x_BTD, tokens, recipe)
+    def apply(layer: Block, x_BTD: jax.Array, *replayed_BTK: jax.Array):
+        return layer(x_BTD, tokens, recipe, *replayed_BTK)
 
     return apply

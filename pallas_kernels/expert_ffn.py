@@ -1,7 +1,8 @@
-"""Expert FFN: SwiGLU of rows sorted by expert, the three products fused in one loop over tiles.
+"""Expert FFN: SwiGLU of rows sorted by expert.
 
-Against three grouped matmuls the rows and their cotangents are fetched once per pass, and the gate
-and up activations of a tile are used while they are in cache.
+By kernels on Hopper (`expert_ffn_mosaic.py`); elsewhere the three products are fused in one loop
+over tiles. Against three grouped matmuls the rows and their cotangents are then fetched once per
+pass, and the gate and up activations of a tile are used while they are in cache.
 
 Shape letters: M rows, E experts, D model width, F expert width, T rows of a tile, B tiles of a
 chunk (`tiles.py`).
@@ -13,7 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.grouped_matmul import Backend, check_operands, grouped_matmul
+from pallas_kernels.expert_ffn_mosaic import expert_ffn_mosaic
+from pallas_kernels.grouped_matmul import check_backend, check_operands, grouped_matmul
+from pallas_kernels.grouped_matmul_mosaic import unsupported
+from pallas_kernels.mosaic import Backend
+from pallas_kernels.swiglu import swiglu, swiglu_vjp
 from pallas_kernels.tiles import (
     Tiling,
     add_weights,
@@ -36,7 +41,7 @@ def expert_ffn(
     w_down_EFD: Array,
     group_sizes_E: Array,
     *,
-    backend: Backend = "auto",
+    backend: Backend = "portable",
     tiling: Tiling | None = None,
 ) -> Array:
     """y[m] = (silu(x[m] w_gate[e]) * (x[m] w_up[e])) w_down[e] for the rows m of group e.
@@ -53,9 +58,9 @@ def expert_ffn(
         w_down_EFD: [E, F, D].
         group_sizes_E: rows of each expert, int [E]; their sum must not exceed M (a run-time value:
             not checked).
-        backend: "portable" loops over tiles and is differentiated by hand; "reference" is dense,
-            in fp32; "auto" is portable.
-        tiling: rows of a tile and tiles of a chunk; by default from the shapes.
+        backend: "mosaic" and "emulated" run the kernels (`expert_ffn_mosaic.py`); "portable" loops
+            over tiles and is differentiated by hand; "reference" is dense, in fp32.
+        tiling: of "portable": rows of a tile and tiles of a chunk; by default from the shapes.
 
     Returns:
         [M, D].
@@ -71,13 +76,14 @@ def expert_ffn(
             f"w_gate is {w_gate_EDF.shape}; w_up must be alike and w_down {(E, F, D)}, "
             f"but they are {w_up_EDF.shape} and {w_down_EFD.shape}"
         )
+    check_backend(backend, unsupported(D, F, x_MD.dtype))
     if backend == "reference":
         return _reference(x_MD, *weights, group_sizes_E)
-    if backend not in ("auto", "portable"):
-        raise ValueError(f"backend is {backend!r}; use 'auto', 'portable' or 'reference'")
     M = x_MD.shape[0]
     if M == 0:
         return x_MD
+    if backend != "portable":
+        return expert_ffn_mosaic(backend == "emulated", x_MD, *weights, group_sizes_E)
     return _portable(tiling or choose_tiling(M, E, D * F), x_MD, *weights, group_sizes_E)
 
 
@@ -88,7 +94,7 @@ def _reference(x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E):
         *(a.astype(jnp.float32) for a in (x_MD, w_gate_EDF, w_up_EDF, w_down_EFD)),
         x_MD.dtype,
     )
-    h_MF = jax.nn.silu(matmul(x_MD, w_gate_EDF)) * matmul(x_MD, w_up_EDF)
+    h_MF = swiglu(matmul(x_MD, w_gate_EDF), matmul(x_MD, w_up_EDF))
     return matmul(h_MF, w_down_EFD).astype(dtype)
 
 
@@ -103,7 +109,7 @@ def _forward(tiling: Tiling, keep: bool, x_MD, w_gate_EDF, w_up_EDF, w_down_EFD,
         x_BTD = take(x_MD, chunk.rows_BT)
         gate_BTF = batched_dot(x_BTD, take(w_gate_EDF, chunk.expert_B), 2, 1)
         up_BTF = batched_dot(x_BTD, take(w_up_EDF, chunk.expert_B), 2, 1)
-        h_BTF = (jax.nn.silu(gate_BTF) * up_BTF).astype(dtype)
+        h_BTF = swiglu(gate_BTF, up_BTF).astype(dtype)
         y_BTD = batched_dot(h_BTF, take(w_down_EFD, chunk.expert_B), 2, 1)
         if keep:
             gate, up = kept
@@ -147,7 +153,7 @@ def _portable_bwd(tiling: Tiling, saved, dy_MD: Array):
         )
         w_gate_BDF, w_up_BDF, w_down_BFD = (take(w, chunk.expert_B) for w in weights)
         dh_BTF = batched_dot(dy_BTD, w_down_BFD, 2, 2)
-        h_BTF, dgate_BTF, dup_BTF = _swiglu_vjp(gate_BTF, up_BTF, dh_BTF)
+        h_BTF, dgate_BTF, dup_BTF = swiglu_vjp(gate_BTF, up_BTF, dh_BTF)
         x_BDT = transposed(x_BTD)
         dx_BTD = batched_dot(dgate_BTF, w_gate_BDF, 2, 2) + batched_dot(dup_BTF, w_up_BDF, 2, 2)
         return (
@@ -161,16 +167,6 @@ def _portable_bwd(tiling: Tiling, saved, dy_MD: Array):
     carry = zeros((M + tiling.rows, D), dtype), *(zeros(w.shape, jnp.float32) for w in weights)
     dx, *dw = lax.fori_loop(0, tiles.num_chunks, step, carry)
     return keep_rows(dx, tiles.num_rows, M), *(g.astype(dtype) for g in dw), None
-
-
-def _swiglu_vjp(gate: Array, up: Array, dh: Array) -> tuple[Array, Array, Array]:
-    """silu(gate) * up and the cotangents of gate and up, computed in fp32, in the type of gate."""
-    gate32, up32 = gate.astype(jnp.float32), up.astype(jnp.float32)
-    sigmoid = jax.nn.sigmoid(gate32)
-    silu = gate32 * sigmoid
-    dgate = dh * up32 * (sigmoid + silu * (1 - sigmoid))
-    h, dup = silu * up32, dh * silu
-    return h.astype(gate.dtype), dgate.astype(gate.dtype), dup.astype(gate.dtype)
 
 
 _portable.defvjp(_portable_fwd, _portable_bwd)

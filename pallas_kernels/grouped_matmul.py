@@ -5,12 +5,16 @@ chunk (`tiles.py`).
 """
 
 from functools import partial
-from typing import Literal
+from typing import NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels.grouped_blocks import Blocks
+from pallas_kernels.grouped_matmul_mosaic import grouped_products, unsupported
+from pallas_kernels.grouped_matmul_weights import grouped_weight_gradient
+from pallas_kernels.mosaic import Backend
 from pallas_kernels.tiles import (
     Tiling,
     add_weights,
@@ -25,7 +29,15 @@ from pallas_kernels.tiles import (
     zeros_varying,
 )
 
-Backend = Literal["auto", "portable", "reference"]
+
+class MatmulBlocks(NamedTuple):
+    """Cuts of the three kernels of a grouped matmul; None: by their own choice."""
+
+    forward: Blocks | None = None
+    rows: Blocks | None = None
+    """Of the gradient of the rows."""
+    weights: Blocks | None = None
+    """Of the gradient of the weights."""
 
 
 def grouped_matmul(
@@ -33,8 +45,9 @@ def grouped_matmul(
     w_EKN: Array,
     group_sizes_E: Array,
     *,
-    backend: Backend = "auto",
+    backend: Backend = "portable",
     tiling: Tiling | None = None,
+    blocks: MatmulBlocks | None = None,
 ) -> Array:
     """y[m] = x[m] @ w[e] for the rows m of group e.
 
@@ -47,9 +60,11 @@ def grouped_matmul(
         w_EKN: one weight per expert [E, K, N], of the type of `x_MK`.
         group_sizes_E: rows of each expert, int [E]; their sum must not exceed M (a run-time value:
             not checked).
-        backend: "portable" loops over tiles and is differentiated by hand; "reference" is dense,
-            in fp32; "auto" is portable.
-        tiling: rows of a tile and tiles of a chunk; by default from the shapes.
+        backend: "mosaic" and "emulated" run the kernels (`grouped_matmul_mosaic.py`,
+            `grouped_matmul_weights.py`); "portable" loops over tiles and is differentiated by hand;
+            "reference" is dense, in fp32.
+        tiling: of "portable": rows of a tile and tiles of a chunk; by default from the shapes.
+        blocks: of the kernels; by default from the shapes.
 
     Returns:
         [M, N].
@@ -58,14 +73,26 @@ def grouped_matmul(
         ValueError: shapes, types or the backend do not fit.
     """
     check_operands(x_MK, group_sizes_E, w_EKN=w_EKN)
+    M, (E, K, N) = x_MK.shape[0], w_EKN.shape
+    check_backend(backend, unsupported(K, N, x_MK.dtype))
     if backend == "reference":
         return _reference(x_MK, w_EKN, group_sizes_E)
-    if backend not in ("auto", "portable"):
-        raise ValueError(f"backend is {backend!r}; use 'auto', 'portable' or 'reference'")
-    M, (E, K, N) = x_MK.shape[0], w_EKN.shape
     if M == 0:
         return jnp.zeros((0, N), x_MK.dtype)
+    if backend != "portable":
+        options = blocks or MatmulBlocks(), backend == "emulated"
+        return _mosaic(options, x_MK, w_EKN, group_sizes_E)
     return _portable(tiling or choose_tiling(M, E, K * N), x_MK, w_EKN, group_sizes_E)
+
+
+def check_backend(backend: str, obstacle: str | None) -> None:
+    """Raise ValueError if there is no such backend, or kernels are asked for despite `obstacle`."""
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend is {backend!r}; use one of {', '.join(get_args(Backend))}")
+    if obstacle and backend in ("mosaic", "emulated"):
+        raise ValueError(
+            f"backend {backend!r} cannot compute this: {obstacle}; use 'portable', which can"
+        )
 
 
 def check_operands(x_MK: Array, group_sizes_E: Array, **weights: Array) -> None:
@@ -158,3 +185,39 @@ def _portable_bwd(tiling: Tiling, saved, dy_MN: Array):
 
 
 _portable.defvjp(_portable_fwd, _portable_bwd)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _mosaic(options: tuple[MatmulBlocks, bool], x_MK, w_EKN, group_sizes_E) -> Array:
+    """By the kernels; `options` are their blocks and whether to emulate them."""
+    blocks, emulated = options
+    return grouped_products(
+        [(x_MK, (w_EKN,))],
+        group_sizes_E,
+        name="grouped_matmul_forward",
+        blocks=blocks.forward,
+        emulated=emulated,
+    )[0]
+
+
+def _mosaic_fwd(options, x_MK: Array, w_EKN: Array, group_sizes_E: Array):
+    return _mosaic(options, x_MK, w_EKN, group_sizes_E), (x_MK, w_EKN, group_sizes_E)
+
+
+def _mosaic_bwd(options, saved, dy_MN: Array):
+    (blocks, emulated), (x_MK, w_EKN, group_sizes_E) = options, saved
+    (dx_MK,) = grouped_products(
+        [(dy_MN, (w_EKN,))],
+        group_sizes_E,
+        name="grouped_matmul_rows",
+        transposed=True,
+        blocks=blocks.rows,
+        emulated=emulated,
+    )
+    dw_EKN = grouped_weight_gradient(
+        x_MK, dy_MN, group_sizes_E, dtype=w_EKN.dtype, blocks=blocks.weights, emulated=emulated
+    )
+    return dx_MK, dw_EKN, None
+
+
+_mosaic.defvjp(_mosaic_fwd, _mosaic_bwd)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels.expert_ffn import expert_ffn
-from pallas_kernels.grouped_matmul import Backend
+from pallas_kernels.mosaic import Backend
 from pallas_kernels.tiles import (
     Tiling,
     keep_rows,
@@ -50,7 +50,7 @@ def separate_expert_ffn(
     w_down: Sequence[Array],
     group_sizes_E: Array,
     *,
-    backend: Backend = "auto",
+    backend: Backend = "portable",
 ) -> Array:
     """`expert_ffn` [M, D] for weights that are E arrays each: gate and up [F, D], down [D, F].
 

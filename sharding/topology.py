@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sharding.config import MeshConfig
+from sharding.partition import Layout
 
 H200 = """
 gpu_device_info {
@@ -50,6 +51,16 @@ def schedule_options(config: MeshConfig) -> dict[str, Any]:
     """Compiler options that a layout needs on GPUs for its overlap."""
     in_pairs = config.overlap or (config.pipe > 1 and config.schedule.startswith("dualpipe"))
     return dict(OVERLAP) if in_pairs else {}
+
+
+def not_hopper(layout: Layout) -> str | None:
+    """Why kernels written for NVIDIA's Hopper cannot run on a layout's devices; None: they can."""
+    device = layout.mesh.devices.flat[0]
+    if device.platform not in ("cuda", "gpu"):
+        return f"the devices are {device.device_kind}, not NVIDIA Hopper GPUs"
+    if not str(device.compute_capability).startswith("9."):
+        return f"{device.device_kind} has compute capability {device.compute_capability}, not 9.0"
+    return None
 
 
 def absent_gpus(nodes: int, per_node: int = 8, description: str = H200) -> Sequence[Any]:

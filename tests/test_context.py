@@ -22,6 +22,7 @@ from model.context_attention import Form, context_attention
 from model.mla import causal_attention
 from model.recipe import Recipe
 from model.transformer import Block, Tokens, ids_ahead
+from pallas_kernels import linear_cross_entropy
 from sharding.config import MeshConfig
 from sharding.context import balance, restore, whole_sequences
 from sharding.partition import constrain, use_layout
@@ -232,7 +233,9 @@ def test_a_step_without_documents(exchange):
 @pytest.mark.parametrize("exchange", ["ring", "gather"])
 def test_evaluation(exchange, monkeypatch):
     """Nats, targets, drafts and accepted drafts; logits in several chunks."""
-    monkeypatch.setattr(model.loss, "CHUNK_BYTES", 4 * 8 * 4 * SHALLOW.vocab_size)
+    chunk_bytes = 4 * 8 * 4 * SHALLOW.vocab_size
+    monkeypatch.setattr(model.loss, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(linear_cross_entropy, "PORTABLE_CHUNK_BYTES", chunk_bytes)
     mask = np.random.default_rng(1).integers(0, 2, (TRAIN.batch_size, TRAIN.seq_len))
     batch = {"tokens": random_rows(), "segments": random_segments(), "mask": mask.astype(np.int32)}
     batch = {name: micro_batches(rows) for name, rows in batch.items()}

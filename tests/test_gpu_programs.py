@@ -13,7 +13,7 @@ import tomllib
 
 import pytest
 
-from bench.gpu_programs import FSDP, PAPER, Report, mesh_of
+from bench.gpu_programs import FSDP, PAPER, Report, mesh_of, read_calls
 from sharding.config import MeshConfig
 from sharding.overlap import read_spans
 
@@ -109,6 +109,18 @@ def passes_that_hide_the_exchange(report: Report) -> set[str]:
     }
 
 
+@needs_compiler
+@pytest.mark.gpu_compile
+@pytest.mark.parametrize("mesh", ["data=1 --per-node 1", "cube"])
+def test_small_trains_through_the_kernels(tmp_path, mesh):
+    """Attention with both gradients, seven kernels of the experts, the head; on several GPUs each
+    in a region of its own."""
+    report = compiled(tmp_path, f"--config small --kernels mosaic --mesh {mesh} --micro-batches 2")
+    # A dense stack, a MoE stack and an MTP module have attention; the last two have experts.
+    assert report.calls["mosaic_gpu_v2"] >= 3 * 3 + 2 * 7 + 2, report.calls
+    assert "__cublas$gemm" in report.calls or "__cublas$lt$matmul" in report.calls, report.calls
+
+
 # ---- the real model -----------------------------------------------------------------------------
 
 
@@ -165,6 +177,16 @@ def test_spans_tell_whose_products_they_hold():
     (span,) = read_spans(SCHEDULED)
     assert (span.op, span.products) == ("all-to-all", ("other", "own", "mixed"))
     assert span.of_others == ("other",), "weights, which pass through, tie nothing together"
+
+
+def test_calls_of_libraries_kernels_and_fusions_are_counted():
+    text = """
+  %f = f32[4] fusion(%a), kind=kLoop, calls=%c
+  %g = f32[4] fusion(%a), kind=kLoop, calls=%d
+  %h = f32[4] fusion(%a), kind=kInput, calls=%e
+  %k = f32[4] custom-call(%a), custom_call_target="mosaic_gpu_v2", backend_config={}
+"""
+    assert read_calls(text) == {"mosaic_gpu_v2": 1, "fusion kLoop": 2, "fusion kInput": 1}
 
 
 def test_unscheduled_text_is_refused():

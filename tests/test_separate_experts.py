@@ -27,7 +27,7 @@ def operands(sizes, width, inner, dtype, spare=0):
 
 
 @functools.partial(jax.jit, static_argnames="backend")
-def found(x, weights, sizes, backend="auto"):
+def found(x, weights, sizes, backend="portable"):
     apart = ([w[0] for w in separate_experts(stack, 1)] for stack in weights)
     return separate_expert_ffn(x, *apart, sizes, backend=backend)
 

@@ -14,6 +14,7 @@ import pytest
 import model.loss
 from model.blueprint import bind
 from model.loss import cross_entropy_sum, greedy_ids, inputs_and_targets
+from pallas_kernels import linear_cross_entropy
 from sharding.config import MeshConfig
 from tests.layout_helpers import (
     FP32,
@@ -276,6 +277,7 @@ def test_acceptance_compares_a_draft_with_the_main_models_own_choice():
 def test_chunks_of_logits_change_nothing(chunk_bytes, monkeypatch):
     """Loss, both gradients and greedy choices; one position, a few, or all of them at a time."""
     monkeypatch.setattr(model.loss, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(linear_cross_entropy, "PORTABLE_CHUNK_BYTES", chunk_bytes)
     rng = np.random.default_rng(0)
     x_BTD, w_DV = rng.standard_normal((2, 12, 8)), rng.standard_normal((8, 40))
     x_BTD, w_DV = jnp.asarray(x_BTD, jnp.float32), jnp.asarray(w_DV, jnp.float32)

@@ -72,6 +72,9 @@ class TrainConfig:
     """Weight of the multi-token-prediction loss, lambda (V3 report, eq. 25)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and products; master weights, router, norms and losses stay fp32."""
+    fp8: bool = False
+    """Products of linear layers and experts in FP8, with their gradients (V3 report, section 3.3).
+    Needs dtype bfloat16. Embedding, head, router, norms and attention stay as they are."""
     remat: Literal["none", "selective", "full"] = "none"
     """What the backward pass recomputes: nothing; norms, up-projections, SwiGLU; whole layers."""
     ema_decay: float = 0.0

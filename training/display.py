@@ -54,7 +54,8 @@ class Display:
         if self._live is not None:
             self._live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
             return
-        matters = "eval/bits_per_byte" in metrics or step + 1 >= self._total_steps
+        evaluated = "eval/bits_per_byte" in metrics or "eval/accuracy" in metrics
+        matters = evaluated or step + 1 >= self._total_steps
         if matters or self._clock() >= self._next_plain:
             self._next_plain = self._clock() + self._plain_every_s
             print(line, file=self._console.file, flush=True)
@@ -83,6 +84,14 @@ class Display:
 _FIELDS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("loss", "train/loss", lambda x: f"{x:.3f}"),
     ("eval", "eval/bits_per_byte", lambda x: f"{x:.3f} bits/byte"),
+    ("reward", "policy/reward", lambda x: f"{x:.3f}"),
+    ("held-out", "eval/accuracy", lambda x: f"{x:.1%}"),
+    ("greedy", "eval/accuracy_greedy", lambda x: f"{x:.1%}"),
+    ("length", "policy/length", lambda x: f"{x:.1f}"),
+    ("entropy", "policy/entropy", lambda x: f"{x:.3f}"),
+    ("gap", "policy/sampler_gap", lambda x: f"{x:.1e}"),
+    ("rollout", "perf/rollout_share", lambda x: f"{x:.0%}"),
+    ("update", "perf/update_share", lambda x: f"{x:.0%}"),
     ("lr", "train/learning_rate", lambda x: f"{x:.2e}"),
     ("grad", "train/grad_norm", lambda x: f"{x:.2f}"),
     ("", "perf/tokens_per_s", lambda x: f"{human(x)} tok/s"),

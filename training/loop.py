@@ -76,7 +76,7 @@ class Loop:
                 if self.save_every and (step + 1) % self.save_every == 0:
                     with self.throughput.paused():
                         self.save(record)
-                if _anyone(stop.requested):
+                if anyone(stop.requested):
                     stopped = stop.signal_name or "a signal to another process"
                     break
             self._stop_trace()
@@ -157,8 +157,8 @@ class Loop:
             self.display.note(f"trace: {self.run_dir}/profile")
 
 
-def _anyone(flag: bool) -> bool:
-    """True if any process of the run says so."""
+def anyone(flag: bool) -> bool:
+    """True if any process of the run says so; all of them ask."""
     if jax.process_count() == 1:
         return flag
     return bool(multihost_utils.process_allgather(np.array(flag)).any())

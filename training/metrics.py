@@ -57,20 +57,71 @@ METRICS: dict[str, Metric] = {
     "perf/tokens_per_s_per_device": Metric("tokens/s", "throughput of one device"),
     "perf/tflops_per_device": Metric("TFLOP/s", "model FLOPs, causal attention counted as half"),
     "perf/mfu": Metric("1", "share of the device's BF16 peak; absent when the peak is unknown"),
+    "eval/accuracy": Metric("1", "share of held-out prompts answered rightly at temperature 1"),
+    "eval/accuracy_greedy": Metric("1", "the same, taking the most probable token each time"),
+    "eval/format": Metric("1", "share of the answers at temperature 1 in the form asked for"),
+    "eval/step_accuracy": Metric("1", "share of the steps written there that are right"),
+    "eval/length": Metric("tokens", "mean length of these answers, end token included"),
+    "eval/length_correct": Metric("tokens", "the same of the right ones"),
+    "eval/truncated": Metric("1", "share of these answers cut at the length limit"),
+    "policy/reward": Metric("1", "mean reward of a rollout's answers, parts weighted"),
+    "policy/accuracy": Metric("1", "share of a rollout's answers that are right"),
+    "policy/format": Metric("1", "share of them in the form asked for"),
+    "policy/step_accuracy": Metric("1", "share of the steps of reasoning written that are right"),
+    "policy/length": Metric("tokens", "mean length of a rollout's answers, end token included"),
+    "policy/length_correct": Metric("tokens", "the same of the right ones"),
+    "policy/truncated": Metric("1", "share of answers cut at the length limit"),
+    "policy/entropy": Metric("nats/token", "entropy of the policy where it wrote"),
+    "policy/zero_variance_groups": Metric("1", "share of groups whose answers teach nothing"),
+    "policy/unscorable_answers": Metric("1", "share of answers whose reward is not a number"),
+    "policy/advantage_abs": Metric("1", "mean absolute advantage"),
+    "policy/truncated_answers": Metric(
+        "1", "share of answers cut at the limit, as the filter sees it"
+    ),
+    "policy/filtered_answers": Metric("1", "share of answers left out of the loss"),
+    "policy/policy_loss": Metric("1", "policy term of the loss; watch its gradient, not its value"),
+    "policy/kl_loss": Metric("nats", "KL term of the loss, before its weight"),
+    "policy/kl": Metric("nats/token", "KL to the reference, k3"),
+    "policy/old_kl": Metric("nats/token", "KL to the policy of the rollout, k3"),
+    "policy/ratio": Metric("1", "mean of policy / policy of the rollout"),
+    "policy/clip_low": Metric("1", "share of tokens clipped below"),
+    "policy/clip_high": Metric("1", "share of tokens clipped above"),
+    "policy/answer_nll": Metric("nats/token", "mean of -log p of the answers' tokens"),
+    "policy/answer_length": Metric(
+        "tokens", "mean length of the answers that take part in the loss"
+    ),
+    "policy/zero_advantage": Metric("1", "share of these answers whose advantage is 0"),
+    "policy/sampler_gap": Metric("nats", "mean of |log p of the sampler - of the trainer|"),
+    "policy/sampler_gap_max": Metric("nats", "largest of these"),
+    "policy/sampler_gap_share": Metric("1", "share of tokens beyond objective.gap_threshold"),
+    "policy/sampler_kl": Metric("nats/token", "mean of log(sampler / trainer)"),
+    "policy/mismatch_weight": Metric("1", "mean weight against the sampler's numbers"),
+    "policy/mismatch_limited": Metric("1", "share of tokens whose weight was limited"),
+    "policy/off_policy_masked": Metric("1", "share of answers left out as too far off"),
+    "perf/rollout_tokens_per_s": Metric("tokens/s", "tokens written, all devices"),
+    "perf/update_tokens_per_s": Metric("tokens/s", "tokens of prompts and answers trained on"),
+    "perf/rollout_share": Metric("1", "share of a step's time spent in the rollout"),
+    "perf/reward_share": Metric("1", "share spent in rewards"),
+    "perf/update_share": Metric("1", "share spent in updates and handing weights over"),
     "moe/load_max_over_mean": Metric("1", "busiest expert's tokens over the mean, worst layer"),
     "moe/dropped_tokens": Metric("tokens", "token-expert pairs that found no room; must read 0"),
     "mem/peak_gib": Metric("GiB", "peak memory of the fullest local device, or of the process"),
 }
-"""Fixed names. Each MoE layer has one more: `moe/load_max_over_mean/layer_NN`."""
+"""Fixed names. Each MoE layer has one more, `moe/load_max_over_mean/layer_NN`; so has each part of
+a reward, `policy/reward/NAME`."""
 
 LAYER_LOAD = re.compile(r"moe/load_max_over_mean/layer_(\d{2,})")
 """Names of the load of a single layer; the number is the layer's index in the model."""
+
+REWARD_PART = re.compile(r"policy/reward/\w+")
+"""Names of the mean of one part of the reward, before its weight."""
 
 
 def check_names(names: Any) -> None:
     """Raise ValueError for a name that is not in METRICS, with the nearest names that are."""
     for name in names:
-        if name not in METRICS and not LAYER_LOAD.fullmatch(name):
+        patterns = LAYER_LOAD.fullmatch(name) or REWARD_PART.fullmatch(name)
+        if name not in METRICS and not patterns:
             near = difflib.get_close_matches(name, METRICS, n=3, cutoff=0.5)
             hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(METRICS)}"
             raise ValueError(f"unknown metric {name!r}; {hint} New ones go into METRICS first.")

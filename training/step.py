@@ -240,7 +240,9 @@ class Trainer:
             tokens, targets_BT, weights_BT = inputs_and_targets(batch)
             output = model(tokens, self.recipe, next_ids_BT=targets_BT)
             kernel = model.head.kernel[...]
-            nats = cross_entropy_sum(output.hidden_BTD, kernel, targets_BT, weights_BT)
+            nats = cross_entropy_sum(
+                output.hidden_BTD, kernel, targets_BT, weights_BT, self.recipe.kernels.loss
+            )
             sums = {"nats": nats, "targets": weights_BT.sum()}
             if output.mtp_hidden:
                 draft_weights = restore(mtp_targets(batch, 1)[1])

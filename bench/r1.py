@@ -1,0 +1,140 @@
+"""R1-Zero in small: accuracy and length from a random model to the end of RL, and two controls.
+
+    python -m bench.r1 [--seeds 0,1,2] [--controls no_chains,weak_base] [--folder runs/r1_bench]
+                       [--write]
+
+Every run is `train.py --config r1_base` and then `train.py --config r1_zero` from its weights, as
+`make r1` does it, in processes of their own; a run that is complete is read and not repeated. The
+controls change one thing each: `no_chains` has no chain in the base corpus, `weak_base` composes
+arithmetic modulo ten, whose facts the base has no time to learn.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from bench.report import ROOT, write_section
+from training.metrics import read_metrics
+
+BASE = ("r1_base", "r1_zero")
+CONTROLS: dict[str, tuple[str, ...]] = {
+    "no_chains": ("share_of_chains=0",),
+    "weak_base": ("rules=mod10",),
+}
+ALSO: dict[str, dict[str, tuple[str, ...]]] = {
+    # Moves of two characters: prompts of 22 and chains of 33 tokens.
+    "weak_base": {
+        "r1_base": ("--sample-prompt", "3+1*2-4:"),
+        "r1_zero": ("--rl.max-new-tokens", "44", "--train.seq-len", "66"),
+    },
+}
+"""What a control's longer texts need."""
+MARKS = (0, 10, 20, 30, 50, 100, 150)
+"""Steps whose evaluation goes into the report."""
+
+
+def run(name: str, seed: int, folder: Path) -> tuple[list[dict[str, float]], float]:
+    """Records of the RL run, and the seconds that both processes took, now or when they ran."""
+    place = folder / f"{name}-{seed}"
+    for config in BASE:
+        target = place / config
+        if (target / "seconds").exists():
+            continue
+        command = [sys.executable, "train.py", "--config", config, "--run-dir", str(target)]
+        command += ["--seed", str(seed)]
+        if name in CONTROLS:
+            command += ["--task.options", *CONTROLS[name], *ALSO.get(name, {}).get(config, ())]
+        if config == "r1_zero":
+            command += ["--init-from", str(place / "r1_base")]
+        print("+", *command[1:], flush=True)
+        began = time.monotonic()
+        subprocess.run(command, cwd=ROOT, check=True)
+        (target / "seconds").write_text(f"{time.monotonic() - began:.1f}")
+    seconds = sum(float((place / config / "seconds").read_text()) for config in BASE)
+    return read_metrics(place / "r1_zero"), seconds
+
+
+def evaluations(records: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Records with held-out accuracy."""
+    return [record for record in records if "eval/accuracy" in record]
+
+
+def outcome(name: str, seed: int, records: list[dict[str, float]], seconds: float) -> str:
+    """A row of the table of runs."""
+    first, last = evaluations(records)[0], evaluations(records)[-1]
+    shares = {
+        phase: sum(r.get(f"perf/{phase}_share", 0.0) for r in records[1:-1]) / len(records[1:-1])
+        for phase in ("rollout", "reward", "update")
+    }
+
+    def pair(metric: str, form: str) -> str:
+        return f"{first[metric]:{form}} → {last[metric]:{form}}"
+
+    return (
+        f"| {name}, seed {seed} | {pair('eval/accuracy', '.3f')} | "
+        f"{pair('eval/accuracy_greedy', '.3f')} | {pair('eval/length', '.1f')} | "
+        f"{pair('eval/step_accuracy', '.3f')} | {pair('eval/format', '.3f')} | "
+        f"{shares['rollout']:.0%}, {shares['reward']:.0%}, {shares['update']:.0%} | "
+        f"{seconds:.0f} |"
+    )
+
+
+def curve(name: str, seed: int, records: list[dict[str, float]]) -> str:
+    """A row of the table of curves: accuracy (length) at MARKS."""
+    known = {int(record["step"]): record for record in evaluations(records)}
+    cells = [
+        f"{known[step]['eval/accuracy']:.2f} ({known[step]['eval/length']:.0f})"
+        if step in known else "-"
+        for step in MARKS
+    ]  # fmt: skip
+    return f"| {name}, seed {seed} | " + " | ".join(cells) + " |"
+
+
+def report(runs: list[tuple[str, int, list[dict[str, float]], float]]) -> list[str]:
+    """Markdown lines."""
+    marks = " | ".join(f"step {step}" for step in MARKS)
+    return [
+        "256 held-out problems; accuracy at temperature 1 and greedy, before and after RL. Seconds",
+        "are of both processes, from start to plot.",
+        "",
+        "| run | accuracy, T = 1 | greedy | length | steps right | form | rollout, reward, update "
+        "| seconds |",
+        "|---|---|---|---|---|---|---|---:|",
+        *(outcome(*one) for one in runs),
+        "",
+        "Accuracy at temperature 1, and mean length in tokens:",
+        "",
+        f"| run | {marks} |",
+        "|---|" + "---|" * len(MARKS),
+        *(curve(*one[:3]) for one in runs),
+    ]
+
+
+def main() -> None:
+    """Run what is asked for, print the report, and with --write put it into results.md."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--controls", default="no_chains,weak_base")
+    parser.add_argument("--folder", default="runs/r1_bench")
+    parser.add_argument("--write", action="store_true", help="write bench/results.md")
+    options = parser.parse_args()
+    if not re.fullmatch(r"\d+(,\d+)*", options.seeds):
+        raise SystemExit(f"--seeds {options.seeds!r}: give numbers with commas, such as 0,1,2")
+    controls = [name for name in options.controls.split(",") if name]
+    if unknown := [name for name in controls if name not in CONTROLS]:
+        raise SystemExit(f"--controls {', '.join(unknown)}: choose from {', '.join(CONTROLS)}")
+    wanted = [("r1", int(seed)) for seed in options.seeds.split(",")]
+    wanted += [(name, 0) for name in controls]
+    folder = Path(options.folder).absolute()
+    runs = [(name, seed, *run(name, seed, folder)) for name, seed in wanted]
+    lines = report(runs)
+    print("\n".join(lines))
+    if options.write:
+        write_section("R1-Zero in small", lines)
+
+
+if __name__ == "__main__":
+    main()

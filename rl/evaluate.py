@@ -1,0 +1,59 @@
+"""Held-out accuracy of a policy, at temperature 1 and greedily: neither alone tells enough."""
+
+import dataclasses
+
+import numpy as np
+
+from rl.rollout import PolicySampler, Rollout
+from rl.scoring import Scorer, Scores
+from rl.source import EVALUATE, EVALUATE_GREEDY, Questions, TaskPrompts, sampler_seed
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The same prompts every time, answered once by each sampler.
+
+    Draws at temperature 1 depend on (seed, step), so that a resumed run measures what the other
+    would have measured.
+    """
+
+    questions: Questions
+    prompts: TaskPrompts
+    scorer: Scorer
+    drawn: PolicySampler
+    """At temperature 1."""
+    greedy: PolicySampler
+
+    def __call__(self, step: int, policy: PolicySampler) -> dict[str, float]:
+        """Metrics of the policy that was published last; see `training/metrics.py`, eval/."""
+        record = {}
+        for sampler, purpose in ((self.drawn, EVALUATE), (self.greedy, EVALUATE_GREEDY)):
+            sampler.borrow(policy)
+            rollout = sampler(self.questions.ids, 1, sampler_seed(self.prompts.seed, purpose, step))
+            texts = self.prompts.texts(rollout.tokens)
+            scores = self.scorer(self.questions.records, texts, lengths(rollout))
+            if purpose == EVALUATE_GREEDY:
+                record["eval/accuracy_greedy"] = float(scores.correct.mean())
+            else:
+                record |= {
+                    f"eval/{name}": value for name, value in describe(rollout, scores).items()
+                }
+        return record
+
+
+def lengths(rollout: Rollout) -> np.ndarray:
+    """Tokens of every answer, its end token included, int64 [A]."""
+    return np.array([len(answer) for answer in rollout.tokens])
+
+
+def describe(rollout: Rollout, scores: Scores) -> dict[str, float]:
+    """accuracy, format and step_accuracy, length and length_correct (tokens, mean over answers and
+    over correct ones; NaN for none), truncated (share)."""
+    tokens_A = lengths(rollout)
+    correct = scores.correct
+    return {
+        **scores.quality,
+        "length": float(tokens_A.mean()),
+        "length_correct": float(tokens_A[correct].mean()) if correct.any() else float("nan"),
+        "truncated": float(rollout.truncated.mean()),
+    }

@@ -1,0 +1,275 @@
+"""The loop of stage rl: sample, verify, compare, update, publish.
+
+A rollout serves one update or several; every update is a step. Everything random is a function of
+(seed, step), and the state is saved between rollouts only, so that a run that was stopped goes on
+as if it had not been. What a record says of answers, it says of the policy that wrote them: before
+the updates of its step.
+
+Letters: A answers of a rollout, T positions, P rewards of an answer.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from rl.advantages import group_advantages
+from rl.batches import Batch, cut, make_batch
+from rl.config import GRPOConfig, RLConfig
+from rl.evaluate import Evaluation, describe, lengths
+from rl.filters import filtered_mask
+from rl.rollout import PolicySampler, Rollout, RolloutStoppedError
+from rl.scoring import Scorer, Scores
+from rl.source import SAMPLE, Questions, TaskPrompts, sampler_seed
+from rl.sums import Metrics, merge, numbers
+from rl.trainer import REFERENCE, PolicyTrainer
+from rl.transcripts import Transcripts
+from sharding.partition import local_rows, place_rows
+from training.display import Display
+from training.loop import Checkpoints, anyone
+from training.metrics import MetricsWriter
+from training.schedule import BatchPlan, knobs_at
+from training.signals import StopRequest
+from training.step import State
+from training.throughput import peak_memory_gib
+
+Record = dict[str, float]
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def compare(
+    rewards_PA: jax.Array, weights_P: jax.Array, mask_AT: jax.Array, truncated_A: jax.Array,
+    config: GRPOConfig,
+) -> tuple[jax.Array, jax.Array, Metrics]:  # fmt: skip
+    """Advantages [A], the mask of what takes part in the loss [A, T], and metrics of both."""
+    advantages_A, metrics = group_advantages(rewards_PA, weights_P, config)
+    mask_AT, of_filters = filtered_mask(mask_AT, advantages_A, truncated_A, config)
+    return advantages_A, mask_AT, metrics | of_filters
+
+
+@dataclasses.dataclass
+class PolicyLoop:
+    """Runs a policy from the step of its state to the last one."""
+
+    trainer: PolicyTrainer
+    rl: RLConfig
+    state: State
+    run_dir: Path
+    config: dict[str, Any]
+    """The run's configuration as plain data, stored with every checkpoint."""
+    prompts: TaskPrompts
+    scorer: Scorer
+    sampler: PolicySampler
+    evaluation: Evaluation | None
+    checkpoints: Checkpoints
+    save_every: int
+    """Steps between checkpoints; 0 saves at the end and on a signal only."""
+    display: Display
+    started: float = dataclasses.field(default_factory=time.monotonic)
+    """When the process started, by time.monotonic."""
+
+    def __post_init__(self):
+        train = self.trainer.train
+        self.plan = BatchPlan(train)
+        self.updates = self.rl.updates(train.batch_size)
+        self.first_step = int(self.state["step"])
+        if train.steps % self.updates or self.first_step % self.updates:
+            raise ValueError(
+                f"a rollout serves {self.updates} updates (answers per rollout over "
+                f"train.batch_size), which does not divide train.steps={train.steps} or the "
+                f"checkpoint's step {self.first_step}; change train.steps, or start in another "
+                "run_dir"
+            )
+        self._rows = local_rows(self.trainer.layout, self.plan.micro_batch_size)
+
+    def run(self) -> str:
+        """Train to the last step; SIGTERM or SIGINT ends it between two rollouts or in one.
+
+        A rollout that is interrupted is lost, and nothing else. Saves at the end either way.
+        Returns the signal's name, or "" when the last step was reached.
+        """
+        last, stopped, step = self.trainer.train.steps, "", self.first_step
+        transcripts = Transcripts(self.run_dir, step, self.rl.transcripts)
+        self.sampler.publish(self.state["params"], self.state["router_bias"])
+        with MetricsWriter(self.run_dir, step) as writer, StopRequest() as stop, self.display:
+            # Processes of one run agree between rollouts; one alone need not wait for that.
+            alone = jax.process_count() == 1
+            while step < last and not stopped:
+                try:
+                    record = self.advance(
+                        step, transcripts, (lambda: stop.requested) if alone else lambda: False
+                    )
+                except RolloutStoppedError:
+                    stopped = stop.signal_name
+                    break
+                step += self.updates
+                writer.write(step - 1, record)
+                self.display.show(step - 1, record)
+                if self._due(step, self.save_every):
+                    self.save()
+                if anyone(stop.requested):
+                    stopped = stop.signal_name or "a signal to another process"
+            if not stopped and self.evaluation is not None:
+                record = self.evaluation(step, self.sampler)
+                writer.write(step, record)
+                self.display.show(step - 1, record)
+        self.save()
+        return stopped
+
+    def advance(self, step: int, transcripts: Transcripts, stop: Callable[[], bool]) -> Record:
+        """One rollout and its updates; their record. RolloutStoppedError leaves the state alone."""
+        record: Record = {}
+        if self.evaluation is not None and self._due(step, self.trainer.train.eval_every):
+            record |= self.evaluation(step, self.sampler)
+        clock = _Clock()
+        number = step // self.updates
+        questions = self.prompts.rollout(number, self.rl.prompts_per_step)
+        seed = sampler_seed(self.prompts.seed, SAMPLE, number)
+        rollout = self.sampler(questions.ids, self.rl.objective.group_size, seed, stop)
+        clock.lap("rollout", rollout.seconds)
+        texts = self.prompts.texts(rollout.tokens)
+        records = [r for r in questions.records for _ in range(self.rl.objective.group_size)]
+        scores = self.scorer(records, texts, lengths(rollout))
+        clock.lap("reward")
+        batch, metrics = self._batch(questions, rollout, scores)
+        record |= self._update(step, batch, metrics)
+        self.sampler.publish(self.state["params"], self.state["router_bias"])
+        clock.lap("update")
+        if step == self.first_step:
+            self.display.note(f"first step: {time.monotonic() - self.started:.1f} s after start")
+        record |= {f"policy/{name}": value for name, value in describe(rollout, scores).items()}
+        record |= _rewards(scores) | self._speeds(rollout, batch, clock)
+        seen = {
+            "tokens": lengths(rollout), "truncated": rollout.truncated, "reward": scores.rewards,
+            "correct": scores.correct, "advantage": batch["advantages"],
+        }  # fmt: skip
+        transcripts.write(step, records, texts, seen)
+        return record
+
+    def save(self) -> bool:
+        """Checkpoint the state, which no rollout is under way from."""
+        mesh = dict(self.trainer.layout.mesh.shape)
+        return self.checkpoints.save(int(self.state["step"]), self.state, self.config, mesh, {})
+
+    def _due(self, step: int, every: int) -> bool:
+        """Whether a multiple of `every` lies in the rollout that ends (or 0: begins) at `step`."""
+        return every > 0 and step % every < self.updates
+
+    def _batch(
+        self, questions: Questions, rollout: Rollout, scores: Scores
+    ) -> tuple[Batch, Metrics]:
+        batch = make_batch(questions.ids, rollout, self.trainer.train.seq_len)
+        if not self.rl.replay_routing:
+            batch.pop("routes", None)
+        objective = self.rl.objective
+        rewards_PA = np.stack(list(scores.parts.values())).astype(np.float32)
+        weights_P = np.array([scores.weights[name] for name in scores.parts], np.float32)
+        advantages_A, mask_AT, metrics = jax.device_get(
+            compare(rewards_PA, weights_P, batch["mask"], rollout.truncated, config=objective)
+        )
+        return batch | {"advantages": advantages_A, "mask": mask_AT}, metrics
+
+    def _update(self, step: int, batch: Batch, metrics: Metrics) -> Record:
+        """All updates of a rollout; means of their metrics, and the rollout's own."""
+        parts = [self._placed(part) for part in self._cut(batch)]
+        parts = [self._with_logps(part) for part in parts]
+        totals: list[Record] = []
+        merged: Metrics = {}
+        for i, part in enumerate(parts):
+            knobs = knobs_at(self.trainer.train, self.plan, step + i)
+            del knobs["mtp_weight"]
+            scalars = {name: np.float32(value) for name, value in knobs.items()}
+            self.state, out = self.trainer.update(self.state, part, scalars)
+            out = jax.device_get(out)
+            self._check_skipped(step + i, int(out.pop("skipped_in_row")))
+            objective = out.pop("objective")
+            merged = merge(merged, objective) if merged else objective
+            knobs = {f"train/{name}": value for name, value in knobs.items()}
+            totals.append(knobs | {name: float(value) for name, value in out.items()})
+            if self._renews(step + i + 1):
+                self.state = self.trainer.renew_reference(self.state)
+        means = {name: float(np.mean([part[name] for part in totals])) for name in totals[0]}
+        return means | {
+            f"policy/{name}": value for name, value in numbers({**metrics, **merged}).items()
+        }
+
+    def _renews(self, done: int) -> bool:
+        return self.rl.reference_every > 0 and done % self.rl.reference_every == 0
+
+    def _cut(self, batch: Batch) -> list[Batch]:
+        return cut(batch, self.updates, self.plan.micro_batch_size)
+
+    def _placed(self, part: Batch) -> dict[str, jax.Array]:
+        """The part on the mesh; every process has all rows and places its own."""
+        low, high = self._rows.start, self._rows.stop
+        own = {name: rows[:, low:high] for name, rows in part.items()}
+        return place_rows(self.trainer.layout, own, self._rows, self.plan.micro_batch_size)
+
+    def _with_logps(self, part: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Adds what later updates need of the policy as it is now, and of the reference.
+
+        A single update starts from this policy itself: its ratio is 1 without old numbers. The
+        reference chooses its own experts.
+        """
+        inputs = {name: part[name] for name in ("tokens", "lengths", "routes") if name in part}
+        added = {}
+        if self.updates > 1:
+            weights = self.state["params"], self.state["router_bias"]
+            added["old_logp"] = self.trainer.logps(*weights, inputs)
+        if REFERENCE in self.state:
+            reference = self.state[REFERENCE]
+            inputs.pop("routes", None)
+            added["ref_logp"] = self.trainer.logps(
+                reference["params"], reference["router_bias"], inputs
+            )
+        return part | added
+
+    def _speeds(self, rollout: Rollout, batch: Batch, clock: "_Clock") -> Record:
+        total = sum(clock.seconds.values())
+        read = float(batch["lengths"].sum())
+        return {
+            "perf/step_s": total / self.updates,
+            "perf/rollout_tokens_per_s": rollout.num_tokens / clock.seconds["rollout"],
+            "perf/update_tokens_per_s": read / clock.seconds["update"],
+            **{f"perf/{name}_share": s / total for name, s in clock.seconds.items()},
+            "mem/peak_gib": peak_memory_gib(),
+        }
+
+    def _check_skipped(self, step: int, in_row: int) -> None:
+        limit = self.trainer.train.max_skipped_in_row
+        if in_row:
+            self.display.note(
+                f"step {step}: loss or gradient is not finite; update skipped ({in_row} in a row)"
+            )
+        if limit and in_row >= limit:
+            self.checkpoints.wait()
+            good = self.checkpoints.steps()
+            last = f"step {good[-1]} in {self.run_dir}/checkpoints" if good else "none"
+            raise FloatingPointError(
+                f"{in_row} updates in a row were not finite, the last at step {step}; last good "
+                f"checkpoint: {last}. Lower the learning rate, or look at samples.jsonl"
+            )
+
+
+class _Clock:
+    """Seconds of the phases of a step."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str, seconds: float | None = None) -> None:
+        """The phase that ends now; `seconds` where it knows better (without compilation)."""
+        now = time.perf_counter()
+        self.seconds[name] = now - self._last if seconds is None else seconds
+        self._last = now
+
+
+def _rewards(scores: Scores) -> Record:
+    record = {"policy/reward": float(np.mean(scores.rewards))}
+    return record | {f"policy/reward/{name}": float(x.mean()) for name, x in scores.parts.items()}

@@ -1,0 +1,210 @@
+"""Stage rl from a configuration: what is checked, what is wired together, what is left behind."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from configs.schema import RunConfig
+from data.tokenizer import Tokenizer, load_tokenizer
+from generation.config import Sampling
+from model.recipe import Recipe
+from rl.corpus import configured_task
+from rl.evaluate import Evaluation
+from rl.loop import PolicyLoop
+from rl.plots import plot_rl
+from rl.rollout import PolicySampler
+from rl.scoring import TaskScorer
+from rl.source import TaskPrompts
+from rl.tasks.characters import character_tokenizer
+from rl.trainer import PolicyTrainer
+from sharding.partition import Layout
+from sharding.processes import connect
+from training.display import Display
+from training.loop import Checkpoints
+from training.metrics import read_metrics
+from training.step import State
+
+Say = Callable[[str], None]
+
+
+def policy_trainer(run: RunConfig, recipe: Recipe, layout: Layout) -> PolicyTrainer:
+    """The trainer of stage rl.
+
+    Raises ValueError for a task, a rollout, an answer's length or a mesh that cannot work.
+    """
+    rl, train = run.rl, run.train
+    if not run.task.name:
+        raise ValueError("stage rl has no task; give one, such as --task.name permutations")
+    configured_task(run.task)
+    updates = rl.updates(train.batch_size)
+    if train.steps % updates:
+        raise ValueError(
+            f"a rollout serves {updates} updates, which does not divide train.steps={train.steps}"
+        )
+    if train.batch_ramp_from:
+        raise ValueError(
+            f"train.batch_ramp_from is {train.batch_ramp_from}; stage rl has no ramp, set it to 0"
+        )
+    if rl.max_new_tokens > train.seq_len:
+        raise ValueError(
+            f"rl.max_new_tokens={rl.max_new_tokens} and a prompt do not fit into train.seq_len="
+            f"{train.seq_len}; raise that (model.max_position is {run.model.max_position}), or "
+            "lower max_new_tokens"
+        )
+    if rl.speculate and not run.model.mtp_depth:
+        raise ValueError(
+            "rl.speculate needs an MTP module, and model.mtp_depth is 0; leave speculate off"
+        )
+    return PolicyTrainer(run.model, train, recipe, layout, rl.objective, rl.temperature)
+
+
+def policy_tokenizer(run: RunConfig, init_from: str) -> Tokenizer:
+    """data.tokenizer; else what the run has used before; else what belongs to the weights that it
+    starts from; else the characters of the task. ValueError if it is larger than the model's."""
+    before, given = (Path(f) / "tokenizer.json" for f in (run.run_dir, init_from or run.run_dir))
+    found = next((path for path in (before, given) if path.is_file()), None)
+    if run.data.tokenizer:
+        tokenizer = load_tokenizer(run.data.tokenizer)
+    elif found is not None:
+        tokenizer = load_tokenizer(found)
+    else:
+        tokenizer = character_tokenizer(configured_task(run.task).vocabulary)
+    if tokenizer.vocab_size > run.model.vocab_size:
+        raise ValueError(
+            f"tokenizer has {tokenizer.vocab_size} ids, model.vocab_size is "
+            f"{run.model.vocab_size}; raise the model's to at least that"
+        )
+    return tokenizer
+
+
+def check_prompts(run: RunConfig, prompts: TaskPrompts) -> None:
+    """Raise ValueError if the first prompts do not fit, or have characters without a token."""
+    for record, ids in zip(*prompts.rollout(0, run.rl.prompts_per_step), strict=True):
+        need = len(ids) + run.rl.max_new_tokens
+        for name, room in (
+            ("train.seq_len", run.train.seq_len + 1),
+            ("model.max_position", run.model.max_position),
+        ):
+            if need > room:
+                raise ValueError(
+                    f"prompt {record.prompt!r} has {len(ids)} tokens, with rl.max_new_tokens="
+                    f"{run.rl.max_new_tokens} {need}; {name} has room for {room}. Raise it, or "
+                    "lower max_new_tokens"
+                )
+
+
+def make_sampler(trainer: PolicyTrainer, run: RunConfig, eos_id: int, greedy: bool, rows: int):
+    """A sampler on the trainer's mesh and in its types; `greedy` for evaluation."""
+    rl = run.rl
+    temperature = 0.0 if greedy else rl.temperature
+    return PolicySampler(
+        trainer.model, trainer.recipe, trainer.layout, Sampling(temperature),
+        rows=rows, max_new_tokens=rl.max_new_tokens, eos_ids=(eos_id,),
+        speculate=rl.speculate, replay=rl.replay_routing and not greedy,
+    )  # fmt: skip
+
+
+def make_loop(
+    run: RunConfig, trainer: PolicyTrainer, state: State, checkpoints: Checkpoints,
+    tokenizer: Tokenizer, started: float,
+) -> PolicyLoop:  # fmt: skip
+    """Wire the parts together; `state` is new or restored."""
+    task, rl = configured_task(run.task), run.rl
+    prompts, scorer = TaskPrompts(task, tokenizer, run.seed), TaskScorer(task, rl)
+    check_prompts(run, prompts)
+    if not int(state["step"]):  # weights may have been loaded since
+        state = trainer.renew_reference(state)
+    rows = rl.rollout_rows or rl.answers
+    sampler = make_sampler(trainer, run, tokenizer.eos_id, False, rows)
+    evaluation = None
+    if run.train.eval_every and task.held_out:
+        at_one = dataclasses.replace(run, rl=dataclasses.replace(rl, temperature=1.0))
+        drawn = sampler if rl.temperature == 1 else make_sampler(
+            trainer, at_one, tokenizer.eos_id, False, rows
+        )  # fmt: skip
+        greedy = make_sampler(trainer, run, tokenizer.eos_id, True, rows)
+        held_out = prompts.held_out(rl.eval_prompts)
+        evaluation = Evaluation(held_out, prompts, scorer, drawn, greedy)
+    return PolicyLoop(
+        trainer=trainer, rl=rl, state=state, run_dir=Path(run.run_dir),
+        config=dataclasses.asdict(run), prompts=prompts, scorer=scorer, sampler=sampler,
+        evaluation=evaluation, checkpoints=checkpoints, save_every=run.checkpoint.every,
+        display=Display(run.train.steps), started=started,
+    )  # fmt: skip
+
+
+def describe(run: RunConfig) -> list[str]:
+    """What follows from the configuration of stage rl, one line each."""
+    rl = run.rl
+    updates = rl.updates(run.train.batch_size)
+    return [
+        f"rollout      {rl.prompts_per_step} prompts x {rl.objective.group_size} answers of at "
+        f"most {rl.max_new_tokens} tokens, for {updates} update{'s' * (updates > 1)} of "
+        f"{run.train.batch_size}",
+        f"task         {configured_task(run.task)}",
+    ]
+
+
+def run_stage(
+    run: RunConfig, trainer: Any, profile: range, init_from: str,
+    open_state: Callable[..., tuple[Any, State]], started: float, say: Say,
+) -> int:  # fmt: skip
+    """Stage rl to its end, or to a signal; 0, as a process exits.
+
+    Args:
+      trainer: of `policy_trainer`.
+      profile: steps to trace; ValueError unless empty.
+      init_from: where a new run takes its weights; '' for random ones.
+      open_state: `checkpoints, state = open_state(run, trainer, init_from, say)`.
+      started: when the process started, by time.monotonic.
+      say: takes lines for people.
+    """
+    if profile:
+        raise ValueError("--profile traces steps of stage pretrain; leave it out for stage rl")
+    tokenizer = policy_tokenizer(run, init_from)
+    connect(trainer.layout.mesh)
+    checkpoints, state = open_state(run, trainer, init_from, say)
+    loop = make_loop(run, trainer, state, checkpoints, tokenizer, started)
+    if jax.process_index() == 0:
+        write_settings(run, tokenizer)
+    stopped = ""
+    if loop.first_step >= run.train.steps:
+        say(f"the run is complete: {loop.first_step} of {run.train.steps} steps are done")
+    else:
+        if loop.first_step:
+            say(f"resuming at step {loop.first_step} of {run.train.steps}")
+        stopped = loop.run()
+    checkpoints.wait()
+    if stopped:
+        step = int(loop.state["step"])
+        say(f"{stopped}: stopped and saved at step {step} in {run.run_dir}; run again to go on")
+    elif jax.process_index() == 0:
+        finish(loop.run_dir, say)
+    return 0
+
+
+def finish(run_dir: Path, say: Say) -> None:
+    """The last evaluation in words, and the plot."""
+    records = [r for r in read_metrics(run_dir) if "eval/accuracy" in r]
+    if records:
+        start, end = records[0], records[-1]
+        say(
+            f"held-out accuracy at temperature 1: {start['eval/accuracy']:.3f} -> "
+            f"{end['eval/accuracy']:.3f}; greedy: {start['eval/accuracy_greedy']:.3f} -> "
+            f"{end['eval/accuracy_greedy']:.3f}; length: {start['eval/length']:.1f} -> "
+            f"{end['eval/length']:.1f} tokens"
+        )
+    plots = ", ".join(path.name for path in plot_rl(run_dir))
+    say(f"plots: {plots}; answers: samples.jsonl; run folder: {run_dir}")
+
+
+def write_settings(run: RunConfig, tokenizer: Tokenizer) -> None:
+    """config.json and tokenizer.json of the run folder."""
+    folder = Path(run.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(run), indent=1))
+    (folder / "tokenizer.json").write_text(tokenizer.json)

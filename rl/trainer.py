@@ -1,0 +1,193 @@
+"""The update of a policy: one jitted function, on the trainer's mesh and with its machinery.
+
+A batch holds prompts with their answers, padded at the end. Position t of every array but `tokens`
+belongs to the token t + 1: what the model predicts there.
+
+Letters: N micro batches, B answers of one, T positions, D hidden width, R experts of a token over
+all layers, L MoE layers, K experts of one layer.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from model.blueprint import Tree, bind
+from model.loss import LossParts
+from model.router import load_max_over_mean
+from model.transformer import Output, Tokens
+from rl.config import GRPOConfig
+from rl.logps import chunked_logps_and_entropy
+from rl.objective import Answers, loss_denominator, policy_loss
+from rl.sums import Metrics, masked_mean, merge
+from sharding.context import check_sequence
+from sharding.partition import batch_sharding, pipeline_ranks, replicated, use_layout
+from training.optimizer import clip_by_global_norm
+from training.step import State, Trainer
+
+Batch = dict[str, jax.Array]
+"""tokens int32 [N, B, T+1]; lengths int32 [N, B], tokens of prompt and answer; mask [N, B, T], 1
+for tokens of answers; advantages fp32 [N, B]; optional old_logp, sampler_logp, ref_logp fp32
+[N, B, T] and routes int16 [N, B, T, R], -1 where a token chooses anew."""
+
+REFERENCE = "reference"
+"""Of the state, where the objective has a KL term: params and router_bias of the policy that it is
+compared with."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyTrainer(Trainer):
+    """A trainer whose loss is `rl/objective.py`'s."""
+
+    objective: GRPOConfig = GRPOConfig()
+    temperature: float = 1.0
+    """Of the rollout: the policy is the distribution that was drawn from."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if pipeline_ranks(self.layout) > 1 or self.layout.config.context > 1:
+            raise ValueError(
+                "reinforcement learning does not run over the mesh axes pipe and context; set both "
+                "to 1 and use data, fsdp, expert and tensor"
+            )
+        check_sequence(self.layout, self.train.seq_len)
+
+    def renew_reference(self, state: State) -> State:
+        """The state with the policy as it is now for its reference, if the objective has one."""
+        if REFERENCE not in state:
+            return state
+        policy = {tree: state[tree] for tree in state[REFERENCE]}
+        return {**state, REFERENCE: jax.tree.map(lambda x: x.copy(), policy)}
+
+    @functools.cached_property
+    def update(self):
+        """`state, metrics = update(state, batch, knobs)`; the state passed in is consumed.
+
+        knobs: fp32 scalars learning_rate and bias_update_rate. metrics: `Metrics` of the objective,
+        and scalars by name.
+        """
+        rows, whole = batch_sharding(self.layout, (None, "batch")), replicated(self.layout)
+        return jax.jit(
+            self._update,
+            donate_argnums=0,
+            in_shardings=(self.shardings, rows, whole),
+            out_shardings=(self.shardings, whole),
+        )
+
+    @functools.cached_property
+    def logps(self):
+        """`logp = logps(params, router_bias, batch)` [N, B, T] of the batch's tokens."""
+        rows, whole = batch_sharding(self.layout, (None, "batch")), replicated(self.layout)
+        state = self.shardings
+        placements = (state["params"], state["router_bias"], rows)
+        return jax.jit(self._logps, in_shardings=placements, out_shardings=whole)
+
+    def _initial_state(self, key: jax.Array) -> State:
+        state = super()._initial_state(key)
+        if self.objective.kl_coef:
+            state[REFERENCE] = {tree: state[tree] for tree in ("params", "router_bias")}
+        return state
+
+    def _shardings(self, shapes: State) -> State:
+        shardings = super()._shardings(shapes)
+        if REFERENCE in shapes:
+            shardings[REFERENCE] = {tree: shardings[tree] for tree in shapes[REFERENCE]}
+        return shardings
+
+    def _logps(self, params: Tree, router_bias: Tree, batch: Batch) -> jax.Array:
+        with use_layout(self.layout):
+
+            def one(micro: Batch) -> jax.Array:
+                return self._score(params, router_bias, micro)[1]
+
+            return jax.lax.map(one, batch)
+
+    def _score(self, params: Tree, router_bias: Tree, micro: Batch):
+        """Output of the model, log-probabilities and entropies [B, T]."""
+        model = bind(self.model, params, router_bias)
+        ids_BT, targets_BT = micro["tokens"][:, :-1], micro["tokens"][:, 1:]
+        positions_BT = jnp.broadcast_to(jnp.arange(ids_BT.shape[1]), ids_BT.shape)
+        segments_BT = (positions_BT < micro["lengths"][:, None]).astype(jnp.int32)
+        tokens = Tokens(ids_BT, positions_BT, segments_BT)
+        replayed = None
+        if "routes" in micro:
+            K = self.model.experts_per_token
+            routes_BTLK = micro["routes"].reshape(*ids_BT.shape, -1, K).astype(jnp.int32)
+            replayed = jnp.moveaxis(routes_BTLK, 2, 0)
+        output: Output = model.forward(tokens, self.recipe, None, replayed)
+        head_DV = model.head.kernel[...].astype(output.hidden_BTD.dtype)
+        logp_BT, entropy_BT = chunked_logps_and_entropy(
+            output.hidden_BTD, head_DV, targets_BT, self.temperature
+        )
+        return output, logp_BT, entropy_BT
+
+    def _update(self, state: State, batch: Batch, knobs: dict[str, jax.Array]):
+        with use_layout(self.layout):
+            (loss, (metrics, counts_LE)), grads = self._policy_gradients(state, batch)
+            grads = jax.lax.with_sharding_constraint(grads, self._moment_shardings)
+            grads, norm = clip_by_global_norm(grads, self.train.optimizer.clip_norm)
+            finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+            zero = jnp.zeros((), jnp.float32)
+            parts = LossParts(loss, zero, zero, counts_LE, zero)
+            new, update_norm = self._apply(state, grads, parts, knobs)
+            new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+            new = self._count(new, state, finite)
+            return new, {
+                "objective": metrics,
+                "skipped_in_row": new["skipped_in_row"],
+                "train/loss": loss,
+                "train/grad_norm": norm,
+                "train/param_norm": optax.tree.norm(new["params"]),
+                "train/update_norm": update_norm,
+                "moe/load_max_over_mean": load_max_over_mean(counts_LE).max(initial=0.0),
+            }
+
+    def _policy_gradients(self, state: State, batch: Batch):
+        """((loss, (metrics, counts)), gradients) over all micro batches, fp32 sums."""
+        denominator = loss_denominator(batch["mask"], self.objective)
+
+        def loss_of(params: Tree, micro: Batch):
+            return self._loss(params, state["router_bias"], micro, denominator)
+
+        grad_of = jax.value_and_grad(loss_of, has_aux=True)
+        first = jax.tree.map(lambda rows: rows[0], batch)
+        if batch["tokens"].shape[0] == 1:
+            return grad_of(state["params"], first)
+
+        def body(total, micro: Batch):
+            return _add(total, grad_of(state["params"], micro)), None
+
+        shapes = jax.eval_shape(grad_of, state["params"], first)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.lax.scan(body, zeros, batch)[0]
+
+    def _loss(self, params: Tree, router_bias: Tree, micro: Batch, denominator: jax.Array):
+        output, logp_BT, entropy_BT = self._score(params, router_bias, micro)
+        answers = Answers(
+            micro["mask"],
+            micro["advantages"],
+            micro.get("old_logp"),
+            micro.get("sampler_logp"),
+            micro.get("ref_logp"),
+        )
+        loss, metrics = policy_loss(logp_BT, answers, denominator, self.objective)
+        entropy_BT = jax.lax.stop_gradient(entropy_BT)
+        metrics["entropy"] = masked_mean(entropy_BT, micro["mask"])
+        stats = output.stats
+        none = jnp.zeros((0, self.model.num_experts), jnp.float32)
+        counts_LE = none if stats is None else jax.lax.stop_gradient(stats.counts_E)
+        missing = self.model.num_moe_layers + self.model.mtp_depth - len(counts_LE)
+        # MTP modules do not run; equal loads leave their biases where they are.
+        counts_LE = jnp.concatenate([counts_LE, jnp.zeros((missing, self.model.num_experts))])
+        return loss, (metrics, counts_LE)
+
+
+def _add(total: Any, part: Any) -> Any:
+    """Sums of losses, gradients and counts; metrics as they say themselves."""
+    (loss, (metrics, counts)), grads = total
+    (loss2, (metrics2, counts2)), grads2 = part
+    merged: Metrics = merge(metrics, metrics2)
+    return (loss + loss2, (merged, counts + counts2)), jax.tree.map(jnp.add, grads, grads2)
