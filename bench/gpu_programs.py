@@ -6,7 +6,7 @@
         --mesh pipe=16,data=2,expert=64,expert_nodes=8,schedule=dualpipe --micro-batches 32
     PYTHONPATH=.gpu-compiler python -m bench.gpu_programs --config v3_671b --per-node 1 \\
         --mesh data=1 --kernels mosaic --dense-layers 1 --moe-layers 4 --experts 16
-    PYTHONPATH=.gpu-compiler python -m bench.gpu_programs --table [--write]
+    PYTHONPATH=.gpu-compiler python -m bench.gpu_programs --table layouts [--write]
 
 The first ones compile one layout, with one sequence per device and micro batch, and print what the
 compiled program says of itself. The last compiles every layout of the results, each in a process
@@ -53,10 +53,12 @@ STACK = (
     "--config v3_671b --per-node 1 --mesh data=1 --kernels mosaic --micro-batches 1 "
     "--dense-layers 1 --experts 16 --moe-layers"
 )
-CASES = {
-    "small, kernels": "--config small --per-node 1 --mesh data=1 --kernels mosaic",
-    "small, cube, kernels": "--config small --mesh cube --kernels mosaic",
-    "V3's widths, 1 + 7 layers of 16 experts, kernels": f"{STACK} 7",
+THROUGH_KERNELS = {
+    "small, one GPU": "--config small --per-node 1 --mesh data=1 --kernels mosaic",
+    "small, cube": "--config small --mesh cube --kernels mosaic",
+    "V3's widths, 1 + 7 layers, 16 experts, one GPU": f"{STACK} 7",
+}
+LAYOUTS = {
     "tiny, cube": "--mesh cube",
     "tiny, expert 8": "--mesh expert=8",
     "tiny, expert 8, ragged": "--mesh expert=8,exchange=ragged",
@@ -75,7 +77,11 @@ CASES = {
     "V3, fsdp 32, expert 64, 4 MoE layers": f"{FSDP} --moe-layers 4",
     "V3, fsdp 32, expert 64": FSDP,
 }
-"""Rows of the table: name and options."""
+TABLES = {
+    "layouts": ("Train steps compiled for absent H200s", LAYOUTS),
+    "kernels": ("Train steps through the kernels, compiled for absent H200s", THROUGH_KERNELS),
+}
+"""Sections of the results: title, and of each row its name and options."""
 
 
 class Report(NamedTuple):
@@ -216,21 +222,24 @@ def show(report: Report) -> None:
 def row(name: str, report: Report) -> str:
     """A line of the table."""
     sent = ", ".join(f"{op} {axes} {times}" for op, axes, times, _ in report.collectives)
+    called = ", ".join(f"{name} {count}" for name, count in report.calls.items())
     across = sum(1 for op, _, _, others in report.spans if others and "all-to-all" in op)
     return (
         f"| {name} | {report.devices} | {report.lower_s:.0f} | {report.compile_s:.0f} "
         f"| {report.processor_s:.0f} "
-        f"| {report.arguments / GIB:.2f} | {report.temporaries / GIB:.2f} | {across} | {sent} |"
+        f"| {report.arguments / GIB:.2f} | {report.temporaries / GIB:.2f} | {across} | {sent} "
+        f"| {called} |"
     )
 
 
-def table() -> list[str]:
+def table(cases: dict[str, str]) -> list[str]:
     """Every case, each in a process of its own."""
     columns = ("layout", "GPUs", "lower, s", "compile, s", "processor, s")
     columns += ("state, GiB", "temporaries, GiB")
     columns += ("exchanges beside the other's products", "collectives: op, axes, executions")
+    columns += ("calls in the text",)
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for name, arguments in CASES.items():
+    for name, arguments in cases.items():
         with tempfile.NamedTemporaryFile(suffix=".json") as file:
             command = [sys.executable, "-m", "bench.gpu_programs", *arguments.split()]
             subprocess.run([*command, "--json", file.name], cwd=ROOT, check=True)
@@ -254,7 +263,13 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--kernels", default="portable", help="as of train.py")
     found.add_argument("--json", default="", help="write the report here instead of printing it")
     found.add_argument("--text", default="", help="write the compiled text here")
-    found.add_argument("--table", action="store_true", help="all layouts of the results")
+    found.add_argument(
+        "--table",
+        nargs="?",
+        const="layouts",
+        choices=TABLES,
+        help="all rows of a section of results",
+    )
     found.add_argument("--write", action="store_true", help="with --table: write bench/results.md")
     return found
 
@@ -265,9 +280,10 @@ def main(arguments: list[str] | None = None) -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
     if options.table:
-        lines = table()
+        title, cases = TABLES[options.table]
+        lines = table(cases)
         if options.write:
-            write_section("Train steps compiled for absent H200s", lines)
+            write_section(title, lines)
         return
     report = inspect(options)
     if options.json:

@@ -6,7 +6,7 @@
 Every run is `train.py --config r1_base` and then `train.py --config r1_zero` from its weights, as
 `make r1` does it, in processes of their own; a run that is complete is read and not repeated. The
 controls change one thing each: `no_chains` has no chain in the base corpus, `weak_base` composes
-arithmetic modulo ten, whose facts the base has no time to learn.
+arithmetic modulo ten, whose 300 facts the base has no time to learn.
 """
 
 import argparse

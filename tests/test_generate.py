@@ -127,6 +127,7 @@ def test_stop_string_ends_the_text(answer):
     )
 
 
+@pytest.mark.slow
 def test_seed_decides_sampled_text(answer):
     sampled = ["--prompt", "the cat", "--max-new-tokens", "20", "--top-k", "40", "--top-p", "0.9"]
     first = answer(*sampled, "--seed", "7")

@@ -86,6 +86,7 @@ def test_every_decoded_position_has_the_logits_of_the_full_forward_pass():
     np.testing.assert_allclose(np.concatenate(found), teacher_forced()(ids), rtol=0, atol=ATOL)
 
 
+@pytest.mark.slow
 def test_bf16_logits_are_those_of_the_full_forward_pass_in_fp32():
     """Every token goes to every expert here: a near tie that rounding decides is no error."""
     config = dataclasses.replace(CONFIG, experts_per_token=8, groups_per_token=4)

@@ -63,7 +63,7 @@ def band(request, monkeypatch):
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(), LAYOUTS["cube"], MeshConfig(fsdp=-1)])
-@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize("fuse", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_arrays_of_any_mesh(tmp_path, mesh, fuse):
     folder = HuggingFaceFolder(hf_folder(tmp_path, halves(tensors(weights(), fuse=fuse))))
     assert folder.config == dataclasses.replace(CONFIG, init_std=folder.config.init_std)

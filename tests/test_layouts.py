@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from model.blueprint import blueprint
 from model.config import ModelConfig
-from model.recipe import Recipe
+from model.recipe import Kernels, Recipe
 from sharding.config import MeshConfig
 from sharding.mesh import axis_sizes
 from tests.layout_helpers import (
@@ -120,6 +120,15 @@ def test_selective_recomputation_changes_no_gradient():
 @pytest.mark.parametrize("remat", ["selective", "full"])
 def test_recomputation_on_a_mesh(remat):
     assert_same_step(take_step(LAYOUTS["cube"], recipe=Recipe(remat=remat)), step_on())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["one", "cube"])
+def test_hot_paths_in_regions_of_their_own(layout):
+    """Kernels see one device's part. So does the reference backend, which can be run here."""
+    config = ONE_DEVICE if layout == "one" else LAYOUTS["cube"]
+    kernels = Kernels(attention="reference", experts="reference", loss="reference")
+    assert_same_step(take_step(config, recipe=Recipe(kernels=kernels)), step_on())
 
 
 def distance(got: Result, want: Result) -> float:

@@ -57,7 +57,10 @@ def bias_of(tree, part: str):
 # Router bias
 
 
-@pytest.mark.parametrize("layout", [FSDP, EXPERT], ids=["fsdp 8", "expert 8"])
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(FSDP, id="fsdp 8", marks=pytest.mark.slow), pytest.param(EXPERT, id="expert 8")],
+)
 def test_router_bias_is_the_same_on_every_device(layout):
     """Elsewhere: counts were taken per device without a sum, so each device trained its own router
     while the bias claimed to be replicated, and a checkpoint kept one of 8 different values."""

@@ -137,6 +137,7 @@ def test_run_leaves_everything_behind(straight, capsys):
     assert json.loads((straight / "config.json").read_text())["model"]["hidden_size"] == 32
 
 
+@pytest.mark.slow
 def test_profile_writes_a_trace(options, stopped, tmp_path):
     """Also when the window reaches beyond the last step."""
     folder = tmp_path / "profiled"
