@@ -70,7 +70,8 @@ def choose(
         reasons = {name: everywhere or why(config, dtype) for name, why in obstacles.items()}
     reasons = {name: why for name, why in reasons.items() if why}
     if requested != "auto" and reasons:
-        listed = "; ".join(f"{name}: {why}" for name, why in reasons.items())
+        paths = {why: [n for n in reasons if reasons[n] == why] for why in reasons.values()}
+        listed = "; ".join(f"{', '.join(names)}: {why}" for why, names in paths.items())
         raise ValueError(
             f"kernels={requested} asks for kernels that cannot run here ({listed}); "
             "kernels=auto takes them where they can"
