@@ -117,6 +117,7 @@ def test_cache_holds_latents_only():
     assert per_token * 2 == cache_bytes_per_token(CONFIG)
 
 
+@pytest.mark.slow
 def test_greedy_text_is_the_argmax_of_the_full_forward_pass():
     rows, stats = texts(GREEDY)
     for prompt, row in zip(PROMPTS, rows, strict=True):

@@ -53,7 +53,7 @@ def quantized(state):
     return result
 
 
-@pytest.fixture(params=[hf_reader.BAND, 50])
+@pytest.fixture(params=[pytest.param(hf_reader.BAND, marks=pytest.mark.slow), 50])
 def band(request, monkeypatch):
     """Elements converted at a time: whole tensors of these sizes, and a few rows."""
     monkeypatch.setattr(hf_reader, "BAND", request.param)

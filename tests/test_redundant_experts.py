@@ -191,6 +191,7 @@ def test_a_batch_of_one_kind_and_a_lone_row_prefer_no_copy(batch):
     assert (chosen == 0).sum() == (chosen == 5).sum() == 4 * batch
 
 
+@pytest.mark.slow
 def test_the_busiest_device_has_less_to_do(monkeypatch):
     """Choices counted where they are exchanged: a router that prefers few experts, and copies by
     the load of other text."""

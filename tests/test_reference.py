@@ -41,7 +41,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 RECIPE = Recipe()
 MOE_CASES = [name for name in CASES if name != "v3_all_dense"]
 MTP_CASES = [name for name, case in CASES.items() if case.hf.get("num_nextn_predict_layers")]
-WHOLE_MODEL = ("v3_all_dense", "v3_mtp2", "v2")
+WHOLE_MODEL = ("v3_all_dense", "v2")
 """Cases compiled whole, forward and backward, in the default suite; the others are slow tests."""
 
 

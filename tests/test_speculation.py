@@ -78,6 +78,7 @@ def test_several_processes_take_the_first_ones_value(monkeypatch):
 # ---- the text ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_drafts_that_cannot_pay_are_never_made(cost):
     cost(3.0)
     rows, stats = texts(GREEDY, speculate="auto")
