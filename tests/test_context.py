@@ -189,6 +189,7 @@ def packed_step(config: MeshConfig, recipe: Recipe = FP32, micro: int = 1):
     return take_step(config, batch, DEEP, recipe, micro)
 
 
+@pytest.mark.slow
 def test_a_step_is_the_one_device_step():
     config = MeshConfig(fsdp=2, context=2, tensor=2, sequence=True)
     assert_same_step(packed_step(config), packed_step(ONE_DEVICE))

@@ -76,7 +76,9 @@ def power_of_two(scale):
 # ---- round trips ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(), LAYOUTS["cube"]])
+@pytest.mark.parametrize(
+    "mesh", [pytest.param(MeshConfig(), marks=pytest.mark.slow), LAYOUTS["cube"]]
+)
 def test_out_and_in_again_is_the_same(tmp_path, mesh, capsys):
     run = run_folder(tmp_path / "run", weights())
     assert convert.main(["export", str(run), str(tmp_path / "hf"), "--dtype", "fp32"]) == 0

@@ -89,6 +89,7 @@ def test_drafts_that_cannot_pay_are_never_made(cost):
     assert texts(SAMPLED, speculate="auto")[0] == texts(SAMPLED)[0]
 
 
+@pytest.mark.slow
 def test_bad_drafts_stop_after_the_first_chunk(cost):
     cost(1.9)
     rows, stats = texts(GREEDY, speculate="auto")
@@ -112,6 +113,7 @@ def test_good_drafts_go_on(cost, steps):
     assert stats.drafted == stats.main_passes > len(PROMPTS) * CHUNK
 
 
+@pytest.mark.slow
 def test_after_the_switch_the_text_is_that_of_plain_sampling(cost):
     """The random numbers of a position are those of a session that begins right before it."""
     cost(1.9)
