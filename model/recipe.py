@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels.mla_attention import KEPT
 from pallas_kernels.mosaic import Backend
-
-_KEPT = "kept"
 
 
 class Kernels(NamedTuple):
@@ -66,7 +65,7 @@ class Recipe:
             return fn
         if self.remat == "full":
             return jax.checkpoint(fn, prevent_cse=False)
-        policy = jax.checkpoint_policies.save_only_these_names(_KEPT)
+        policy = jax.checkpoint_policies.save_only_these_names(KEPT)
         return jax.checkpoint(fn, prevent_cse=False, policy=policy)
 
 
@@ -77,4 +76,4 @@ def keep(x: jax.Array) -> jax.Array:
     norms and up-projections (V3 report, section 3.2.3), SwiGLU (section 3.3.3), attention weights,
     and the first products of the experts.
     """
-    return checkpoint_name(x, _KEPT)
+    return checkpoint_name(x, KEPT)

@@ -31,7 +31,7 @@ from rl.trainer import REFERENCE, PolicyTrainer
 from rl.transcripts import Transcripts
 from sharding.partition import local_rows, place_rows
 from training.display import Display
-from training.loop import Checkpoints, anyone
+from training.loop import Checkpoints, anyone, check_skipped
 from training.metrics import MetricsWriter
 from training.schedule import BatchPlan, knobs_at
 from training.signals import StopRequest
@@ -186,7 +186,9 @@ class PolicyLoop:
             scalars = {name: np.float32(value) for name, value in knobs.items()}
             self.state, out = self.trainer.update(self.state, part, scalars)
             out = jax.device_get(out)
-            self._check_skipped(step + i, int(out.pop("skipped_in_row")))
+            check_skipped(
+                self, step + i, int(out.pop("skipped_in_row")), "or look at samples.jsonl"
+            )
             objective = out.pop("objective")
             merged = merge(merged, objective) if merged else objective
             knobs = {f"train/{name}": value for name, value in knobs.items()}
@@ -239,21 +241,6 @@ class PolicyLoop:
             **{f"perf/{name}_share": s / total for name, s in clock.seconds.items()},
             "mem/peak_gib": peak_memory_gib(),
         }
-
-    def _check_skipped(self, step: int, in_row: int) -> None:
-        limit = self.trainer.train.max_skipped_in_row
-        if in_row:
-            self.display.note(
-                f"step {step}: loss or gradient is not finite; update skipped ({in_row} in a row)"
-            )
-        if limit and in_row >= limit:
-            self.checkpoints.wait()
-            good = self.checkpoints.steps()
-            last = f"step {good[-1]} in {self.run_dir}/checkpoints" if good else "none"
-            raise FloatingPointError(
-                f"{in_row} updates in a row were not finite, the last at step {step}; last good "
-                f"checkpoint: {last}. Lower the learning rate, or look at samples.jsonl"
-            )
 
 
 class _Clock:

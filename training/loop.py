@@ -99,7 +99,8 @@ class Loop:
         metrics = jax.device_get(metrics)
         if step == self.first_step:
             self.display.note(f"first step: {time.monotonic() - self.started:.1f} s after start")
-        self._check_skipped(step, int(metrics.pop("skipped_in_row")))
+        in_row = int(metrics.pop("skipped_in_row"))
+        check_skipped(self, step, in_row, "or look at the data")
         record = {f"train/{name}": value for name, value in knobs.items()}
         record |= self._expert_loads(metrics.pop("counts_LE"))
         record |= {name: float(value) for name, value in metrics.items()}
@@ -126,21 +127,6 @@ class Loop:
             for i, row in enumerate(counts_LE)
         }
 
-    def _check_skipped(self, step: int, in_row: int) -> None:
-        limit = self.trainer.train.max_skipped_in_row
-        if in_row:
-            self.display.note(
-                f"step {step}: loss or gradient is not finite; update skipped ({in_row} in a row)"
-            )
-        if limit and in_row >= limit:
-            self.checkpoints.wait()
-            good = self.checkpoints.steps()
-            last = f"step {good[-1]} in {self.run_dir}/checkpoints" if good else "none"
-            raise FloatingPointError(
-                f"{in_row} updates in a row were not finite, the last at step {step}; last good "
-                f"checkpoint: {last}. Lower the learning rate or look at the data"
-            )
-
     def _trace(self, steps_run: int) -> None:
         """Start or stop the profiler before step number `steps_run` of this process."""
         if self.profile and steps_run == self.profile.start:
@@ -155,6 +141,26 @@ class Loop:
             jax.profiler.stop_trace()
             self._tracing = False
             self.display.note(f"trace: {self.run_dir}/profile")
+
+
+def check_skipped(loop: Any, step: int, in_row: int, advice: str) -> None:
+    """Say that updates were skipped; FloatingPointError when they are too many in a row.
+
+    `loop` is whatever trains: it has `trainer`, `display`, `checkpoints` and `run_dir`.
+    """
+    limit = loop.trainer.train.max_skipped_in_row
+    if in_row:
+        loop.display.note(
+            f"step {step}: loss or gradient is not finite; update skipped ({in_row} in a row)"
+        )
+    if limit and in_row >= limit:
+        loop.checkpoints.wait()
+        good = loop.checkpoints.steps()
+        last = f"step {good[-1]} in {loop.run_dir}/checkpoints" if good else "none"
+        raise FloatingPointError(
+            f"{in_row} updates in a row were not finite, the last at step {step}; last good "
+            f"checkpoint: {last}. Lower the learning rate {advice}"
+        )
 
 
 def anyone(flag: bool) -> bool:
