@@ -1,5 +1,6 @@
 """Eight CPU devices for every test, and what tests share."""
 
+import gc
 import os
 import pathlib
 
@@ -30,6 +31,20 @@ hypothesis.settings.register_profile(
     "meshseek", deadline=None, derandomize=True, database=None, max_examples=25
 )
 hypothesis.settings.load_profile("meshseek")
+
+
+MOST_MAPPINGS = 20_000
+"""Memory mappings of a test process before its compiled programs are dropped; Linux allows 65,530."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_mappings():
+    """Every compiled program maps memory of its own; a process with too many crashes in LLVM."""
+    yield
+    mappings = pathlib.Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
