@@ -34,7 +34,7 @@ hypothesis.settings.load_profile("meshseek")
 
 
 MOST_MAPPINGS = 20_000
-"""Memory mappings of a test process before its compiled programs are dropped; Linux allows 65,530."""
+"""Memory mappings at which a test process drops its compiled programs; Linux allows 65,530."""
 
 
 @pytest.fixture(scope="module", autouse=True)
