@@ -1,7 +1,7 @@
 """Train a DeepSeek-V3 family model: `python train.py --config tiny --emulate 8 --layout cube`.
 
 Reads top to bottom: devices, configuration, data, model and state, loop, what is left behind. The
-stage of the configuration decides what is learned: text, or (stage rl) what a verifier rewards.
+stage of the configuration decides what is learned: text, examples, rewards, or a teacher's answers.
 `--help` lists every option, `--print-config` shows what a run would be.
 """
 
@@ -64,7 +64,6 @@ def make_trainer(run: RunConfig) -> "Trainer":
     from data.prepare import check_config
     from model.kernels import choose
     from model.recipe import Recipe
-    from rl.stages import policy_trainer
     from sharding.mesh import make_layout
     from training.schedule import BatchPlan, check_schedules
     from training.step import Trainer
@@ -84,12 +83,19 @@ def make_trainer(run: RunConfig) -> "Trainer":
     layout = make_layout(run.mesh)
     choice = choose(run.kernels, run.model, run.train.dtype, layout, run.train.fp8)
     recipe = Recipe(run.train.dtype, run.train.remat, choice.kernels, fp8=run.train.fp8)
-    if run.stage == "rl":
-        trainer = policy_trainer(run, recipe, layout)
-    else:
+    if run.stage == "pretrain":
         trainer = Trainer(run.model, run.train, recipe, layout)
+    else:
+        trainer = stage_module(run).make_trainer(run, recipe, layout)
     _ = trainer.abstract_state  # names any weight that does not divide over the mesh
     return trainer
+
+
+def stage_module(run: RunConfig) -> Any:
+    """What knows the stages after pre-training: `make_trainer`, `describe` and `run_stage`."""
+    from rl import stages, tuning
+
+    return stages if run.stage == "rl" else tuning
 
 
 def describe(run: RunConfig, trainer: "Trainer") -> list[str]:
@@ -314,15 +320,6 @@ def _is_first_process() -> bool:
     return jax.process_index() == 0
 
 
-def _profile_steps(text: str) -> range:
-    if not text:
-        return range(0)
-    first, _, last = text.partition(":")
-    if not (first.isdigit() and last.isdigit() and int(first) <= int(last)):
-        raise ValueError(f"--profile {text!r}: give FIRST:LAST, two step numbers, such as 5:7")
-    return range(int(first), int(last) + 1)
-
-
 # ---- Entry ---------------------------------------------------------------------------------------
 
 
@@ -332,6 +329,11 @@ def main(arguments: list[str] | None = None) -> int:
     0: complete, or stopped in an orderly way. 1: an error of the program. 2: refused or given up,
     for the reason on stderr. 3: another process of the run was lost or failed.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if "--recipe" in arguments and not {"-h", "--help"} & {*arguments}:
+        from rl.recipe import run_recipe
+
+        return run_recipe(arguments)
     command = parse(arguments)
     from sharding.processes import together  # --help needs no JAX
 
@@ -340,7 +342,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def train(command: Command) -> int:
     """Check, print what the run is, and run it."""
-    run, profile = command.run, _profile_steps(command.profile)
+    run, profile = command.run, command.profile_steps
     start_devices(command)
     trainer = make_trainer(run)
 
@@ -348,16 +350,17 @@ def train(command: Command) -> int:
         if _is_first_process():
             print(line, flush=True)
 
-    from rl import stages
-
-    derived = describe(run, trainer) + (stages.describe(run) if run.stage == "rl" else [])
+    derived = describe(run, trainer)
+    if run.stage != "pretrain":
+        derived += stage_module(run).describe(run)
     if command.print_config:
         print_config(run, derived)
         return 0
     say("\n".join(derived))
     check_initial_weights(run, command.init_from)
-    if run.stage == "rl":
-        return stages.run_stage(run, trainer, profile, command.init_from, open_state, STARTED, say)
+    if run.stage != "pretrain":
+        run_stage = stage_module(run).run_stage
+        return run_stage(run, trainer, profile, command.init_from, open_state, STARTED, say)
     return run_to_end(run, trainer, profile, command.init_from, say)
 
 

@@ -15,6 +15,12 @@ PRESETS = (
     "kimi_k2",
     "r1_base",
     "r1_zero",
+    "r1_base2",
+    "r1_cold",
+    "r1_reasoning",
+    "r1_sft",
+    "r1",
+    "r1_student",
 )
 """Names of presets; each is the module of that name in this package."""
 

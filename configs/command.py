@@ -32,6 +32,9 @@ class Command:
     """Print the resolved configuration and everything derived from it, then stop."""
     profile: str = ""
     """Steps to trace, FIRST:LAST (counted from the step that runs first), into RUN/profile."""
+    recipe: str = ""
+    """Run a chain of stages instead, r1_zero or r1 (configs/recipes.py), each in a folder below
+    --run-dir; other options go to every stage."""
     compilation_cache: str = "cache/xla"
     """Folder that keeps compiled programs between runs; empty keeps none."""
     distributed: Literal["auto", "on", "off"] = "auto"
@@ -47,6 +50,18 @@ class Command:
     """Seconds to wait at the start for all processes to come."""
     lost_after: int = 20
     """Seconds without a heartbeat of a process after which the others end."""
+
+    @property
+    def profile_steps(self) -> range:
+        """`profile` as numbers; ValueError if it is none."""
+        if not self.profile:
+            return range(0)
+        first, _, last = self.profile.partition(":")
+        if not (first.isdigit() and last.isdigit() and int(first) <= int(last)):
+            raise ValueError(
+                f"--profile {self.profile!r}: give FIRST:LAST, two step numbers, such as 5:7"
+            )
+        return range(int(first), int(last) + 1)
 
 
 def parse(arguments: Sequence[str] | None = None) -> Command:

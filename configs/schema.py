@@ -6,7 +6,7 @@ from typing import Literal
 from checkpoint.config import CheckpointConfig
 from data.config import DataConfig
 from model.config import ModelConfig
-from rl.config import RLConfig, TaskConfig
+from rl.config import RLConfig, SFTConfig, TaskConfig
 from sharding.config import MeshConfig
 from training.config import TrainConfig
 
@@ -21,12 +21,15 @@ class RunConfig:
     """Length, batches, optimizer, schedules."""
     data: DataConfig = DataConfig()
     """Sources, tokenizer, packing."""
-    stage: Literal["pretrain", "rl"] = "pretrain"
-    """pretrain: next-token prediction. rl: a policy learns from rewards."""
+    stage: Literal["pretrain", "sft", "rl", "distill"] = "pretrain"
+    """pretrain: next-token prediction. sft: answers of examples are learned. rl: a policy learns
+    from rewards. distill: a student learns what a teacher answers."""
     task: TaskConfig = TaskConfig()
     """A task with a verifier."""
     rl: RLConfig = RLConfig()
     """Rollout and objective of stage rl."""
+    sft: SFTConfig = SFTConfig()
+    """Examples of stages sft and distill."""
     mesh: MeshConfig = MeshConfig()
     """Devices per mesh axis."""
     checkpoint: CheckpointConfig = CheckpointConfig()

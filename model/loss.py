@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from model.config import ModelConfig
 from model.moe import MoEStats
 from model.recipe import Recipe
-from model.transformer import DeepSeekV3, Tokens
+from model.transformer import DeepSeekV3, Output, Tokens
 from pallas_kernels.linear_cross_entropy import Parts, loss_and_gradients, loss_sum, merge
 from pallas_kernels.mosaic import Backend
 from sharding.context import balance, sequence_shards
@@ -125,6 +125,8 @@ class LossParts(NamedTuple):
     """Tokens per expert and MoE layer."""
     dropped: jax.Array
     """Choices that no expert computed."""
+    kl: jax.Array | None = None
+    """Mean KL from a teacher, nats per target; None without one (distillation alone has it)."""
 
 
 def target_weights(
@@ -156,11 +158,19 @@ def training_loss(
     Summing over the micro batches of a step gives the loss of the whole batch exactly. With
     `x_BTD`, the result of the MoE layers, these are not run and their terms are left out.
     """
-    tokens, targets_KBT, weights_KBT = examples
+    tokens, targets_KBT, _ = examples
     if x_BTD is None:
         output = model.forward(tokens, recipe, targets_KBT[:-1])
     else:
         output = model.after(x_BTD, tokens, recipe, targets_KBT[:-1])
+    return loss_of_output(model, output, examples, weights, recipe)
+
+
+def loss_of_output(
+    model: DeepSeekV3, output: Output, examples: Examples, weights: LossWeights, recipe: Recipe
+) -> tuple[jax.Array, LossParts]:
+    """`training_loss` of what the model has computed for the examples."""
+    _, targets_KBT, weights_KBT = examples
     hidden = (output.hidden_BTD, *output.mtp_hidden)
     sums: list[Any] = [
         cross_entropy_sum(

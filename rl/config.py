@@ -161,6 +161,9 @@ class RLConfig:
     """Steps after which the reference becomes the policy (R1: 400); 0: it stays the start."""
     format_weight: float = 0.0
     """Weight of the format's reward beside the answer's, which is 1 (R1-Zero: 1)."""
+    language_weight: float = 0.0
+    """Weight of language consistency: share of the answer in the prompt's language, of a task that
+    tells (R1 report, 2.3.2)."""
     overlong_buffer: int = 0
     """Tokens before max_new_tokens in which a reward falls to -1 (DAPO, eq. 13); 0: none."""
     eval_prompts: int = 256
@@ -182,8 +185,9 @@ class RLConfig:
                 f"rl.temperature is {self.temperature}; give a number above 0: greedy answers to "
                 "one prompt are all the same"
             )
-        if not 0 <= self.format_weight < math.inf:
-            raise ValueError(f"rl.format_weight is {self.format_weight}; give 0 or more")
+        for name in ("format_weight", "language_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"rl.{name} is {getattr(self, name)}; give 0 or more")
         if self.overlong_buffer > self.max_new_tokens:
             raise ValueError(
                 f"rl.overlong_buffer is {self.overlong_buffer}, rl.max_new_tokens "
@@ -210,3 +214,59 @@ class RLConfig:
                 f"{self.answers}, or a divisor for several updates per rollout"
             )
         return self.answers // batch_size
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTConfig:
+    """What stages sft and distill learn: examples, demonstrations, answers of another policy.
+
+    Sources add up. Traces are the policy's correct answers to training prompts of `task`
+    (rejection sampling: R1 report, 2.3.3; for a student distillation: 2.4); they stay in
+    RUN/traces, with their provenance, and a run that was stopped goes on after its last round.
+    """
+
+    examples: tuple[str, ...] = ()
+    """JSON Lines files of conversations or of prompt and completion, or folders of traces."""
+    demonstrations: int = 0
+    """Correct demonstrations of the task (R1's cold start: thousands)."""
+    policy: str = ""
+    """Run folder or Hugging Face folder whose answers are sampled; the teacher of stage distill."""
+    rounds: int = 4
+    """Rounds of sampling, each saved whole."""
+    prompts_per_round: int = 256
+    """Prompts of a round."""
+    answers_per_prompt: int = 4
+    """Answers sampled per prompt."""
+    per_prompt: int = 2
+    """Correct and different answers kept per prompt, at most; 0: all."""
+    temperature: float = 1.0
+    """Of these answers."""
+    max_new_tokens: int = 256
+    """Longest of these answers in tokens, its end token included."""
+    language: float = 0.0
+    """Least share of a trace that is in the prompt's language, 0..1; 0: any."""
+    too_long: Literal["error", "leave_out"] = "error"
+    """What happens to an example longer than train.seq_len + 1 tokens."""
+    kl_weight: float = 0.0
+    """Stage distill: weight of KL(teacher, student) beside the cross-entropy, whose weight is
+    1 minus that; 0 distils by sequences alone, as R1 does."""
+    kl_top_k: int = 16
+    """Tokens of the teacher's distribution that the KL tells apart (`rl/distill.py`)."""
+
+    def __post_init__(self):
+        for name in ("rounds", "prompts_per_round", "answers_per_prompt", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"sft.{name} is {getattr(self, name)}; give 1 or more")
+        for name in ("demonstrations", "per_prompt"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"sft.{name} is {getattr(self, name)}; give 0 or more")
+        for name in ("kl_weight", "language"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"sft.{name} is {getattr(self, name)}; give a number in 0..1")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(
+                f"sft.temperature is {self.temperature}; give a number above 0: greedy answers to "
+                "one prompt are all the same"
+            )
+        if self.kl_top_k < 1:
+            raise ValueError(f"sft.kl_top_k is {self.kl_top_k}; give 1 or more")

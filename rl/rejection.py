@@ -21,10 +21,8 @@ from rl.records import Record
 from rl.rollout import Rollout, Sampler
 from rl.scoring import Scorer
 from rl.sft import encode_conversation, encode_pair
-from rl.source import Questions, TaskPrompts, sampler_seed
+from rl.source import TRACES, Questions, TaskPrompts, sampler_seed
 
-TRACES = 3
-"""Purpose of sampler seeds, beside those of `rl/source.py`."""
 Filter = Callable[[Record, str], bool]
 """(record, text of the answer) -> whether to keep it."""
 

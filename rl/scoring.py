@@ -63,6 +63,9 @@ class TaskScorer:
             limit, buffer = self.rl.max_new_tokens, self.rl.overlong_buffer
             parts["overlong"] = soft_overlong(lengths, limit, buffer)
             weights["overlong"] = 1.0
+        if seen and "language" in seen[0]:
+            parts["language"] = np.array([item["language"] for item in seen], np.float64)
+            weights["language"] = self.rl.language_weight
         quality = summary(seen)
         del quality["steps"]
         return Scores(parts, weights, correct, quality)

@@ -11,7 +11,7 @@ from generation.prompts import encode_chat
 from rl.records import Record
 from rl.tasks.task import Side, Task
 
-SAMPLE, EVALUATE, EVALUATE_GREEDY = range(3)
+SAMPLE, EVALUATE, EVALUATE_GREEDY, TRACES = range(4)
 """Purposes of sampler seeds."""
 
 

@@ -26,12 +26,12 @@ from sharding.processes import connect
 from training.display import Display
 from training.loop import Checkpoints
 from training.metrics import read_metrics
-from training.step import State
+from training.step import State, Trainer
 
 Say = Callable[[str], None]
 
 
-def policy_trainer(run: RunConfig, recipe: Recipe, layout: Layout) -> PolicyTrainer:
+def make_trainer(run: RunConfig, recipe: Recipe, layout: Layout) -> PolicyTrainer:
     """The trainer of stage rl.
 
     Raises ValueError for a task, a rollout, an answer's length or a mesh that cannot work.
@@ -39,7 +39,13 @@ def policy_trainer(run: RunConfig, recipe: Recipe, layout: Layout) -> PolicyTrai
     rl, train = run.rl, run.train
     if not run.task.name:
         raise ValueError("stage rl has no task; give one, such as --task.name permutations")
-    configured_task(run.task)
+    task = configured_task(run.task)
+    if rl.language_weight and "language" not in task.inspect(task.prompt(run.seed, 0), ""):
+        raise ValueError(
+            f"rl.language_weight is {rl.language_weight}, but task {run.task.name} as it is does "
+            "not tell languages apart; for permutations set --task.options scripts=2, or set the "
+            "weight to 0"
+        )
     updates = rl.updates(train.batch_size)
     if train.steps % updates:
         raise ValueError(
@@ -97,7 +103,7 @@ def check_prompts(run: RunConfig, prompts: TaskPrompts) -> None:
                 )
 
 
-def make_sampler(trainer: PolicyTrainer, run: RunConfig, eos_id: int, greedy: bool, rows: int):
+def make_sampler(trainer: Trainer, run: RunConfig, eos_id: int, greedy: bool, rows: int):
     """A sampler on the trainer's mesh and in its types; `greedy` for evaluation."""
     rl = run.rl
     temperature = 0.0 if greedy else rl.temperature
@@ -156,7 +162,7 @@ def run_stage(
     """Stage rl to its end, or to a signal; 0, as a process exits.
 
     Args:
-      trainer: of `policy_trainer`.
+      trainer: of `make_trainer`.
       profile: steps to trace; ValueError unless empty.
       init_from: where a new run takes its weights; '' for random ones.
       open_state: `checkpoints, state = open_state(run, trainer, init_from, say)`.

@@ -76,7 +76,7 @@ def tiny_run(run_dir="", **rl):
 
 def make_trainer(run: RunConfig, recipe: Recipe | None = None) -> PolicyTrainer:
     layout = make_layout(run.mesh, jax.devices()[: run.mesh.data * run.mesh.fsdp * run.mesh.expert])
-    return stages.policy_trainer(run, recipe or Recipe(run.train.dtype), layout)
+    return stages.make_trainer(run, recipe or Recipe(run.train.dtype), layout)
 
 
 def make_loop(run: RunConfig, trainer: PolicyTrainer, compiled=None) -> stages.PolicyLoop:
@@ -443,7 +443,7 @@ def test_first_gradient_on_eight_devices():
     results = []
     for mesh in (MeshConfig(data=1), MeshConfig(expert=4, fsdp=2)):
         layout = make_layout(mesh, jax.devices()[: mesh.data * mesh.fsdp * mesh.expert])
-        trainer = stages.policy_trainer(run, Recipe(), layout)
+        trainer = stages.make_trainer(run, Recipe(), layout)
         state = trainer.init(jax.random.key(0))
         rows = local_rows(layout, 8)
         placed = place_rows(layout, {k: x[None] for k, x in batch.items()}, rows, 8)

@@ -4,6 +4,7 @@ Both give sums over micro batches whose terms are divided by counts of the whole
 the result does not depend on how the batch is cut.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ from sharding.stage_weights import place_layers
 from sharding.ticks import tick_table
 
 Batch = dict[str, jax.Array]
+MicroLoss = Callable[[DeepSeekV3, Batch, LossWeights], tuple[jax.Array, LossParts]]
 
 
 def loss_weights(batch: Batch, mtp_weight: jax.Array, balance_weight: float) -> LossWeights:
@@ -40,14 +42,19 @@ def loss_weights(batch: Batch, mtp_weight: jax.Array, balance_weight: float) -> 
 
 def accumulated_gradients(
     config: ModelConfig, recipe: Recipe, params: Tree, router_bias: Tree, batch: Batch,
-    weights: LossWeights, in_pairs: bool = False,
+    weights: LossWeights, in_pairs: bool = False, micro_loss: MicroLoss | None = None,
 ) -> tuple[jax.Array, LossParts, Tree]:  # fmt: skip
-    """Loss, its parts and its gradient (fp32 sums), one micro batch at a time or two."""
+    """Loss, its parts and its gradient (fp32 sums), one micro batch at a time or two.
+
+    micro_loss: `loss, parts = micro_loss(model, micro, weights)`, instead of `training_loss`.
+    """
     if in_pairs:
         batch = {name: rows.reshape(-1, 2, *rows.shape[1:]) for name, rows in batch.items()}
 
     def loss_of(params, micro: Batch):
         model = bind(config, params, router_bias)
+        if micro_loss is not None:
+            return micro_loss(model, micro, weights)
         if not in_pairs:
             return training_loss(model, make_examples(micro, config.mtp_depth), weights, recipe)
         pair = [{name: rows[i] for name, rows in micro.items()} for i in range(2)]

@@ -46,6 +46,8 @@ class Loop:
     """Held-out metrics of a state; None without held-out text."""
     throughput: Throughput
     display: Display
+    read_first: Callable[[dict[str, jax.Array]], dict[str, jax.Array]] = lambda batch: batch
+    """Adds to a placed batch what the step needs besides: what a teacher says of it."""
     profile: range = range(0)
     """Steps to trace, counted from the first that runs."""
     started: float = dataclasses.field(default_factory=time.monotonic)
@@ -89,7 +91,7 @@ class Loop:
         knobs = knobs_at(train, self.plan, step)
         placed = place_rows(self.trainer.layout, dict(batch), rows, self.plan.micro_batch_size)
         scalars = {name: np.float32(value) for name, value in knobs.items()}
-        self.state, metrics = self.trainer.step(self.state, placed, scalars)
+        self.state, metrics = self.trainer.step(self.state, self.read_first(placed), scalars)
         self.throughput.add(self.plan.at(step).batch_size * train.seq_len)
         final = done == train.steps
         evaluated = train.eval_every and (final or done % train.eval_every == 0)

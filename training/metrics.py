@@ -38,6 +38,7 @@ class Metric(NamedTuple):
 METRICS: dict[str, Metric] = {
     "train/loss": Metric("nats/token", "next-token loss, mean over the batch's valid tokens"),
     "train/mtp_loss": Metric("nats/token", "multi-token-prediction loss, mean over modules"),
+    "train/kl": Metric("nats/token", "KL(teacher, student) over learned tokens; stage distill"),
     "train/balance_loss": Metric("1", "sequence-wise balance loss summed over layers, unweighted"),
     "train/grad_norm": Metric("1", "global gradient norm before clipping"),
     "train/param_norm": Metric("1", "global norm of the weights"),

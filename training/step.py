@@ -194,6 +194,7 @@ class Trainer:
                 "moe/load_max_over_mean": load_max_over_mean(parts.counts_LE).max(initial=0.0),
                 "moe/dropped_tokens": parts.dropped,
                 "counts_LE": parts.counts_LE,
+                **({} if parts.kl is None else {"train/kl": parts.kl}),
             }
 
     @property

@@ -7,6 +7,10 @@ Li et al. 2024, "Chain of Thought Empowers Transformers to Solve Inherently Seri
 The base corpus answers most prompts at once and writes some chains, `c1a4b0..>0`, with mistakes: a
 model that learns to write the chain, and to write it without mistakes, answers every prompt.
 
+With `scripts=2` a move has a Latin and a Greek letter. A prompt is in one of them, a chain of the
+base corpus strays into the other with chance `mixing`, and both are right: what R1-Zero does with
+languages, and what a language reward mends (R1 report, 2.3.2).
+
 With `rules="mod10"` states are digits and a move is an operation and a digit, `+7`: 300 facts, of
 which a short pre-training learns about half. RL on such a base raises length and not accuracy.
 """
@@ -35,6 +39,9 @@ MOD10 = {
 
 RULES = {"s5": S5, "mod10": MOD10}
 
+GREEK = dict(zip("abcdefghij", "αβγδεζηθικ", strict=True))
+"""The second script's letter of every move of S5."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Permutations(Task):
@@ -50,6 +57,12 @@ class Permutations(Task):
     """Chance that a state in a demonstration is wrong; the chain goes on from the wrong state."""
     rules: Literal["s5", "mod10"] = "s5"
     """Permutations of five states, or sums, differences and products modulo ten."""
+    shortest: int = 0
+    """Fewest moves in a prompt, drawn evenly up to length; 0: all have length."""
+    scripts: int = 1
+    """1: moves have Latin letters. 2: each has a Greek one too."""
+    mixing: float = 0.3
+    """With two scripts, chance that a demonstration writes a move in the other one."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -57,11 +70,18 @@ class Permutations(Task):
         check_number(self, "share_of_chains", 0, 1)
         check_number(self, "noise", 0, 1)
         check_choice(self, "rules", tuple(RULES))
+        check_number(self, "shortest", 0, self.length)
+        check_number(self, "scripts", 1, 2 if self.rules == "s5" else 1)
+        check_number(self, "mixing", 0, 1)
 
     @property
     def moves(self) -> dict[str, tuple[int, ...]]:
         """Name of a move -> the state that follows each state."""
         return RULES[self.rules]
+
+    @property
+    def _greek(self) -> dict[str, str]:
+        return GREEK if self.scripts == 2 else {}
 
     @property
     def states(self) -> int:
@@ -70,19 +90,25 @@ class Permutations(Task):
 
     @property
     def vocabulary(self) -> tuple[str, ...]:
-        letters = dict.fromkeys("".join(self.moves))
+        letters = dict.fromkeys("".join([*self.moves, *self._greek.values()]))
         digits = map(str, range(self.states))
         return tuple(dict.fromkeys([*letters, *digits, ":", ">", END]))
 
     def sample_prompt(self, rng: np.random.Generator) -> Record:
         names = list(self.moves)
         start = int(rng.integers(self.states))
-        moves = [names[i] for i in rng.integers(len(names), size=self.length)]
+        count = int(rng.integers(self.shortest, self.length + 1)) if self.shortest else self.length
+        moves = [names[i] for i in rng.integers(len(names), size=count)]
         state = start
         for move in moves:
             state = self.moves[move][state]
         answer = {"start": start, "moves": moves, "final": state}
-        return Record(f"{start}{''.join(moves)}:", answer, self.name)
+        if self.scripts == 1:
+            return Record(f"{start}{''.join(moves)}:", answer, self.name)
+        problem = f"{start}{''.join(moves)}"
+        answer["greek"] = bool(rng.integers(2))
+        shown = "".join(self._greek[move] if answer["greek"] else move for move in moves)
+        return Record(f"{start}{shown}:", answer, self.name, problem)
 
     def demonstrate(self, record: Record, rng: np.random.Generator) -> str:
         if rng.random() >= self.share_of_chains:
@@ -92,10 +118,23 @@ class Permutations(Task):
             state = self.moves[move][state]
             if rng.random() < self.noise:
                 state = (state + int(rng.integers(1, self.states))) % self.states
+            if self.scripts == 2 and record.answer["greek"] != (rng.random() < self.mixing):
+                move = self._greek[move]
             written.append(f"{move}{state}")
         return "".join(written) + f">{state}"
 
     def inspect(self, record: Record, text: str) -> Inspection:
+        """With two scripts, adds language: share of the chain's letters in the prompt's script; 1
+        for no chain."""
+        latin = str.maketrans({greek: move for move, greek in self._greek.items()})
+        found = self._inspect(record, text.translate(latin))
+        if self.scripts == 2:
+            greek = [c in latin for c in map(ord, text) if c in latin or chr(c) in GREEK]
+            same = [one == record.answer["greek"] for one in greek]
+            found["language"] = sum(same) / len(same) if same else 1.0
+        return found
+
+    def _inspect(self, record: Record, text: str) -> Inspection:
         body, sign, last = answer_text(text).partition(">")
         wanted = record.answer["moves"]
         chain = self._read_chain(body)

@@ -1,0 +1,41 @@
+"""Base of the recipe `r1`: `r1_base` with moves in two scripts, which its chains mix.
+
+Every stage of the recipe shares its shape, its tokenizer and its prompts.
+"""
+
+import dataclasses
+
+from configs import r1_base
+from configs.schema import RunConfig
+from rl.config import TaskConfig
+from training.config import OptimizerConfig, Phase, TrainConfig
+
+VOCABULARY = 34
+SCRIPTS = "scripts=2"
+
+
+def config() -> RunConfig:
+    """The run: as `r1_base`, with ten more letters."""
+    base = r1_base.config()
+    return dataclasses.replace(
+        base,
+        model=dataclasses.replace(base.model, vocab_size=VOCABULARY),
+        data=dataclasses.replace(base.data, vocab_size=VOCABULARY),
+        task=TaskConfig("permutations", (SCRIPTS,)),
+    )
+
+
+def tuned(steps: int, rows: int = 12, learning_rate: float = 1e-3) -> TrainConfig:
+    """Fine-tuning of the base: R1's cosine to a tenth (R1 report, B.4), at this model's rate."""
+    return dataclasses.replace(
+        config().train,
+        steps=steps,
+        batch_size=rows,
+        optimizer=OptimizerConfig(name="muon", weight_decay=0.01, moment_dtype="float32"),
+        learning_rate=(
+            Phase(0, learning_rate, unit="steps"),
+            Phase(steps, learning_rate / 10, "cosine", "steps"),
+        ),
+        bias_update_rate=(Phase(0, 0.0),),
+        eval_every=steps,
+    )

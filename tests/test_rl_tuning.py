@@ -1,0 +1,314 @@
+"""Stages sft and distill: the loss of a student, what is refused, and runs from end to end."""
+
+import dataclasses
+import functools
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import PRESETS, preset
+from configs.command import parse
+from configs.recipes import RECIPES
+from configs.schema import RunConfig
+from model.blueprint import bind
+from model.loss import inputs_and_targets
+from model.recipe import Recipe
+from rl import tuning
+from rl.config import SFTConfig, TaskConfig
+from rl.packing import PackedExamples, sft_batches
+from rl.recipe import run_recipe, stage_command
+from rl.sft import Example, ListedExamples
+from rl.teacher import TEACHER, StudentTrainer, Teacher
+from rl.traces import read_traces
+from sharding.config import MeshConfig
+from sharding.mesh import make_layout
+from sharding.partition import place_rows, use_layout
+from tests.small_model import CONFIG
+from training.config import OptimizerConfig, TrainConfig
+from training.metrics import read_metrics
+from training.step import Trainer
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+MODEL = dataclasses.replace(CONFIG, mtp_depth=0, vocab_size=48)
+TRAIN = TrainConfig(
+    steps=4, seq_len=12, batch_size=4, balance_weight=0.0, optimizer=OptimizerConfig()
+)
+KNOBS = {name: np.float32(x) for name, x in
+         (("learning_rate", 1e-2), ("bias_update_rate", 0.0), ("mtp_weight", 0.0))}  # fmt: skip
+
+
+def batch():
+    """Four rows of packed examples, one micro batch."""
+    rng = np.random.default_rng(0)
+    examples = []
+    for n in (5, 9, 4, 13, 7, 6, 3):
+        ids = rng.integers(3, MODEL.vocab_size, n).astype(np.int32)
+        examples.append(Example(ids, np.arange(n) >= 2))
+    listed = ListedExamples(examples, [str(i) for i in range(len(examples))])
+    return sft_batches(PackedExamples(listed, TRAIN.seq_len, 0, 2), 4).batch_at(0, 4)
+
+
+def layout(**mesh):
+    config = MeshConfig(**({"data": 1} | mesh))
+    return make_layout(config, jax.devices()[: config.data * config.fsdp * config.expert])
+
+
+def student(kl_weight: float, on=None, k: int = 7, teacher_seed: int = 1):
+    """A trainer, its state, a batch read by a teacher, all placed."""
+    on = on or layout()
+    trainer = StudentTrainer(MODEL, TRAIN, Recipe("float32"), on, kl_weight)
+    state = trainer.init(jax.random.key(0))
+    other = trainer.init(jax.random.key(teacher_seed))
+    teacher = Teacher(MODEL, other["params"], other["router_bias"], trainer.recipe, on, k)
+    placed = place_rows(on, batch(), range(4), 4)
+    return trainer, state, teacher.read(placed)
+
+
+@functools.cache
+def one_device_step(kl_weight: float, teacher_seed: int):
+    trainer, state, read = student(kl_weight, teacher_seed=teacher_seed)
+    state, metrics = trainer.step(state, read, KNOBS)
+    return jax.device_get((state["params"], metrics))
+
+
+def logits(trainer: Trainer, state, rows) -> np.ndarray:
+    """fp64 log-probabilities [B, T, V] of the first micro batch."""
+    with use_layout(trainer.layout):
+        model = bind(trainer.model, state["params"], state["router_bias"])
+        tokens = inputs_and_targets({name: x[0] for name, x in rows.items()})[0]
+        hidden = model.forward(tokens, trainer.recipe, None).hidden_BTD
+        x = np.asarray(jnp.einsum("BTD,DV->BTV", hidden, model.head.kernel[...]), np.float64)
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+@pytest.mark.slow
+def test_a_students_loss_is_the_closed_form():
+    """(1 - w) CE + w KL(teacher, student), means over learned tokens, in NumPy float64."""
+    k = MODEL.vocab_size
+    trainer, state, read = student(0.3, k=k)
+    other = trainer.init(jax.random.key(1))
+    plain = {name: jnp.asarray(x) for name, x in batch().items()}
+    ours, theirs = logits(trainer, state, plain), logits(trainer, other, plain)
+    targets, mask = batch()["tokens"][0, :, 1:], batch()["mask"][0]
+    nats = -np.take_along_axis(ours, targets[..., None], -1)[..., 0]
+    kl = (np.exp(theirs) * (theirs - ours)).sum(-1)
+    want = (nats * mask).sum() / mask.sum(), (kl * mask).sum() / mask.sum()
+    loss, parts, _ = trainer._gradients(state, read, jnp.float32(0))
+    np.testing.assert_allclose((parts.main, parts.kl), want, rtol=2e-5)
+    np.testing.assert_allclose(loss, 0.7 * want[0] + 0.3 * want[1], rtol=2e-5)
+
+
+@pytest.mark.slow
+def test_a_teacher_that_is_the_student_pulls_nowhere():
+    """KL is 0 and has no gradient, so the gradient is (1 - w) that of plain fine-tuning."""
+    trainer, state, read = student(0.25, teacher_seed=0)
+    plain = {name: x for name, x in read.items() if name not in TEACHER}
+    _, parts, grads = trainer._gradients(state, read, jnp.float32(0))
+    sft = Trainer(MODEL, TRAIN, trainer.recipe, trainer.layout)
+    _, _, alone = sft._gradients(state, plain, jnp.float32(0))
+    assert abs(float(parts.kl)) < 1e-6
+    largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(alone))
+    jax.tree.map(
+        lambda got, want: np.testing.assert_allclose(got, 0.75 * want, atol=1e-5 * largest),
+        grads, alone,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [{"fsdp": 2, "expert": 2}, {"data": 2, "tensor": 2}], ids=str)
+def test_a_students_step_is_the_same_on_a_mesh(mesh):
+    on = make_layout(MeshConfig(**({"data": 1} | mesh)), jax.devices()[:4])
+    trainer, state, read = student(0.5, on)
+    state, metrics = jax.device_get(trainer.step(state, read, KNOBS))
+    params, want = one_device_step(0.5, 1)
+    for name in ("train/loss", "train/kl", "train/grad_norm"):
+        np.testing.assert_allclose(metrics[name], want[name], rtol=1e-5, err_msg=name)
+    # A first step of AdamW moves every weight by its rate, whatever the gradient's size.
+    close = [
+        np.mean(np.abs(got - one) < 1e-4)
+        for got, one in zip(jax.tree.leaves(state["params"]), jax.tree.leaves(params), strict=True)
+    ]
+    assert min(close) > 0.99, close
+
+
+# ---- What is refused -----------------------------------------------------------------------------
+
+
+def tiny_run(stage="sft", sft: SFTConfig | None = None, **changes) -> RunConfig:
+    small = {
+        "hidden_size": 32, "num_layers": 1, "num_heads": 2, "dense_ffn_size": 32,
+        "expert_ffn_size": 16, "num_experts": 4,
+    }  # fmt: skip
+    base = preset("r1_base")
+    return dataclasses.replace(
+        base, stage=stage, sft=sft or SFTConfig(),
+        model=dataclasses.replace(base.model, **small),
+        task=TaskConfig("permutations", ("length=2", "held_out=0.3")), **changes,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("run", "says"),
+    [
+        (tiny_run(), "nothing to learn"),
+        (tiny_run("distill", SFTConfig(demonstrations=3)), "no teacher"),
+        (tiny_run("sft", SFTConfig(demonstrations=3, kl_weight=0.5)), "stage distill alone"),
+        (
+            dataclasses.replace(tiny_run("sft", SFTConfig(policy="runs/x")), task=TaskConfig()),
+            "need a task",
+        ),
+        (
+            tiny_run("sft", SFTConfig(demonstrations=3), mesh=MeshConfig(data=1)),
+            "",
+        ),
+    ],
+    ids=["nothing", "teacher", "kl in sft", "no task", "fine"],
+)
+def test_a_stage_that_cannot_work_is_refused_before_it_starts(run, says):
+    def make():
+        return tuning.make_trainer(run, Recipe("float32"), layout())
+
+    if says:
+        with pytest.raises(ValueError, match=says):
+            make()
+    else:
+        assert type(make()) is Trainer
+        assert tuning.describe(run)
+
+
+def test_numbers_that_cannot_be():
+    for field, value in (("rounds", 0), ("demonstrations", -1), ("kl_weight", 1.5),
+                         ("temperature", 0.0), ("kl_top_k", 0), ("language", 2.0)):  # fmt: skip
+        with pytest.raises(ValueError, match=f"sft.{field} is"):
+            SFTConfig(**{field: value})
+
+
+def test_kl_refuses_a_pipeline():
+    model = dataclasses.replace(MODEL, num_layers=4)
+    rows = dataclasses.replace(TRAIN, micro_batch_size=1)
+    piped = make_layout(MeshConfig(data=1, pipe=2), jax.devices()[:2])
+    with pytest.raises(ValueError, match="kl_weight does not work over the mesh axes pipe"):
+        StudentTrainer(model, rows, Recipe("float32"), piped, 0.5)
+
+
+# ---- Runs ----------------------------------------------------------------------------------------
+
+SMALL = [
+    "--model.hidden-size", "32", "--model.num-layers", "1", "--model.num-heads", "2",
+    "--model.dense-ffn-size", "32", "--model.expert-ffn-size", "16", "--model.num-experts", "4",
+    "--train.seq-len", "40", "--train.batch-size", "4", "--task.options", "length=1",
+    "held_out=0.1", "share_of_chains=0", "--rl.eval-prompts", "4", "--rl.max-new-tokens", "6",
+    "--compilation-cache", "", "--checkpoint.no-asynchronous", "--sft.max-new-tokens", "8",
+]  # fmt: skip
+
+
+def run_train(folder: pathlib.Path, *options: str) -> str:
+    """What train.py prints."""
+    command = [sys.executable, "train.py", "--config", "r1_base", "--run-dir", str(folder), *SMALL]
+    done = subprocess.run(
+        [*command, *options], cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, text=True,
+        capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def teach(folder: pathlib.Path, *options: str) -> str:
+    """A model that has learned to answer, from 60 demonstrations."""
+    return run_train(
+        folder, "--stage", "sft", "--sft.demonstrations", "60", "--train.steps", "24",
+        "--checkpoint.every", "12", *options,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_fine_tuning_then_distillation(tmp_path):
+    """From demonstrations to a teacher, from its traces to a student; stopped runs go on."""
+    teacher = tmp_path / "teacher"
+    teach(teacher, "--train.eval-every", "24")
+    last = read_metrics(teacher)[-1]
+    assert {"train/loss", "eval/accuracy", "eval/accuracy_greedy"} <= last.keys()
+
+    # Weights of step 12, and what was learned after it, come back bit for bit.
+    shutil.copytree(teacher, again := tmp_path / "again")
+    shutil.rmtree(again / "checkpoints" / "step_00000024")
+    assert "resuming at step 12 of 24" in teach(again, "--train.eval-every", "24")
+    for name in ("train/loss", "train/grad_norm", "eval/accuracy"):
+        assert read_metrics(again)[-1][name] == last[name], name
+
+    distil = [
+        "--stage", "distill", "--sft.policy", str(teacher), "--sft.kl-weight", "0.5",
+        "--sft.prompts-per-round", "128", "--sft.rounds", "2", "--train.steps", "2",
+        "--model.hidden-size", "16", "--sft.per-prompt", "0",
+    ]  # fmt: skip
+    student_run = tmp_path / "student"
+    run_train(student_run, *distil)
+    assert "train/kl" in read_metrics(student_run)[-1]
+    tokenizer = tuning.load_tokenizer(student_run / "tokenizer.json")
+    traces = read_traces(str(student_run / "traces"), tokenizer)
+    lines = list(traces.lines())
+    assert len(lines) == traces.fates["kept"] == len(traces.examples.lengths) > 0
+    assert {line["policy"] for line in lines} == {str(teacher)}
+    assert {line["reward"] for line in lines} == {1.0}
+    assert all(line["completion"].rstrip()[-1] in "01234" for line in lines)
+
+    # The texts of the traces are examples of another run, of one with another tokenizer too.
+    (texts,) = list((student_run / "traces").glob("00000/traces.jsonl"))
+    options = ["--sft.examples", str(texts), str(student_run / "traces"), "--train.steps", "1"]
+    run_train(tmp_path / "third", "--stage", "sft", *options)
+
+
+# ---- Recipes -------------------------------------------------------------------------------------
+
+
+def test_a_recipe_names_stages_that_come_before():
+    for stages in RECIPES.values():
+        for at, stage in enumerate(stages):
+            before = {one.name for one in stages[:at]}
+            assert stage.preset in PRESETS
+            assert {stage.init_from, stage.policy} - {""} <= before
+            command = stage_command(stage, pathlib.Path("runs/x"), ["--train.steps", "2"])
+            parsed = parse(command)
+            assert parsed.run.train.steps == 2
+            assert parsed.run.run_dir == f"runs/x/{stage.name}"
+            assert (parsed.init_from != "") == (stage.init_from != "")
+            assert (parsed.run.sft.policy != "") == (stage.policy != "")
+
+
+def test_a_recipe_that_cannot_run(capsys):
+    assert run_recipe(["--recipe", "r1_zer"]) == 2
+    assert "did you mean r1_zero?" in capsys.readouterr().err
+    assert run_recipe(["--recipe", "r1", "--config", "tiny"]) == 2
+    assert "--recipe names the --config of every stage" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_whole_recipe(tmp_path):
+    """Every stage of R1 in small, from random weights to the student; then once more at once."""
+    short = [
+        "--train.steps", "24", "--rl.prompts-per-step", "2", "--rl.objective.group-size", "2",
+        "--train.eval-every", "24", "--checkpoint.every", "0", "--task.documents", "300",
+        "--task.options", "scripts=2", "length=1", "held_out=0.1", "share_of_chains=0",
+        "--compilation-cache", str(tmp_path / "programs"), "--model.vocab-size", "34",
+        "--data.vocab-size", "34", "--sft.prompts-per-round", "60", "--sft.rounds", "1",
+        "--sft.language", "0", "--sft.demonstrations", "60",
+    ]  # fmt: skip
+    command = [sys.executable, "train.py", "--recipe", "r1", "--run-dir", str(tmp_path)]
+    for _ in range(2):
+        done = subprocess.run(
+            [*command, *SMALL, *short], cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, text=True,
+            capture_output=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("the run is complete: 24 of 24 steps") == len(RECIPES["r1"])
+    for stage in RECIPES["r1"]:
+        assert (tmp_path / stage.name / "config.json").is_file(), stage.name
+    assert "policy/reward/language" in read_metrics(tmp_path / "reasoning")[0]
