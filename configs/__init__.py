@@ -21,6 +21,8 @@ PRESETS = (
     "r1_sft",
     "r1",
     "r1_student",
+    "search_base",
+    "search_zero",
 )
 """Names of presets; each is the module of that name in this package."""
 

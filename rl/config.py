@@ -145,6 +145,16 @@ class RLConfig:
     train.batch_size answers each; every update is a step.
     """
 
+    prompts: str = ""
+    """JSON Lines file of prompts with answers, instead of a task; GSM8K's form too."""
+    template: Literal["plain", "r1_zero", "chat"] = "plain"
+    """How a text of that file is asked. plain: as it is. r1_zero: in a dialogue that asks for
+    <think> and <answer> (R1 report, table 1). chat: as the user's turn of the chat template."""
+    held_out: float = 0.05
+    """Share of that file's problems that are for evaluation only; 0: no evaluation."""
+    rewards: tuple[str, ...] = ()
+    """FILE.py:FUNCTION or a name of `rl/rewards.py`, with =WEIGHT if it is not 1. They come beside
+    a task's verifier; for a file of prompts, empty is accuracy."""
     prompts_per_step: int = 8
     """Prompts of a rollout."""
     max_new_tokens: int = 256
@@ -188,6 +198,8 @@ class RLConfig:
         for name in ("format_weight", "language_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"rl.{name} is {getattr(self, name)}; give 0 or more")
+        if not 0 <= self.held_out <= 0.9:
+            raise ValueError(f"rl.held_out is {self.held_out}; give a share in 0..0.9")
         if self.overlong_buffer > self.max_new_tokens:
             raise ValueError(
                 f"rl.overlong_buffer is {self.overlong_buffer}, rl.max_new_tokens "

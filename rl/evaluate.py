@@ -6,7 +6,7 @@ import numpy as np
 
 from rl.rollout import PolicySampler, Rollout
 from rl.scoring import Scorer, Scores
-from rl.source import EVALUATE, EVALUATE_GREEDY, Questions, TaskPrompts, sampler_seed
+from rl.source import EVALUATE, EVALUATE_GREEDY, Prompts, Questions, sampler_seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Evaluation:
     """
 
     questions: Questions
-    prompts: TaskPrompts
+    prompts: Prompts
     scorer: Scorer
     drawn: PolicySampler
     """At temperature 1."""

@@ -25,7 +25,7 @@ from rl.evaluate import Evaluation, describe, lengths
 from rl.filters import filtered_mask
 from rl.rollout import PolicySampler, Rollout, RolloutStoppedError
 from rl.scoring import Scorer, Scores
-from rl.source import SAMPLE, Questions, TaskPrompts, sampler_seed
+from rl.source import SAMPLE, Prompts, Questions, sampler_seed
 from rl.sums import Metrics, merge, numbers
 from rl.trainer import REFERENCE, PolicyTrainer
 from rl.transcripts import Transcripts
@@ -62,7 +62,7 @@ class PolicyLoop:
     run_dir: Path
     config: dict[str, Any]
     """The run's configuration as plain data, stored with every checkpoint."""
-    prompts: TaskPrompts
+    prompts: Prompts
     scorer: Scorer
     sampler: PolicySampler
     evaluation: Evaluation | None
@@ -85,6 +85,7 @@ class PolicyLoop:
                 f"checkpoint's step {self.first_step}; change train.steps, or start in another "
                 "run_dir"
             )
+        self._named: set[tuple[str, str]] = set()  # failures of rewards
         self._rows = local_rows(self.trainer.layout, self.plan.micro_batch_size)
 
     def run(self) -> str:
@@ -135,6 +136,7 @@ class PolicyLoop:
         texts = self.prompts.texts(rollout.tokens)
         records = [r for r in questions.records for _ in range(self.rl.objective.group_size)]
         scores = self.scorer(records, texts, lengths(rollout))
+        record["policy/failed_rewards"] = self._failed(scores)
         clock.lap("reward")
         batch, metrics = self._batch(questions, rollout, scores)
         record |= self._update(step, batch, metrics)
@@ -150,6 +152,16 @@ class PolicyLoop:
         }  # fmt: skip
         transcripts.write(step, records, texts, seen)
         return record
+
+    def _failed(self, scores: Scores) -> float:
+        """Failed rewards per answer; each kind is named once, when it first happens."""
+        for name, kinds in scores.messages.items():
+            for kind, message in kinds.items():
+                if (name, kind) not in self._named:
+                    self._named.add((name, kind))
+                    self.display.note(f"reward {name} failed ({kind}), counted as 0: {message}")
+        total = sum(count for kinds in scores.failures.values() for count in kinds.values())
+        return total / len(scores.correct)
 
     def save(self) -> bool:
         """Checkpoint the state, which no rollout is under way from."""

@@ -6,11 +6,15 @@ Letters: A answers.
 import dataclasses
 from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from rl.config import RLConfig
+from rl.judge import Judge, named
 from rl.length import soft_overlong
 from rl.records import Record
+from rl.source import rewards_of
 from rl.tasks.task import Task, summary
 
 
@@ -26,6 +30,10 @@ class Scores:
     """bool [A]."""
     quality: dict[str, float]
     """accuracy, format, step_accuracy (`rl/tasks/task.py:summary`), or fewer of these."""
+    failures: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
+    """Reward -> kind of failure -> answers, for rewards that ran elsewhere (`rl/judge.py`)."""
+    messages: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
+    """Reward -> kind of failure -> what the first said."""
 
     @property
     def rewards(self) -> np.ndarray:
@@ -59,13 +67,92 @@ class TaskScorer:
             "format": np.array([item["format_ok"] for item in seen], np.float64),
         }
         weights = {"accuracy": 1.0, "format": self.rl.format_weight}
-        if self.rl.overlong_buffer:
-            limit, buffer = self.rl.max_new_tokens, self.rl.overlong_buffer
-            parts["overlong"] = soft_overlong(lengths, limit, buffer)
-            weights["overlong"] = 1.0
+        add_overlong(parts, weights, lengths, self.rl)
         if seen and "language" in seen[0]:
             parts["language"] = np.array([item["language"] for item in seen], np.float64)
             weights["language"] = self.rl.language_weight
         quality = summary(seen)
         del quality["steps"]
         return Scores(parts, weights, correct, quality)
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgeScorer:
+    """Scores by rewards in processes of their own, beside a task's verifier if there is one.
+
+    A reward that fails on an answer is worth 0 there and is counted. An answer is correct if its
+    part "accuracy" is 1; without that part, if its reward is above 0. With several processes the
+    first one judges for all.
+    """
+
+    judge: Judge
+    weights: dict[str, float]
+    """Of the judge's parts, by name."""
+    rl: RLConfig
+    own: TaskScorer | None = None
+
+    def __call__(
+        self, records: Sequence[Record], texts: Sequence[str], lengths: np.ndarray
+    ) -> Scores:
+        """Scores of the answers; never raises because of a text or of a reward."""
+        values, failures, messages = self._judge_once(records, texts)
+        parts = {name: values[i] for i, name in enumerate(self.weights)}
+        if self.own is not None:
+            known = self.own(records, texts, lengths)
+            return dataclasses.replace(
+                known, parts=known.parts | parts, weights=known.weights | self.weights,
+                failures=failures, messages=messages,
+            )  # fmt: skip
+        weights = dict(self.weights)
+        add_overlong(parts, weights, lengths, self.rl)
+        scores = Scores(parts, weights, np.zeros(len(texts), bool), {}, failures, messages)
+        right = parts["accuracy"] == 1 if "accuracy" in parts else scores.rewards > 0
+        quality = {"accuracy": float(right.mean())}
+        if "format" in parts:
+            quality["format"] = float(parts["format"].mean())
+        return dataclasses.replace(scores, correct=right, quality=quality)
+
+    def _judge_once(self, records: Sequence[Record], texts: Sequence[str]):
+        """Values [rewards, A] on every process; failures and messages on the first."""
+        values, failures, messages = np.zeros((len(self.weights), len(texts))), {}, {}
+        if jax.process_index() == 0:
+            judged = self.judge.score(records, texts)
+            values = np.stack([judged.parts[name] for name in self.weights])
+            failures, messages = judged.failures, judged.examples
+        if jax.process_count() > 1:
+            values = np.asarray(multihost_utils.broadcast_one_to_all(values.astype(np.float32)))
+        return values.astype(np.float64), failures, messages
+
+
+def judge_scorer(rl: RLConfig, task: Task | None) -> JudgeScorer:
+    """Starts the workers; ValueError, before any of them runs, for a reward that cannot be loaded.
+
+    Close `judge` when done.
+    """
+    named_rewards = rewards_of(rl) or [("accuracy", 1.0)]
+    if rl.format_weight and task is None and "format" not in dict(named_rewards):
+        named_rewards.append(("format", rl.format_weight))
+    chosen = [named(function, weight) for function, weight in named_rewards]
+    own = None if task is None else TaskScorer(task, rl)
+    if own and (taken := {"accuracy", "format", "language"} & {one.name for one in chosen}):
+        raise ValueError(
+            f"rl.rewards names {', '.join(sorted(taken))}, which task {task and task.name} judges "
+            "itself; weigh that by rl.format_weight and rl.language_weight, and name others here"
+        )
+    if rl.template == "r1_zero":
+        tags = {"answer_tags": True}
+        chosen = [
+            dataclasses.replace(one, options=tags) if one.function == "format" else one
+            for one in chosen
+        ]
+    judge = Judge(chosen)
+    return JudgeScorer(judge, {one.name: one.weight for one in chosen}, rl, own)
+
+
+def add_overlong(
+    parts: dict[str, np.ndarray], weights: dict[str, float], lengths: np.ndarray, rl: RLConfig
+) -> None:
+    """Adds the part that punishes answers near the length limit, if the run has one."""
+    if rl.overlong_buffer:
+        parts["overlong"] = soft_overlong(lengths, rl.max_new_tokens, rl.overlong_buffer)
+        weights["overlong"] = 1.0

@@ -1,14 +1,20 @@
 """Prompts of a run as a function of (seed, rollout), and texts to tokens and back."""
 
+import abc
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from data.randomness import DOCUMENT_ORDER, random_permutation
 from data.tokenizer import Tokenizer
 from generation.prompts import encode_chat
-from rl.records import Record
+from rl.config import RLConfig
+from rl.prompts import read_prompts
+from rl.records import Prompt, Record, split_records
+from rl.rewards import check_record
 from rl.tasks.task import Side, Task
 
 SAMPLE, EVALUATE, EVALUATE_GREEDY, TRACES = range(4)
@@ -22,8 +28,54 @@ class Questions(NamedTuple):
     ids: list[np.ndarray]
 
 
+class Prompts(abc.ABC):
+    """Where prompts come from, and how texts become tokens and back."""
+
+    tokenizer: Tokenizer
+    seed: int
+
+    @abc.abstractmethod
+    def rollout(self, number: int, count: int) -> Questions:
+        """Prompts of rollout `number`, a function of that and the seed alone."""
+
+    @abc.abstractmethod
+    def held_out(self, count: int) -> Questions:
+        """At most `count` distinct problems that no training prompt is about."""
+
+    def texts(self, answers: Sequence[np.ndarray]) -> list[str]:
+        """Texts of answers, without the end token."""
+        return [self.tokenizer.decode(ids, skip_special=True) for ids in answers]
+
+    def _questions(self, records: list[Record]) -> Questions:
+        return Questions(records, [encode_prompt(self.tokenizer, record) for record in records])
+
+
 @dataclasses.dataclass(frozen=True)
-class TaskPrompts:
+class FilePrompts(Prompts):
+    """Prompts of a file (`rl/prompts.py`), each once per epoch in an order of the epoch's own."""
+
+    train: Sequence[Record]
+    kept: Sequence[Record]
+    """For evaluation only."""
+    tokenizer: Tokenizer
+    seed: int
+
+    def rollout(self, number: int, count: int) -> Questions:
+        """Prompts number * count onwards of the endless sequence of epochs."""
+        places = [divmod(number * count + i, len(self.train)) for i in range(count)]
+        orders = {epoch: self._order(epoch) for epoch, _ in places}
+        return self._questions([self.train[int(orders[epoch][at])] for epoch, at in places])
+
+    def held_out(self, count: int) -> Questions:
+        """The first `count` problems for evaluation, or all."""
+        return self._questions(list(self.kept[:count]))
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return random_permutation(self.seed, DOCUMENT_ORDER, epoch, len(self.train))
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskPrompts(Prompts):
     """Prompts of a task: an endless list to train on, and distinct problems held out."""
 
     task: Task
@@ -39,15 +91,52 @@ class TaskPrompts:
 
     def held_out(self, count: int) -> Questions:
         """`count` distinct problems that no training prompt is about."""
+        if not self.task.held_out:
+            return self._questions([])
         side: Side = "held_out"
         return self._questions(self.task.distinct_prompts(self.seed, count, side))
 
-    def _questions(self, records: list[Record]) -> Questions:
-        return Questions(records, [encode_prompt(self.tokenizer, record) for record in records])
 
-    def texts(self, answers: Sequence[np.ndarray]) -> list[str]:
-        """Texts of answers, without the end token."""
-        return [self.tokenizer.decode(ids, skip_special=True) for ids in answers]
+ASK = (
+    "The user asks and the assistant answers. It first thinks about the question between <think> "
+    "and </think>, and then gives the result between <answer> and </answer>.\nUser: {}\nAssistant:"
+)
+"""A dialogue that asks for reasoning and says nothing about its content (R1 report, table 1)."""
+
+
+def in_template(record: Record, template: str) -> Record:
+    """The record with its text asked as `rl.template` says; conversations stay as they are."""
+    if template == "plain" or not isinstance(record.prompt, str):
+        return record
+    asked: Prompt = ASK.format(record.prompt)
+    if template == "chat":
+        asked = [{"role": "user", "content": record.prompt}]
+    return dataclasses.replace(record, prompt=asked, problem=record.key)
+
+
+def file_prompts(config: RLConfig, tokenizer: Tokenizer, seed: int) -> FilePrompts:
+    """The prompts of the file `rl.prompts`.
+
+    Raises ValueError that lists every line that cannot be used or judged, and for a split that
+    leaves one side empty.
+    """
+    judged = not config.rewards or any(part[0] == "accuracy" for part in rewards_of(config))
+    check = check_record if judged else None
+    found = read_prompts(Path(config.prompts), need_answers=judged, check=check)
+    records = [in_template(record, config.template) for record in found.records]
+    return FilePrompts(*split_records(records, config.held_out), tokenizer, seed)
+
+
+def rewards_of(config: RLConfig) -> list[tuple[str, float]]:
+    """(function, weight) of every reward that `rl.rewards` names. ValueError for a wrong weight."""
+    found = []
+    for text in config.rewards:
+        name, sign, weight = text.partition("=")
+        try:
+            found.append((name, float(weight) if sign else 1.0))
+        except ValueError:
+            raise ValueError(f"rl.rewards: {text!r}; give NAME=WEIGHT, a number") from None
+    return found
 
 
 def encode_prompt(tokenizer: Tokenizer, record: Record) -> np.ndarray:

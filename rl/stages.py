@@ -1,8 +1,9 @@
 """Stage rl from a configuration: what is checked, what is wired together, what is left behind."""
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from rl.evaluate import Evaluation
 from rl.loop import PolicyLoop
 from rl.plots import plot_rl
 from rl.rollout import PolicySampler
-from rl.scoring import TaskScorer
-from rl.source import TaskPrompts
+from rl.scoring import Scorer, TaskScorer, judge_scorer
+from rl.source import Prompts, TaskPrompts, file_prompts, rewards_of
 from rl.tasks.characters import character_tokenizer
 from rl.trainer import PolicyTrainer
 from sharding.partition import Layout
@@ -37,14 +38,23 @@ def make_trainer(run: RunConfig, recipe: Recipe, layout: Layout) -> PolicyTraine
     Raises ValueError for a task, a rollout, an answer's length or a mesh that cannot work.
     """
     rl, train = run.rl, run.train
-    if not run.task.name:
-        raise ValueError("stage rl has no task; give one, such as --task.name permutations")
-    task = configured_task(run.task)
-    if rl.language_weight and "language" not in task.inspect(task.prompt(run.seed, 0), ""):
+    if bool(run.task.name) == bool(rl.prompts):
+        both = f"both task.name={run.task.name} and rl.prompts" if rl.prompts else "no prompts"
         raise ValueError(
-            f"rl.language_weight is {rl.language_weight}, but task {run.task.name} as it is does "
-            "not tell languages apart; for permutations set --task.options scripts=2, or set the "
-            "weight to 0"
+            f"stage rl has {both}; give a task, such as --task.name permutations, or a file of "
+            "prompts, --rl.prompts FILE.jsonl with --task.name ''"
+        )
+    rewards_of(rl)
+    task = configured_task(run.task) if run.task.name else None
+    if task is not None and rl.template != "plain":
+        raise ValueError(f"rl.template={rl.template} is for texts of rl.prompts, not for a task")
+    if rl.language_weight and (
+        task is None or "language" not in task.inspect(task.prompt(run.seed, 0), "")
+    ):
+        raise ValueError(
+            f"rl.language_weight is {rl.language_weight}, but {run.task.name or 'the file'} does "
+            "not tell languages apart; for permutations set --task.options scripts=2, for a file "
+            "give --rl.rewards accuracy language, or set the weight to 0"
         )
     updates = rl.updates(train.batch_size)
     if train.steps % updates:
@@ -77,8 +87,13 @@ def policy_tokenizer(run: RunConfig, init_from: str) -> Tokenizer:
         tokenizer = load_tokenizer(run.data.tokenizer)
     elif found is not None:
         tokenizer = load_tokenizer(found)
-    else:
+    elif run.task.name:
         tokenizer = character_tokenizer(configured_task(run.task).vocabulary)
+    else:
+        raise ValueError(
+            "there is no tokenizer for the prompts: give --init-from a folder with tokenizer.json, "
+            "or --data.tokenizer FILE"
+        )
     if tokenizer.vocab_size > run.model.vocab_size:
         raise ValueError(
             f"tokenizer has {tokenizer.vocab_size} ids, model.vocab_size is "
@@ -87,7 +102,7 @@ def policy_tokenizer(run: RunConfig, init_from: str) -> Tokenizer:
     return tokenizer
 
 
-def check_prompts(run: RunConfig, prompts: TaskPrompts) -> None:
+def check_prompts(run: RunConfig, prompts: Prompts) -> None:
     """Raise ValueError if the first prompts do not fit, or have characters without a token."""
     for record, ids in zip(*prompts.rollout(0, run.rl.prompts_per_step), strict=True):
         need = len(ids) + run.rl.max_new_tokens
@@ -103,6 +118,28 @@ def check_prompts(run: RunConfig, prompts: TaskPrompts) -> None:
                 )
 
 
+def make_prompts(run: RunConfig, tokenizer: Tokenizer) -> Prompts:
+    """Of the task, or of the file; ValueError if they cannot be read, judged or answered."""
+    if run.task.name:
+        prompts = TaskPrompts(configured_task(run.task), tokenizer, run.seed)
+    else:
+        prompts = file_prompts(run.rl, tokenizer, run.seed)
+    check_prompts(run, prompts)
+    return prompts
+
+
+@contextlib.contextmanager
+def open_scorer(run: RunConfig) -> Generator[Scorer]:
+    """The task's verifier, or a judge's workers, which end with the context."""
+    task = configured_task(run.task) if run.task.name else None
+    if task is not None and not run.rl.rewards:
+        yield TaskScorer(task, run.rl)
+        return
+    scorer = judge_scorer(run.rl, task)
+    with scorer.judge:
+        yield scorer
+
+
 def make_sampler(trainer: Trainer, run: RunConfig, eos_id: int, greedy: bool, rows: int):
     """A sampler on the trainer's mesh and in its types; `greedy` for evaluation."""
     rl = run.rl
@@ -116,24 +153,22 @@ def make_sampler(trainer: Trainer, run: RunConfig, eos_id: int, greedy: bool, ro
 
 def make_loop(
     run: RunConfig, trainer: PolicyTrainer, state: State, checkpoints: Checkpoints,
-    tokenizer: Tokenizer, started: float,
+    prompts: Prompts, scorer: Scorer, started: float,
 ) -> PolicyLoop:  # fmt: skip
     """Wire the parts together; `state` is new or restored."""
-    task, rl = configured_task(run.task), run.rl
-    prompts, scorer = TaskPrompts(task, tokenizer, run.seed), TaskScorer(task, rl)
-    check_prompts(run, prompts)
+    rl, eos_id = run.rl, prompts.tokenizer.eos_id
     if not int(state["step"]):  # weights may have been loaded since
         state = trainer.renew_reference(state)
     rows = rl.rollout_rows or rl.answers
-    sampler = make_sampler(trainer, run, tokenizer.eos_id, False, rows)
+    sampler = make_sampler(trainer, run, eos_id, False, rows)
     evaluation = None
-    if run.train.eval_every and task.held_out:
+    held_out = prompts.held_out(rl.eval_prompts) if run.train.eval_every else None
+    if held_out is not None and held_out.ids:
         at_one = dataclasses.replace(run, rl=dataclasses.replace(rl, temperature=1.0))
         drawn = sampler if rl.temperature == 1 else make_sampler(
-            trainer, at_one, tokenizer.eos_id, False, rows
+            trainer, at_one, eos_id, False, rows
         )  # fmt: skip
-        greedy = make_sampler(trainer, run, tokenizer.eos_id, True, rows)
-        held_out = prompts.held_out(rl.eval_prompts)
+        greedy = make_sampler(trainer, run, eos_id, True, rows)
         evaluation = Evaluation(held_out, prompts, scorer, drawn, greedy)
     return PolicyLoop(
         trainer=trainer, rl=rl, state=state, run_dir=Path(run.run_dir),
@@ -151,7 +186,7 @@ def describe(run: RunConfig) -> list[str]:
         f"rollout      {rl.prompts_per_step} prompts x {rl.objective.group_size} answers of at "
         f"most {rl.max_new_tokens} tokens, for {updates} update{'s' * (updates > 1)} of "
         f"{run.train.batch_size}",
-        f"task         {configured_task(run.task)}",
+        f"task         {configured_task(run.task) if run.task.name else rl.prompts}",
     ]
 
 
@@ -172,18 +207,20 @@ def run_stage(
     if profile:
         raise ValueError("--profile traces steps of stage pretrain; leave it out for stage rl")
     tokenizer = policy_tokenizer(run, init_from)
+    prompts = make_prompts(run, tokenizer)
     connect(trainer.layout.mesh)
-    checkpoints, state = open_state(run, trainer, init_from, say)
-    loop = make_loop(run, trainer, state, checkpoints, tokenizer, started)
-    if jax.process_index() == 0:
-        write_settings(run, tokenizer)
-    stopped = ""
-    if loop.first_step >= run.train.steps:
-        say(f"the run is complete: {loop.first_step} of {run.train.steps} steps are done")
-    else:
-        if loop.first_step:
-            say(f"resuming at step {loop.first_step} of {run.train.steps}")
-        stopped = loop.run()
+    with open_scorer(run) as scorer:
+        checkpoints, state = open_state(run, trainer, init_from, say)
+        loop = make_loop(run, trainer, state, checkpoints, prompts, scorer, started)
+        if jax.process_index() == 0:
+            write_settings(run, tokenizer)
+        stopped = ""
+        if loop.first_step >= run.train.steps:
+            say(f"the run is complete: {loop.first_step} of {run.train.steps} steps are done")
+        else:
+            if loop.first_step:
+                say(f"resuming at step {loop.first_step} of {run.train.steps}")
+            stopped = loop.run()
     checkpoints.wait()
     if stopped:
         step = int(loop.state["step"])

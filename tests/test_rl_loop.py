@@ -88,7 +88,9 @@ def make_loop(run: RunConfig, trainer: PolicyTrainer, compiled=None) -> stages.P
     state = checkpoints.restore(trainer.abstract_state)
     state = trainer.init(jax.random.key(run.seed)) if state is None else state
     tokenizer = stages.policy_tokenizer(run, "")
-    loop = stages.make_loop(run, trainer, state, checkpoints, tokenizer, 0.0)
+    prompts = stages.make_prompts(run, tokenizer)
+    with stages.open_scorer(run) as scorer:
+        loop = stages.make_loop(run, trainer, state, checkpoints, prompts, scorer, 0.0)
     if compiled is not None:
         loop.sampler, loop.evaluation = compiled.sampler, compiled.evaluation
     return loop

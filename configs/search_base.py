@@ -1,0 +1,39 @@
+"""Base model of `search_zero`: 3-SUM by trial and error, which it gives up early.
+
+Every third demonstration hits at once, the others try at random and give up after a miss with a
+chance of 35% (`rl/tasks/search.py`). Checks are right in 97 of 100.
+
+    python train.py --config search_base
+"""
+
+import dataclasses
+
+from configs import r1_base
+from configs.schema import RunConfig
+from rl.config import TaskConfig
+from training.config import Phase
+
+STEPS = 500
+
+
+def config() -> RunConfig:
+    """The run: `r1_base`'s shape and rates, about 80 documents a step."""
+    base = r1_base.config()
+    return dataclasses.replace(
+        base,
+        train=dataclasses.replace(
+            base.train,
+            steps=STEPS,
+            learning_rate=(
+                Phase(20, 4e-3, "linear", "steps"),
+                Phase(STEPS // 2, 4e-3, "constant", "steps"),
+                Phase(STEPS, 4e-4, "cosine", "steps"),
+            ),
+            bias_update_rate=(
+                Phase(0.9 * STEPS, 0.01, unit="steps"),
+                Phase(STEPS, 0.0, unit="steps"),
+            ),
+        ),
+        task=TaskConfig("search", documents=45_000),
+        sample_prompt="30791,13:",
+    )

@@ -1,0 +1,239 @@
+"""A user's own prompts and rewards in stage rl; what broken ones do is named, and no more."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from configs import preset
+from data.tokenizer import train_tokenizer
+from model.recipe import Recipe
+from rl import stages
+from rl.config import RLConfig, TaskConfig
+from rl.records import Record
+from rl.scoring import judge_scorer
+from rl.source import file_prompts, rewards_of
+from rl.tasks import make_task
+from sharding.config import MeshConfig
+from sharding.mesh import make_layout
+from training.metrics import read_metrics
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+QUESTIONS = [
+    {"question": f"Ann has {n} apples and eats {n - 2}. How many are left?",
+     "answer": f"{n} - {n - 2} = 2\n#### 2"}
+    for n in range(3, 43)
+]  # fmt: skip
+REWARDS = """
+import math, os, time
+
+def mixed(record, text):
+    kind = record.answer["kind"]
+    if kind == "raises":
+        raise KeyError("no such thing")
+    if kind == "loops":
+        while True:
+            pass
+    if kind == "dies":
+        os._exit(3)
+    return {"nan": math.nan, "text": "one", "none": None}.get(kind, 0.25)
+
+def short(record, text):
+    print("x" * 1_000_000)
+    return 1.0 / (1 + len(text))
+
+def raises(record, text):
+    raise RuntimeError("always")
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> pathlib.Path:
+    """prompts.jsonl in GSM8K's form, rewards.py, tokenizer.json."""
+    place = tmp_path_factory.mktemp("own")
+    (place / "prompts.jsonl").write_text("".join(json.dumps(q) + "\n" for q in QUESTIONS))
+    (place / "rewards.py").write_text(REWARDS)
+    texts = [q["question"] + q["answer"] for q in QUESTIONS]
+    (place / "tokenizer.json").write_text(train_tokenizer(texts, 320).json)
+    return place
+
+
+def tokenizer(folder):
+    return stages.load_tokenizer(folder / "tokenizer.json")
+
+
+def test_prompts_of_a_file(folder):
+    """Every problem once per epoch in an order of its own; a function of (seed, number)."""
+    config = RLConfig(prompts=str(folder / "prompts.jsonl"), held_out=0.2)
+    prompts = file_prompts(config, tokenizer(folder), seed=1)
+    n = len(prompts.train)
+    assert 0 < len(prompts.kept) < n == len(QUESTIONS) - len(prompts.kept)
+    asked = [r.key for number in range(4 * n) for r in prompts.rollout(number, 3).records]
+    assert len(asked) == 12 * n
+    epochs = [asked[i : i + n] for i in range(0, 12 * n, n)]
+    assert all(sorted(epoch) == sorted(r.key for r in prompts.train) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    again = file_prompts(config, tokenizer(folder), seed=1)
+    assert [r.key for r in again.rollout(5, 3).records] == asked[15:18]
+    held = {r.key for r in prompts.held_out(100).records}
+    assert held == {r.key for r in prompts.kept}
+    assert not held & set(asked)
+
+
+def test_templates(folder):
+    place, known = str(folder / "prompts.jsonl"), tokenizer(folder)
+    asked = {
+        template: file_prompts(RLConfig(prompts=place, template=template), known, 0).train[0]
+        for template in ("plain", "r1_zero", "chat")
+    }
+    assert len({record.key for record in asked.values()}) == 1  # the split does not move
+    plain = asked["plain"].prompt
+    assert asked["r1_zero"].prompt.endswith(f"User: {plain}\nAssistant:")
+    assert asked["chat"].prompt == [{"role": "user", "content": plain}]
+
+
+def test_rewards_as_the_command_line_names_them():
+    config = RLConfig(rewards=("accuracy", "format=0.5", "a/b.py:f=-1e-1"))
+    assert rewards_of(config) == [("accuracy", 1.0), ("format", 0.5), ("a/b.py:f", -0.1)]
+    with pytest.raises(ValueError, match="'format=half'; give NAME=WEIGHT"):
+        rewards_of(RLConfig(rewards=("format=half",)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"task": TaskConfig()}, "no prompts"),
+        ({"rl": RLConfig(prompts="x.jsonl", max_new_tokens=28)}, "both task.name"),
+        ({"rl": RLConfig(template="chat", max_new_tokens=28)}, "not for a task"),
+        ({"rl": RLConfig(language_weight=1, max_new_tokens=28)}, "scripts=2"),
+    ],
+)
+def test_what_asks_and_what_judges_must_be_clear(changes, says):
+    run = dataclasses.replace(preset("r1_zero"), **changes)
+    run = dataclasses.replace(run, train=dataclasses.replace(run.train, batch_size=16, steps=8))
+    with pytest.raises(ValueError, match=says):
+        stages.make_trainer(run, Recipe("float32"), make_layout(MeshConfig(data=1), one_device()))
+
+
+def one_device():
+    import jax
+
+    return jax.devices()[:1]
+
+
+def test_rewards_that_fail_count_as_nothing(folder):
+    """Raised, hung, died, not finite, not a number: named, counted, and the others go on."""
+    kinds = ["good", "raises", "nan", "text", "none", "dies", "loops", "good"]
+    records = [Record("?", {"answer": "2", "kind": kind}) for kind in kinds]
+    texts = ["2"] * 7 + ["9" * 100_000]
+    config = RLConfig(rewards=(f"{folder}/rewards.py:mixed=2", f"{folder}/rewards.py:short"))
+    scorer = judge_scorer(config, None)
+    with scorer.judge:
+        scores = scorer(records, texts, np.array([1] * 8))
+    np.testing.assert_array_equal(scores.parts["mixed"], [0.25, 0, 0, 0, 0, 0, 0, 0.25])
+    np.testing.assert_allclose(scores.rewards[[0, 7]], [0.5 + 0.5, 0.5 + 1 / 100_001])
+    assert scores.failures["mixed"] == {
+        "raised": 1, "not finite": 1, "not a number": 2, "died": 1, "hung": 1,
+    }  # fmt: skip
+    assert "no such thing" in scores.messages["mixed"]["raised"]
+    assert scores.correct.tolist() == [True] * 8  # without "accuracy": a reward above 0
+
+
+def test_rewards_beside_a_tasks_verifier(folder):
+    task = make_task("permutations", length=2)
+    record = task.prompt(0, 0)
+    right = f">{record.answer['final']}"
+    scorer = judge_scorer(RLConfig(rewards=(f"{folder}/rewards.py:short=0.5",)), task)
+    with scorer.judge:
+        scores = scorer([record] * 2, [right, "nonsense"], np.array([3, 9]))
+    assert scores.correct.tolist() == [True, False]
+    np.testing.assert_allclose(scores.rewards, [1 + 0.5 / 3, 0.5 / 9])
+    assert scores.weights == {"accuracy": 1.0, "format": 0.0, "short": 0.5}
+    with pytest.raises(ValueError, match="judges itself"):
+        judge_scorer(RLConfig(rewards=("format",)), task)
+
+
+def test_accuracy_is_the_rule_for_a_file(folder):
+    config = RLConfig(prompts="x", format_weight=0.5, overlong_buffer=4, max_new_tokens=8)
+    scorer = judge_scorer(config, None)
+    with scorer.judge:
+        record = Record("What is 1 + 1?", {"answer": "2"})
+        texts = ["<think>one and one</think> 2", "3"]
+        scores = scorer([record] * 2, texts, np.array([3, 8]))
+    assert scores.correct.tolist() == [True, False]
+    np.testing.assert_allclose(scores.rewards, [1.5, -1.0])
+    assert scores.quality == {"accuracy": 0.5, "format": 0.5}
+
+
+# ---- Through train.py ----------------------------------------------------------------------------
+
+
+def run_train(folder: pathlib.Path, name: str, *options: str) -> subprocess.CompletedProcess:
+    command = [
+        sys.executable, "train.py", "--config", "r1_zero", "--run-dir", str(folder / name),
+        "--task.name", "", "--data.tokenizer", str(folder / "tokenizer.json"),
+        "--model.vocab-size", "320", "--data.vocab-size", "320", "--model.hidden-size", "32",
+        "--model.num-layers", "1", "--model.num-heads", "2", "--model.expert-ffn-size", "16",
+        "--model.num-experts", "4", "--train.steps", "2", "--train.seq-len", "96",
+        "--train.batch-size", "8", "--rl.prompts-per-step", "2", "--rl.objective.group-size", "4",
+        "--rl.max-new-tokens", "16", "--rl.eval-prompts", "4", "--train.eval-every", "2",
+        "--compilation-cache", str(folder / "programs"), *options,
+    ]  # fmt: skip
+    return subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, text=True, capture_output=True,
+        check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_own_prompts_and_rewards_train(folder):
+    done = run_train(
+        folder, "own", "--rl.prompts", str(folder / "prompts.jsonl"), "--rl.held-out", "0.2",
+        "--rl.rewards", "accuracy", f"{folder}/rewards.py:short=0.5",
+        f"{folder}/rewards.py:raises",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "reward raises failed (raised), counted as 0: RuntimeError" in done.stdout + done.stderr
+    assert (done.stdout + done.stderr).count("counted as 0") == 1  # named once
+    records = read_metrics(folder / "own")
+    assert [r["policy/failed_rewards"] for r in records if "policy/reward" in r] == [1.0, 1.0]
+    assert all(0 < r["policy/reward/short"] < 1 for r in records if "policy/reward" in r)
+    assert "eval/accuracy" in records[-1]
+    lines = (folder / "own" / "samples.jsonl").read_text().splitlines()
+    assert all("apples" in json.loads(line)["prompt"] for line in lines)
+    assert (folder / "own" / "rl.png").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("prompts", "rewards", "says"),
+    [
+        ('{"prompt": "1+1?"}\nnot json\n{"prompt": "1+2?", "answer": "3"}\n', "accuracy",
+         ["2 of 3 lines cannot be used", "line 1:", "line 2:"]),
+        ("", "missing.py:f", ["missing.py"]),
+        ("", "broken.py:f", ["broken.py", "SyntaxError"]),
+        ("", "rewards.py:nothing", ["nothing", "mixed"]),
+        ("", "acuracy", ["acuracy"]),
+        ('{"prompt": "%s", "answer": "3"}\n' % ("long " * 300), "accuracy",
+         ["tokens, with rl.max_new_tokens"]),
+    ],
+    ids=["lines", "no file", "syntax", "no function", "no such reward", "too long"],
+)  # fmt: skip
+def test_what_cannot_work_is_refused_before_the_first_rollout(folder, prompts, rewards, says):
+    (folder / "broken.py").write_text("def f(record, text:\n    return 1\n")
+    place = folder / "bad.jsonl"
+    place.write_text(prompts or (folder / "prompts.jsonl").read_text())
+    reward = str(folder / rewards) if ".py" in rewards else rewards
+    done = run_train(
+        folder, "refused", "--rl.prompts", str(place), "--rl.rewards", reward, "--rl.held-out",
+        "0" if prompts else "0.2",
+    )  # fmt: skip
+    assert done.returncode == 2, done.stdout + done.stderr
+    for words in says:
+        assert words in done.stderr
+    assert not (folder / "refused" / "metrics.jsonl").exists()
