@@ -36,6 +36,9 @@ def tuned(steps: int, rows: int = 12, learning_rate: float = 1e-3) -> TrainConfi
             Phase(0, learning_rate, unit="steps"),
             Phase(steps, learning_rate / 10, "cosine", "steps"),
         ),
-        bias_update_rate=(Phase(0, 0.0),),
+        bias_update_rate=(
+            Phase(0.9 * steps, 0.01, unit="steps"),
+            Phase(steps, 0.0, unit="steps"),
+        ),
         eval_every=steps,
     )

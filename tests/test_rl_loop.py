@@ -379,7 +379,7 @@ def change(**changes):
     ("changes", "message"),
     [
         ({"task": {"name": "permutation"}}, "no task 'permutation'; did you mean permutations"),
-        ({"task": {"name": ""}}, "stage rl has no task"),
+        ({"task": {"name": ""}}, "stage rl has no prompts"),
         ({"task": {"options": ("lenght=3",)}}, "no option 'lenght'; did you mean length"),
         ({"task": {"options": ("length",)}}, "has no '='"),
         ({"task": {"options": ("length=x",)}}, "'length=x'; give a whole number"),
