@@ -35,6 +35,7 @@ def config() -> RunConfig:
             zero.rl,
             prompts_per_step=PROMPTS,
             max_new_tokens=64,
+            eval_prompts=160,
             objective=GRPOConfig(group_size=GROUP, clip_low=0.2, clip_high=0.28),
         ),
     )

@@ -165,6 +165,14 @@ class RLConfig:
     """Answers written at a time; a row whose answer has ended takes the next. 0: all."""
     speculate: bool = False
     """Let the MTP module draft tokens of the rollout."""
+    server: str = ""
+    """URL of a server of OpenAI's completions API that answers instead of our sampler, without
+    /v1 (`rl/server.py`)."""
+    server_model: str = ""
+    """Name that this server knows the model by."""
+    server_reload: bool = False
+    """Write the weights to RUN/served after every rollout and let the server load them; without,
+    its weights stay as they are."""
     replay_routing: bool = True
     """Train with the experts that the sampler chose (V3.2's Keep Routing)."""
     reference_every: int = 0
@@ -200,6 +208,10 @@ class RLConfig:
                 raise ValueError(f"rl.{name} is {getattr(self, name)}; give 0 or more")
         if not 0 <= self.held_out <= 0.9:
             raise ValueError(f"rl.held_out is {self.held_out}; give a share in 0..0.9")
+        if (self.server_model or self.server_reload) and not self.server:
+            raise ValueError("rl.server_model and rl.server_reload need rl.server, a URL")
+        if self.server and not self.server_model:
+            raise ValueError("rl.server needs rl.server_model, the name that it knows the model by")
         if self.overlong_buffer > self.max_new_tokens:
             raise ValueError(
                 f"rl.overlong_buffer is {self.overlong_buffer}, rl.max_new_tokens "

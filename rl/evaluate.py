@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from rl.rollout import PolicySampler, Rollout
+from rl.rollout import Publishable, Rollout
 from rl.scoring import Scorer, Scores
 from rl.source import EVALUATE, EVALUATE_GREEDY, Prompts, Questions, sampler_seed
 
@@ -20,11 +20,11 @@ class Evaluation:
     questions: Questions
     prompts: Prompts
     scorer: Scorer
-    drawn: PolicySampler
+    drawn: Publishable
     """At temperature 1."""
-    greedy: PolicySampler
+    greedy: Publishable
 
-    def __call__(self, step: int, policy: PolicySampler) -> dict[str, float]:
+    def __call__(self, step: int, policy: Publishable) -> dict[str, float]:
         """Metrics of the policy that was published last; see `training/metrics.py`, eval/."""
         record = {}
         for sampler, purpose in ((self.drawn, EVALUATE), (self.greedy, EVALUATE_GREEDY)):

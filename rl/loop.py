@@ -23,7 +23,7 @@ from rl.batches import Batch, cut, make_batch
 from rl.config import GRPOConfig, RLConfig
 from rl.evaluate import Evaluation, describe, lengths
 from rl.filters import filtered_mask
-from rl.rollout import PolicySampler, Rollout, RolloutStoppedError
+from rl.rollout import Publishable, Rollout, RolloutStoppedError
 from rl.scoring import Scorer, Scores
 from rl.source import SAMPLE, Prompts, Questions, sampler_seed
 from rl.sums import Metrics, merge, numbers
@@ -64,7 +64,7 @@ class PolicyLoop:
     """The run's configuration as plain data, stored with every checkpoint."""
     prompts: Prompts
     scorer: Scorer
-    sampler: PolicySampler
+    sampler: Publishable
     evaluation: Evaluation | None
     checkpoints: Checkpoints
     save_every: int
@@ -178,6 +178,8 @@ class PolicyLoop:
         batch = make_batch(questions.ids, rollout, self.trainer.train.seq_len)
         if not self.rl.replay_routing:
             batch.pop("routes", None)
+        if np.isnan(batch["sampler_logp"]).any():  # a server that does not tell them
+            del batch["sampler_logp"]
         objective = self.rl.objective
         rewards_PA = np.stack(list(scores.parts.values())).astype(np.float32)
         weights_P = np.array([scores.weights[name] for name in scores.parts], np.float32)

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -53,6 +53,23 @@ class Rollout:
 
 Sampler = Callable[[Sequence[np.ndarray], int, int], Rollout]
 """`sampler(prompts, group_size, seed)`: any way to get answers, an outside server's included."""
+
+
+class Publishable(Protocol):
+    """A `Sampler` that a run can give its weights to."""
+
+    def publish(self, params: Tree, router_bias: Tree) -> None:
+        """Take the trainer's weights as they are now."""
+        ...
+
+    def borrow(self, other: Any) -> None:
+        """Take the weights that were published to another of the same kind."""
+        ...
+
+    def __call__(
+        self, prompts: Sequence[np.ndarray], group_size: int, seed: int,
+        stop: Callable[[], bool] = ..., /,
+    ) -> Rollout: ...  # fmt: skip
 
 
 class RolloutStoppedError(Exception):

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -19,6 +20,8 @@ from rl.loop import PolicyLoop
 from rl.plots import plot_rl
 from rl.rollout import PolicySampler
 from rl.scoring import Scorer, TaskScorer, judge_scorer
+from rl.served_weights import SERVED, export_live
+from rl.server import Server, ServerSampler
 from rl.source import Prompts, TaskPrompts, file_prompts, rewards_of
 from rl.tasks.characters import character_tokenizer
 from rl.trainer import PolicyTrainer
@@ -71,6 +74,8 @@ def make_trainer(run: RunConfig, recipe: Recipe, layout: Layout) -> PolicyTraine
             f"{train.seq_len}; raise that (model.max_position is {run.model.max_position}), or "
             "lower max_new_tokens"
         )
+    if rl.server and jax.process_count() > 1:
+        raise ValueError("rl.server is asked by one process; run with one, or leave it out")
     if rl.speculate and not run.model.mtp_depth:
         raise ValueError(
             "rl.speculate needs an MTP module, and model.mtp_depth is 0; leave speculate off"
@@ -140,13 +145,21 @@ def open_scorer(run: RunConfig) -> Generator[Scorer]:
         yield scorer
 
 
-def make_sampler(trainer: Trainer, run: RunConfig, eos_id: int, greedy: bool, rows: int):
-    """A sampler on the trainer's mesh and in its types; `greedy` for evaluation."""
+def make_sampler(trainer: Trainer, run: RunConfig, tokenizer: Tokenizer, greedy: bool, rows: int):
+    """A sampler on the trainer's mesh and in its types, or a server; `greedy` for evaluation."""
     rl = run.rl
     temperature = 0.0 if greedy else rl.temperature
+    if rl.server:
+        write = None
+        if rl.server_reload:
+            write = functools.partial(export_live, trainer.model, Path(run.run_dir))
+        return ServerSampler(
+            Server(rl.server, rl.server_model), tokenizer, temperature, rl.max_new_tokens, write,
+            Path(run.run_dir) / SERVED,
+        )  # fmt: skip
     return PolicySampler(
         trainer.model, trainer.recipe, trainer.layout, Sampling(temperature),
-        rows=rows, max_new_tokens=rl.max_new_tokens, eos_ids=(eos_id,),
+        rows=rows, max_new_tokens=rl.max_new_tokens, eos_ids=(tokenizer.eos_id,),
         speculate=rl.speculate, replay=rl.replay_routing and not greedy,
     )  # fmt: skip
 
@@ -156,19 +169,19 @@ def make_loop(
     prompts: Prompts, scorer: Scorer, started: float,
 ) -> PolicyLoop:  # fmt: skip
     """Wire the parts together; `state` is new or restored."""
-    rl, eos_id = run.rl, prompts.tokenizer.eos_id
+    rl, tokenizer = run.rl, prompts.tokenizer
     if not int(state["step"]):  # weights may have been loaded since
         state = trainer.renew_reference(state)
     rows = rl.rollout_rows or rl.answers
-    sampler = make_sampler(trainer, run, eos_id, False, rows)
+    sampler = make_sampler(trainer, run, tokenizer, False, rows)
     evaluation = None
     held_out = prompts.held_out(rl.eval_prompts) if run.train.eval_every else None
     if held_out is not None and held_out.ids:
         at_one = dataclasses.replace(run, rl=dataclasses.replace(rl, temperature=1.0))
         drawn = sampler if rl.temperature == 1 else make_sampler(
-            trainer, at_one, eos_id, False, rows
+            trainer, at_one, tokenizer, False, rows
         )  # fmt: skip
-        greedy = make_sampler(trainer, run, eos_id, True, rows)
+        greedy = make_sampler(trainer, run, tokenizer, True, rows)
         evaluation = Evaluation(held_out, prompts, scorer, drawn, greedy)
     return PolicyLoop(
         trainer=trainer, rl=rl, state=state, run_dir=Path(run.run_dir),

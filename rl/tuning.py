@@ -251,10 +251,13 @@ def held_out_accuracy(
         return None
     task = configured_task(run.task)
     prompts = TaskPrompts(task, tokenizer, run.seed)
-    rl = dataclasses.replace(run.rl, temperature=1.0, replay_routing=False)
+    rl = dataclasses.replace(
+        run.rl, temperature=1.0, replay_routing=False, server="", server_model="",
+        server_reload=False,
+    )  # fmt: skip
     at_one = dataclasses.replace(run, rl=rl)
     drawn, greedy = (
-        make_sampler(trainer, at_one, tokenizer.eos_id, is_greedy, min(256, rl.eval_prompts))
+        make_sampler(trainer, at_one, tokenizer, is_greedy, min(256, rl.eval_prompts))
         for is_greedy in (False, True)
     )
     questions = prompts.held_out(rl.eval_prompts)
