@@ -13,7 +13,7 @@ from configs.schema import RunConfig
 from rl.config import TaskConfig
 from training.config import Phase
 
-STEPS = 500
+STEPS = 800
 
 
 def config() -> RunConfig:
@@ -34,6 +34,6 @@ def config() -> RunConfig:
                 Phase(STEPS, 0.0, unit="steps"),
             ),
         ),
-        task=TaskConfig("search", documents=45_000),
+        task=TaskConfig("search", documents=70_000),
         sample_prompt="30791,13:",
     )

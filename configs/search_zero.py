@@ -12,12 +12,12 @@ from configs.schema import RunConfig
 from rl.config import GRPOConfig
 from training.config import Phase
 
-STEPS = 80
+STEPS = 120
 PROMPTS, GROUP = 8, 16
 
 
 def config() -> RunConfig:
-    """The run: 80 rollouts of 8 prompts x 16 answers of at most eight tries, one update each."""
+    """The run: 120 rollouts of 8 prompts x 16 answers of at most eight tries, one update each."""
     base, zero = search_base.config(), r1_zero.config()
     return dataclasses.replace(
         zero,

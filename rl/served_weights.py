@@ -41,7 +41,7 @@ class LiveWeights:
 
     def load(self, abstract: Any, progress: Any = None) -> Any:
         """Not there: these weights are loaded already."""
-        raise NotImplementedError("weights in memory are read, not loaded")
+        raise ValueError("these weights are in memory already; read them")
 
 
 def export_live(
