@@ -11,12 +11,10 @@ arithmetic modulo ten, whose 300 facts the base has no time to learn.
 
 import argparse
 import re
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-from bench.report import ROOT, write_section
+from bench.report import write_section
+from bench.runs import train_once
 from training.metrics import read_metrics
 
 BASE = ("r1_base", "r1_zero")
@@ -38,22 +36,14 @@ MARKS = (0, 10, 20, 30, 50, 100, 150)
 
 def run(name: str, seed: int, folder: Path) -> tuple[list[dict[str, float]], float]:
     """Records of the RL run, and the seconds that both processes took, now or when they ran."""
-    place = folder / f"{name}-{seed}"
+    place, seconds = folder / f"{name}-{seed}", 0.0
     for config in BASE:
-        target = place / config
-        if (target / "seconds").exists():
-            continue
-        command = [sys.executable, "train.py", "--config", config, "--run-dir", str(target)]
-        command += ["--seed", str(seed)]
+        options = ["--seed", str(seed)]
         if name in CONTROLS:
-            command += ["--task.options", *CONTROLS[name], *ALSO.get(name, {}).get(config, ())]
+            options += ["--task.options", *CONTROLS[name], *ALSO.get(name, {}).get(config, ())]
         if config == "r1_zero":
-            command += ["--init-from", str(place / "r1_base")]
-        print("+", *command[1:], flush=True)
-        began = time.monotonic()
-        subprocess.run(command, cwd=ROOT, check=True)
-        (target / "seconds").write_text(f"{time.monotonic() - began:.1f}")
-    seconds = sum(float((place / config / "seconds").read_text()) for config in BASE)
+            options += ["--init-from", str(place / "r1_base")]
+        seconds += train_once(place / config, config, *options)["wall_s"]
     return read_metrics(place / "r1_zero"), seconds
 
 

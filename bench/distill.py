@@ -1,0 +1,123 @@
+"""Distillation against RL, for one small student: what a larger model's answers are worth.
+
+    python -m bench.distill [--seeds 0] [--teacher runs/r1_bench] [--folder runs/distill_bench]
+                            [--write]
+
+The teacher is `r1_zero` after `r1_base` (made, or read where `bench.r1` has left it). The student,
+0.2 M parameters, first reads a corpus with few chains (10%); from there it learns once from the
+teacher's rejection-sampled answers (stage distill) and once from rewards (stage rl), which takes at
+least as much processor time.
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+from bench.report import write_section
+from bench.runs import train_once
+from configs.r1_student import model
+from training.metrics import read_metrics
+
+FEW_CHAINS = ("--task.options", "share_of_chains=0.1")
+RL_STEPS = 300
+
+
+def student_shape() -> list[str]:
+    """Options that give another preset the student's shape."""
+    shape = model()
+    fields = ("hidden_size", "num_layers", "expert_ffn_size", "dense_ffn_size", "init_std")
+    return [
+        part for name in fields
+        for part in (f"--model.{name.replace('_', '-')}", str(getattr(shape, name)))
+    ]  # fmt: skip
+
+
+def run(seed: int, teachers: Path, folder: Path) -> dict[str, dict[str, float]]:
+    """Accuracy (T = 1, greedy), length and seconds of the student as it starts, after RL, and after
+    distillation; and the teacher's."""
+    place, more = folder / f"student-{seed}", ("--seed", str(seed))
+    base, teacher = (teachers / f"r1-{seed}" / name for name in ("r1_base", "r1_zero"))
+    taught = [
+        train_once(base, "r1_base", *more),
+        train_once(teacher, "r1_zero", *more, "--init-from", str(base)),
+    ]
+    start = place / "base"
+    train_once(start, "r1_student", "--stage", "pretrain", *more, *FEW_CHAINS)
+    init = ("--init-from", str(start))
+    distilled = train_once(
+        place / "distilled", "r1_student", *more, *init, "--sft.policy", str(teacher)
+    )
+    rewarded = train_once(
+        place / "rl", "r1_zero", *more, *init, *FEW_CHAINS, *student_shape(),
+        "--train.steps", str(RL_STEPS), "--train.eval-every", "50",
+    )  # fmt: skip
+    first, last = (evaluations(place / "rl")[i] for i in (0, -1))
+    both = sum(stage["cpu_s"] for stage in taught)
+    return {
+        "teacher (base and RL)": evaluations(teacher)[-1] | {"cpu_s": both},
+        "student": first | {"cpu_s": 0.0},
+        "student after RL": last | rewarded,
+        "student distilled": evaluations(place / "distilled")[-1] | distilled,
+    }
+
+
+def evaluations(place: Path) -> list[dict[str, float]]:
+    """Records with held-out accuracy."""
+    return [record for record in read_metrics(place) if "eval/accuracy" in record]
+
+
+def figure(runs: dict[int, dict[str, dict[str, float]]], path: Path) -> None:
+    """A bar per model and seed: accuracy, with the processor time that it took."""
+    fig, axes = plt.subplots(figsize=(6, 3.5))
+    width = 0.8 / len(runs)
+    for i, found in enumerate(runs.values()):
+        for x, (_, row) in enumerate(found.items()):
+            bar = axes.bar(x + i * width, row["eval/accuracy"], width, color=f"C{x}")
+            axes.bar_label(bar, [f"{row['cpu_s']:.0f} s"], fontsize=7)
+    names = [name.replace(" (", "\n(") for name in next(iter(runs.values()))]
+    axes.set_xticks([x + 0.4 - width / 2 for x in range(len(names))], names, fontsize=8)
+    axes.set(ylabel="accuracy, held-out, T = 1", ylim=(0, 1.05))
+    fig.tight_layout()
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
+def report(runs: dict[int, dict[str, dict[str, float]]]) -> list[str]:
+    """Markdown lines."""
+    return [
+        "256 held-out problems. Processor seconds of the stage alone, sampling of traces included.",
+        "",
+        "| seed, model | accuracy, T = 1 | greedy | length | processor s |",
+        "|---|---:|---:|---:|---:|",
+        *(
+            f"| {seed}, {name} | {row['eval/accuracy']:.3f} | {row['eval/accuracy_greedy']:.3f} | "
+            f"{row['eval/length']:.1f} | {row['cpu_s']:.0f} |"
+            for seed, found in runs.items()
+            for name, row in found.items()
+        ),
+    ]
+
+
+def main() -> None:
+    """Run what is asked for, print the report, draw it, and with --write put it into results.md."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--teacher", default="runs/r1_bench")
+    parser.add_argument("--folder", default="runs/distill_bench")
+    parser.add_argument("--write", action="store_true", help="write bench/results.md")
+    options = parser.parse_args()
+    if not re.fullmatch(r"\d+(,\d+)*", options.seeds):
+        raise SystemExit(f"--seeds {options.seeds!r}: give numbers with commas, such as 0,1,2")
+    folder, teachers = Path(options.folder).absolute(), Path(options.teacher).absolute()
+    runs = {seed: run(seed, teachers, folder) for seed in map(int, options.seeds.split(","))}
+    figure(runs, folder / "distill.png")
+    lines = report(runs)
+    print("\n".join(lines))
+    if options.write:
+        write_section("Distillation in small", lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""128 answers from the policy's own sampler, against one call of the generator per prompt.
+
+    python -m bench.rollout [--weights runs/r1_base] [--rounds 3] [--write]
+
+The model is `r1_base`'s, with the weights of a run, or random ones, whose answers have all lengths
+up to the limit. Prompts are 8 x 16 answers (a group shares its prompt's pass) or 128 x 1. The other
+side is what `generate.py` does, one prompt at a time, its compiled programs warm. Compilation is
+left out on both sides.
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import jax
+
+from bench.report import write_section
+from configs import preset
+from data.tokenizer import Tokenizer, load_tokenizer
+from generation.config import Sampling
+from generation.engine import Generator
+from model.recipe import Recipe
+from rl.corpus import configured_task
+from rl.rollout import PolicySampler
+from rl.source import TaskPrompts
+from rl.tasks.characters import character_tokenizer
+from rl.teacher import load_policy
+from sharding.mesh import make_layout
+from training.step import Trainer
+
+ANSWERS = 128
+
+
+class Bench:
+    """Model, weights and prompts of all cases."""
+
+    def __init__(self, weights: str):
+        run = preset("r1_zero")
+        self.layout, self.recipe = make_layout(run.mesh, jax.devices()[:1]), Recipe("float32")
+        task = configured_task(run.task)
+        if weights:
+            policy = load_policy(weights, run.train, self.recipe, self.layout)
+            self.model, self.params, self.bias = policy
+            self.tokenizer: Tokenizer = load_tokenizer(Path(weights) / "tokenizer.json")
+        else:
+            self.model = run.model
+            state = Trainer(run.model, run.train, self.recipe, self.layout).init(jax.random.key(0))
+            self.params, self.bias = state["params"], state["router_bias"]
+            self.tokenizer = character_tokenizer(task.vocabulary)
+        self.prompts = TaskPrompts(task, self.tokenizer, 0).rollout(0, ANSWERS).ids
+
+    def rollout(self, prompts: int, rows: int, budget: int, rounds: int) -> tuple[float, float]:
+        """(tokens per second, mean length) of 128 answers, `rows` written at a time."""
+        sampler = PolicySampler(
+            self.model, self.recipe, self.layout, Sampling(1.0), rows=rows, max_new_tokens=budget,
+            eos_ids=(self.tokenizer.eos_id,),
+        )  # fmt: skip
+        sampler.publish(self.params, self.bias)
+        speeds, lengths = [], []
+        for seed in range(rounds + 1):  # the first compiles
+            found = sampler(self.prompts[:prompts], ANSWERS // prompts, seed)
+            speeds.append(found.num_tokens / found.seconds)
+            lengths.append(found.num_tokens / ANSWERS)
+        return statistics.median(speeds[1:]), statistics.mean(lengths[1:])
+
+    def one_by_one(self, budget: int, rounds: int, answers: int = 32) -> float:
+        """Tokens per second of one generation per prompt."""
+        generator = Generator(self.model, self.recipe, self.layout)
+        weights = generator.prepare({"params": self.params, "router_bias": self.bias})
+        speeds = []
+        for seed in range(rounds + 1):  # the first compiles
+            began, tokens = time.perf_counter(), 0
+            for i in range(answers):
+                sampling = Sampling(1.0, seed=seed * answers + i)
+                session = generator.start(
+                    weights, [self.prompts[i]], sampling, budget, eos_ids=(self.tokenizer.eos_id,)
+                )
+                while not session.done:
+                    session.advance()
+                tokens += int(session.stats.decoded_tokens) + 1  # the prefill draws the first
+            speeds.append(tokens / (time.perf_counter() - began))
+        return statistics.median(speeds[1:])
+
+
+def measure(bench: Bench, budget: int, rounds: int) -> list[str]:
+    """Rows of the table for one limit of tokens."""
+    alone = bench.one_by_one(budget, rounds)
+    rows = [f"| {budget} | one prompt at a time | - | {alone:,.0f} | 1.0x |"]
+    for prompts, at_a_time in ((8, 128), (8, 32), (128, 128)):
+        speed, length = bench.rollout(prompts, at_a_time, budget, rounds)
+        rows.append(
+            f"| {budget} | {prompts} prompts x {ANSWERS // prompts}, {at_a_time} rows | "
+            f"{length:.1f} | {speed:,.0f} | {speed / alone:.1f}x |"
+        )
+    return rows
+
+
+def main() -> None:
+    """Measure, print, and with --write put the table into results.md."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--weights", default="", help="a run folder; empty: random weights")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--write", action="store_true", help="write bench/results.md")
+    options = parser.parse_args()
+    bench = Bench(options.weights)
+    lines = [
+        f"128 answers of {'trained' if options.weights else 'random'} weights in `r1_base`'s shape",
+        "at temperature 1, tokens per second; medians.",
+        "",
+        "| longest answer | answers | mean length | tokens/s | against one at a time |",
+        "|---:|---|---:|---:|---:|",
+        *(row for budget in (28, 128) for row in measure(bench, budget, options.rounds)),
+    ]
+    print("\n".join(lines))
+    if options.write:
+        write_section("Rollouts", lines)
+
+
+if __name__ == "__main__":
+    main()

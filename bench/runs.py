@@ -1,0 +1,32 @@
+"""Runs of train.py for a bench: each once, in a process of its own, with its seconds."""
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from bench.report import ROOT
+
+
+def train_once(folder: Path, config: str, *options: str) -> dict[str, float]:
+    """`train.py --config CONFIG --run-dir FOLDER`, unless it is complete; wall_s and cpu_s of when
+    it ran, its children's processor time included."""
+    spent = folder / "seconds.json"
+    if not spent.exists():
+        command = [sys.executable, "train.py", "--config", config, "--run-dir", str(folder)]
+        print("+", *command[1:], *options, flush=True)
+        began, before = time.monotonic(), _processor_seconds()
+        subprocess.run([*command, *options], cwd=ROOT, check=True)
+        seconds = {
+            "wall_s": time.monotonic() - began,
+            "cpu_s": _processor_seconds() - before,
+        }
+        spent.write_text(json.dumps(seconds))
+    return json.loads(spent.read_text())
+
+
+def _processor_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
