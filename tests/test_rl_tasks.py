@@ -3,6 +3,7 @@ prompts from a user's file."""
 
 import ast
 import dataclasses
+import hashlib
 import itertools
 import json
 import re
@@ -26,6 +27,7 @@ from rl.tasks.task import END, summary
 
 VARIANTS = {
     "permutations": make_task("permutations"),
+    "permutations, two scripts": make_task("permutations", scripts=2, shortest=3),
     "permutations, mod 10": make_task("permutations", rules="mod10", length=6, share_of_chains=1.0),
     "search": make_task("search"),
     "subset sum": make_task("search", pick=0, digits=6),
@@ -779,3 +781,56 @@ def test_lines_are_read_or_refused(tmp_path_factory, rows):
         return
     assert len(records) + len(repeated) == len(rows)
     assert all(record.answer["answer"] for record in records)
+
+
+# ---- Two scripts and mixed lengths ---------------------------------------------------------------
+
+
+def test_one_script_is_the_corpus_it_has_always_been():
+    """Figures of `bench/results.md` were measured on these bytes."""
+    task = make_task("permutations")
+    text = "".join(itertools.islice(task.corpus(0), 1000))
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "7047fa18400ba61b"
+    assert len(task.vocabulary) == 18
+
+
+def test_two_scripts():
+    """Moves of either are followed; the language is the prompt's share of the chain's letters."""
+    task = make_task("permutations", scripts=2, length=2, mixing=0.5)
+    assert set(task.vocabulary) > set("abcdefghijαβγδεζηθικ")
+    start, moves, final = 0, ["a", "b"], int("30142"[int("04123"[0])])
+    middle = int("04123"[0])
+    record = Record("0αβ:", {"start": start, "moves": moves, "final": final, "greek": True})
+    for chain, language in ((f"α{middle}β{final}", 1.0), (f"a{middle}β{final}", 0.5),
+                            (f"a{middle}b{final}", 0.0), ("", 1.0)):  # fmt: skip
+        found = task.inspect(record, f"{chain}>{final}")
+        assert (found["correct"], found["format_ok"]) == (True, True), chain
+        assert found["language"] == language, chain
+        assert found["steps_right"] == found["steps"] == len(chain) // 2
+    greek = [task.prompt(0, i).answer["greek"] for i in range(40)]
+    assert {True, False} == set(greek)
+    chains = make_task("permutations", scripts=2, share_of_chains=1, mixing=0, noise=0)
+    for i in range(20):
+        prompt = chains.prompt(0, i)
+        found = chains.inspect(prompt, chains.demonstrate(prompt, np.random.default_rng(i)))
+        assert (found["correct"], found["language"]) == (True, 1.0)
+    assert "language" not in make_task("permutations").inspect(record, ">0")
+    with pytest.raises(ValueError, match="scripts=2"):
+        make_task("permutations", scripts=2, rules="mod10")
+
+
+def test_problems_of_two_scripts_are_on_one_side_of_the_split():
+    task = make_task("permutations", scripts=2, length=2)
+    sides = {}
+    for i in range(300):
+        for side in ("train", "held_out"):
+            sides.setdefault(task.prompt(1, i, side).key, set()).add(side)
+    assert all(len(found) == 1 for found in sides.values())
+
+
+def test_mixed_lengths():
+    task = make_task("permutations", length=6, shortest=2)
+    seen = {len(task.prompt(0, i).answer["moves"]) for i in range(200)}
+    assert seen == {2, 3, 4, 5, 6}
+    with pytest.raises(ValueError, match="shortest=7"):
+        make_task("permutations", length=6, shortest=7)
