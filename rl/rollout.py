@@ -26,6 +26,7 @@ from model.blueprint import Tree
 from model.config import ModelConfig
 from model.recipe import Recipe
 from sharding.partition import Layout, batch_shards, replicated
+from sharding.processes import fetch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +218,7 @@ class _Session:
         """Take the routes of answers that have ended, and free their rows."""
         ended = np.flatnonzero(np.asarray(state["finished_B"]) & (writing >= 0))
         if len(ended) and "routes_BSR" in state:
-            routes_BSR = jax.device_get(state["routes_BSR"])
+            routes_BSR = fetch(state["routes_BSR"])
             for row in ended:
                 answer = writing[row]
                 written = sum(map(len, self._tokens[answer]))

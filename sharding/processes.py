@@ -24,6 +24,7 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 from jax._src import distributed
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, PartitionSpec
 
 from sharding.roll_call import roll_call
@@ -118,6 +119,13 @@ def connect(mesh: Mesh) -> None:
             )
             barrier(f"connect {group}")
             jax.block_until_ready(jax.jit(meet)(np.zeros(mesh.size, np.float32)))
+
+
+def fetch(x: jax.Array) -> np.ndarray:
+    """All of an array on every process, whose devices may hold only a part; all of them ask."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def together(
