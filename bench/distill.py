@@ -4,9 +4,9 @@
                             [--write]
 
 The teacher is `r1_zero` after `r1_base` (made, or read where `bench.r1` has left it). The student,
-0.2 M parameters, first reads a corpus with few chains (10%); from there it learns once from the
-teacher's rejection-sampled answers (stage distill) and once from rewards (stage rl), which takes at
-least as much processor time.
+0.2 M parameters, first reads a corpus with few chains (10%) for a short while; from there it learns
+once from the teacher's rejection-sampled answers (stage distill) and once from rewards (stage rl),
+which takes at least as much processor time.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from configs.r1_student import model
 from training.metrics import read_metrics
 
 FEW_CHAINS = ("--task.options", "share_of_chains=0.1")
-RL_STEPS = 300
+BASE_STEPS, RL_STEPS = 200, 500
 
 
 def student_shape() -> list[str]:
@@ -44,7 +44,8 @@ def run(seed: int, teachers: Path, folder: Path) -> dict[str, dict[str, float]]:
         train_once(teacher, "r1_zero", *more, "--init-from", str(base)),
     ]
     start = place / "base"
-    train_once(start, "r1_student", "--stage", "pretrain", *more, *FEW_CHAINS)
+    few = ("--train.steps", str(BASE_STEPS), *FEW_CHAINS)
+    train_once(start, "r1_student", "--stage", "pretrain", *more, *few)
     init = ("--init-from", str(start))
     distilled = train_once(
         place / "distilled", "r1_student", *more, *init, "--sft.policy", str(teacher)

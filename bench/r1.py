@@ -5,8 +5,8 @@
 
 Every run is `train.py --config r1_base` and then `train.py --config r1_zero` from its weights, as
 `make r1` does it, in processes of their own; a run that is complete is read and not repeated. The
-controls change one thing each: `no_chains` has no chain in the base corpus, `weak_base` composes
-arithmetic modulo ten, whose 300 facts the base has no time to learn.
+controls change one thing each: `no_chains` has no chain in the base corpus, `weak_base` starts RL
+after a third of the base's steps, when it writes chains and cannot yet follow a move.
 """
 
 import argparse
@@ -18,18 +18,11 @@ from bench.runs import train_once
 from training.metrics import read_metrics
 
 BASE = ("r1_base", "r1_zero")
-CONTROLS: dict[str, tuple[str, ...]] = {
-    "no_chains": ("share_of_chains=0",),
-    "weak_base": ("rules=mod10",),
+CONTROLS: dict[str, dict[str, tuple[str, ...]]] = {
+    "no_chains": {name: ("--task.options", "share_of_chains=0") for name in BASE},
+    "weak_base": {"r1_base": ("--train.steps", "100")},
 }
-ALSO: dict[str, dict[str, tuple[str, ...]]] = {
-    # Moves of two characters: prompts of 22 and chains of 33 tokens.
-    "weak_base": {
-        "r1_base": ("--sample-prompt", "3+1*2-4:"),
-        "r1_zero": ("--rl.max-new-tokens", "44", "--train.seq-len", "66"),
-    },
-}
-"""What a control's longer texts need."""
+"""Options of a control's runs."""
 MARKS = (0, 10, 20, 30, 50, 100, 150)
 """Steps whose evaluation goes into the report."""
 
@@ -39,8 +32,7 @@ def run(name: str, seed: int, folder: Path) -> tuple[list[dict[str, float]], flo
     place, seconds = folder / f"{name}-{seed}", 0.0
     for config in BASE:
         options = ["--seed", str(seed)]
-        if name in CONTROLS:
-            options += ["--task.options", *CONTROLS[name], *ALSO.get(name, {}).get(config, ())]
+        options += CONTROLS.get(name, {}).get(config, ())
         if config == "r1_zero":
             options += ["--init-from", str(place / "r1_base")]
         seconds += train_once(place / config, config, *options)["wall_s"]
