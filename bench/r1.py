@@ -19,7 +19,7 @@ from training.metrics import read_metrics
 
 BASE = ("r1_base", "r1_zero")
 CONTROLS: dict[str, dict[str, tuple[str, ...]]] = {
-    "no_chains": {name: ("--task.options", "share_of_chains=0") for name in BASE},
+    "no_chains": dict.fromkeys(BASE, ("--task.options", "share_of_chains=0")),
     "weak_base": {"r1_base": ("--train.steps", "100")},
 }
 """Options of a control's runs."""
