@@ -5,7 +5,6 @@ the model. The destination appears when it is complete.
 """
 
 import dataclasses
-import logging
 import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -85,7 +84,6 @@ def progress_bar() -> Generator[Any]:
 
 def run(command: Import | Export) -> None:
     """Convert. Raises ValueError and OSError for people."""
-    logging.getLogger("absl").setLevel(logging.ERROR)
     from checkpoint.hf_reader import HuggingFaceFolder
     from checkpoint.weights import open_weights
 

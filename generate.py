@@ -8,7 +8,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import logging
 import math
 import os
 import sys
@@ -148,8 +147,6 @@ def is_first_process() -> bool:
 
 def make_layout(options: Common) -> "Layout":
     """Devices and mesh."""
-    # Orbax says on every opening that a checkpoint opened for reading is opened for reading.
-    logging.getLogger("absl").setLevel(logging.ERROR)
     import jax
 
     from sharding import mesh

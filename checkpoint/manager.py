@@ -8,6 +8,7 @@ folder gets its name only when everything in it is on disk. This file decides wh
 counts as good, and what people are told.
 """
 
+import logging
 import math
 import os
 import re
@@ -26,6 +27,11 @@ from checkpoint.checksum import checksums
 from checkpoint.config import CheckpointConfig
 from checkpoint.folder import FORMAT, find_steps, read_meta, unfinished, unreadable_reason
 from checkpoint.retention import KeepNewestAndBest
+
+# Orbax says on every opening that a checkpoint opened for reading is opened for reading.
+logging.getLogger("absl").addFilter(
+    lambda record: not re.search("read.only", record.getMessage(), re.IGNORECASE)
+)
 
 
 class CheckpointManager:

@@ -15,7 +15,7 @@ class Sampling:
     temperature: float = 1.0
     """Logits are divided by it; 0 takes the most probable token (greedy)."""
     top_k: int = 0
-    """Keep the k most probable tokens (and those as probable as the k-th); 0 keeps all."""
+    """Keep the k most probable tokens, of equals the lower ids; 0 keeps all."""
     top_p: float = 1.0
     """Keep the most probable tokens whose probabilities first reach this sum; 1 keeps all."""
     seed: int = 0

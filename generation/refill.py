@@ -7,11 +7,12 @@
 Answers to one prompt share its pass through the model: rows copy the cache of the prompt that they
 start from. An answer's draws depend on its own number and no other, so its text is the same in
 whichever row and company it is written. Beside tokens, `advance` gives `logps_BN`, the
-log-probabilities under the distribution that was drawn from; and the state holds, where the recipe
-reports routes, `routes_BSR`, the experts of every token that was read.
+log-probabilities under the distribution that was drawn from, and where top-k cuts that, `kept_BNK`,
+what it left; and the state holds, where the recipe reports routes, `routes_BSR`, the experts of
+every token that was read.
 
-Letters: P prompts, B rows, T prompt length, V vocabulary, S slots, R experts of a token over all
-layers.
+Letters: P prompts, B rows, N tokens of one call, T prompt length, V vocabulary, S slots, K tokens
+that top-k keeps, R experts of a token over all layers.
 """
 
 import functools
@@ -20,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from generation.sampling import draw, row_keys
+from generation.sampling import draw, kept_tokens, row_keys
 from generation.steps import BY_ROWS, MAIN, Program, State, Steps, at_index, log_p, place
 from model.blueprint import Tree
 from sharding.partition import batch_sharding, constrain, replicated, use_layout
@@ -28,6 +29,11 @@ from sharding.partition import batch_sharding, constrain, replicated, use_layout
 
 class RefillSteps(Steps):
     """The programs for one model, layout and way of sampling."""
+
+    @property
+    def _kept(self) -> int:
+        """Tokens that top-k keeps, K; 0 where it cuts nothing."""
+        return 0 if self._greedy else min(self._sampling.top_k, self._config.vocab_size)
 
     @functools.cached_property
     def prefix(self) -> Program:
@@ -52,6 +58,7 @@ class RefillSteps(Steps):
     def _state_shardings(self) -> dict[str, Any]:
         rows, whole = batch_sharding(self._layout, ("batch",)), replicated(self._layout)
         shardings = super()._state_shardings | {"pending_logp_B": whole}
+        shardings |= {"pending_kept_BK": whole} if self._kept else {}
         return shardings | ({"routes_BSR": rows} if self._recipe.routes else {})
 
     def _prefix(self, weights: Tree, ids_PT, lengths_P, slots: int) -> State:
@@ -83,6 +90,8 @@ class RefillSteps(Steps):
         state |= dict.fromkeys(("lengths_B", "pending_B", "left_B", "streams_B"), zeros_B)
         state |= {"finished_B": jnp.ones(rows, bool), "key": jax.random.key(seed)}
         state["pending_logp_B"] = jnp.zeros(rows, jnp.float32)
+        if self._kept:
+            state["pending_kept_BK"] = jnp.full((rows, self._kept), -1, jnp.int32)
         if self._speculate:
             state["draft_B"] = zeros_B
             if not self._greedy:
@@ -113,6 +122,8 @@ class RefillSteps(Steps):
                 "left_B": left_B,
                 "finished_B": (left_B <= 0) | jnp.isin(pending_B, eos),
             }
+            if self._kept:
+                fresh["pending_kept_BK"] = kept_tokens(p_BV, self._kept)
             if self._speculate:
                 fresh |= self._first_draft(weights, fresh | {"key": state["key"]}, prefix, source_B)
             fresh = {
@@ -135,4 +146,8 @@ class RefillSteps(Steps):
     def _outputs(self, zeros_B: jax.Array) -> dict[str, jax.Array]:
         out = super()._outputs(zeros_B)
         logps_BN = jnp.zeros(out["tokens_BN"].shape, jnp.float32)
-        return {**out, "logps_BN": constrain(logps_BN, None, None)}
+        out = {**out, "logps_BN": constrain(logps_BN, None, None)}
+        if self._kept:
+            kept_BNK = jnp.full((*logps_BN.shape, self._kept), -1, jnp.int32)
+            out["kept_BNK"] = constrain(kept_BNK, None, None, None)
+        return out

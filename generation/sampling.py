@@ -17,8 +17,9 @@ def probabilities(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
         return jax.nn.one_hot(jnp.argmax(logits_BV, axis=-1), logits_BV.shape[-1])
     p_BV = jax.nn.softmax(logits_BV / sampling.temperature, axis=-1)
     if 0 < sampling.top_k < p_BV.shape[-1]:
-        least_B1 = jax.lax.top_k(p_BV, sampling.top_k)[0][:, -1:]
-        p_BV = _renormalised(jnp.where(p_BV >= least_B1, p_BV, 0.0))
+        p_BK, ids_BK = jax.lax.top_k(p_BV, sampling.top_k)
+        cut_BV = jnp.put_along_axis(jnp.zeros_like(p_BV), ids_BK, p_BK, axis=-1, inplace=False)
+        p_BV = _renormalised(cut_BV)
     if sampling.top_p < 1:
         ordered_BV = jnp.sort(p_BV, axis=-1, descending=True)
         before_BV = jnp.cumsum(ordered_BV, axis=-1) - ordered_BV
@@ -26,6 +27,13 @@ def probabilities(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
         least_B1 = jnp.take_along_axis(ordered_BV, kept_B - 1, axis=-1)
         p_BV = _renormalised(jnp.where(p_BV >= least_B1, p_BV, 0.0))
     return p_BV
+
+
+def kept_tokens(p_BV: jax.Array, top_k: int) -> jax.Array:
+    """What top-k and top-p left of a distribution: ids, the most probable first, -1 beyond them;
+    int32 [B, top_k]."""
+    p_BK, ids_BK = jax.lax.top_k(p_BV, top_k)
+    return jnp.where(p_BK > 0, ids_BK, -1)
 
 
 def _renormalised(p_BV: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from generation.config import Sampling
-from generation.sampling import draw, probabilities, row_keys
+from generation.sampling import draw, kept_tokens, probabilities, row_keys
 from generation.speculate import accept_or_redraw
 from model.blueprint import Tree
 from model.config import ModelConfig
@@ -279,6 +279,9 @@ def _emit(state: State, out, token_B: jax.Array, p_BV: jax.Array, give_B: jax.Ar
     if "logps_BN" in out:
         logps_BN = out["logps_BN"].at[rows_B, column_B].set(log_p(p_BV, token_B), mode="drop")
         out = {**out, "logps_BN": logps_BN}
+    if "kept_BNK" in out:
+        kept_BK = kept_tokens(p_BV, out["kept_BNK"].shape[-1])
+        out = {**out, "kept_BNK": out["kept_BNK"].at[rows_B, column_B].set(kept_BK, mode="drop")}
     out = {**out, "tokens_BN": tokens_BN, "counts_B": out["counts_B"] + give_B}
     left_B = state["left_B"] - give_B
     ended_B = give_B & (jnp.isin(token_B, eos) | (left_B <= 0))

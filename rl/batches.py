@@ -4,8 +4,8 @@ Row a of a batch is prompt and answer of answer a, then padding. Position t of e
 `tokens` and `routes` speaks of token t + 1, which is predicted there; `routes` of token t, which is
 read there.
 
-Letters: A answers, group after group; T positions; R experts of a token over all layers; n tokens
-of a prompt and its answer.
+Letters: A answers, group after group; T positions; K tokens that top-k keeps; R experts of a token
+over all layers; n tokens of a prompt and its answer.
 """
 
 from collections.abc import Sequence
@@ -27,8 +27,9 @@ def make_batch(prompts: Sequence[np.ndarray], rollout: Rollout, seq_len: int) ->
     Returns:
       tokens int32 [A, T+1], 0 beyond the end; lengths int32 [A], tokens of prompt and answer; mask
       fp32 [A, T], 1 where a token of the answer is predicted, its EOS included; sampler_logp fp32
-      [A, T], 0 elsewhere; and with recorded routes int16 [A, T, R], -1 from the last token on,
-      which the sampler never read.
+      [A, T], 0 elsewhere; with tokens kept by top-k, kept int32 [A, T, K], -1 beyond them, and
+      elsewhere the token itself; and with recorded routes int16 [A, T, R], -1 from the last token
+      on, which the sampler never read.
 
     Raises ValueError if prompt and answer do not fit into T + 1 tokens.
     """
@@ -60,6 +61,10 @@ def make_batch(prompts: Sequence[np.ndarray], rollout: Rollout, seq_len: int) ->
         batch["sampler_logp"][a, first - 1 : n - 1] = rollout.logps[a]
         if rollout.routes is not None:
             batch["routes"][a, : n - 1] = rollout.routes[a]
+    if rollout.kept is not None:
+        batch["kept"] = np.full((answers, seq_len, rollout.kept[0].shape[1]), -1, np.int32)
+        batch["kept"][:, :, 0] = batch["tokens"][:, 1:]
+        batch["kept"][batch["mask"] > 0] = np.concatenate(rollout.kept)
     return batch
 
 

@@ -161,6 +161,12 @@ class RLConfig:
     """Longest answer in tokens, its end token included; longer ones are cut."""
     temperature: float = 1.0
     """Of the rollout and of the objective's probabilities."""
+    top_k: int = 0
+    """The rollout draws from the k most probable tokens; 0: from all. The objective's probabilities
+    are over the same tokens (V3.2's Keep Sampling Mask)."""
+    top_p: float = 1.0
+    """Of these, the rollout draws from the most probable that reach this sum. Needs top_k, whose
+    list of tokens goes with every token."""
     rollout_rows: int = 0
     """Answers written at a time; a row whose answer has ended takes the next. 0: all."""
     speculate: bool = False
@@ -206,6 +212,7 @@ class RLConfig:
         for name in ("format_weight", "language_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"rl.{name} is {getattr(self, name)}; give 0 or more")
+        self._check_cuts()
         if not 0 <= self.held_out <= 0.9:
             raise ValueError(f"rl.held_out is {self.held_out}; give a share in 0..0.9")
         if (self.server_model or self.server_reload) and not self.server:
@@ -222,6 +229,29 @@ class RLConfig:
                 f"rl.reference_every is {self.reference_every}, but without kl_coef there is no "
                 "reference; set rl.objective.kl_coef, or reference_every to 0"
             )
+
+    def _check_cuts(self):
+        if self.top_k < 0 or self.top_k == 1:
+            raise ValueError(
+                f"rl.top_k is {self.top_k}; give 2 or more tokens to draw from, or 0 for all"
+            )
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"rl.top_p is {self.top_p}; give more than 0, at most 1")
+        if self.top_p < 1 and not self.top_k:
+            raise ValueError(
+                f"rl.top_p is {self.top_p} without rl.top_k: training needs the list of tokens "
+                "that each was drawn from, and top_k bounds its length. Set it, to 64 for example"
+            )
+        if self.top_k and self.server:
+            raise ValueError(
+                f"rl.top_k is {self.top_k}, but a server does not tell what it drew from; leave "
+                "top_k 0 and top_p 1 with rl.server"
+            )
+
+    @property
+    def uncut(self) -> "RLConfig":
+        """The same with answers as evaluation draws them: at temperature 1, from all tokens."""
+        return dataclasses.replace(self, temperature=1.0, top_k=0, top_p=1.0)
 
     @property
     def answers(self) -> int:

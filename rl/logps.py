@@ -1,49 +1,43 @@
 """Log-probabilities and entropy of the trainer, for the distribution that the sampler drew from.
 
-That distribution is at the rollout's temperature, and, where top-p or top-k cut it, over the kept
+That distribution is at the rollout's temperature, and, where top-k and top-p cut it, over the kept
 tokens only: V3.2's Keep Sampling Mask (section 3.1). Without both, sampler and policy do not even
-have the same actions, and their ratio means nothing.
+have the same actions, and their ratio means nothing. Kept tokens come as a list of at most top-k
+ids: V3's vocabulary would be 16 kB of bits per token.
 
-Letters: B answers, T tokens, C tokens of a chunk, D hidden width, V vocabulary.
+Letters: B answers, T tokens, C tokens of a chunk, D hidden width, V vocabulary, K kept tokens.
 """
 
 import jax
 import jax.numpy as jnp
 
 
-def kept_by_threshold(
-    logits_BTV: jax.Array, ids_BT: jax.Array, least_BT: jax.Array, temperature: float
-) -> jax.Array:
-    """bool [B, T, V]: tokens whose probability is at least `least_BT`, and the token drawn.
-
-    least_BT: the sampler's smallest kept probability at `temperature`, before renormalising; 0
-    keeps all. It replaces a mask of V bits per token. The probabilities here are the trainer's, so
-    tokens at the very edge may fall on the other side; exact only with equal logits.
-    """
-    p_BTV = jax.nn.softmax(logits_BTV.astype(jnp.float32) / _above_zero(temperature), axis=-1)
-    drawn_BTV = jax.nn.one_hot(ids_BT, logits_BTV.shape[-1], dtype=bool)
-    return jax.lax.stop_gradient(p_BTV >= least_BT[..., None]) | drawn_BTV
-
-
 def logps_and_entropy(
     logits_BTV: jax.Array,
     ids_BT: jax.Array,
     temperature: float,
-    kept_BTV: jax.Array | None = None,
+    kept_BTK: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability of `ids_BT` and entropy of the distribution, nats, fp32 [B, T] each.
 
     Args:
       logits_BTV: of the token at the same position (not shifted).
       temperature: of the rollout; ValueError unless above 0 (greedy answers have no ratio).
-      kept_BTV: bool, the sampler's kept tokens; they are renormalised. None: all. A drawn token
-        that is not kept has -inf: the sampler cannot have drawn it.
+      kept_BTK: int32, the tokens that the sampler drew from, in any order, -1 beyond them; they are
+        renormalised. None: all. A drawn token that is not among them has -inf: the sampler cannot
+        have drawn it.
     """  # fmt: skip
     logits_BTV = logits_BTV.astype(jnp.float32) / _above_zero(temperature)
-    kept = True if kept_BTV is None else kept_BTV
-    cut_BTV = jnp.where(kept, logits_BTV, -jnp.inf)
+    chosen_BT = jnp.take_along_axis(logits_BTV, ids_BT[..., None], axis=-1)[..., 0]
+    if kept_BTK is not None:
+        kept = kept_BTK >= 0
+        among_BT = ((kept_BTK == ids_BT[..., None]) & kept).any(-1)
+        chosen_BT = jnp.where(among_BT, chosen_BT, -jnp.inf)
+        logits_BTV = jnp.take_along_axis(logits_BTV, jnp.maximum(kept_BTK, 0), axis=-1)
+        cut_BTV = jnp.where(kept, logits_BTV, -jnp.inf)
+    else:
+        kept, cut_BTV = True, logits_BTV
     log_sum_BT = jax.nn.logsumexp(cut_BTV, axis=-1)
-    chosen_BT = jnp.take_along_axis(cut_BTV, ids_BT[..., None], axis=-1)[..., 0]
     p_BTV = jnp.exp(cut_BTV - log_sum_BT[..., None])
     mean_logit_BT = (p_BTV * jnp.where(kept, logits_BTV, 0.0)).sum(-1)
     return chosen_BT - log_sum_BT, log_sum_BT - mean_logit_BT
@@ -55,13 +49,12 @@ def chunked_logps_and_entropy(
     ids_BT: jax.Array,
     temperature: float,
     chunk: int = 128,
-    least_BT: jax.Array | None = None,
+    kept_BTK: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The same from hidden states, with the logits of `chunk` positions at a time.
 
     Backward computes them again, so no [B, T, V] array exists. hidden_BTD holds the state that
-    predicts ids_BT (one position before it). least_BT: see `kept_by_threshold`; None keeps all.
-    Products accumulate in fp32.
+    predicts ids_BT (one position before it). Products accumulate in fp32.
     """  # fmt: skip
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}; give a number of positions, 1 or more")
@@ -73,16 +66,13 @@ def chunked_logps_and_entropy(
         return jnp.moveaxis(padded.reshape(B, pieces, chunk, *x.shape[2:]), 1, 0)
 
     @jax.checkpoint
-    def one(hidden_BCD: jax.Array, ids_BC: jax.Array, least_BC: jax.Array | None):
+    def one(hidden_BCD: jax.Array, ids_BC: jax.Array, kept_BCK: jax.Array | None):
         logits_BCV = jnp.einsum(
             "BCD,DV->BCV", hidden_BCD, head_DV, preferred_element_type=jnp.float32
         )
-        kept_BCV = None
-        if least_BC is not None:
-            kept_BCV = kept_by_threshold(logits_BCV, ids_BC, least_BC, temperature)
-        return logps_and_entropy(logits_BCV, ids_BC, temperature, kept_BCV)
+        return logps_and_entropy(logits_BCV, ids_BC, temperature, kept_BCK)
 
-    xs = (cut(hidden_BTD), cut(ids_BT), None if least_BT is None else cut(least_BT))
+    xs = (cut(hidden_BTD), cut(ids_BT), None if kept_BTK is None else cut(kept_BTK))
     _, results = jax.lax.scan(lambda _, x: (None, one(*x)), None, xs)
     logp_BT, entropy_BT = (jnp.moveaxis(x, 0, 1).reshape(B, -1)[:, :T] for x in results)
     return logp_BT, entropy_BT

@@ -37,6 +37,7 @@ from training.schedule import BatchPlan, knobs_at
 from training.signals import StopRequest
 from training.step import State
 from training.throughput import peak_memory_gib
+from training.trace import Trace
 
 Record = dict[str, float]
 
@@ -70,6 +71,8 @@ class PolicyLoop:
     save_every: int
     """Steps between checkpoints; 0 saves at the end and on a signal only."""
     display: Display
+    profile: range = range(0)
+    """Steps to trace, counted from the first that runs: the rollouts that they belong to, whole."""
     started: float = dataclasses.field(default_factory=time.monotonic)
     """When the process started, by time.monotonic."""
 
@@ -97,10 +100,15 @@ class PolicyLoop:
         last, stopped, step = self.trainer.train.steps, "", self.first_step
         transcripts = Transcripts(self.run_dir, step, self.rl.transcripts)
         self.sampler.publish(self.state["params"], self.state["router_bias"])
-        with MetricsWriter(self.run_dir, step) as writer, StopRequest() as stop, self.display:
+        trace = Trace(self.profile, self.run_dir, self.display)
+        with (
+            MetricsWriter(self.run_dir, step) as writer, StopRequest() as stop, self.display, trace,
+        ):  # fmt: skip
             # Processes of one run agree between rollouts; one alone need not wait for that.
             alone = jax.process_count() == 1
             while step < last and not stopped:
+                begun = step - self.first_step
+                trace.before(range(begun, begun + self.updates), self.state)
                 try:
                     record = self.advance(
                         step, transcripts, (lambda: stop.requested) if alone else lambda: False
@@ -232,7 +240,8 @@ class PolicyLoop:
         A single update starts from this policy itself: its ratio is 1 without old numbers. The
         reference chooses its own experts.
         """
-        inputs = {name: part[name] for name in ("tokens", "lengths", "routes") if name in part}
+        names = ("tokens", "lengths", "kept", "routes")
+        inputs = {name: part[name] for name in names if name in part}
         added = {}
         if self.updates > 1:
             weights = self.state["params"], self.state["router_bias"]

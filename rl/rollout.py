@@ -2,11 +2,11 @@
 
 Each prompt is read once and answered `group_size` times; rows whose answer has ended take the next
 one. An answer's draws depend on (seed, its number) alone, so results do not depend on how many rows
-there are. Tokens leave with what training needs: their log-probabilities under the sampler and the
-experts that every token went to.
+there are. Tokens leave with what training needs: their log-probabilities under the sampler, the
+tokens that top-k and top-p left to draw from, and the experts that every token went to.
 
 Letters: A answers (prompt after prompt, the group of each together), P prompts, T tokens of prompt
-and answer, R experts of a token over all layers.
+and answer, K tokens that top-k keeps, R experts of a token over all layers.
 """
 
 import dataclasses
@@ -45,6 +45,8 @@ class Rollout:
     """Spent on it, compilation left out."""
     passes: int
     """Passes of the model, counted once per row that was writing."""
+    kept: list[np.ndarray] | None = None
+    """Where top-k cuts: what each token was drawn from, -1 beyond it, int32 [n, K]."""
 
     @property
     def num_tokens(self) -> int:
@@ -147,6 +149,7 @@ class _Session:
         self._seed, self._compiling = seed, 0.0
         self._tokens: list[list[np.ndarray]] = [[] for _ in range(self._answers)]
         self._logps: list[list[np.ndarray]] = [[] for _ in range(self._answers)]
+        self._kept: list[list[np.ndarray]] = [[] for _ in range(self._answers)]
         self._routes: list[np.ndarray] = [np.zeros(0)] * self._answers
         self._passes = 0
 
@@ -177,6 +180,7 @@ class _Session:
             logps=[np.concatenate(parts) for parts in self._logps],
             truncated=~ended,
             routes=self._routes if "routes_BSR" in state else None,
+            kept=[np.concatenate(parts) for parts in self._kept] if any(self._kept) else None,
             seconds=time.perf_counter() - began - self._compiling,
             passes=self._passes,
         )
@@ -198,20 +202,25 @@ class _Session:
             self._s._steps.admit, state, prefix, place(source_B), place(streams_B), budget,
             self._s._eos,
         )  # fmt: skip
-        pending_B, logp_B = jax.device_get((state["pending_B"], state["pending_logp_B"]))
+        names = ("pending_B", "pending_logp_B", "pending_kept_BK")
+        first = jax.device_get([state[name] for name in names if name in state])
         for row in free:
-            self._tokens[writing[row]].append(pending_B[row : row + 1])
-            self._logps[writing[row]].append(logp_B[row : row + 1])
+            self._append(int(writing[row]), *(x[row : row + 1] for x in first))
         return state
+
+    def _append(self, answer: int, tokens, logps, kept=None) -> None:
+        self._tokens[answer].append(tokens)
+        self._logps[answer].append(logps)
+        if kept is not None:
+            self._kept[answer].append(kept)
 
     def _advance(self, state, writing: np.ndarray):
         state, out = self._call(self._s._steps.advance, state, self._s._eos, self._s._chunk)
         out = jax.device_get(out)
         self._passes += int(out["passes_B"].sum())
+        found = [out[name] for name in ("tokens_BN", "logps_BN", "kept_BNK") if name in out]
         for row in np.flatnonzero(writing >= 0):
-            count, answer = out["counts_B"][row], writing[row]
-            self._tokens[answer].append(out["tokens_BN"][row, :count])
-            self._logps[answer].append(out["logps_BN"][row, :count])
+            self._append(int(writing[row]), *(x[row, : out["counts_B"][row]] for x in found))
         return state
 
     def _collect(self, state, writing: np.ndarray) -> None:

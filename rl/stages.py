@@ -157,8 +157,9 @@ def make_sampler(trainer: Trainer, run: RunConfig, tokenizer: Tokenizer, greedy:
             Server(rl.server, rl.server_model), tokenizer, temperature, rl.max_new_tokens, write,
             Path(run.run_dir) / SERVED,
         )  # fmt: skip
+    sampling = Sampling(temperature, top_k=rl.top_k, top_p=rl.top_p)
     return PolicySampler(
-        trainer.model, trainer.recipe, trainer.layout, Sampling(temperature),
+        trainer.model, trainer.recipe, trainer.layout, sampling,
         rows=rows, max_new_tokens=rl.max_new_tokens, eos_ids=(tokenizer.eos_id,),
         speculate=rl.speculate, replay=rl.replay_routing and not greedy,
     )  # fmt: skip
@@ -166,7 +167,7 @@ def make_sampler(trainer: Trainer, run: RunConfig, tokenizer: Tokenizer, greedy:
 
 def make_loop(
     run: RunConfig, trainer: PolicyTrainer, state: State, checkpoints: Checkpoints,
-    prompts: Prompts, scorer: Scorer, started: float,
+    prompts: Prompts, scorer: Scorer, started: float, profile: range = range(0),
 ) -> PolicyLoop:  # fmt: skip
     """Wire the parts together; `state` is new or restored."""
     rl, tokenizer = run.rl, prompts.tokenizer
@@ -177,9 +178,8 @@ def make_loop(
     evaluation = None
     held_out = prompts.held_out(rl.eval_prompts) if run.train.eval_every else None
     if held_out is not None and held_out.ids:
-        at_one = dataclasses.replace(run, rl=dataclasses.replace(rl, temperature=1.0))
-        drawn = sampler if rl.temperature == 1 else make_sampler(
-            trainer, at_one, tokenizer, False, rows
+        drawn = sampler if rl == rl.uncut else make_sampler(
+            trainer, dataclasses.replace(run, rl=rl.uncut), tokenizer, False, rows
         )  # fmt: skip
         greedy = make_sampler(trainer, run, tokenizer, True, rows)
         evaluation = Evaluation(held_out, prompts, scorer, drawn, greedy)
@@ -187,7 +187,7 @@ def make_loop(
         trainer=trainer, rl=rl, state=state, run_dir=Path(run.run_dir),
         config=dataclasses.asdict(run), prompts=prompts, scorer=scorer, sampler=sampler,
         evaluation=evaluation, checkpoints=checkpoints, save_every=run.checkpoint.every,
-        display=Display(run.train.steps), started=started,
+        display=Display(run.train.steps), profile=profile, started=started,
     )  # fmt: skip
 
 
@@ -211,20 +211,18 @@ def run_stage(
 
     Args:
       trainer: of `make_trainer`.
-      profile: steps to trace; ValueError unless empty.
+      profile: steps to trace, counted from the first that runs; whole rollouts with their updates.
       init_from: where a new run takes its weights; '' for random ones.
       open_state: `checkpoints, state = open_state(run, trainer, init_from, say)`.
       started: when the process started, by time.monotonic.
       say: takes lines for people.
     """
-    if profile:
-        raise ValueError("--profile traces steps of stage pretrain; leave it out for stage rl")
     tokenizer = policy_tokenizer(run, init_from)
     prompts = make_prompts(run, tokenizer)
     connect(trainer.layout.mesh)
     with open_scorer(run) as scorer:
         checkpoints, state = open_state(run, trainer, init_from, say)
-        loop = make_loop(run, trainer, state, checkpoints, prompts, scorer, started)
+        loop = make_loop(run, trainer, state, checkpoints, prompts, scorer, started, profile)
         if jax.process_index() == 0:
             write_settings(run, tokenizer)
         stopped = ""

@@ -4,7 +4,7 @@ A batch holds prompts with their answers, padded at the end. Position t of every
 belongs to the token t + 1: what the model predicts there.
 
 Letters: N micro batches, B answers of one, T positions, D hidden width, R experts of a token over
-all layers, L MoE layers, K experts of one layer.
+all layers, L MoE layers, K experts of one layer, or tokens that the sampler kept.
 """
 
 import dataclasses
@@ -31,7 +31,8 @@ from training.step import State, Trainer
 Batch = dict[str, jax.Array]
 """tokens int32 [N, B, T+1]; lengths int32 [N, B], tokens of prompt and answer; mask [N, B, T], 1
 for tokens of answers; advantages fp32 [N, B]; optional old_logp, sampler_logp, ref_logp fp32
-[N, B, T] and routes int16 [N, B, T, R], -1 where a token chooses anew."""
+[N, B, T]; kept int32 [N, B, T, K], the tokens that the sampler drew from and -1 beyond them; and
+routes int16 [N, B, T, R], -1 where a token chooses anew."""
 
 REFERENCE = "reference"
 """Of the state, where the objective has a KL term: params and router_bias of the policy that it is
@@ -120,7 +121,7 @@ class PolicyTrainer(Trainer):
         output: Output = model.forward(tokens, self.recipe, None, replayed)
         head_DV = model.head.kernel[...].astype(output.hidden_BTD.dtype)
         logp_BT, entropy_BT = chunked_logps_and_entropy(
-            output.hidden_BTD, head_DV, targets_BT, self.temperature
+            output.hidden_BTD, head_DV, targets_BT, self.temperature, kept_BTK=micro.get("kept")
         )
         return output, logp_BT, entropy_BT
 

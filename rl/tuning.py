@@ -252,9 +252,8 @@ def held_out_accuracy(
     task = configured_task(run.task)
     prompts = TaskPrompts(task, tokenizer, run.seed)
     rl = dataclasses.replace(
-        run.rl, temperature=1.0, replay_routing=False, server="", server_model="",
-        server_reload=False,
-    )  # fmt: skip
+        run.rl.uncut, replay_routing=False, server="", server_model="", server_reload=False
+    )
     at_one = dataclasses.replace(run, rl=rl)
     drawn, greedy = (
         make_sampler(trainer, at_one, tokenizer, is_greedy, min(256, rl.eval_prompts))

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from generation.config import Sampling
-from generation.sampling import probabilities
+from generation.sampling import kept_tokens, probabilities
 from rl.advantages import group_advantages, informative_groups
 from rl.config import GRPOConfig
 from rl.filters import filtered_mask
-from rl.logps import chunked_logps_and_entropy, kept_by_threshold, logps_and_entropy
+from rl.logps import chunked_logps_and_entropy, logps_and_entropy
 from rl.published import PUBLISHED, published
 from rl.sums import numbers
 
@@ -189,16 +189,20 @@ def test_filters_leave_out_dull_groups_and_cut_answers():
 # ---- log-probabilities --------------------------------------------------------------------------
 
 
-def make_logits(seed=0, B=2, T=5, V=11):
+def make_logits(seed=0, B=2, T=5, V=11, K=4):
+    """Logits, drawn tokens, and the K tokens that each was drawn from."""
     rng = np.random.default_rng(seed)
     logits_BTV = rng.normal(0, 2, (B, T, V)).astype(np.float32)
-    return logits_BTV, rng.integers(0, V, (B, T)), rng.random((B, T, V)) < 0.5
+    kept_BTK = rng.permuted(np.broadcast_to(np.arange(V), (B, T, V)), axis=-1)[..., :K].copy()
+    ids_BT = kept_BTK[..., 1].copy()
+    kept_BTK[0, :, 2:] = -1
+    return logits_BTV, ids_BT, kept_BTK
 
 
-def expected_logps(logits_BTV, ids_BT, temperature, kept_BTV):
+def expected_logps(logits_BTV, ids_BT, temperature, kept_BTK):
     logp_BT, entropy_BT = np.zeros(ids_BT.shape), np.zeros(ids_BT.shape)
     for b, t in np.ndindex(*ids_BT.shape):
-        kept = np.flatnonzero(kept_BTV[b, t])
+        kept = kept_BTK[b, t][kept_BTK[b, t] >= 0]
         p = np.exp(logits_BTV[b, t, kept].astype(float) / temperature)
         p /= p.sum()
         logp_BT[b, t] = np.log(p[kept == ids_BT[b, t]][0])
@@ -209,24 +213,24 @@ def expected_logps(logits_BTV, ids_BT, temperature, kept_BTV):
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("cut", [False, True])
 def test_log_probabilities_and_entropy(temperature, cut):
-    logits_BTV, ids_BT, kept_BTV = make_logits()
-    np.put_along_axis(kept_BTV, ids_BT[..., None], True, axis=-1)
-    kept_BTV |= not cut
-    expected = expected_logps(logits_BTV, ids_BT, temperature, kept_BTV)
-    found = compiled_logps(logits_BTV, ids_BT, temperature, kept_BTV if cut else None)
+    logits_BTV, ids_BT, kept_BTK = make_logits()
+    every_BTK = np.broadcast_to(np.arange(11), (2, 5, 11))
+    expected = expected_logps(logits_BTV, ids_BT, temperature, kept_BTK if cut else every_BTK)
+    found = compiled_logps(logits_BTV, ids_BT, temperature, kept_BTK if cut else None)
     for x, y in zip(found, expected, strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=2e-6)
 
 
 def test_gradient_with_tokens_left_out_is_finite_and_stays_inside():
-    logits_BTV, ids_BT, kept_BTV = make_logits(1)
-    np.put_along_axis(kept_BTV, ids_BT[..., None], True, axis=-1)
+    logits_BTV, ids_BT, kept_BTK = make_logits(1)
+    kept_BTK[1, 0] = [-1, ids_BT[1, 0], -1, -1]  # nothing else could be drawn
 
     def total(logits_BTV):
-        logp_BT, entropy_BT = logps_and_entropy(logits_BTV, ids_BT, 0.7, jnp.asarray(kept_BTV))
+        logp_BT, entropy_BT = logps_and_entropy(logits_BTV, ids_BT, 0.7, jnp.asarray(kept_BTK))
         return (logp_BT + entropy_BT).sum()
 
     gradient_BTV = np.asarray(jax.jit(jax.grad(total))(logits_BTV))
+    kept_BTV = (kept_BTK[..., None] == np.arange(11)).any(2)
     assert np.isfinite(gradient_BTV).all()
     assert (gradient_BTV[~kept_BTV] == 0).all()
     assert (gradient_BTV[kept_BTV & (kept_BTV.sum(-1, keepdims=True) > 1)] != 0).all()
@@ -234,52 +238,48 @@ def test_gradient_with_tokens_left_out_is_finite_and_stays_inside():
 
 
 def test_a_drawn_token_that_was_not_kept_has_no_probability():
-    logits_BTV, ids_BT, kept_BTV = make_logits(2)
-    kept_BTV[:] = True
-    kept_BTV[0, 0, ids_BT[0, 0]] = False
-    logp_BT, _ = compiled_logps(logits_BTV, ids_BT, 1.0, kept_BTV)
+    logits_BTV, ids_BT, kept_BTK = make_logits(2)
+    kept_BTK[0, 0, 1] = -1
+    logp_BT, _ = compiled_logps(logits_BTV, ids_BT, 1.0, kept_BTK)
     assert np.isneginf(logp_BT[0, 0])
     assert np.isfinite(np.asarray(logp_BT).ravel()[1:]).all()
 
 
 def test_the_distribution_is_the_samplers():
-    """Masks and thresholds taken from the sampler's own distribution give back its numbers."""
+    """Tokens taken from the sampler's own distribution give back its numbers."""
     sampling = Sampling(1.2, top_k=6, top_p=0.7)
     logits_BTV, _, _ = make_logits(3)
-    sampled_BTV = np.stack(jax.jit(lambda x: [probabilities(y, sampling) for y in x])(logits_BTV))
-    full_BTV = np.asarray(jax.nn.softmax(logits_BTV / sampling.temperature, axis=-1))
-    ids_BT = sampled_BTV.argmax(-1)
-    least_BT = np.where(sampled_BTV > 0, full_BTV, 1.0).min(-1)
-    kept_BTV = kept_by_threshold(
-        jnp.asarray(logits_BTV), ids_BT, jnp.asarray(least_BT) * (1 - 1e-6), sampling.temperature
+
+    @jax.jit
+    def sampler(logits_BTV):
+        p_BTV = jnp.stack([probabilities(x, sampling) for x in logits_BTV])
+        return p_BTV, jnp.stack([kept_tokens(p_TV, sampling.top_k) for p_TV in p_BTV])
+
+    sampled_BTV, kept_BTK = map(np.asarray, sampler(logits_BTV))
+    assert kept_BTK.shape == (2, 5, 6)
+    assert (kept_BTK == -1).any()
+    for kept_K, p_V in zip(kept_BTK.reshape(-1, 6), sampled_BTV.reshape(-1, 11), strict=True):
+        assert sorted(kept_K[kept_K >= 0]) == list(np.flatnonzero(p_V))
+    logp_BT, entropy_BT = compiled_logps(
+        logits_BTV, sampled_BTV.argmax(-1), sampling.temperature, kept_BTK
     )
-    assert (np.asarray(kept_BTV) == (sampled_BTV > 0)).all()
-    assert not np.asarray(kept_BTV).all()
-    logp_BT, _ = compiled_logps(logits_BTV, ids_BT, sampling.temperature, kept_BTV)
     np.testing.assert_allclose(logp_BT, np.log(sampled_BTV.max(-1)), rtol=1e-5, atol=1e-6)
-
-
-def test_a_threshold_always_keeps_the_token_drawn():
-    logits_BTV, ids_BT, _ = make_logits(4)
-    kept_BTV = kept_by_threshold(jnp.asarray(logits_BTV), ids_BT, jnp.full((2, 5), 2.0), 1.0)
-    assert (np.asarray(kept_BTV).sum(-1) == 1).all()
-    assert np.take_along_axis(np.asarray(kept_BTV), ids_BT[..., None], axis=-1).all()
+    plogp_BTV = sampled_BTV * np.log(np.where(sampled_BTV > 0, sampled_BTV, 1))
+    np.testing.assert_allclose(entropy_BT, -plogp_BTV.sum(-1), rtol=1e-5, atol=1e-6)
 
 
 def test_chunks_give_the_same_numbers_and_gradient():
     rng = np.random.default_rng(5)
     hidden_BTD = jnp.asarray(rng.normal(size=(2, 5, 4)), jnp.float32)
     head_DV = jnp.asarray(rng.normal(size=(4, 11)), jnp.float32)
-    ids_BT = jnp.asarray(rng.integers(0, 11, (2, 5)))
-    least_BT = jnp.full((2, 5), 0.05)
+    _, ids_BT, kept_BTK = make_logits(5)
 
     def whole(hidden_BTD, head_DV):
         logits_BTV = jnp.einsum("BTD,DV->BTV", hidden_BTD, head_DV)
-        kept_BTV = kept_by_threshold(logits_BTV, ids_BT, least_BT, 0.7)
-        return logps_and_entropy(logits_BTV, ids_BT, 0.7, kept_BTV)
+        return logps_and_entropy(logits_BTV, ids_BT, 0.7, kept_BTK)
 
     def cut(hidden_BTD, head_DV):
-        return chunked_logps_and_entropy(hidden_BTD, head_DV, ids_BT, 0.7, 2, least_BT)
+        return chunked_logps_and_entropy(hidden_BTD, head_DV, ids_BT, 0.7, 2, kept_BTK)
 
     @jax.jit
     def both(hidden_BTD, head_DV):

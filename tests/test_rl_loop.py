@@ -10,7 +10,6 @@ import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -122,6 +121,17 @@ def hand_made() -> tuple[list[np.ndarray], Rollout]:
     )  # fmt: skip
 
 
+def test_tokens_that_were_kept_by_hand():
+    """Of a token's position what it was drawn from; elsewhere the token alone, which is certain."""
+    prompts, rollout = hand_made()
+    kept = [np.stack([ids, ids + 1, np.full(len(ids), -1)], axis=1) for ids in rollout.tokens]
+    batch = make_batch(prompts, dataclasses.replace(rollout, kept=kept), seq_len=6)
+    alone = lambda *ids: [[i, -1, -1] for i in ids]  # noqa: E731
+    assert batch["kept"].dtype == np.int32
+    assert batch["kept"][0].tolist() == [[6, -1, -1], [11, 12, -1], [1, 2, -1], *alone(0, 0, 0)]
+    assert batch["kept"][3].tolist() == [*alone(8, 9), [15, 16, -1], [16, 17, -1], *alone(0, 0)]
+
+
 def test_a_batch_by_hand():
     """Position t predicts token t + 1; the last prompt position predicts the first answer token."""
     batch = make_batch(*hand_made(), seq_len=6)
@@ -173,13 +183,17 @@ def test_cutting_keeps_the_order_of_answers():
 def scored(trainer, state, sampler, prompts, group, replay, seed=3):
     """A rollout, and the trainer's log-probabilities of it."""
     sampler.publish(state["params"], state["router_bias"])
-    rollout = sampler(prompts, group, seed)
+    return gap_of(trainer, state, prompts, sampler(prompts, group, seed), replay)
+
+
+def gap_of(trainer, state, prompts, rollout, replay=True):
     batch = make_batch(prompts, rollout, trainer.train.seq_len)
     if not replay:
         batch.pop("routes", None)
-    inputs = {
-        k: jnp.asarray(x)[None] for k, x in batch.items() if k in ("tokens", "lengths", "routes")
-    }
+    names = ("tokens", "lengths", "kept", "routes")
+    inputs = {name: batch[name][None] for name in names if name in batch}
+    rows = local_rows(trainer.layout, len(batch["tokens"]))
+    inputs = place_rows(trainer.layout, inputs, rows, len(batch["tokens"]))
     logp_AT = np.asarray(trainer.logps(state["params"], state["router_bias"], inputs))[0]
     return np.abs(logp_AT - batch["sampler_logp"])[batch["mask"] > 0], rollout
 
@@ -189,21 +203,40 @@ def ids(count: int, seed: int = 0) -> list[np.ndarray]:
     return [rng.integers(3, 24, rng.integers(2, 5)).astype(np.int32) for _ in range(count)]
 
 
+MESHES = [
+    MeshConfig(data=1),
+    MeshConfig(data=8),
+    MeshConfig(expert=4, fsdp=2),
+    MeshConfig(fsdp=4, tensor=2),
+    MeshConfig(data=2, expert=2, tensor=2),
+]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("speculate", [False, True])
-def test_sampler_and_trainer_agree(speculate):
-    """fp32: every token's log-probability within 1e-4, at a temperature that is not 1."""
-    run = tiny_run(temperature=0.8)
-    run = dataclasses.replace(run, model=model(mtp_depth=int(speculate)))
-    trainer = make_trainer(run)
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_sampler_and_trainer_agree(mesh, speculate):
+    """fp32: every token's log-probability within 1e-4, on every layout, from a distribution that
+    temperature, top-k and top-p have changed; without the list of kept tokens far from it."""
+    run = tiny_run(temperature=0.8, top_k=5, top_p=0.9)
+    run = dataclasses.replace(run, mesh=mesh, model=model(mtp_depth=int(speculate)))
+    layout = make_layout(mesh, jax.devices()[: mesh.data * mesh.fsdp * mesh.expert * mesh.tensor])
+    trainer = stages.make_trainer(run, Recipe(), layout)
     state = trainer.init(jax.random.key(0))
     sampler = PolicySampler(
-        run.model, trainer.recipe, trainer.layout, Sampling(0.8), rows=3,
+        run.model, trainer.recipe, trainer.layout, Sampling(0.8, top_k=5, top_p=0.9), rows=3,
         max_new_tokens=BUDGET, eos_ids=[1], speculate=speculate, replay=True,
     )  # fmt: skip
     gap, rollout = scored(trainer, state, sampler, ids(2), 4, replay=True)
     assert len(gap) == rollout.num_tokens > 8
+    assert rollout.kept is not None
+    kept = np.concatenate(rollout.kept)
+    assert kept.shape == (rollout.num_tokens, 5)
+    assert (kept == np.concatenate(rollout.tokens)[:, None]).sum() == rollout.num_tokens
     assert gap.max() < 1e-4
+    if mesh == MESHES[0]:
+        gap, _ = gap_of(trainer, state, ids(2), dataclasses.replace(rollout, kept=None))
+        assert gap.min() > 0.05
 
 
 @pytest.mark.slow
@@ -243,15 +276,15 @@ OBJECTIVE = GRPOConfig(group_size=4, kl_coef=0.1, kl_estimator="k3")
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Four steps in one go: two rollouts of two updates each, with a reference."""
+    """Four steps in one go: two rollouts of two updates each, with reference and sampling masks."""
     run = tiny_run(
         tmp_path_factory.mktemp("whole"), objective=OBJECTIVE, batch_size=4, reference_every=2,
-        eval_every=2,
+        eval_every=2, top_k=6, top_p=0.95,
     )  # fmt: skip
     trainer = make_trainer(run)
     loop = make_loop(run, trainer)
-    # A greedy sampler would be two more programs to compile; the slow test has one.
-    loop.evaluation = dataclasses.replace(loop.evaluation, greedy=loop.sampler)
+    # Samplers of their own would be four more programs to compile; the slow tests have them.
+    loop.evaluation = dataclasses.replace(loop.evaluation, drawn=loop.sampler, greedy=loop.sampler)
     before = jax.device_get(loop.state)
     assert loop.run() == ""
     return run, trainer, loop, before
@@ -405,6 +438,10 @@ def test_what_cannot_work_is_refused(changes, message):
         ({"overlong_buffer": 300}, "rl.overlong_buffer is 300"),
         ({"format_weight": -1.0}, "rl.format_weight is -1.0"),
         ({"rollout_rows": -1}, "rl.rollout_rows is -1"),
+        ({"top_k": 1}, "rl.top_k is 1; give 2 or more"),
+        ({"top_k": 4, "top_p": 0.0}, "rl.top_p is 0.0"),
+        ({"top_p": 0.9}, "0.9 without rl.top_k: training needs the list"),
+        ({"top_k": 4, "server": "http://localhost", "server_model": "m"}, "does not tell what it"),
     ],
 )
 def test_options_that_contradict(rl, message):

@@ -17,6 +17,7 @@ from training.schedule import BatchPlan, knobs_at
 from training.signals import StopRequest
 from training.step import State, Trainer
 from training.throughput import Throughput, peak_memory_gib
+from training.trace import Trace
 
 
 class Checkpoints(Protocol):
@@ -55,7 +56,6 @@ class Loop:
 
     def __post_init__(self):
         self.first_step = int(self.state["step"])
-        self._tracing = False
 
     def run(self, batches: Iterator[Mapping[str, np.ndarray]], rows: range) -> str:
         """Train on `batches`, of which this process holds `rows` of every micro batch.
@@ -68,9 +68,11 @@ class Loop:
             MetricsWriter(self.run_dir, self.first_step) as writer,
             StopRequest() as stop,
             self.display,
+            Trace(self.profile, self.run_dir, self.display) as trace,
         ):
             for step, batch in zip(range(self.first_step, last), batches, strict=False):
-                self._trace(step - self.first_step)
+                begun = step - self.first_step
+                trace.before(range(begun, begun + 1), self.state)
                 record = self.advance(step, batch, rows)
                 if record:
                     writer.write(step, record)
@@ -81,7 +83,7 @@ class Loop:
                 if anyone(stop.requested):
                     stopped = stop.signal_name or "a signal to another process"
                     break
-            self._stop_trace()
+            jax.block_until_ready(self.state)
         self.save({})
         return stopped
 
@@ -128,21 +130,6 @@ class Loop:
             f"moe/load_max_over_mean/layer_{first + i:02d}": float(row.max() / max(row.mean(), 1.0))
             for i, row in enumerate(counts_LE)
         }
-
-    def _trace(self, steps_run: int) -> None:
-        """Start or stop the profiler before step number `steps_run` of this process."""
-        if self.profile and steps_run == self.profile.start:
-            jax.profiler.start_trace(str(self.run_dir / "profile"))
-            self._tracing = True
-        elif steps_run == self.profile.stop:
-            self._stop_trace()
-
-    def _stop_trace(self) -> None:
-        if self._tracing:
-            jax.block_until_ready(self.state)
-            jax.profiler.stop_trace()
-            self._tracing = False
-            self.display.note(f"trace: {self.run_dir}/profile")
 
 
 def check_skipped(loop: Any, step: int, in_row: int, advice: str) -> None:
