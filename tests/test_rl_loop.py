@@ -501,22 +501,35 @@ def test_first_gradient_on_eight_devices():
 
 @pytest.mark.slow
 def test_it_learns(tmp_path):
-    """From random weights: 30 rollouts turn a base that is right in a third into two thirds.
+    """From random weights: 30 rollouts turn a base that is right in a third into two thirds, on one
+    device and on eight.
 
-    In processes of their own, which have one device.
+    In processes of their own, with the devices that they ask for.
     """
-    base, zero = str(tmp_path / "base"), str(tmp_path / "zero")
-    cache = ["--data.cache-dir", str(tmp_path / "cache")]
+    base = str(tmp_path / "base")
+    train("r1_base", base, "--data.cache-dir", str(tmp_path / "cache"))
     stage_rl = ["--init-from", base, "--train.steps", "30", "--train.eval-every", "30"]
-    one_device = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    for options in (
-        ["--config", "r1_base", "--run-dir", base, *cache],
-        ["--config", "r1_zero", "--run-dir", zero, *stage_rl],
+    first = []
+    for name, mesh in (
+        ("one", ()),
+        ("eight", ("--emulate", "8", "--mesh.expert", "4", "--mesh.fsdp", "2")),
     ):
-        subprocess.run([sys.executable, "train.py", *options], cwd=ROOT, env=one_device, check=True)
-    records = [record for record in read_metrics(zero) if "eval/accuracy" in record]
-    assert records[0]["eval/accuracy"] < 0.45
-    assert records[-1]["eval/accuracy"] >= 0.65
-    assert records[-1]["eval/accuracy_greedy"] >= 0.65
-    assert records[-1]["eval/length"] > records[0]["eval/length"] + 5
-    assert (tmp_path / "zero" / "rl.png").exists()
+        train("r1_zero", str(tmp_path / name), *stage_rl, *mesh)
+        records = read_metrics(tmp_path / name)
+        first.append(records[0])
+        before, after = [record for record in records if "eval/accuracy" in record]
+        assert before["eval/accuracy"] < 0.45
+        assert after["eval/accuracy"] >= 0.65
+        assert after["eval/accuracy_greedy"] >= 0.65
+        assert after["eval/length"] > before["eval/length"] + 5
+        assert (tmp_path / name / "rl.png").exists()
+    one, eight = first
+    for metric in ("eval/accuracy", "policy/accuracy", "policy/length"):  # the same draws
+        assert eight[metric] == pytest.approx(one[metric], rel=0.02), metric
+    assert eight["train/grad_norm"] == pytest.approx(one["train/grad_norm"], rel=0.02)
+
+
+def train(config: str, folder: str, *options: str) -> None:
+    own_devices = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command = [sys.executable, "train.py", "--config", config, "--run-dir", folder, *options]
+    subprocess.run(command, cwd=ROOT, env=own_devices, check=True)

@@ -802,7 +802,7 @@ def test_two_scripts():
     middle = int("04123"[0])
     record = Record("0αβ:", {"start": start, "moves": moves, "final": final, "greek": True})
     for chain, language in ((f"α{middle}β{final}", 1.0), (f"a{middle}β{final}", 0.5),
-                            (f"a{middle}b{final}", 0.0), ("", 1.0)):  # fmt: skip
+                            (f"a{middle}b{final}", 0.0), ("", 0.0)):  # fmt: skip
         found = task.inspect(record, f"{chain}>{final}")
         assert (found["correct"], found["format_ok"]) == (True, True), chain
         assert found["language"] == language, chain

@@ -124,14 +124,14 @@ class Permutations(Task):
         return "".join(written) + f">{state}"
 
     def inspect(self, record: Record, text: str) -> Inspection:
-        """With two scripts, adds language: share of the chain's letters in the prompt's script; 1
-        for no chain."""
+        """With two scripts, adds language: share of the chain's letters in the prompt's script; 0
+        for no chain, which must not be the best one."""
         latin = str.maketrans({greek: move for move, greek in self._greek.items()})
         found = self._inspect(record, text.translate(latin))
         if self.scripts == 2:
             greek = [c in latin for c in map(ord, text) if c in latin or chr(c) in GREEK]
             same = [one == record.answer["greek"] for one in greek]
-            found["language"] = sum(same) / len(same) if same else 1.0
+            found["language"] = sum(same) / len(same) if same else 0.0
         return found
 
     def _inspect(self, record: Record, text: str) -> Inspection:
