@@ -171,6 +171,9 @@ class RLConfig:
     """Answers written at a time; a row whose answer has ended takes the next. 0: all."""
     speculate: bool = False
     """Let the MTP module draft tokens of the rollout."""
+    resample: int = 0
+    """Further rounds of prompts, at most, that a rollout asks in place of groups whose answers all
+    got the same reward (DAPO's dynamic sampling, section 3.2)."""
     server: str = ""
     """URL of a server of OpenAI's completions API that answers instead of our sampler, without
     /v1 (`rl/server.py`)."""
@@ -201,7 +204,9 @@ class RLConfig:
         for name in ("prompts_per_step", "max_new_tokens", "eval_prompts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"rl.{name} is {getattr(self, name)}; give 1 or more")
-        for name in ("rollout_rows", "reference_every", "overlong_buffer", "transcripts"):
+        for name in (
+            "rollout_rows", "resample", "reference_every", "overlong_buffer", "transcripts",
+        ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ValueError(f"rl.{name} is {getattr(self, name)}; give 0 or more")
         if not 0 < self.temperature < math.inf:
@@ -223,6 +228,11 @@ class RLConfig:
             raise ValueError(
                 f"rl.overlong_buffer is {self.overlong_buffer}, rl.max_new_tokens "
                 f"{self.max_new_tokens}; give a buffer of that or fewer tokens"
+            )
+        if self.resample and not self.objective.dynamic_sampling:
+            raise ValueError(
+                f"rl.resample is {self.resample}, but groups without any difference stay in the "
+                "loss; set rl.objective.dynamic_sampling (DAPO, eq. 11), or resample to 0"
             )
         if self.reference_every and not self.objective.kl_coef:
             raise ValueError(

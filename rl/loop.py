@@ -23,7 +23,8 @@ from rl.batches import Batch, cut, make_batch
 from rl.config import GRPOConfig, RLConfig
 from rl.evaluate import Evaluation, describe, lengths
 from rl.filters import filtered_mask
-from rl.rollout import Publishable, Rollout, RolloutStoppedError
+from rl.resample import Asked, choose, differing, reward_arrays
+from rl.rollout import Publishable, RolloutStoppedError
 from rl.scoring import Scorer, Scores
 from rl.source import SAMPLE, Prompts, Questions, sampler_seed
 from rl.sums import Metrics, merge, numbers
@@ -136,30 +137,47 @@ class PolicyLoop:
         if self.evaluation is not None and self._due(step, self.trainer.train.eval_every):
             record |= self.evaluation(step, self.sampler)
         clock = _Clock()
-        number = step // self.updates
-        questions = self.prompts.rollout(number, self.rl.prompts_per_step)
-        seed = sampler_seed(self.prompts.seed, SAMPLE, number)
-        rollout = self.sampler(questions.ids, self.rl.objective.group_size, seed, stop)
-        clock.lap("rollout", rollout.seconds)
-        texts = self.prompts.texts(rollout.tokens)
-        records = [r for r in questions.records for _ in range(self.rl.objective.group_size)]
-        scores = self.scorer(records, texts, lengths(rollout))
-        record["policy/failed_rewards"] = self._failed(scores)
-        clock.lap("reward")
-        batch, metrics = self._batch(questions, rollout, scores)
+        rounds = self._ask(step // self.updates, clock, stop)
+        record["policy/rounds"] = len(rounds)
+        record["policy/failed_rewards"] = float(np.mean([self._failed(r.scores) for r in rounds]))
+        asked, objective = rounds[0], self.rl.objective
+        if len(rounds) > 1:
+            asked = choose(rounds, objective, self.rl.prompts_per_step)
+        batch, metrics = self._batch(asked)
         record |= self._update(step, batch, metrics)
         self.sampler.publish(self.state["params"], self.state["router_bias"])
         clock.lap("update")
         if step == self.first_step:
             self.display.note(f"first step: {time.monotonic() - self.started:.1f} s after start")
-        record |= {f"policy/{name}": value for name, value in describe(rollout, scores).items()}
-        record |= _rewards(scores) | self._speeds(rollout, batch, clock)
+        # Chosen groups would say less of the policy than all that it wrote.
+        record |= _described(rounds[0])
+        record |= self._speeds(sum(r.rollout.num_tokens for r in rounds), batch, clock)
         seen = {
-            "tokens": lengths(rollout), "truncated": rollout.truncated, "reward": scores.rewards,
-            "correct": scores.correct, "advantage": batch["advantages"],
+            "tokens": lengths(asked.rollout), "truncated": asked.rollout.truncated,
+            "reward": asked.scores.rewards, "correct": asked.scores.correct,
+            "advantage": batch["advantages"],
         }  # fmt: skip
-        transcripts.write(step, records, texts, seen)
+        transcripts.write(step, _per_answer(asked.questions, asked.group_size), asked.texts, seen)
         return record
+
+    def _ask(self, number: int, clock: "_Clock", stop: Callable[[], bool]) -> list[Asked]:
+        """Rollout `number`, scored: a round of prompts, and up to rl.resample more until there are
+        enough groups to learn from. Each round has prompts and draws of its own."""
+        rounds, useful = [], 0
+        size, most = self.rl.objective.group_size, 1 + self.rl.resample
+        for place in range(number * most, (number + 1) * most):
+            questions = self.prompts.rollout(place, self.rl.prompts_per_step)
+            seed = sampler_seed(self.prompts.seed, SAMPLE, place)
+            rollout = self.sampler(questions.ids, size, seed, stop)
+            clock.lap("rollout", rollout.seconds)
+            texts = self.prompts.texts(rollout.tokens)
+            scores = self.scorer(_per_answer(questions, size), texts, lengths(rollout))
+            rounds.append(Asked(questions, rollout, texts, scores))
+            useful += differing(rounds[-1], self.rl.objective).sum() if most > 1 else 0
+            clock.lap("reward")
+            if useful >= self.rl.prompts_per_step:
+                break
+        return rounds
 
     def _failed(self, scores: Scores) -> float:
         """Failed rewards per answer; each kind is named once, when it first happens."""
@@ -180,20 +198,19 @@ class PolicyLoop:
         """Whether a multiple of `every` lies in the rollout that ends (or 0: begins) at `step`."""
         return every > 0 and step % every < self.updates
 
-    def _batch(
-        self, questions: Questions, rollout: Rollout, scores: Scores
-    ) -> tuple[Batch, Metrics]:
-        batch = make_batch(questions.ids, rollout, self.trainer.train.seq_len)
+    def _batch(self, asked: Asked) -> tuple[Batch, Metrics]:
+        batch = make_batch(asked.questions.ids, asked.rollout, self.trainer.train.seq_len)
         if not self.rl.replay_routing:
             batch.pop("routes", None)
         if np.isnan(batch["sampler_logp"]).any():  # a server that does not tell them
             del batch["sampler_logp"]
-        objective = self.rl.objective
-        rewards_PA = np.stack(list(scores.parts.values())).astype(np.float32)
-        weights_P = np.array([scores.weights[name] for name in scores.parts], np.float32)
+        rewards_PA, weights_P = reward_arrays(asked.scores)
         advantages_A, mask_AT, metrics = jax.device_get(
-            compare(rewards_PA, weights_P, batch["mask"], rollout.truncated, config=objective)
-        )
+            compare(
+                rewards_PA, weights_P, batch["mask"], asked.rollout.truncated,
+                config=self.rl.objective,
+            )
+        )  # fmt: skip
         return batch | {"advantages": advantages_A, "mask": mask_AT}, metrics
 
     def _update(self, step: int, batch: Batch, metrics: Metrics) -> Record:
@@ -254,12 +271,12 @@ class PolicyLoop:
             )
         return part | added
 
-    def _speeds(self, rollout: Rollout, batch: Batch, clock: "_Clock") -> Record:
+    def _speeds(self, written: int, batch: Batch, clock: "_Clock") -> Record:
         total = sum(clock.seconds.values())
         read = float(batch["lengths"].sum())
         return {
             "perf/step_s": total / self.updates,
-            "perf/rollout_tokens_per_s": rollout.num_tokens / clock.seconds["rollout"],
+            "perf/rollout_tokens_per_s": written / clock.seconds["rollout"],
             "perf/update_tokens_per_s": read / clock.seconds["update"],
             **{f"perf/{name}_share": s / total for name, s in clock.seconds.items()},
             "mem/peak_gib": peak_memory_gib(),
@@ -276,10 +293,18 @@ class _Clock:
     def lap(self, name: str, seconds: float | None = None) -> None:
         """The phase that ends now; `seconds` where it knows better (without compilation)."""
         now = time.perf_counter()
-        self.seconds[name] = now - self._last if seconds is None else seconds
+        spent = now - self._last if seconds is None else seconds
+        self.seconds[name] = self.seconds.get(name, 0.0) + spent
         self._last = now
 
 
-def _rewards(scores: Scores) -> Record:
-    record = {"policy/reward": float(np.mean(scores.rewards))}
+def _per_answer(questions: Questions, group_size: int) -> list[Any]:
+    return [record for record in questions.records for _ in range(group_size)]
+
+
+def _described(asked: Asked) -> Record:
+    """Length, accuracy and rewards of the answers."""
+    scores = asked.scores
+    record = {f"policy/{name}": x for name, x in describe(asked.rollout, scores).items()}
+    record["policy/reward"] = float(np.mean(scores.rewards))
     return record | {f"policy/reward/{name}": float(x.mean()) for name, x in scores.parts.items()}

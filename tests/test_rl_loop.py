@@ -26,12 +26,13 @@ from rl.config import GRPOConfig, RLConfig, TaskConfig
 from rl.corpus import configured_task, corpus_data
 from rl.plots import plot_rl
 from rl.rollout import PolicySampler, Rollout, RolloutStoppedError
-from rl.scoring import TaskScorer
+from rl.scoring import Scores, TaskScorer
 from rl.source import TaskPrompts, sampler_seed
 from rl.sums import numbers
 from rl.tasks import make_task
 from rl.tasks.characters import character_tokenizer
 from rl.trainer import REFERENCE, PolicyTrainer
+from rl.transcripts import Transcripts
 from sharding.config import MeshConfig
 from sharding.mesh import make_layout
 from sharding.partition import local_rows, place_rows
@@ -348,6 +349,31 @@ def test_stopped_and_resumed_is_not_stopped(whole, tmp_path, monkeypatch):
         for records in (mine, theirs)
     ]
     assert repr(timeless[0]) == repr(timeless[1])
+
+
+def test_rounds_are_asked_until_groups_differ(whole, tmp_path):
+    """At most 1 + resample of them, with prompts and draws of their own, until enough differ."""
+    run, trainer, uncut, _ = whole
+    objective = dataclasses.replace(OBJECTIVE, dynamic_sampling=True)
+    rl = dataclasses.replace(run.rl, objective=objective, resample=2)
+    loop = make_loop(dataclasses.replace(run, rl=rl, run_dir=str(tmp_path)), trainer, uncut)
+    asked, worth = [], [[0] * 8, [0, 1, 0, 0, 0, 0, 0, 0], [0] * 8, [0, 1, 0, 0, 1, 0, 0, 0]]
+
+    def scorer(records, texts, lengths):
+        asked.append([record.prompt for record in records[::4]])
+        rewards = np.array(worth[len(asked) - 1], float)
+        return Scores({"accuracy": rewards}, {"accuracy": 1.0}, rewards > 0, {"accuracy": 0.1})
+
+    loop.scorer, loop.evaluation = scorer, None
+    transcripts = Transcripts(tmp_path, 0, 8)
+    records = [loop.advance(step, transcripts, lambda: False) for step in (0, 2)]
+    assert [record["policy/rounds"] for record in records] == [3, 1]
+    prompts = [p for one in asked for p in one]
+    assert prompts == [r.prompt for r in loop.prompts.rollout(0, 8).records], "one list, in order"
+    assert [record["policy/zero_variance_groups"] for record in records] == [0.5, 0]
+    lines = lines_of(str(tmp_path / "samples.jsonl"))
+    assert [line["prompt"] for line in lines[0:8:4]] == [asked[1][0], asked[0][0]]
+    assert [line["reward"] for line in lines[:8]] == [0, 1, 0, 0, 0, 0, 0, 0]
 
 
 def test_a_rollout_can_be_stopped(whole):

@@ -74,6 +74,7 @@ METRICS: dict[str, Metric] = {
     "policy/truncated": Metric("1", "share of answers cut at the length limit"),
     "policy/entropy": Metric("nats/token", "entropy of the policy where it wrote"),
     "policy/zero_variance_groups": Metric("1", "share of groups whose answers teach nothing"),
+    "policy/rounds": Metric("1", "rounds of prompts that the rollout asked (rl.resample)"),
     "policy/failed_rewards": Metric("1", "rewards that raised, hung or gave no number, per answer"),
     "policy/unscorable_answers": Metric("1", "share of answers whose reward is not a number"),
     "policy/advantage_abs": Metric("1", "mean absolute advantage"),
