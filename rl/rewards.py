@@ -28,6 +28,7 @@ from rl.answers import (
     chain_of_thought,
     code_block,
     final_answer,
+    opened,
 )
 from rl.records import Record
 from rl.sandbox import Limits, read_tests, run_tests
@@ -65,7 +66,7 @@ def accuracy(record: Record, text: str) -> float:
     if kind == "code":
         return code(record, text)
     expected = _expected(record, kind)
-    answer, marked = final_answer(text)
+    answer, marked = final_answer(text, opened(record))
     match kind:
         case "number":
             same = equivalence.same_number(expected, answer, marked, _tolerance(record))
@@ -88,20 +89,19 @@ def code(record: Record, text: str, **limits: Any) -> float:
     limits: fields of rl.sandbox.Limits. ValueError for wrong limits or tests.
     """
     tests = read_tests(record.answer.get("tests"))
-    source = code_block(text)
+    source = code_block(text, opened(record))
     allowed = Limits(**limits)
     return float(bool(source) and all(run_tests(source, tests, allowed).passed))
 
 
 def format(record: Record, text: str, answer_tags: bool = False) -> float:
     """1.0 for `<think>reasoning</think>answer`, neither of them blank, each tag once, nothing
-    before it; otherwise 0.0. A prompt that ends with <think> has opened it already.
+    before it; otherwise 0.0. A prompt may have opened it already (see `rl.answers.opened`).
 
     answer_tags: ask for `<think>..</think> <answer>..</answer>`, nothing around it, the template of
     R1-Zero (R1 report, table 1).
     """
-    prompt = record.prompt if isinstance(record.prompt, str) else ""
-    if prompt.rstrip().endswith(OPEN):
+    if opened(record):
         text = OPEN + text
     text = text.strip()
     tags = (OPEN, CLOSE, ANSWER_OPEN, ANSWER_CLOSE)
