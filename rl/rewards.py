@@ -167,6 +167,14 @@ def check_record(record: Record) -> None:
         equivalence.same_choice(str(expected), "A", _choices(record))
 
 
+def check_tests(record: Record) -> None:
+    """Raises ValueError if `code` could not judge answers to this record, whatever they are."""
+    try:
+        read_tests(record.answer.get("tests"))
+    except ValueError as error:
+        raise ValueError(f"reward code: {error}") from None
+
+
 def _expected(record: Record, kind: str) -> Any:
     """The record's answer: a list or a text for sequence and set, a text otherwise."""
     value, lists = record.answer.get("answer"), kind in ("sequence", "set")
