@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from rl import equivalence
+from rl import equivalence, wording
 from rl.answers import (
     ANSWER_CLOSE,
     ANSWER_OPEN,
@@ -30,6 +30,7 @@ from rl.answers import (
     final_answer,
     opened,
 )
+from rl.quantities import read_number
 from rl.records import Record
 from rl.sandbox import Limits, read_tests, run_tests
 
@@ -71,15 +72,15 @@ def accuracy(record: Record, text: str) -> float:
         case "number":
             same = equivalence.same_number(expected, answer, marked, _tolerance(record))
         case "choice":
-            same = equivalence.same_choice(expected, answer, _choices(record))
+            same = wording.same_choice(expected, answer, _choices(record))
         case "sequence":
-            same = equivalence.same_sequence(expected, answer)
+            same = wording.same_sequence(expected, answer)
         case "set":
-            same = equivalence.same_set(expected, answer)
+            same = wording.same_set(expected, answer)
         case "text":
-            same = equivalence.same_text(expected, answer)
+            same = wording.same_text(expected, answer)
         case _:
-            same = equivalence.same_maths(expected, answer)
+            same = equivalence.same_maths(expected, answer, marked)
     return float(same)
 
 
@@ -146,7 +147,7 @@ REWARDS: dict[str, Reward] = {
 def kind_of(record: Record) -> str:
     """How the record's answer is compared, one of KINDS; ValueError if its task is another."""
     if record.task == "":
-        return "number" if equivalence.read_number(str(record.answer.get("answer"))) else "math"
+        return "number" if read_number(str(record.answer.get("answer"))) else "math"
     if record.task not in KINDS:
         raise ValueError(
             f"task {record.task!r} is no kind of answer; choose one of {', '.join(KINDS)}"
@@ -164,7 +165,7 @@ def check_record(record: Record) -> None:
     if kind == "number":
         equivalence.same_number(str(expected), "0", tolerance=_tolerance(record))
     if kind == "choice":
-        equivalence.same_choice(str(expected), "A", _choices(record))
+        wording.same_choice(str(expected), "A", _choices(record))
 
 
 def check_tests(record: Record) -> None:

@@ -13,14 +13,7 @@ from hypothesis import strategies as st
 
 from rl import symbolic
 from rl.answers import after_thought, boxed, chain_of_thought, code_block, final_answer
-from rl.equivalence import (
-    read_items,
-    same_choice,
-    same_maths,
-    same_sequence,
-    same_set,
-    same_text,
-)
+from rl.equivalence import same_maths
 from rl.length import soft_overlong
 from rl.records import Record
 from rl.rewards import (
@@ -32,6 +25,7 @@ from rl.rewards import (
     language,
 )
 from rl.symbolic import UndecidedError, symbolically_equal
+from rl.wording import read_items, same_choice, same_sequence, same_set, same_text
 
 
 def record(answer=None, kind="", prompt="What is it?", **more) -> Record:
