@@ -6,6 +6,8 @@ Every function takes time in proportion to the text, and raises nothing, whateve
 import re
 from typing import NamedTuple
 
+from rl.records import Record
+
 OPEN, CLOSE = "<think>", "</think>"
 ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
 MAX_LINE = 1000
@@ -26,21 +28,29 @@ class Final(NamedTuple):
     marked: bool
 
 
+def opened(record: Record) -> bool:
+    """Whether the prompt ends inside the thought, so that an answer to it begins there.
+
+    The chat template opens it for every conversation (`rl/source.py`); a text may end in <think>.
+    """
+    return not isinstance(record.prompt, str) or record.prompt.rstrip().endswith(OPEN)
+
+
 def chain_of_thought(text: str) -> str:
     """What stands between the think tags, or up to the closing one if the prompt opened them; the
     whole text if it has no tag; '' if the answer comes at once."""
     before, closed, _ = text.partition(CLOSE)
-    opened = before.find(OPEN)
-    if opened >= 0:
-        return before[opened + len(OPEN) :]
+    begin = before.find(OPEN)
+    if begin >= 0:
+        return before[begin + len(OPEN) :]
     return before if closed or ANSWER_OPEN not in text else ""
 
 
-def after_thought(text: str) -> str:
+def after_thought(text: str, opened: bool = False) -> str:
     """What follows the last closing think tag; the whole text if there is no think tag; '' if
-    thinking began and never ended."""
+    thinking began, in the text or (opened) in the prompt, and never ended."""
     _, closed, after = text.rpartition(CLOSE)
-    return "" if not closed and OPEN in text else after
+    return "" if not closed and (opened or OPEN in text) else after
 
 
 def boxed(text: str) -> str | None:
@@ -52,27 +62,27 @@ def boxed(text: str) -> str | None:
     begins = [match.end() for match in _BOXED.finditer(text)]
     if not begins:
         return None
-    boxes, opened, found = set(begins), [], None
+    boxes, unclosed, found = set(begins), [], None
     for match in _BRACES.finditer(text, begins[0] - 1):
         if match.group() == "{":
-            opened.append(match.end())
-        elif match.group() == "}" and opened:
-            begin = opened.pop()
+            unclosed.append(match.end())
+        elif match.group() == "}" and unclosed:
+            begin = unclosed.pop()
             if begin in boxes:  # of nested boxes the outer one closes last
                 found = text[begin : match.start()].strip()
     return found
 
 
-def final_answer(text: str) -> Final:
-    r"""The final answer of a text; thinking is never searched.
+def final_answer(text: str, opened: bool = False) -> Final:
+    r"""The final answer of a text; thinking is never searched. opened: see `after_thought`.
 
     In this order: the last \boxed{...} of the last <answer>...</answer>, or all of that; the last
     \boxed{...}; what follows the last ####, as in GSM8K; the last line that is not blank.
     """
-    text = after_thought(text)
+    text = after_thought(text, opened)
     before, closed, _ = text.rpartition(ANSWER_CLOSE)
-    _, opened, inside = before.rpartition(ANSWER_OPEN)
-    if closed and opened:
+    _, begun, inside = before.rpartition(ANSWER_OPEN)
+    if closed and begun:
         box = boxed(inside)
         return Final(inside.strip() if box is None else box, True)
     box = boxed(text)
@@ -84,10 +94,10 @@ def final_answer(text: str) -> Final:
     return Final(text.rstrip().rpartition("\n")[2].strip()[-MAX_LINE:], False)
 
 
-def code_block(text: str) -> str:
+def code_block(text: str, opened: bool = False) -> str:
     """The last fenced block after thinking that is Python or names no language; if there is no
-    fence at all, everything after thinking."""
-    text = after_thought(text)
+    fence at all, everything after thinking. opened: see `after_thought`."""
+    text = after_thought(text, opened)
     found = _FENCE.findall(text if text.endswith("\n") else text + "\n")
     blocks = [
         body for language, body in found if language.lower() in ("", "python", "py", "python3")

@@ -1,120 +1,120 @@
-r"""Whether an answer is the expected one: numbers, mathematics, choices, sequences, sets, words.
+r"""Whether an answer is the expected number, or means the expected mathematics.
 
 `expected` comes from the prompt's record, `given` from a model: any text, however long. Texts too
 long for a rule are unequal, unless they are the expected text itself. Unicode is brought to its
-compatibility form (full-width digits are digits).
+compatibility form (full-width digits are digits, `x²` is `x^2`).
 """
 
 import re
-import unicodedata
-from collections.abc import Sequence
 from fractions import Fraction
-from typing import NamedTuple
 
-from rl.expressions import MAX_CHARS, ExpressionError, Node, exact_value, parse
+from rl.expressions import (
+    CONSTANTS,
+    MAX_CHARS,
+    ExpressionError,
+    Node,
+    approximate,
+    exact_value,
+    parse,
+)
+from rl.notation import SPAN, Parts, alone, formula, mathematical, parts, squeezed, unassigned
+from rl.quantities import Number, core, plain, read_number, tidy
 from rl.symbolic import symbolically_equal
 
-MAX_TEXT = 20_000
-"""Characters of a word answer, sequence or set that are compared."""
-_MAX_POWER_OF_TEN = 1000
+_ALMOST = 0.02
+"""Largest relative difference between the sides of `a \approx b`."""
+_CLOSED = frozenset((*CONSTANTS, "e", "i"))
+_ROUNDING = 1e-9
+"""Relative difference up to which values in floating point may be equal; then sympy is asked."""
 
-_TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
-_OPERATOR = re.compile(r"\\operatorname\s*\{([^{}]*)\}")
-_DEGREES = re.compile(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})|°")
-_ASSIGNED = re.compile(r"\\?[A-Za-z]{1,10}\s*(?:=|\\in(?![A-Za-z]))([^=]*)")
-_SCIENTIFIC = re.compile(
-    r"([-+]?[\d.,]{1,200})(?:[eE]|\s*(?:\\times|\\cdot|[*x×])\s*10\s*(?:\^|\*\*))\s*"
-    r"(?:\{\s*([-+]?\d{1,9})\s*\}|([-+]?\d{1,9}))"
-)
-_MIXED = re.compile(r"([-+]?)(\d{1,100})\s+(\d{1,100})\s*/\s*(\d{1,100})")
-_PLAIN = re.compile(r"[-+]?\d{1,200}")
+_ABOUT = re.compile(r"\\(?:approx|simeq|cong)(?![A-Za-z])|≈")
+_EQUALS = re.compile(r"=+|\b(?:is|are|equals|equal to)\b")
+_ORDERED = re.compile(r"[<>≤≥≠]|\\(?:[lg]e|[lg]eq|[lg]eqslant|[lg]t|neq?|notin|pm|mp)(?![A-Za-z])")
+_NAME = re.compile(r"[A-Za-z\\_{}()|',.:;\s∠△\d]*")
+_NO_NAME = re.compile(r"(?<![_({A-Za-z\d])\d|\\[dtc]?frac|\\sqrt|\bnot\b")
+_SYMBOL = re.compile(r"\\?[A-Za-z]{1,10}(?:_(?:\w|\{\w+\}))?")
 _NUMBER_IN_TEXT = re.compile(
-    r"(?<![\w.^])[-+]?\s?[$€£]?(?:\d{1,3}(?:,\d{3})++(?!\d)|\d++)(?:\.\d++)?"
-    r"(?:\s*/\s*\d++(?!\.))?(?!\s?(?:[eE]|\^|\*\*)[-+{]?\d)(?:\s*%)?"
-)
-_CHOICE = re.compile(r"\(?\s*([A-Za-z])\s*\)?\s*(?:[.:)]\s*(?!.*\bor\b).*)?")
-_CHOICE_IN_TEXT = re.compile(
-    r"\b(?:[Aa]nswer|[Oo]ption|[Cc]hoice)\b(?:\s+is)?[\s:*(]{1,6}([A-Z])(?=[\s.,;:)*]|$)"
-    r"(?!\W{0,5}(?:or|and)\b)"
+    r"(?<![\w.^{])[-+]?\s?[$€£]?(?:\d{1,3}(?:,\d{3})++(?!\d)|\d++)(?:\.\d++)?"
+    r"(?:\s*/\s*\d++(?!\.))?(?!\s?(?:[eE]|\^|\*\*)[-+{]?\d|\s*[\^}_]|\s*\\[a-z])(?:\s*%)?"
 )
 
 
-class Number(NamedTuple):
-    """An exact value. percent: it was written with a percent sign, which `value` ignores."""
-
-    value: Fraction
-    percent: bool
-
-
-def read_number(text: str) -> Number | None:
-    r"""A number written out, or None: integer, decimal, fraction, mixed number, power-of-ten form.
-
-    `1,234.5`, `1{,}234`, `-3/4`, `\frac{3}{4}`, `1 1/2`, `1.5e-3`, `1.5 \times 10^{-3}`, `50\%`,
-    `\$5`. Sums, products and powers are none: an answer must not be the question.
-    """
-    text = text.strip().rstrip(".").strip("$ ").removeprefix("\\$").replace("\\%", "%")
-    percent = text.endswith("%")
-    text = text.removesuffix("%").strip("$€£ ")
-    try:
-        value = _written_number(text) if text and len(text) <= MAX_CHARS else None
-    except ExpressionError:
-        value = None
-    return None if value is None else Number(value, percent)
-
-
-def _written_number(text: str) -> Fraction | None:
-    if _PLAIN.fullmatch(text):
-        return Fraction(int(text))
-    if match := _SCIENTIFIC.fullmatch(text):
-        power = int(match[2] or match[3])
-        mantissa = exact_value(parse(match[1]))
-        if mantissa is None or abs(power) > _MAX_POWER_OF_TEN:
-            return None
-        return mantissa * Fraction(10) ** power
-    if match := _MIXED.fullmatch(text):
-        sign, whole, above, below = match.groups()
-        if int(below) == 0:
-            return None
-        value = int(whole) + Fraction(int(above), int(below))
-        return -value if sign == "-" else value
-    if text[0] in "([":  # (1,234) is a pair
-        return None
-    node = parse(text)
-    return exact_value(node) if _is_written_number(node) else None
-
-
-def _is_written_number(node: Node) -> bool:
-    if node.kind == "neg":
-        return node.parts[0].kind != "neg" and _is_written_number(node.parts[0])
-    kinds = [part.kind for part in node.parts]
-    if node.kind == "*" and kinds in (["num", "inv"], ["neg", "inv"]):
-        return {part.parts[0].kind for part in node.parts if part.parts} <= {"num"}
-    mixed = node.kind == "+" and kinds == ["num", "*"]
-    return node.kind == "num" or (mixed and _is_written_number(node.parts[1]))
+# ---- numbers ------------------------------------------------------------------------------------
 
 
 def same_number(expected: str, given: str, marked: bool = True, tolerance: float = 0.0) -> bool:
-    """Whether `given` is the expected number, exactly or within an absolute tolerance.
+    r"""Whether `given` is the expected number, exactly or within an absolute tolerance.
 
-    A unit or words around the number do not count; of several numbers in a text that nothing marks
-    as the answer (marked=False) the last is taken, of several in a marked one none. A percent sign
-    on one side only may mean the number or its hundredth. ValueError if `expected` is no number.
+    A number may be written out (see `read_number`) or be the value of an expression such as
+    `\sqrt{16}`, `2^{10}`, `3!`; not of a sum, product or quotient of numbers, which may be the
+    question itself. A unit or words around it do not count, as long as they do not change it (see
+    `rl.quantities.core`); nor does `x =`. A percent sign on one side only may mean the number or
+    its hundredth. Where nothing marks the answer (marked=False), prose ends in it: then the last of
+    several numbers is taken.
+
+    ValueError if `expected` is no number; rl.symbolic.UndecidedError if sympy reaches no verdict.
     """
-    wanted = read_number(expected)
+    wanted = read_number(plain(expected))
     if wanted is None:
         raise ValueError(f"the expected answer {expected[:80]!r} is no number")
     if len(given) > MAX_CHARS:
         return False
-    given = _normal(given)
-    found = read_number(given)
-    if found is None:
-        inside = [match.group() for match in _NUMBER_IN_TEXT.finditer(given)]
-        if not inside or (marked and len(inside) > 1):
+    given = plain(given)
+    if not marked and re.search("[A-Za-z]", given):
+        given = given.rstrip("!. ")  # the end of a sentence, no factorial
+    same = _has_value(wanted, given, Fraction(tolerance))
+    if same is None and not marked:
+        same = _ends_in(wanted, given, Fraction(tolerance))
+    return bool(same)
+
+
+def _has_value(
+    wanted: Number, text: str, tolerance: Fraction, any_form: bool = False
+) -> bool | None:
+    """Whether a text is one value, and that is wanted; None if it is none that can be read.
+
+    any_form: whether a sum or product of numbers counts, and variables that cancel.
+    """
+    number = read_number(text)
+    if number:
+        return _near(wanted, number, tolerance)
+    text = tidy(SPAN.sub(lambda match: f" {match[1] or match[2] or match[3]} ", text))
+    if _ABOUT.search(text):
+        return _about(wanted, text, tolerance)
+    side = _answered(text)
+    if side is None:
+        return None
+    side, factor = core(side.strip().removeprefix("\\{").removesuffix("\\}"))
+    number = read_number(side)
+    if number:
+        return _near(wanted, Number(number.value * factor, number.percent), tolerance)
+    if factor != 1 or re.search(r"[(\[][^()\[\]]*,", side):  # (1,234) is a pair
+        return None
+    try:
+        node = parse(side)
+        if _is_arithmetic(node) and not any_form:
             return False
-        found = read_number(re.sub(r"[$€£]", "", inside[-1]).replace(" ", ""))
-    if found is None:
+        return _node_has_value(wanted, side, node, tolerance, any_form)
+    except ExpressionError:
+        return None
+
+
+def _node_has_value(
+    wanted: Number, text: str, node: Node, tolerance: Fraction, any_form: bool
+) -> bool:
+    value = exact_value(node)
+    if value is not None:
+        return _near(wanted, Number(value, False), tolerance)
+    if not any_form and not _names(node) <= _CLOSED:
         return False
-    return _near(wanted, found, Fraction(tolerance))
+    guess = approximate(node)
+    targets = [wanted.value, wanted.value / 100] if wanted.percent else [wanted.value]
+    if guess is not None:
+        slack = Fraction(_ROUNDING) * max(1, abs(wanted.value))
+        targets = [v for v in targets if abs(Fraction(guess) - v) <= max(tolerance, slack)]
+        if tolerance or not targets:
+            return any(abs(Fraction(guess) - v) <= tolerance for v in targets)
+    return any(symbolically_equal(str(target), text) for target in targets)
 
 
 def _near(wanted: Number, found: Number, tolerance: Fraction) -> bool:
@@ -126,26 +126,132 @@ def _near(wanted: Number, found: Number, tolerance: Fraction) -> bool:
     return any(abs(a - b) <= tolerance for a, b in values)
 
 
-def same_maths(expected: str, given: str) -> bool:
-    """Whether two mathematical texts mean the same: equal text, equal number, or equal by sympy.
+def _names(node: Node) -> set[str]:
+    if node.kind == "name":
+        return {str(node.value)}
+    return set().union(*(_names(part) for part in node.parts))
 
-    `x = 5` is 5. Tuples, intervals and lists are compared part by part, with their brackets; sets
-    in braces without order. Raises rl.symbolic.UndecidedError if sympy reaches no verdict in time.
+
+def _is_arithmetic(node: Node) -> bool:
+    """Whether a sum, product or quotient of numbers is in a tree, other than a fraction or a mixed
+    number as written."""
+    if node.kind in "+*" and not _is_fraction(node):
+        numbers = [part for part in node.parts if not _names(part) and _is_exact(part)]
+        if len(numbers) == len(node.parts):
+            return True
+    return any(_is_arithmetic(part) for part in node.parts if not _is_fraction(part))
+
+
+def _is_exact(node: Node) -> bool:
+    return exact_value(node) is not None
+
+
+def _is_fraction(node: Node) -> bool:
+    """A quotient of two numbers, signs included, or a number and such a quotient."""
+    if node.kind == "+":
+        return node.parts[0].kind == "num" and len(node.parts) == 2 and _is_fraction(node.parts[1])
+    if node.kind != "*" or len(node.parts) != 2 or node.parts[1].kind != "inv":
+        return False
+    return all(
+        (part.parts[0] if part.kind == "neg" else part).kind == "num"
+        for part in (node.parts[0], node.parts[1].parts[0])
+    )
+
+
+def _answered(text: str) -> str | None:
+    """The last side of `x = 2 + 3 = 5`, `the answer is 5`, `5 = x`; None if sides differ in value
+    or one is neither a name nor a value, and for inequalities."""
+    if _ORDERED.search(text):
+        return None
+    sides = [side.strip(" \n\t:,") for side in _EQUALS.split(text)]
+    sides = [side for side in sides if side]
+    if len(sides) == 2 and _SYMBOL.fullmatch(sides[1]) and _value(sides[0]) is not None:
+        sides.pop()
+    while len(sides) > 1 and _NAME.fullmatch(sides[0]) and not _NO_NAME.search(sides[0]):
+        del sides[0]
+    values = [_value(side) for side in sides[:-1]]
+    last = _value(sides[-1]) if values else 0.0
+    if last is None or any(v is None or abs(v - last) > _ROUNDING * abs(last) for v in values):
+        return None
+    return sides[-1] if sides else None
+
+
+def _value(text: str) -> float | None:
+    text, factor = core(text)
+    number = read_number(text)
+    try:
+        value = float(number.value) if number else approximate(parse(text))
+    except (ExpressionError, OverflowError):
+        return None
+    return None if value is None else value * factor
+
+
+def _about(wanted: Number, text: str, tolerance: Fraction) -> bool | None:
+    """`\\frac{22}{7} \\approx 3.14` is either, if they are near each other."""
+    sides = [side for side in (_answered(side) for side in _ABOUT.split(text)) if side]
+    sides = [side for side in sides if not _SYMBOL.fullmatch(side)]
+    values = [_value(side) for side in sides]
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return None
+    if max(known) - min(known) > _ALMOST * max(map(abs, known)):
+        return False
+    return any(_has_value(wanted, side, tolerance) for side in sides)
+
+
+def _ends_in(wanted: Number, text: str, tolerance: Fraction) -> bool:
+    """Whether the last number of a text is the wanted one."""
+    numbers = list(_NUMBER_IN_TEXT.finditer(text))
+    if not numbers:
+        return False
+    found = numbers[-1]
+    unit = re.match(r"[A-Za-z]+|\s+[A-Za-z]+", text[found.end() :])
+    if unit:
+        number, factor = core(found.group().strip() + unit.group())
+        if factor != 1 or not unit.group()[0].isspace():
+            return bool(_has_value(wanted, number + unit.group() * (factor != 1), tolerance))
+    number = read_number(re.sub(r"[$€£]", "", found.group()).replace(" ", ""))
+    return number is not None and _near(wanted, number, tolerance)
+
+
+# ---- mathematics --------------------------------------------------------------------------------
+
+
+def same_maths(expected: str, given: str, marked: bool = True) -> bool:
+    r"""Whether two mathematical texts mean the same: equal text, equal number, or equal by sympy.
+
+    `x = 5` is 5, and equations are equal if the differences of their sides are, up to the sign.
+    Tuples, intervals and matrices are compared part by part, with their brackets; sets in braces,
+    lists without brackets, unions and \pm without order. From a given text that is prose with one
+    $formula$, or (marked=False) several, the last formula is taken.
+
+    Raises rl.symbolic.UndecidedError if sympy reaches no verdict in time.
     """
-    a, b = _mathematical(expected), _mathematical(given)
-    if _squeezed(a) == _squeezed(b):
-        return bool(_squeezed(a))
+    if max(len(expected), len(given)) > 2 * MAX_CHARS:
+        return squeezed(expected) == squeezed(given[: 2 * len(expected) + MAX_CHARS]) != ""
+    a, b = mathematical(expected), mathematical(formula(given, marked))
+    if squeezed(a) == squeezed(b):
+        return bool(squeezed(a))
     if max(len(a), len(b)) > MAX_CHARS:
         return False
-    parts_a, parts_b = _parts(a), _parts(b)
+    parts_a, parts_b = parts(a), parts(b)
     if parts_a or parts_b:
-        return _same_parts(parts_a, parts_b)
-    numbers = read_number(a), read_number(b)
-    if numbers[0] and numbers[1]:
-        return _near(numbers[0], numbers[1], Fraction(0))
+        return _same_parts(parts_a or alone(a), parts_b or alone(b))
+    if wanted := read_number(a):
+        return bool(_has_value(wanted, b, Fraction(0), any_form=True))
+    if (found := read_number(b)) and not _has_variables(a):
+        return bool(_has_value(found, a, Fraction(0), any_form=True))
+    bare_a, bare_b = unassigned(a), unassigned(b)
+    if (bare_a, bare_b) != (a, b) and same_maths(bare_a, bare_b):
+        return True
+    if "=" in a and "=" in b:
+        return _same_equation(a, b)
+    return _same_expression(a, b)
+
+
+def _same_expression(a: str, b: str) -> bool:
     try:
-        node_a, node_b = parse(a), parse(b)
-        value_a, value_b = exact_value(node_a), exact_value(node_b)
+        value_a, value_b = exact_value(parse(a)), exact_value(parse(b))
     except ExpressionError:
         return False
     if value_a is not None and value_b is not None:
@@ -155,15 +261,31 @@ def same_maths(expected: str, given: str) -> bool:
     return symbolically_equal(a, b)
 
 
+def _has_variables(text: str) -> bool:
+    # 5m is a product here: in what is expected, a unit stands in \text{}
+    try:
+        return not _names(parse(text)) <= _CLOSED
+    except ExpressionError:
+        return False
+
+
+def _same_equation(a: str, b: str) -> bool:
+    sides_a, sides_b = a.split("="), b.split("=")
+    if len(sides_a) != 2 or len(sides_b) != 2:
+        return False
+    left, right = ("({})-({})".format(*sides) for sides in (sides_a, sides_b))
+    return _same_expression(left, right) or _same_expression(left, f"-({right})")
+
+
 def _only_names(text: str) -> bool:
     # Words of up to three letters: as products of variables, 'no' would equal 'on'.
     return re.fullmatch(r"[A-Za-z\s]+", text) is not None
 
 
-def _same_parts(a: "_Parts | None", b: "_Parts | None") -> bool:
-    if not a or not b or a.brackets != b.brackets or len(a.items) != len(b.items):
+def _same_parts(a: Parts, b: Parts) -> bool:
+    if a.brackets != b.brackets or len(a.items) != len(b.items):
         return False
-    if a.brackets != "{}":
+    if a.brackets not in ("{}", "cup"):
         return all(same_maths(x, y) for x, y in zip(a.items, b.items, strict=True))
     left = list(b.items)
     for item in a.items:
@@ -172,136 +294,3 @@ def _same_parts(a: "_Parts | None", b: "_Parts | None") -> bool:
             return False
         del left[match]
     return True
-
-
-class _Parts(NamedTuple):
-    brackets: str
-    items: tuple[str, ...]
-
-
-def _parts(text: str) -> _Parts | None:
-    """Items at the commas outside all brackets; None if there is no such comma (a number with
-    thousands separators has none)."""
-    if read_number(text):
-        return None
-    text = text.replace("\\{", "\\lbrace ").replace("\\}", "\\rbrace ")
-    text = re.sub(r"\\(?:left|right)(?![A-Za-z])", "", text).strip()
-    pairs = {"\\lbrace": "{}", "(": "(", "[": "["}
-    opening = next((sign for sign in pairs if text.startswith(sign)), "")
-    closing = next((sign for sign in ("\\rbrace", ")", "]") if text.endswith(sign)), "")
-    brackets = ""
-    if opening and closing and (opening == "\\lbrace") == (closing == "\\rbrace"):
-        inside = text[len(opening) : -len(closing)]
-        items = _split(inside)
-        if items and (len(items) > 1 or opening == "\\lbrace"):
-            brackets = "{}" if opening == "\\lbrace" else opening + closing
-            return _Parts(brackets, items)
-    items = _split(text)
-    return _Parts("", items) if items and len(items) > 1 else None
-
-
-def _split(text: str) -> tuple[str, ...]:
-    """Items between commas at depth 0; () if brackets do not balance."""
-    items, depth, begin = [], 0, 0
-    for position, character in enumerate(text):
-        depth += (character in "([{") - (character in ")]}")
-        if depth < 0:
-            return ()
-        if character == "," and depth == 0:
-            items.append(text[begin:position].strip())
-            begin = position + 1
-    items.append(text[begin:].strip())
-    return tuple(items) if depth == 0 else ()
-
-
-def same_choice(expected: str, given: str, choices: Sequence[str] = ()) -> bool:
-    """Multiple choice by letter, either case: `B`, `(b)`, `B. Paris`, `The answer is B`.
-
-    choices: the texts of A, B, ...; the text itself is then an answer too. An answer that names two
-    letters is none. ValueError if `expected` is no letter or beyond the choices.
-    """
-    wanted = expected.strip().strip("()").upper()
-    if not re.fullmatch(r"[A-Z]", wanted) or (choices and ord(wanted) - 65 >= len(choices)):
-        among = f" among {len(choices)} choices" if choices else ""
-        raise ValueError(f"the expected answer {expected[:80]!r} is no letter{among}")
-    if choices and same_text(choices[ord(wanted) - 65], given):
-        return True
-    if len(given) > MAX_CHARS:
-        return False
-    given = _normal(given).replace("**", "").strip("$ \n")
-    match = _CHOICE.fullmatch(given.rstrip("."))
-    if match:
-        return match[1].upper() == wanted
-    return set(_CHOICE_IN_TEXT.findall(given)) == {wanted}
-
-
-def same_sequence(expected: Sequence[object] | str, given: str) -> bool:
-    """Whether the items are the expected ones in the expected order (see `read_items`)."""
-    return read_items(given) == _expected_items(expected)
-
-
-def same_set(expected: Sequence[object] | str, given: str) -> bool:
-    """Whether the items are the expected ones; order and repetition do not count."""
-    return set(read_items(given)) == set(_expected_items(expected))
-
-
-def _expected_items(expected: Sequence[object] | str) -> list[Fraction | str]:
-    if isinstance(expected, str):
-        return read_items(expected)
-    return [_item(str(item)) for item in expected]
-
-
-def read_items(text: str) -> list[Fraction | str]:
-    """Items of a list: numbers as exact values, words in lower case without quotes.
-
-    Separated by commas or semicolons, or by white space if there are none; brackets or braces
-    around the whole do not count. A list of more than MAX_TEXT characters has no items.
-    """
-    text = _normal(text).replace("\\{", "{").replace("\\}", "}").replace("$", "")
-    text = text.strip().rstrip(".").strip()
-    if len(text) > MAX_TEXT:
-        return []
-    if text[:1] + text[-1:] in ("()", "[]", "{}"):
-        text = text[1:-1]
-    if not text.strip():
-        return []
-    items = re.split(r"[,;]", text) if re.search("[,;]", text) else text.split()
-    return [_item(item) for item in items]
-
-
-def _item(text: str) -> Fraction | str:
-    number = read_number(text)
-    if number and not number.percent:
-        return number.value
-    return _words(text.strip().strip("\"'`"))
-
-
-def same_text(expected: str, given: str) -> bool:
-    """Whether the words are equal; case, white space and a last full stop do not count."""
-    if len(given) > max(MAX_TEXT, 2 * len(expected)):
-        return False
-    return _words(expected) == _words(given) != ""
-
-
-def _words(text: str) -> str:
-    return " ".join(_normal(text).casefold().split()).removesuffix(".")
-
-
-def _normal(text: str) -> str:
-    text = unicodedata.normalize("NFKC", text[: 4 * MAX_TEXT]).replace("−", "-")
-    return _TEXT_COMMAND.sub(r"\1", text)
-
-
-def _mathematical(text: str) -> str:
-    """Without dollar signs, spacing, degrees, units in \\text{} beside a value, and `x =`."""
-    text = text[: 4 * MAX_TEXT].strip().strip("$").strip().rstrip(".")
-    text = _DEGREES.sub("", _OPERATOR.sub(r"\\\1 ", text))
-    bare = _TEXT_COMMAND.sub("", text).strip()
-    text = _normal(bare if bare else text)
-    text = text.removeprefix("\\(").removesuffix("\\)").removeprefix("\\[").removesuffix("\\]")
-    assigned = _ASSIGNED.fullmatch(text.strip())
-    return (assigned[1] if assigned else text).strip()
-
-
-def _squeezed(text: str) -> str:
-    return re.sub(r"\s+|\\[ ,;:!]|\\left(?![A-Za-z])|\\right(?![A-Za-z])", "", text)

@@ -2,17 +2,18 @@ r"""Mathematical text to a small tree, by our own parser: nothing a model wrote 
 
 Reads plain and LaTeX notation: numbers (decimals, thousands separators), + - * / ^, parentheses and
 braces, |x|, implicit products (2x, 3(x+1), 2\pi), mixed numbers (1\frac{1}{2}), \frac, \sqrt[n]{x},
-\cdot, \times, \div, \pi, \infty, the functions in FUNCTIONS, and variables of one letter or a Greek
-name. `e` is Euler's number and `i` the imaginary unit.
+\cdot, \times, \div, \pi, \infty, n!, \binom{n}{k}, the functions in FUNCTIONS, and variables of one
+letter or a Greek name. `e` is Euler's number and `i` the imaginary unit.
 
 Grammar, loosest first: sum = product {(+|-) product}; product = unary {* unary | / unary | power};
-unary = {+|-} power; power = atom [^ exponent].
+unary = {+|-} power; power = postfix [^ exponent]; postfix = atom [!].
 
 Every size is bounded (characters, digits, depth, exponents), so that parsing and exact evaluation
 take milliseconds whatever the text is.
 """
 
 import functools
+import math
 import re
 from fractions import Fraction
 from typing import NamedTuple
@@ -25,6 +26,8 @@ MAX_EXPONENT = 1000
 """Largest exponent, either sign, that exact evaluation raises to."""
 MAX_BITS = 10_000
 """Size of a numerator or denominator that exact evaluation may reach."""
+MAX_COUNT = 1000
+"""Largest n of n! and of the binomial coefficient of n and k that is evaluated."""
 
 FUNCTIONS = ("sqrt", "sin", "cos", "tan", "asin", "acos", "atan", "exp", "ln", "log", "abs")
 CONSTANTS = ("pi", "infty")
@@ -35,6 +38,7 @@ GREEK = (
 
 _ALIASES = {
     "arcsin": "asin", "arccos": "acos", "arctan": "atan", "dfrac": "frac", "tfrac": "frac",
+    "cfrac": "frac", "dbinom": "binom", "tbinom": "binom",
     "cdot": "*", "times": "*", "ast": "*", "div": "/", "infinity": "infty", "inf": "infty",
     "oo": "infty", "lbrace": "{", "rbrace": "}", "vert": "|", "lvert": "|", "rvert": "|",
     "varphi": "phi", "varepsilon": "epsilon", "left": "", "right": "", "displaystyle": "",
@@ -48,10 +52,11 @@ _THOUSANDS = re.compile(r"(?<=\d)\\,(?=\d{3}(?!\d))")
 _SPACES = re.compile(r"\\[ ,;:]|[~$\s]+")
 _TOKEN = re.compile(
     r"(?P<number>\d{1,3}(?:,\d{3})+(?![\d])(?:\.\d+)?|\d+\.?\d*|\.\d+)"
-    r"|\\(?P<command>[A-Za-z]+)|(?P<word>[A-Za-z]+)|(?P<sign>[-+*/^(){}\[\]|_])|(?P<space>\s+)"
+    r"|\\(?P<command>[A-Za-z]+)|(?P<word>[A-Za-z]+)|(?P<sign>[-+*/^(){}\[\]|_!])|(?P<space>\s+)"
 )
 
 
+_EXACT_CALLS = ("abs", "factorial", "binomial")
 _CLOSING = {"(": ")", "[": "]", "{": "}", "|": "|"}
 
 
@@ -61,8 +66,9 @@ class ExpressionError(ValueError):
 
 class Node(NamedTuple):
     """An expression. kind: num (value: Fraction), name (value: str), or an operation on `parts`:
-    + and * (any number), ^ (two), neg and inv (one: -x, 1/x), call (value: the function's name; one
-    argument, and an index or base as second for root and log)."""
+    + and * (any number), ^ (two), neg and inv (one: -x, 1/x), call (value: the function's name, or
+    factorial or binomial; one argument, and as second an index for root, a base for log, k for
+    binomial)."""
 
     kind: str
     value: Fraction | str = ""
@@ -84,14 +90,16 @@ def parse(text: str) -> Node:
 
 
 def exact_value(node: Node) -> Fraction | None:
-    """Value of a tree as an exact fraction, None if it has names, calls or fractional powers.
+    """Value of a tree as an exact fraction, None if it has names, fractional powers or calls other
+    than |x|, n! and binomial coefficients.
 
-    ExpressionError for a division by zero, or when a result would exceed MAX_BITS bits.
+    ExpressionError for a division by zero, n! of n that is no count, or when a result would exceed
+    MAX_BITS bits.
     """
     if node.kind == "num":
         assert isinstance(node.value, Fraction)
         return node.value
-    if node.kind in ("name", "call"):
+    if node.kind == "name" or (node.kind == "call" and node.value not in _EXACT_CALLS):
         return None
     values = []
     for part in node.parts:
@@ -105,6 +113,8 @@ def exact_value(node: Node) -> Fraction | None:
         return _power(values[0], Fraction(-1))
     if node.kind == "^":
         return _power(values[0], values[1])
+    if node.kind == "call":
+        return abs(values[0]) if node.value == "abs" else _count(*values)
     total = values[0]
     for value in values[1:]:
         total = total + value if node.kind == "+" else total * value
@@ -122,6 +132,54 @@ def _power(base: Fraction, exponent: Fraction) -> Fraction | None:
     bits = max(base.numerator.bit_length(), base.denominator.bit_length())
     _bounded(bits * abs(exponent.numerator))
     return base**exponent.numerator
+
+
+def _count(n: Fraction, k: Fraction | None = None) -> Fraction:
+    # n!, or the binomial coefficient of n and k
+    for value in (n,) if k is None else (n, k):
+        if value.denominator != 1 or not 0 <= value <= MAX_COUNT:
+            raise ExpressionError(f"{value} is no count up to {MAX_COUNT}, which n! and binom need")
+    return Fraction(math.factorial(int(n)) if k is None else math.comb(int(n), int(k)))
+
+
+def approximate(node: Node) -> float | None:
+    """Value of a tree in floating point, None if it has variables, `i`, infinity or no real value.
+
+    ExpressionError for a division by zero, and for values beyond floating point.
+    """
+    if node.kind == "name":
+        return {"pi": math.pi, "e": math.e}.get(str(node.value))
+    exact = node.kind == "num" or (node.kind == "call" and node.value in _EXACT_CALLS[1:])
+    values = [] if exact else [approximate(part) for part in node.parts]
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return None
+    try:
+        value = _float(node, known)
+    except (OverflowError, ZeroDivisionError) as error:
+        raise ExpressionError(f"no finite value: {error}") from None
+    except ValueError:
+        return None
+    if value is not None and not math.isfinite(value):
+        raise ExpressionError(f"a value beyond floating point: {value}")
+    return value
+
+
+def _float(node: Node, values: list[float]) -> float | None:
+    name = str(node.value)
+    if node.kind == "num" or name in _EXACT_CALLS[1:]:
+        exact = exact_value(node)
+        return None if exact is None else float(exact)
+    if node.kind == "call":
+        if name == "root":
+            return math.pow(values[0], 1 / values[1])
+        function = {"ln": math.log, "abs": math.fabs}.get(name) or getattr(math, name)
+        return function(*values)
+    if node.kind in "+*":
+        return math.fsum(values) if node.kind == "+" else math.prod(values)
+    if node.kind == "neg":
+        return -values[0]
+    return 1 / values[0] if node.kind == "inv" else math.pow(values[0], values[1])
 
 
 def _bounded(bits: int) -> None:
@@ -154,7 +212,7 @@ def _tokens(text: str) -> list[tuple[str, str]]:
 
 
 def _known(command: str) -> str:
-    if command in FUNCTIONS or command == "frac":
+    if command in FUNCTIONS or command in ("frac", "binom"):
         return "function"
     if command in CONSTANTS or command in GREEK:
         return "name"
@@ -223,7 +281,7 @@ class _Parser:
         return Node("neg", parts=(node,)) if minus else node
 
     def power(self, depth: int) -> Node:
-        base = self.atom(depth)
+        base = self.postfix(depth)
         if self.token == "frac" and base.kind == "num":
             return self.mixed(base, depth)
         if self.token != "^":
@@ -243,11 +301,20 @@ class _Parser:
         depth, minus = self.deeper(depth), False
         while self.token in ("+", "-"):
             minus ^= self.take() == "-"
-        node = self.atom(depth)
+        node = self.postfix(depth)
         if self.token == "^":
             self.take()
             node = Node("^", parts=(node, self.argument(depth)))
         return Node("neg", parts=(node,)) if minus else node
+
+    def postfix(self, depth: int) -> Node:
+        node = self.atom(depth)
+        if self.token != "!":
+            return node
+        self.take()
+        if self.token == "!":  # 5!! is 5*3*1, not (5!)!
+            raise ExpressionError("double factorials are not read")
+        return Node("call", "factorial", (node,))
 
     def atom(self, depth: int) -> Node:
         depth = self.deeper(depth)
@@ -256,6 +323,9 @@ class _Parser:
         if self.kind == "name":
             return Node("name", self.take())
         if self.kind == "function":
+            if self.token == "binom":
+                self.take()
+                return Node("call", "binomial", (self.short(depth), self.short(depth)))
             return self.fraction(depth) if self.token == "frac" else self.call(depth)
         if self.token in _CLOSING:
             opening = self.take()

@@ -16,6 +16,7 @@ import numpy as np
 
 from data.tokenizer import Tokenizer
 from rl import rewards
+from rl.answers import OPEN
 from rl.evaluate import lengths
 from rl.records import Record
 from rl.rollout import Rollout, Sampler
@@ -189,9 +190,12 @@ def _fate(
 
 
 def well_formed(record: Record, text: str) -> bool:
-    """Filter: `<think>reasoning</think>answer`, or the same after a prompt that opened it."""
-    if not isinstance(record.prompt, str) and not text.lstrip().startswith(rewards.OPEN):
-        text = rewards.OPEN + text  # the chat template has opened it
+    """Filter: `<think>reasoning</think>answer`, or the same after a prompt that opened it.
+
+    An answer to a conversation may be whole, as demonstrations are (see `attempt_of_text`).
+    """
+    if not isinstance(record.prompt, str):
+        text = text.lstrip().removeprefix(OPEN)
     return rewards.format(record, text) == 1.0
 
 

@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from rl import equivalence
+from rl import equivalence, wording
 from rl.answers import (
     ANSWER_CLOSE,
     ANSWER_OPEN,
@@ -28,7 +28,9 @@ from rl.answers import (
     chain_of_thought,
     code_block,
     final_answer,
+    opened,
 )
+from rl.quantities import read_number
 from rl.records import Record
 from rl.sandbox import Limits, read_tests, run_tests
 
@@ -65,20 +67,20 @@ def accuracy(record: Record, text: str) -> float:
     if kind == "code":
         return code(record, text)
     expected = _expected(record, kind)
-    answer, marked = final_answer(text)
+    answer, marked = final_answer(text, opened(record))
     match kind:
         case "number":
             same = equivalence.same_number(expected, answer, marked, _tolerance(record))
         case "choice":
-            same = equivalence.same_choice(expected, answer, _choices(record))
+            same = wording.same_choice(expected, answer, _choices(record))
         case "sequence":
-            same = equivalence.same_sequence(expected, answer)
+            same = wording.same_sequence(expected, answer)
         case "set":
-            same = equivalence.same_set(expected, answer)
+            same = wording.same_set(expected, answer)
         case "text":
-            same = equivalence.same_text(expected, answer)
+            same = wording.same_text(expected, answer)
         case _:
-            same = equivalence.same_maths(expected, answer)
+            same = equivalence.same_maths(expected, answer, marked)
     return float(same)
 
 
@@ -88,20 +90,19 @@ def code(record: Record, text: str, **limits: Any) -> float:
     limits: fields of rl.sandbox.Limits. ValueError for wrong limits or tests.
     """
     tests = read_tests(record.answer.get("tests"))
-    source = code_block(text)
+    source = code_block(text, opened(record))
     allowed = Limits(**limits)
     return float(bool(source) and all(run_tests(source, tests, allowed).passed))
 
 
 def format(record: Record, text: str, answer_tags: bool = False) -> float:
     """1.0 for `<think>reasoning</think>answer`, neither of them blank, each tag once, nothing
-    before it; otherwise 0.0. A prompt that ends with <think> has opened it already.
+    before it; otherwise 0.0. A prompt may have opened it already (see `rl.answers.opened`).
 
     answer_tags: ask for `<think>..</think> <answer>..</answer>`, nothing around it, the template of
     R1-Zero (R1 report, table 1).
     """
-    prompt = record.prompt if isinstance(record.prompt, str) else ""
-    if prompt.rstrip().endswith(OPEN):
+    if opened(record):
         text = OPEN + text
     text = text.strip()
     tags = (OPEN, CLOSE, ANSWER_OPEN, ANSWER_CLOSE)
@@ -146,7 +147,7 @@ REWARDS: dict[str, Reward] = {
 def kind_of(record: Record) -> str:
     """How the record's answer is compared, one of KINDS; ValueError if its task is another."""
     if record.task == "":
-        return "number" if equivalence.read_number(str(record.answer.get("answer"))) else "math"
+        return "number" if read_number(str(record.answer.get("answer"))) else "math"
     if record.task not in KINDS:
         raise ValueError(
             f"task {record.task!r} is no kind of answer; choose one of {', '.join(KINDS)}"
@@ -164,7 +165,15 @@ def check_record(record: Record) -> None:
     if kind == "number":
         equivalence.same_number(str(expected), "0", tolerance=_tolerance(record))
     if kind == "choice":
-        equivalence.same_choice(str(expected), "A", _choices(record))
+        wording.same_choice(str(expected), "A", _choices(record))
+
+
+def check_tests(record: Record) -> None:
+    """Raises ValueError if `code` could not judge answers to this record, whatever they are."""
+    try:
+        read_tests(record.answer.get("tests"))
+    except ValueError as error:
+        raise ValueError(f"reward code: {error}") from None
 
 
 def _expected(record: Record, kind: str) -> Any:

@@ -125,14 +125,16 @@ class JudgeScorer:
 
 
 def judge_scorer(rl: RLConfig, task: Task | None) -> JudgeScorer:
-    """Starts the workers; ValueError, before any of them runs, for a reward that cannot be loaded.
+    """Starts the workers; ValueError, before any of them runs, for a reward that cannot be loaded
+    or that an option of the run gives a second time.
 
     Close `judge` when done.
     """
-    named_rewards = rewards_of(rl) or [("accuracy", 1.0)]
-    if rl.format_weight and task is None and "format" not in dict(named_rewards):
-        named_rewards.append(("format", rl.format_weight))
-    chosen = [named(function, weight) for function, weight in named_rewards]
+    chosen = [named(function, weight) for function, weight in rewards_of(rl)]
+    chosen = chosen or [named("accuracy")]
+    _check_names(rl, {one.name: one.function for one in chosen}, task)
+    if rl.format_weight and task is None:
+        chosen.append(named("format", rl.format_weight))
     own = None if task is None else TaskScorer(task, rl)
     if own and (taken := {"accuracy", "format", "language"} & {one.name for one in chosen}):
         raise ValueError(
@@ -147,6 +149,21 @@ def judge_scorer(rl: RLConfig, task: Task | None) -> JudgeScorer:
         ]
     judge = Judge(chosen)
     return JudgeScorer(judge, {one.name: one.weight for one in chosen}, rl, own)
+
+
+def _check_names(rl: RLConfig, functions: dict[str, str], task: Task | None) -> None:
+    # A reward named twice would be left out or replaced, and the run would not say so.
+    if rl.format_weight and task is None and "format" in functions:
+        raise ValueError(
+            f"rl.rewards names {functions['format']} and rl.format_weight={rl.format_weight} adds "
+            "format too; give its weight in rl.rewards alone, as format=WEIGHT, or name your "
+            "function otherwise"
+        )
+    if rl.overlong_buffer and "overlong" in functions:
+        raise ValueError(
+            f"rl.rewards names {functions['overlong']} and rl.overlong_buffer={rl.overlong_buffer} "
+            "adds a reward overlong too; name your function otherwise, or set rl.overlong_buffer 0"
+        )
 
 
 def add_overlong(

@@ -14,7 +14,7 @@ from generation.prompts import encode_chat
 from rl.config import RLConfig
 from rl.prompts import read_prompts
 from rl.records import Prompt, Record, split_records
-from rl.rewards import check_record
+from rl.rewards import check_record, check_tests
 from rl.tasks.task import Side, Task
 
 SAMPLE, EVALUATE, EVALUATE_GREEDY, TRACES = range(4)
@@ -120,8 +120,15 @@ def file_prompts(config: RLConfig, tokenizer: Tokenizer, seed: int) -> FilePromp
     Raises ValueError that lists every line that cannot be used or judged, and for a split that
     leaves one side empty.
     """
-    judged = not config.rewards or any(part[0] == "accuracy" for part in rewards_of(config))
-    check = check_record if judged else None
+    named = {name for name, _ in rewards_of(config)}
+    judged = not named or "accuracy" in named
+
+    def check(record: Record) -> None:
+        if judged:
+            check_record(record)
+        if "code" in named:
+            check_tests(record)
+
     found = read_prompts(Path(config.prompts), need_answers=judged, check=check)
     records = [in_template(record, config.template) for record in found.records]
     return FilePrompts(*split_records(records, config.held_out), tokenizer, seed)

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rl.equivalence import read_number, same_number
-from rl.expressions import ExpressionError, exact_value, parse
+from rl.equivalence import same_number
+from rl.expressions import ExpressionError, approximate, exact_value, parse
+from rl.quantities import read_number
 
 # ---- expressions --------------------------------------------------------------------------------
 
@@ -66,10 +67,38 @@ def test_expressions_have_their_exact_value(expression):
         ("__import__('os')", None), ("1;2", None), ("0x10", None), ("1e5", None), ("7" * 201, None),
         ("(" * 500 + "1" + ")" * 500, None), ("-" * 999 + "1", -1), ("1+" * 499 + "1", 500),
         ("1" * 1001, None), (r"\sqrt4", None), ("x", None), ("٣", 3),
+        ("3!", 6), ("-3!", -6), ("2^3!", 64), ("0!", 1), ("(2+1)!", 6), ("3!!", None),
+        ("(3!)!", 720), ("(1/2)!", None), ("(-1)!", None), ("1001!", None), ("!3", None),
+        (r"\binom{5}{2}", 10), (r"\dbinom52", 10), ("|-3|", 3), ("|2-|-5||", 3), ("|x|", None),
     ],
 )  # fmt: skip
 def test_expressions_by_hand(text, value):
     assert unbounded(text) == (None if value is None else Fraction(value))
+
+
+@given(NUMBERS)
+def test_floating_point_is_near_the_exact_value(number):
+    text, value = number
+    assert approximate(parse(text)) == pytest.approx(float(value))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        (r"\sqrt{16}", 4), (r"\sqrt[3]{27}", 3), (r"\log_2 8", 3), (r"\ln e", 1),
+        (r"2\pi", 6.28318531), (r"\sin\frac{\pi}{6}", 0.5), (r"\arctan 1", 0.785398163),
+        ("4^{1/2}", 2), ("5!", 120), (r"\sqrt{-4}", None), ("x", None), ("i", None),
+        (r"\infty", None), ("(-8)^{1/3}", None),
+    ],
+)  # fmt: skip
+def test_floating_point_by_hand(text, value):
+    assert approximate(parse(text)) == (value if value is None else pytest.approx(value))
+
+
+@pytest.mark.parametrize("text", ["1/0", r"\sqrt{9^{9^9}}", "9^{999}", "171!", "2/(1-1)"])
+def test_no_finite_value_is_an_error(text):
+    with pytest.raises(ExpressionError):
+        approximate(parse(text))
 
 
 @given(

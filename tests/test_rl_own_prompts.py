@@ -170,6 +170,37 @@ def test_accuracy_is_the_rule_for_a_file(folder):
     assert scores.quality == {"accuracy": 0.5, "format": 0.5}
 
 
+@pytest.mark.parametrize(
+    ("rewards", "options", "says"),
+    [
+        (("accuracy", "format=0.5"), {"format_weight": 1.0},
+         r"names format and rl\.format_weight=1\.0 adds format too"),
+        (("accuracy", "mine.py:format"), {"format_weight": 1.0}, "names mine.py:format and"),
+        (("accuracy", "mine.py:overlong=0.3"), {"overlong_buffer": 4},
+         r"names mine\.py:overlong and rl\.overlong_buffer=4 adds a reward overlong too"),
+    ],
+)  # fmt: skip
+def test_a_reward_that_an_option_gives_again_is_refused(rewards, options, says):
+    """It would be left out, or take the other's place, in silence."""
+    with pytest.raises(ValueError, match=says):
+        judge_scorer(RLConfig(prompts="x", rewards=rewards, max_new_tokens=8, **options), None)
+
+
+def test_code_as_a_reward_needs_tests_in_every_line(tmp_path, folder):
+    place = tmp_path / "code.jsonl"
+    tested = {"prompt": "f?", "tests": [{"check": "assert f(1) == 1"}], "reward": "code"}
+    lines = [tested, {"prompt": "g?", "answer": "5"}, {"prompt": "h?", "tests": []}]
+    place.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for rewards in (("code",), ("accuracy", "code=0.5")):
+        config = RLConfig(prompts=str(place), rewards=rewards, held_out=0)
+        with pytest.raises(ValueError, match="2 of 3 lines cannot be used") as caught:
+            file_prompts(config, tokenizer(folder), 0)
+        assert "line 2: reward code: tests is 'None'; give a list" in str(caught.value)
+    place.write_text(json.dumps(tested) + "\n")
+    config = RLConfig(prompts=str(place), rewards=("accuracy", "code"), held_out=0)
+    assert len(file_prompts(config, tokenizer(folder), 0).train) == 1
+
+
 # ---- Through train.py ----------------------------------------------------------------------------
 
 

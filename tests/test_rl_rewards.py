@@ -13,14 +13,7 @@ from hypothesis import strategies as st
 
 from rl import symbolic
 from rl.answers import after_thought, boxed, chain_of_thought, code_block, final_answer
-from rl.equivalence import (
-    read_items,
-    same_choice,
-    same_maths,
-    same_sequence,
-    same_set,
-    same_text,
-)
+from rl.equivalence import same_maths
 from rl.length import soft_overlong
 from rl.records import Record
 from rl.rewards import (
@@ -32,6 +25,7 @@ from rl.rewards import (
     language,
 )
 from rl.symbolic import UndecidedError, symbolically_equal
+from rl.wording import read_items, same_choice, same_sequence, same_set, same_text
 
 
 def record(answer=None, kind="", prompt="What is it?", **more) -> Record:
@@ -245,9 +239,29 @@ def test_format(text, plain, tagged):
 
 
 def test_format_knows_that_the_prompt_opened_the_thought():
-    opened = record(prompt="Think.\n<think>\n")
-    assert format(opened, "a</think>b") == 1
-    assert format(opened, "<think>a</think>b") == 0
+    for prompt in ("Think.\n<think>\n", [{"role": "user", "content": "Why?"}]):
+        asked = record(prompt=prompt)
+        assert format(asked, "a</think>b") == 1
+        assert format(asked, "<think>a</think>b") == 0
+        assert format(asked, "a</think> <answer>b</answer>", answer_tags=True) == 1
+        assert format(asked, "b") == 0
+
+
+CHAT = [{"role": "user", "content": "What is 2 + 3?"}]
+
+
+@pytest.mark.parametrize("prompt", [CHAT, "What is 2 + 3?\n<think>\n"], ids=["chat", "text"])
+def test_a_thought_that_the_prompt_opened_is_never_searched(prompt):
+    asked = record("5", prompt=prompt)
+    cut_off = r"I reason so maybe \boxed{5} hmm wait"
+    assert accuracy(asked, cut_off) == 0
+    assert accuracy(asked, "I reason <answer>5</answer>") == 0
+    assert accuracy(asked, cut_off + r"</think>\boxed{5}") == 1
+    assert accuracy(record("5"), cut_off) == 1  # a prompt that opened nothing
+    program = record(kind="code", prompt=prompt, tests=[{"check": "assert f() == 5"}])
+    draft = "```python\ndef f(): return 5\n```\n"
+    assert accuracy(program, draft) == 0
+    assert accuracy(program, "draft</think>" + draft) == 1
 
 
 @pytest.mark.parametrize(

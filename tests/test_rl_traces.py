@@ -134,6 +134,9 @@ def test_filters_of_format_and_language():
     assert well_formed(chat, "why</think>so")  # the template has opened it
     assert well_formed(chat, "<think>why</think>so")
     assert not well_formed(chat, "so")
+    ends_open = Record("q <think>\n", {})
+    assert well_formed(ends_open, "why</think>so")
+    assert not well_formed(ends_open, "<think>why</think>so")  # opened twice
     mixed = "<think>this is 也许 fine</think>so"
     assert in_language(0.5)(text, mixed)
     assert not in_language(0.9)(text, mixed)

@@ -1,0 +1,417 @@
+r"""Which answers are right: tables of what models write, in the styles of GSM8K and MATH.
+
+In every table: the expected answer, and what a model wrote for it.
+"""
+
+import pytest
+
+from rl.equivalence import same_maths, same_number
+from rl.quantities import core, plain
+from rl.records import Record
+from rl.rewards import accuracy
+
+
+def cases(table: dict[str, list[str]]) -> list[tuple[str, str]]:
+    return [(expected, given) for expected, answers in table.items() for given in answers]
+
+
+# ---- a number is expected, and the answer is marked ---------------------------------------------
+
+RIGHT_NUMBERS = {
+    "5": [
+        "5 times as many", r"5\text{ times}", "5th", r"5^{\text{th}}", r"5^\text{th}",
+        r"5\text{th}", "5^{th}", r"\therefore x = 5", r"\text{x} = 5", r"\text{\$}5", "May 5",
+        r"\$5.00\text{ per hour}", r"5 \text{ (five)}", "5 ", "$5 per day", "5 a day",
+        r"\angle ABC = 5", "f(2) = 5", "S_{10} = 5", "|AB| = 5", "AB = 5", "x = 2 + 3 = 5",
+        "2+3=5", "The answer is 5", "The answer is 5.", "So Ann has 5 apples left.",
+        "Ann has a total of 5 apples", "5 (five)", r"\text{The answer is } 5", "Total: 5",
+        "5 apples and oranges", r"5\text{ units}", r"x \approx 5", "+5", r"5\,", "5 km",
+        r"5\text{ km}", "€5", "£5", "5 boys", "5 men", "5 eggs", r"\mathbf{5}", r"\textbf{5}",
+        r"\displaystyle 5", r"\left(5\right)", "n=5", "n = 5.", "5-inch",
+        r"5\text{ kg}\cdot\text{m/s}^2", r"5 \text{N}",
+    ],
+    "1": ["1 point"],
+    "21": ["21st"],
+    "4": [r"\sqrt{16} = 4", "16^{1/2}", r"\sqrt{16}"],
+    "5000": ["5 x 10^3"],
+    "0.4": [r"\frac{2}{5}\text{ miles}"],
+    "3": [
+        r"3\text{ cm}", r"3 \text{ cm}^2", r"3\,\mathrm{m/s}^2", "3 cm", "3cm", "3%", r"3\%",
+        r"\$3", r"\$3.00", "3 dollars", "x=3", "x = 3", "3 = x", r"\text{3 apples}",
+        r"3\text{ (A)}", "|-3|", "3.", "3.0", "$3$", "**3**", "{3}", "(3)", r"\log_2 8",
+        r"\log_2{8}", r"3 \text{ and nothing else}", "3 bolts", r"\text{Area} = 3",
+        r"3~\text{cm}", r"\sqrt{9}", r"\{3\}",
+    ],
+    "-3": [r"-\$3", r"\$-3"],
+    "1024": ["2^{10}"],
+    "6": ["3!"],
+    "0.01": ["10^{-2}"],
+    "7/2": [r"3\frac{1}{2}", "3 1/2", "3½", r"3 \frac12", r"\dfrac{7}{2}"],
+    "1/2": ["½"],
+    "3.5": [r"\tfrac72", r"3\frac12 hours"],
+    "1234": ["1,234", "1{,}234", r"1\,234", r"1,\!234"],
+    "1234567": ["1,234,567 people"],
+    "90": [r"90^\circ", r"90^{\circ}", "90°", r"90\text{ degrees}", "90 degrees"],
+    "1500": [r"1.5 \times 10^3", r"1.5\times10^{3}", "1.5e3", r"1.5 \times 10^{3} \text{ m}"],
+    "300000000": [r"3 \times 10^8 \text{ m/s}", r"3 \times 10^8 m/s"],
+    "1/3": [r"0.\overline{3}"],
+    "1/6": [r"0.1\overline{6}"],
+    "5000000": ["5 million", r"5\text{ million dollars}", r"\$5 million"],
+    "60": ["5 dozen", "60 km/h", "60 miles per hour", r"60\text{ mph}"],
+    "12": [
+        r"12 \text{ square units}", "12 square feet", r"12\ \text{in}^2", "12 cm^2", "12 cm²",
+        r"12\text{ cm}^{3}",
+    ],
+    "10": ["10 am", r"\binom{5}{2}"],
+    "30": [r"\angle ABC = 30^\circ"],
+    "3.14": [r"\frac{22}{7} \approx 3.14"],
+    "22/7": [r"\frac{22}{7} \approx 3.14"],
+    "-5": ["negative 5", "minus 5", "−5", "- 5"],
+    "-0.75": [r"-\frac{3}{4}", r"\frac{-3}{4}", r"\frac{3}{-4}"],
+    "0.5": ["50%", ".5", r"\sin \frac{\pi}{6}"],
+    "50%": ["50", r"50\%", "50 percent"],
+    "50": [r"50\text{ percent}"],
+    "0.05": ["$0.05"],
+    "1000": ["10^3"],
+    "2": [r"\sqrt[3]{8}", "2 hrs"],
+    "25": [r"25^\circ\text{C}", "25°C"],
+    "100": ["100 cents"],
+    "18": ["$18", r"\$18 per day", "18 dollars every day"],
+    "70000": [r"\$70,000"],
+    "540": ["540 meters"],
+    "20": ["20 cups of feed"],
+    "64": ["64 dollars"],
+    "-1": [r"e^{i\pi}"],
+    "1/4": [r"\frac{1}{4} \text{ cup}", r"\frac14 cups"],
+    "4/3": [r"1\frac{1}{3}"],
+    "0": ["0", "0.00"],
+    "120": ["5!"],
+    "16": ["(-4)^2"],
+    "8": ["2^3"],
+}  # fmt: skip
+
+WRONG_NUMBERS = {
+    "5": [
+        r"5 \text{ or more}", "5 to 1", "5 out of 7", r"\infty", r"\text{half of } 5", "0 + 5",
+        r"5\text{-}6", r"5 \implies 6", r"5 \to 6", "5 % 3", "5 mod 3", "5 choose 2",
+        "5 factorial", "5 over 6", "5 divided by 2", r"5 \div 2", "5 plus x", "5 times x",
+        "5 times ten", "5 times a million", r"5 \text{ times ten}", "5 hundredths", "5 point two",
+        "5 and two thirds", "log 5", r"\gcd(5, 10)", r"\lceil 5.2 \rceil", "5 per cent of x",
+        r"\frac{5}{}", "f(5)", "P_5", "sqrt 5", "5i", "5j", r"5\theta", r"5 \theta", "5 theta",
+        "5!", "5 million", "5k", "5K", "$5M", "5x", "5 x", r"5\sqrt{2}", "5^2", r"5\times 10^3",
+        "x^5", "x+5", "5-x", r"\frac{5}{x}", "5, 6", "5 or 6", "5 or six", "not 5", "x > 5",
+        r"x \ge 5", r"\pm 5", "±5", "2x = 5", "x^2 = 5", "x+5=5", r"\sqrt{x} = 5", "-5",
+        "negative 5", "minus 5", "5.5", r"5\frac{1}{2}", "5½", "5 and a half", "5 halves",
+        "(5, 6)", "[5, 6]", r"\{5, 6\}", "(5,6)", "5:6", "5, x", "x=5, y=6",
+        r"x=5 \text{ or } x=6", r"\frac{5}{2}", "5/2", "5 squared", r"5\text{ thousand}",
+        r"5\text{ million}", "$5$ million", "a5", "R2D5", "5e", "e^5", "5 pi", "5π", "√5", "1/5",
+        "0.5", "", "five hundred", "at 5^", r"5 \approx 6", "2+3=6=5", "less than 5", "5+i",
+        "3 + 2", r"\overline{5}x", "5y^2", "5ab", r"5 \cdot x", r"\sin 5", r"5 \text{ hundred}",
+    ],
+    "57": ["57_8"],
+    "0": ["0x5"],
+    "3": [
+        r"\sqrt{3}", "10^{3}", r"3\pi", r"\frac{x}{3}", "3i", "x-3", r"-\$3", "x_3", "3_8", "5-2",
+        "square root of 3", r"\text{not } 3", "twice 3", r"\frac{\pi}{3}", r"3\%\cdot x",
+        r"\lfloor 3.7 \rfloor x",
+    ],
+    "10": ["2^{10}", r"\log_{10} 3"],
+    "2": [r"\log 2", "2 thirds", r"\frac{5}{2}"],
+    "12": ["3*4"],
+    "32": ["3²", "3^2"],
+    "31": ["3½"],
+    "1234": ["(1,234)"],
+    "6": [r"5 \approx 6"],
+    "14": [r"2 \cdot 7"],
+    "0.3": [r"0.\overline{3}"],
+    "60": [r"\cos 60^\circ"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("expected", "given"), cases(RIGHT_NUMBERS))
+def test_right_numbers(expected, given):
+    assert accuracy(Record("?", {"answer": expected}), rf"So \boxed{{{given}}}.") == 1
+    assert accuracy(Record("?", {"answer": expected}), f"<answer>{given}</answer>") == 1
+
+
+@pytest.mark.parametrize(("expected", "given"), cases(WRONG_NUMBERS))
+def test_wrong_numbers(expected, given):
+    assert accuracy(Record("?", {"answer": expected}), rf"So \boxed{{{given}}}.") == 0
+    assert accuracy(Record("?", {"answer": expected}), f"<answer>{given}</answer>") == 0
+
+
+# ---- a number is expected, and nothing marks the answer -----------------------------------------
+
+RIGHT_LINES = {
+    "1234": ["so 1,000 + 234 makes 1,234 apples"],
+    "5": [
+        "The answer is 5.", "The answer is $5$.", "So the total is 2 + 3 = 5.", "**5**",
+        "**Answer:** 5", "so we get 5, as wanted (see above)",
+    ],
+    "4": [r"The answer is $\sqrt{16}$."],
+    "1/2": [r"The answer is $\frac{1}{2}$.", r"Answer: \frac{1}{2}"],
+    "12": ["3 boxes of 4 make 12 apples"],
+    "18": [
+        "She makes $18 every day.", "She makes 9 * 2 = $18 every day.",
+        r"She makes \$18 per day at the farmer's market.",
+    ],
+    "7": ["$3$ apples and 4 pears make 7."],
+    "x^2": ["The answer is $x^2$."],
+    "5000000": ["There are 5 million people."],
+    "3": [
+        "Therefore $x = 3$.", r"Therefore, \(x = 3\).", "so 3 cm", "#### 3", "Final answer: 3 cm",
+        r"Hence \(y = 2\) and \(x = 3\).", "= 3",
+    ],
+    "6": ["It is 6!"],
+    "20": ["The profit is 70 - 50 = $20"],
+    "50": ["That is 50%.", "That is 50 percent"],
+}  # fmt: skip
+
+WRONG_LINES = {
+    "3": [
+        r"The answer is $\sqrt{3}$.", r"The answer is \sqrt{3}", r"The answer is $3\pi$.",
+        "3 boxes of 4 make 12 apples",
+    ],
+    "12": ["about 12 million"],
+    "5": ["so it is 5k", "so it is 5x", r"The answer is $\frac{5}{2}$.", "The answer is -5", ""],
+    "10": ["$2^{10}$", "it is 2^{10}"],
+    "2": [r"The answer is \frac{5}{2}."],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("expected", "given"), cases(RIGHT_LINES))
+def test_right_last_lines(expected, given):
+    assert accuracy(Record("?", {"answer": expected}), f"We think.\n{given}\n") == 1
+
+
+@pytest.mark.parametrize(("expected", "given"), cases(WRONG_LINES))
+def test_wrong_last_lines(expected, given):
+    assert accuracy(Record("?", {"answer": expected}), f"We think.\n{given}\n") == 0
+
+
+# ---- whole answers ------------------------------------------------------------------------------
+
+WHOLE = [
+    ("18", r"Janet makes $\boxed{18}$ dollars.", 1), ("18", "#### 18", 1),
+    ("18", "#### $18.00", 1), ("18", "#### 18 dollars per day", 1),
+    ("18", "<answer>$18</answer>", 1), ("18", "<answer>\n18\n</answer>", 1),
+    ("18", r"<answer>The total is $9 \times 2 = 18$ dollars.</answer>", 1),
+    ("18", r"\[ \boxed{18} \]", 1), ("18", r"$$\boxed{\$18}$$", 1),
+    ("18", r"\boxed{\text{Janet makes \$18 per day}}", 1),
+    ("18", r"\boxed{18 \text{ eggs/day}}", 1), ("18", r"\boxed{18\,\text{dollars}}", 1),
+    ("18", r"\boxed{18\;\mathrm{m^2}}", 1), ("18", r"\boxed{\mathrm{18\ cm}}", 1),
+    ("18", r"\boxed{18\text{ cubic feet}}", 1), ("0.25", r"\boxed{\frac{1}{4}}", 1),
+    ("0.25", r"\boxed{25\%}", 1), ("2/3", r"\boxed{\dfrac{2}{3}}", 1),
+    ("2/3", r"\boxed{\frac23 \text{ of the cake}}", 1), ("2/3", r"\boxed{0.667}", 0),
+    ("2/3", r"\boxed{0.6667}", 0), ("1000", r"\boxed{1,000}", 1), ("1000", r"\boxed{1000.0}", 1),
+    ("1000", r"\boxed{1 000}", 0), ("17", r"\boxed{x = 17}", 1), ("17", r"\boxed{x+17}", 0),
+    ("17", r"\boxed{17x}", 0), ("17", r"\boxed{17^{\circ}}", 1), ("-17", r"\boxed{-17}", 1),
+    ("17", r"\boxed{-17}", 0), ("17", r"\boxed{|{-17}|}", 1),
+    ("17", r"\boxed{\left|-17\right|}", 1), ("17", r"\boxed{\lvert -17 \rvert}", 1),
+    ("7", "<answer>There are 7 days in a week</answer>", 1),
+    ("7", "<answer>**7 days**</answer>", 1), ("7", r"<answer>\boxed{7}</answer>", 1),
+    ("7", "<answer>7 apples and 3 pears</answer>", 0),
+    ("7", r"<answer>$\boxed{7 \text{ or } 8}$</answer>", 0),
+    ("7", "Therefore, the final answer is: $7$.", 1), ("7", "I hope it is correct: 7", 1),
+    ("7", r"The final answer is $\frac{14}{2}$", 1),
+    ("7", r"the final answer is $\frac{14}{2} = 7$.", 1), ("7", "so 14/2 = 7.", 1),
+    ("7", "x = 7 or x = 8", 0), ("7", r"\boxed{7\text{ cm}}, which", 1),
+    ("120", r"\boxed{5! = 120}", 1), ("120", r"\boxed{5!=120}", 1),
+    ("10", r"\boxed{\binom{5}{3} = 10}", 1), ("3", r"\boxed{\frac{6}{2}=3}", 1),
+    ("3", r"\boxed{\frac{6}{2}}", 1), ("15", r"\boxed{15:00}", 0),
+    ("15", r"\boxed{15\text{ seconds}}", 1), ("2", r"\boxed{2.}", 1),
+    ("2", r"\boxed{2\text{.}}", 1), ("2", r"\boxed{\,2\,}", 1), ("2", r"\boxed{2\;}", 1),
+    ("2", r"\boxed{\quad 2}", 1), ("2", r"\boxed{\mathbf{2}}", 1), ("2", r"\boxed{\textbf{2}}", 1),
+    ("2", r"\boxed{(2)}", 1), ("2", r"\boxed{\{2\}}", 1), ("2", r"\boxed{[2]}", 1),
+    ("2", r"\boxed{\text{(B) }2}", 1), ("2", r"\boxed{\textbf{(B)}\ 2}", 1),
+    ("2", r"\boxed{\mathrm{(B)}\ 2}", 1), ("2", r"\boxed{\text{(B)}}", 0),
+    ("2", r"\boxed{2 \text{ (B)}}", 1), ("5", r"\boxed{f(x) = 5}", 1),
+    ("5", r"\boxed{P = \$5}", 1), ("5", r"\boxed{\text{Cost} = \$5}", 1),
+    ("5", r"\boxed{a = 2, b = 3, a + b = 5}", 0), ("5", r"\boxed{m\angle A = 5^\circ}", 1),
+    ("5", r"\boxed{\triangle ABC = 5}", 1), ("5", r"\boxed{\overline{AB} = 5\text{ cm}}", 1),
+    ("5", r"\boxed{\sin A = 5}", 1), ("5", r"\boxed{a_1 = 5}", 1), ("5", r"\boxed{a_{n} = 5}", 1),
+    ("5", r"\boxed{3x = 5}", 0), ("5", r"\boxed{x/2 = 5}", 0), ("5", r"\boxed{x - 5 = 0}", 0),
+    ("0", r"\boxed{x - 5 = 0}", 0), ("0", r"\boxed{x^2-1=0}", 0), ("0", r"\boxed{2x=0}", 0),
+    ("5", r"\boxed{5 = 5}", 1), ("5", r"\boxed{6 = 5}", 0), ("5", r"\boxed{x=6=5}", 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("expected", "text", "value"), WHOLE)
+def test_whole_answers(expected, text, value):
+    assert accuracy(Record("?", {"answer": expected}), text) == value
+
+
+# ---- mathematics is expected --------------------------------------------------------------------
+
+SAME_MATHS = {
+    "x^2": ["$x^2$."],
+    r"\mathbb{R}": [r"x\in\mathbb{R}"],
+    "(x-1)^2+(y-2)^2=9": ["x^2-2x+y^2-4y=4"],
+    "y=-2x+3": ["2x+y=3"],
+    "B": ["The answer is (B)"],
+    r"\frac{1}{2},\frac{1}{3}": [r"\frac13, \frac12"],
+    r"\left(3,\frac{\pi}{2}\right)": [r"(3, \pi/2)"],
+    r"\frac{x+2}{7}": [r"\frac{1}{7}x+\frac{2}{7}"],
+    r"\sqrt{51}": [r"\sqrt{51}"],
+    "9": [r"9\text{ units}"],
+    r"\cot x": [r"\cot x"],
+    r"\frac{9\sqrt{3}}{4}\pi": [r"\frac{9\pi\sqrt3}{4}"],
+    "6 - 5i": ["6-5i"],
+    "-2,1": ["1,-2"],
+    r"15\mbox{ cm}^2": ["15"],
+    "x^3+3x-6": ["3x + x^3 - 6"],
+    r"\frac{270}7\text{ degrees}": [r"\frac{270}{7}"],
+    r"70 \sqrt{2}": [r"70\sqrt{2}"],
+    ".0000672": [r"6.72\times10^{-5}"],
+    r"11\sqrt2": [r"11\sqrt{2}"],
+    "C": [r"\text{C}"],
+    "(6,31,-1)": ["(6,31,-1)"],
+    r"\frac{3}{2}, -1": [r"x = -1, \frac32"],
+    r"10\%": [r"10\%"],
+    r"\frac{\sqrt{3}}{3}": [r"\frac{1}{\sqrt{3}}"],
+    "x^2+2x+1": ["(x+1)^2"],
+    "1,2": [
+        "2,1", r"\{1,2\}", r"x=1 \text{ or } x=2", "x = 1, 2", "x=1, x=2", "1 and 2",
+        r"1\text{ and }2",
+    ],
+    r"(-\infty,2)\cup(3,\infty)": [
+        r"(-\infty, 2) \cup (3, \infty)", r"(3,\infty)\cup(-\infty,2)",
+        r"x\in(-\infty,2)\cup(3,\infty)",
+    ],
+    r"1\pm\sqrt{2}": [r"1+\sqrt2, 1-\sqrt2", r"1 \pm \sqrt{2}"],
+    r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}": [r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"],
+    r"\begin{pmatrix} 1/2 \\ 2 \end{pmatrix}": [r"\begin{bmatrix} \frac12 \\ 2 \end{bmatrix}"],
+    r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}": [r"\begin{pmatrix} 1 \\ \ 2 \end{pmatrix}"],
+    "2516_8": ["2516_{8}"],
+    r"\text{(A)}": ["A"],
+    r"\text{A}": ["(A)"],
+    "A": [r"\textbf{(A)}"],
+    r"\text{east}": ["east"],
+    r"\text{Evelyn}": [r"\text{Evelyn}"],
+    "y=2x+1": ["y = 1+2x"],
+    "2x+y=3": ["y+2x=3"],
+    "2x+y-3=0": ["2x+y=3"],
+    "x^2+1": ["The answer is $x^2+1$.", "f(x) = x^2 + 1"],
+    "[0,1]": [r"x \in [0,1]", r"\left[0,1\right]"],
+    r"\left(\frac{1}{2}, 3\right)": ["(0.5,3)"],
+    "3+4i": ["4i+3"],
+    r"2\pi": [r"2\pi \text{ cm}"],
+    r"36\pi": [r"36\pi \text{ square units}"],
+    r"\frac{\pi}{2}": [r"\pi/2"],
+    r"\dfrac{x}{2}": [r"\frac12 x"],
+    r"x \ge 2": [r"x \geq 2"],
+    r"x\le2": ["x ≤ 2"],
+    r"\emptyset": [r"\varnothing"],
+    "5": ["5"],
+    r"6\text{ cm}": ["6"],
+    r"5\sqrt{2}": [r"5\sqrt2\text{ units}"],
+    r"\frac{3}{4}\text{ inches}": ["0.75"],
+    r"3\text{ cm}^2": ["3"],
+    "x=5": ["5"],
+    "n!": ["n!"],
+    r"\binom{n}{2}": [r"\frac{n(n-1)}{2}"],
+    "e^{2x}": ["e^{2 x}"],
+    r"-\frac{1}{2}": [r"\frac{-1}{2}"],
+    "(1,-2)": ["(1, -2)"],
+    r"\{x, y\}": [r"\{y,x\}"],
+    "x=1,y=2": ["y=2, x=1"],
+    "10:30": ["10:30"],
+    r"\ln 2": [r"\log 2"],
+    "11/2": ["5.5"],
+    r"\sqrt{2}": [r"x=\sqrt{2}"],
+    "2k+1": ["1+2k"],
+    "x^{2}": ["x²"],
+    "12,3": ["3, 12"],
+    "-1, 1": [r"\pm 1"],
+    r"(2,\infty)": [r"(2, +\infty)"],
+    "(x-1)(x+2)": ["(x+2)(x-1)"],
+    r"\text{Yes}": ["Yes"],
+    "m^2+1": ["1+m^2"],
+    "3a": ["3a"],
+}  # fmt: skip
+
+OTHER_MATHS = {
+    "1,2": ["(1,2)", "1,3", "1"],
+    "(1,2)": ["(2,1)", "1,2"],
+    "11/2": ["1 1/2"],
+    "34": ["3 4"],
+    "m^2+1": ["m+1"],
+    "x^2": ["2x", "x^2+1"],
+    "x=1,y=2": ["x=2,y=1"],
+    r"(0,1)\cup(2,3)": ["(0,1)", r"(0,1)\cup(2,4)"],
+    r"1\pm\sqrt2": [r"1+\sqrt2"],
+    r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}": [r"\begin{pmatrix}1&3\\2&4\end{pmatrix}"],
+    r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}": [r"\begin{pmatrix} 1 & 2 \end{pmatrix}"],
+    r"\begin{vmatrix} 1 & 2 \\ 3 & 4 \end{vmatrix}": [r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"],
+    "9": [r"3\text{ cm}^2"],
+    "x": ["y", "x, y"],
+    "2x+y=3": ["2x+y=4"],
+    r"\text{A}": [r"\text{B}"],
+    "2516_8": ["2516"],
+    "[0,1]": ["(0,1)"],
+    r"x \ge 2": ["x > 2"],
+    "5m": ["5"],
+    "5x": ["5"],
+    "no": ["on"],
+    r"\text{east}": [r"\text{west}"],
+    "3i": ["3"],
+    r"2\pi": ["2"],
+    "n!": ["n"],
+    "x<5": ["x>5"],
+    r"\sqrt{5}": ["5"],
+    r"36\pi": ["36"],
+    "3+4i": ["7"],
+    "5!": ["5"],
+    "2^{10}": ["10"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("expected", "given"), cases(SAME_MATHS))
+def test_same_mathematics(expected, given):
+    assert same_maths(expected, given)
+
+
+@pytest.mark.parametrize(("expected", "given"), cases(OTHER_MATHS))
+def test_other_mathematics(expected, given):
+    assert not same_maths(expected, given)
+
+
+def test_matrices_that_differ_in_spacing_alone_are_equal():
+    r"""`\\ ` ends a row; its second backslash begins no space."""
+    wide, close = (r"\begin{foo} 1 & 2 \\ 3 & 4 \end{foo}", r"\begin{foo}1&2\\3&4\end{foo}")
+    assert same_maths(wide, close)
+    assert same_maths(wide.replace("foo", "pmatrix"), close.replace("foo", "pmatrix"))
+    assert not same_maths(wide, close.replace("3", "5"))
+
+
+# ---- the rest -----------------------------------------------------------------------------------
+
+
+def test_tolerance_reaches_values_of_expressions():
+    assert same_number("1.414", r"\sqrt{2}", tolerance=0.001)
+    assert not same_number("1.414", r"\sqrt{2}", tolerance=0.0001)
+    assert not same_number("2", r"\sqrt{2}", tolerance=0.1)
+    assert same_number("6.28", r"2\pi \text{ cm}", tolerance=0.01)
+
+
+def test_huge_expressions_are_wrong_at_once():
+    for text in (
+        r"\sqrt{9^{9^9}}",
+        "99999!",
+        "9^{9^{9^9}}",
+        r"\sqrt{" * 30 + "1" + "}" * 30 + "0!",
+    ):
+        assert not same_number("5", text)
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        (r"so 5\text{ cm}^2", ("5", 1)), ("5 cm", ("5", 1)), ("5 dollars", ("5", 1)),
+        ("5 million people", ("5", 10**6)), ("3i", ("3i", 1)), ("x-3", ("x-3", 1)),
+        ("5k", ("5k", 1)), ("5 or 6", ("5 or 6", 1)), ("not 5", ("not 5", 1)),
+        ("5 apples!", ("5", 1)), ("5! ways", ("5!", 1)), ("", ("", 1)), ("apples", ("apples", 1)),
+    ],
+)  # fmt: skip
+def test_what_may_stand_around_a_number(text, left):
+    assert core(plain(text)) == left
