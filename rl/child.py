@@ -89,19 +89,27 @@ class Child:
             self._process.wait(GRACE)
         self.kill()
 
-    def kill(self) -> None:
-        """Stops it and what it started in its group, TERM before KILL, and reaps it."""
-        for number in (signal.SIGTERM, signal.SIGKILL):
+    def terminate(self) -> None:
+        """Sends TERM to it and to what it started in its group, and does not wait."""
+        self._signal(signal.SIGTERM)
+
+    def kill(self, grace: float = GRACE) -> None:
+        """Stops it and what it started in its group, TERM `grace` seconds before KILL, reaps it."""
+        for number, seconds in ((signal.SIGTERM, grace), (signal.SIGKILL, GRACE)):
             if self._process.poll() is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(self._process.pid, number)
+                self._signal(number)
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._process.wait(GRACE)
+                    self._process.wait(seconds)
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
+
+    def _signal(self, number: int) -> None:
+        if self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
 
     def _how(self) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):

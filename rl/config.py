@@ -155,6 +155,9 @@ class RLConfig:
     rewards: tuple[str, ...] = ()
     """FILE.py:FUNCTION or a name of `rl/rewards.py`, with =WEIGHT if it is not 1. They come beside
     a task's verifier; for a file of prompts, empty is accuracy."""
+    reward_timeout: float = 5.0
+    """Seconds that each of `rewards` has for one answer; then it has failed there. The rewards that
+    run code have 25 s or more (`rl/judge.py:CODE_SECONDS`)."""
     prompts_per_step: int = 8
     """Prompts of a rollout."""
     max_new_tokens: int = 256
@@ -217,6 +220,11 @@ class RLConfig:
         for name in ("format_weight", "language_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"rl.{name} is {getattr(self, name)}; give 0 or more")
+        if not 0 < self.reward_timeout < math.inf:
+            raise ValueError(
+                f"rl.reward_timeout is {self.reward_timeout}; give seconds above 0, such as 60 for "
+                "a reward that asks a model"
+            )
         self._check_cuts()
         if not 0 <= self.held_out <= 0.9:
             raise ValueError(f"rl.held_out is {self.held_out}; give a share in 0..0.9")

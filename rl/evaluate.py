@@ -7,6 +7,7 @@ import numpy as np
 from rl.rollout import Publishable, Rollout
 from rl.scoring import Scorer, Scores
 from rl.source import EVALUATE, EVALUATE_GREEDY, Prompts, Questions, sampler_seed
+from rl.stopping import Stop, never
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,14 +25,18 @@ class Evaluation:
     """At temperature 1."""
     greedy: Publishable
 
-    def __call__(self, step: int, policy: Publishable) -> dict[str, float]:
-        """Metrics of the policy that was published last; see `training/metrics.py`, eval/."""
+    def __call__(self, step: int, policy: Publishable, stop: Stop = never) -> dict[str, float]:
+        """Metrics of the policy that was published last; see `training/metrics.py`, eval/.
+
+        RolloutStoppedError soon after `stop()` says true.
+        """
         record = {}
         for sampler, purpose in ((self.drawn, EVALUATE), (self.greedy, EVALUATE_GREEDY)):
             sampler.borrow(policy)
-            rollout = sampler(self.questions.ids, 1, sampler_seed(self.prompts.seed, purpose, step))
+            seed = sampler_seed(self.prompts.seed, purpose, step)
+            rollout = sampler(self.questions.ids, 1, seed, stop)
             texts = self.prompts.texts(rollout.tokens)
-            scores = self.scorer(self.questions.records, texts, lengths(rollout))
+            scores = self.scorer(self.questions.records, texts, lengths(rollout), stop)
             if purpose == EVALUATE_GREEDY:
                 record["eval/accuracy_greedy"] = float(scores.correct.mean())
             else:

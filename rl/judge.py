@@ -11,6 +11,7 @@ Letters: B answers.
 """
 
 import collections
+import contextlib
 import dataclasses
 import json
 import os
@@ -24,14 +25,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rl.child import Child, ChildError
+from rl.child import GRACE, Child, ChildError
 from rl.records import Record
+from rl.stopping import POLL_S, RolloutStoppedError, Stop, never
 
 MAX_WORKERS = 8
 ORPHAN_SECONDS = 10.0
 """A worker whose judge is gone (killed) stops itself so long after twice the longest deadline, if
 it is in a reward; one that is idle stops at once."""
-_CODE_SECONDS = 25.0
+CODE_SECONDS = 25.0
+"""Least deadline of the rewards that run code: their tests have Limits.total_seconds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +62,14 @@ class WeightedReward:
             )
 
 
-def named(function: str, weight: float = 1.0) -> WeightedReward:
+def named(
+    function: str, weight: float = 1.0, seconds: float = WeightedReward.seconds
+) -> WeightedReward:
     """A reward as the command line names it: `accuracy`, or `path.py:function`, which goes by the
-    function's name in results. Code has time for Limits.total_seconds."""
+    function's name in results."""
     name = function.rpartition(":")[2]
-    seconds = _CODE_SECONDS if name in ("code", "accuracy") else WeightedReward.seconds
+    if name in ("code", "accuracy"):
+        seconds = max(seconds, CODE_SECONDS)
     return WeightedReward(name, weight, function, seconds)
 
 
@@ -143,8 +149,8 @@ class _Worker:
             shutil.rmtree(self._folder, ignore_errors=True)
             raise
 
-    def end(self, orderly: bool = False) -> None:
-        self.child.close() if orderly else self.child.kill()
+    def end(self, orderly: bool = False, grace: float = GRACE) -> None:
+        self.child.close() if orderly else self.child.kill(grace)
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
@@ -169,7 +175,7 @@ class Judge:
         self._count = self.pool.workers or min(cpus, MAX_WORKERS)
         self._workers: list[_Worker] = []
         self._finalizer = weakref.finalize(self, _end_all, self._workers)
-        self._start()
+        self._start(never)
 
     def __enter__(self) -> "Judge":
         return self
@@ -181,15 +187,17 @@ class Judge:
         """Ends the workers. A closed judge starts new ones when it is used again."""
         _end_all(self._workers, orderly=True)
 
-    def score(self, records: Sequence[Record], texts: Sequence[str]) -> Judged:
+    def score(self, records: Sequence[Record], texts: Sequence[str], stop: Stop = never) -> Judged:
         """Scores text b as an answer to record b, for all b; see Judged.
 
-        Raises ValueError if there are not as many records as texts, and nothing because of what a
-        reward does. If it is interrupted, the workers are ended.
+        Raises ValueError if there are not as many records as texts, RolloutStoppedError within a
+        second or two after `stop()` says true, and nothing because of what a reward does. If it is
+        interrupted, the workers are ended.
         """
         if len(records) != len(texts):
             raise ValueError(f"{len(records)} records for {len(texts)} answers; give one for each")
-        batch = _Batch(self.rewards, records, texts, time.monotonic() + self.pool.batch_seconds)
+        end = time.monotonic() + self.pool.batch_seconds
+        batch = _Batch(self.rewards, records, texts, end, stop)
         try:
             self._run(batch)
         except BaseException:
@@ -202,6 +210,8 @@ class Judge:
             if worker.done >= self.pool.answers_per_worker:
                 self._drop(worker, orderly=True)
         while batch.jobs or any(worker.job for worker in self._workers):
+            if batch.stop():
+                raise RolloutStoppedError
             if time.monotonic() >= batch.end:
                 batch.give_up()
             self._hand_out(batch)
@@ -211,7 +221,7 @@ class Judge:
         busy = sum(worker.job is not None for worker in self._workers)
         while len(self._workers) < min(self._count, busy + len(batch.jobs)):
             try:
-                self._start()
+                self._start(batch.stop)
             except ValueError as error:  # it did start once: memory is short, or a file is gone
                 batch.fail_all("died", f"a worker did not start: {error}")
                 return
@@ -236,11 +246,13 @@ class Judge:
             for worker in busy:
                 selector.register(worker.child, selectors.EVENT_READ, worker)
             first = min(*(worker.due for worker in busy), batch.end)
-            ready = selector.select(max(0.0, first - time.monotonic()))
+            ready = selector.select(min(max(0.0, first - time.monotonic()), POLL_S))
         for key, _ in ready:
             self._read(key.data, batch)
         now = time.monotonic()
         for worker in busy:
+            if batch.stop():  # ending a worker takes time
+                return
             if worker.job and worker.due <= now and worker in self._workers:
                 seconds = self.rewards[worker.job.rewards[0]].seconds
                 self._lost(worker, batch, "hung", f"no value within {seconds:g} s; stopped")
@@ -276,19 +288,28 @@ class Judge:
     def _due(self, job: _Job) -> float:
         return time.monotonic() + self.rewards[job.rewards[0]].seconds
 
-    def _start(self) -> None:
+    def _start(self, stop: Stop) -> None:
         try:
             worker = _Worker(self._job)
         except OSError as error:
             raise ValueError(f"a worker cannot be started: {error}") from error
         self._workers.append(worker)
         try:
-            wrong = worker.child.wait(self.pool.start_seconds)
+            wrong = self._first_word(worker.child, stop)
         except (TimeoutError, ChildError) as error:
             wrong = f"a worker with the rewards {[r.name for r in self.rewards]} {error}"
         if wrong:
             self._drop(worker)
             raise ValueError(wrong)
+
+    def _first_word(self, child: Child, stop: Stop) -> str:
+        end = time.monotonic() + self.pool.start_seconds
+        while time.monotonic() < end:
+            if stop():
+                raise RolloutStoppedError
+            with contextlib.suppress(TimeoutError):
+                return child.wait(min(POLL_S, self.pool.start_seconds))
+        raise TimeoutError(f"no answer in {self.pool.start_seconds:g} s")
 
     def _drop(self, worker: _Worker, orderly: bool = False) -> None:
         self._workers.remove(worker)
@@ -298,10 +319,10 @@ class Judge:
 class _Batch:
     """Jobs that wait, and the values and failures so far."""
 
-    def __init__(self, rewards: Sequence[WeightedReward], records, texts, end: float):
+    def __init__(self, rewards: Sequence[WeightedReward], records, texts, end: float, stop: Stop):
         every = tuple(range(len(rewards)))
         self.jobs = collections.deque(_Job(n, every) for n in range(len(texts)))
-        self.end = end
+        self.end, self.stop = end, stop
         self._rewards, self._records, self._texts = rewards, records, texts
         self._parts = {reward.name: np.zeros(len(texts)) for reward in rewards}
         self._failures: dict[str, dict[str, int]] = {}
@@ -343,5 +364,9 @@ def _rest(job: _Job) -> _Job | None:
 
 
 def _end_all(workers: list[_Worker], orderly: bool = False) -> None:
+    if not orderly:
+        for worker in workers:
+            worker.child.terminate()
+    end = time.monotonic() + GRACE  # for all of them together
     while workers:
-        workers.pop().end(orderly)
+        workers.pop().end(orderly, max(0.0, end - time.monotonic()))

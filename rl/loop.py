@@ -8,10 +8,10 @@ the updates of its step.
 Letters: A answers of a rollout, T positions, P rewards of an answer.
 """
 
+import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ from rl.config import GRPOConfig, RLConfig
 from rl.evaluate import Evaluation, describe, lengths
 from rl.filters import filtered_mask
 from rl.resample import Asked, choose, differing, reward_arrays
-from rl.rollout import Publishable, RolloutStoppedError
+from rl.rollout import Publishable
 from rl.scoring import Scorer, Scores
 from rl.source import SAMPLE, Prompts, Questions, sampler_seed
+from rl.stopping import RolloutStoppedError, Stop
 from rl.sums import Metrics, merge, numbers
 from rl.trainer import REFERENCE, PolicyTrainer
 from rl.transcripts import Transcripts
@@ -131,11 +132,11 @@ class PolicyLoop:
         self.save()
         return stopped
 
-    def advance(self, step: int, transcripts: Transcripts, stop: Callable[[], bool]) -> Record:
+    def advance(self, step: int, transcripts: Transcripts, stop: Stop) -> Record:
         """One rollout and its updates; their record. RolloutStoppedError leaves the state alone."""
         record: Record = {}
         if self.evaluation is not None and self._due(step, self.trainer.train.eval_every):
-            record |= self.evaluation(step, self.sampler)
+            record |= self.evaluation(step, self.sampler, stop)
         clock = _Clock()
         rounds = self._ask(step // self.updates, clock, stop)
         record["policy/rounds"] = len(rounds)
@@ -145,7 +146,8 @@ class PolicyLoop:
             asked = choose(rounds, objective, self.rl.prompts_per_step)
         batch, metrics = self._batch(asked)
         record |= self._update(step, batch, metrics)
-        self.sampler.publish(self.state["params"], self.state["router_bias"])
+        with contextlib.suppress(RolloutStoppedError):  # whoever goes on publishes again
+            self.sampler.publish(self.state["params"], self.state["router_bias"], stop)
         clock.lap("update")
         if step == self.first_step:
             self.display.note(f"first step: {time.monotonic() - self.started:.1f} s after start")
@@ -160,7 +162,7 @@ class PolicyLoop:
         transcripts.write(step, _per_answer(asked.questions, asked.group_size), asked.texts, seen)
         return record
 
-    def _ask(self, number: int, clock: "_Clock", stop: Callable[[], bool]) -> list[Asked]:
+    def _ask(self, number: int, clock: "_Clock", stop: Stop) -> list[Asked]:
         """Rollout `number`, scored: a round of prompts, and up to rl.resample more until there are
         enough groups to learn from. Each round has prompts and draws of its own."""
         rounds, useful = [], 0
@@ -171,7 +173,7 @@ class PolicyLoop:
             rollout = self.sampler(questions.ids, size, seed, stop)
             clock.lap("rollout", rollout.seconds)
             texts = self.prompts.texts(rollout.tokens)
-            scores = self.scorer(_per_answer(questions, size), texts, lengths(rollout))
+            scores = self.scorer(_per_answer(questions, size), texts, lengths(rollout), stop)
             rounds.append(Asked(questions, rollout, texts, scores))
             useful += differing(rounds[-1], self.rl.objective).sum() if most > 1 else 0
             clock.lap("reward")

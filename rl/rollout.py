@@ -25,6 +25,7 @@ from generation.steps import CHUNK
 from model.blueprint import Tree
 from model.config import ModelConfig
 from model.recipe import Recipe
+from rl.stopping import RolloutStoppedError, Stop, never
 from sharding.partition import Layout, batch_shards, replicated
 from sharding.processes import fetch
 
@@ -61,8 +62,9 @@ Sampler = Callable[[Sequence[np.ndarray], int, int], Rollout]
 class Publishable(Protocol):
     """A `Sampler` that a run can give its weights to."""
 
-    def publish(self, params: Tree, router_bias: Tree) -> None:
-        """Take the trainer's weights as they are now."""
+    def publish(self, params: Tree, router_bias: Tree, stop: Stop = ..., /) -> None:
+        """Take the trainer's weights as they are now. RolloutStoppedError soon after `stop()` says
+        true, where that takes time."""
         ...
 
     def borrow(self, other: Any) -> None:
@@ -71,12 +73,8 @@ class Publishable(Protocol):
 
     def __call__(
         self, prompts: Sequence[np.ndarray], group_size: int, seed: int,
-        stop: Callable[[], bool] = ..., /,
+        stop: Stop = ..., /,
     ) -> Rollout: ...  # fmt: skip
-
-
-class RolloutStoppedError(Exception):
-    """A rollout was given up because somebody asked for it; its answers are lost."""
 
 
 class PolicySampler:
@@ -110,7 +108,7 @@ class PolicySampler:
         self._chunk = self._place(np.array(CHUNK, np.int32))
         self._weights: Tree = {}
 
-    def publish(self, params: Tree, router_bias: Tree) -> None:
+    def publish(self, params: Tree, router_bias: Tree, _stop: Stop = never) -> None:
         """Take the trainer's weights as they are now; nothing goes through a disk."""
         self._weights = self._generator.prepare({"params": params, "router_bias": router_bias})
 
@@ -120,7 +118,7 @@ class PolicySampler:
 
     def __call__(
         self, prompts: Sequence[np.ndarray], group_size: int, seed: int,
-        stop: Callable[[], bool] = lambda: False,
+        stop: Stop = never,
     ) -> Rollout:  # fmt: skip
         """Answer every prompt `group_size` times.
 
@@ -153,7 +151,7 @@ class _Session:
         self._routes: list[np.ndarray] = [np.zeros(0)] * self._answers
         self._passes = 0
 
-    def run(self, stop: Callable[[], bool]) -> Rollout:
+    def run(self, stop: Stop) -> Rollout:
         began, s = time.perf_counter(), self._s
         place = s._place
         lengths_P = place(self._lengths_P)

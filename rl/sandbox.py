@@ -4,8 +4,9 @@ R1's code reward compiles and runs tests (R1 report, 2.2.2). What is guaranteed:
 
 Always: limits on CPU and wall time, address space, file size and output, enforced by the kernel and
 by this process; a folder and a process group of its own; an empty environment; the standard library
-only; TERM, then KILL, and no zombie. A hook of the interpreter refuses sockets, new processes and
-writing outside the folder, but code that reaches into the interpreter can go around it.
+only; TERM, then KILL, and no zombie. A hook of the interpreter refuses sockets, new processes, acts
+on other processes and writing outside the folder, but code that reaches into the interpreter can go
+around it.
 
 With namespaces (Linux user namespaces, 5.12 or newer; "auto" takes them where they are permitted):
 the kernel keeps the code from every network and from writing anywhere but in its folder, it holds
@@ -14,8 +15,10 @@ reading what the user can read, sockets of the file system once it is around the
 up to the limits. The kernel does not count processes of root: as root, a fork bomb ends only with
 the time limit.
 
-Tests of standard input and output are compared here, out of the code's reach. Checks of functions
-run inside the code's process, where code that searches for it can fake a pass.
+Tests of standard input and output and values of calls are compared here, out of the code's reach,
+and so are checks of the form `assert CALL == LITERAL` (`rl/sandbox_values.py`). Other checks are
+judged inside the code's process: code that searches for it can fake a pass there, and objects that
+define arithmetic or order themselves can please `assert abs(f(1) - 0.5) < 0.1`.
 """
 
 import contextlib
@@ -36,6 +39,7 @@ from collections.abc import Sequence
 from typing import IO, Any, Literal, NamedTuple
 
 from rl.sandbox_enter import NOT_PERMITTED
+from rl.sandbox_values import Unit, is_expression, is_json, units, why_not
 
 Isolation = Literal["auto", "namespaces", "hook"]
 GRACE = 0.3
@@ -92,7 +96,17 @@ class FunctionTest(NamedTuple):
     check: str
 
 
-Test = ProgramTest | FunctionTest
+class ValueTest(NamedTuple):
+    """The code defines functions: this Python expression, evaluated after it, has this value."""
+
+    call: str
+    value: Any
+    """As JSON has it; `rl/sandbox_values.py:same_value` says what equals it."""
+    tolerance: float = 0.0
+    """By which every number in it may differ."""
+
+
+Test = ProgramTest | FunctionTest | ValueTest
 
 
 class Report(NamedTuple):
@@ -112,29 +126,45 @@ class _Outcome(NamedTuple):
 
 
 def read_tests(entries: object) -> list[Test]:
-    """Tests from JSON: a list of {"stdin": .., "stdout": ..} and {"check": "assert f(1) == 2"}.
+    """Tests from JSON: a list of {"stdin": .., "stdout": ..}, {"call": "f(1)", "value": 2} (and
+    "tolerance": a number, 0 or more) and {"check": "assert f(1) == 2"}.
 
-    Raises ValueError that names the first entry which is neither, or if there is none.
+    Raises ValueError that names the first entry which is none of these, or if there is none.
     """
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"tests is {str(entries)[:80]!r}; give a list with at least one test")
     tests: list[Test] = []
     for number, entry in enumerate(entries):
-        texts = isinstance(entry, dict) and all(isinstance(v, str) for v in entry.values())
-        if texts and entry.keys() == {"stdin", "stdout"}:
-            tests.append(ProgramTest(entry["stdin"], entry["stdout"]))
-        elif texts and entry.keys() == {"check"}:
-            tests.append(FunctionTest(entry["check"]))
-        else:
+        test = _read_test(entry) if isinstance(entry, dict) else None
+        if test is None:
             raise ValueError(
-                f"test {number} is {str(entry)[:80]!r}; give {{'stdin': text, 'stdout': text}} or "
+                f"test {number} is {str(entry)[:80]!r}; give {{'stdin': text, 'stdout': text}}, "
+                "{'call': expression, 'value': JSON} (and 'tolerance': a number, 0 or more) or "
                 "{'check': statement}"
             )
+        tests.append(test)
     return tests
 
 
+def _read_test(entry: dict) -> Test | None:
+    texts = all(isinstance(entry[key], str) for key in entry.keys() - {"value", "tolerance"})
+    tolerance = entry.get("tolerance", 0.0)
+    right = isinstance(tolerance, int | float) and not isinstance(tolerance, bool)
+    if not texts or not right or not 0 <= tolerance < math.inf:
+        return None
+    match sorted(entry):
+        case ["stdin", "stdout"]:
+            return ProgramTest(entry["stdin"], entry["stdout"])
+        case ["check"]:
+            return FunctionTest(entry["check"])
+        case ["call", "value"] | ["call", "tolerance", "value"]:
+            if is_expression(entry["call"]) and is_json(entry["value"]):
+                return ValueTest(entry["call"], entry["value"], tolerance)
+    return None
+
+
 def run_tests(code: str, tests: Sequence[Test], limits: Limits | None = None) -> Report:
-    """Runs every test: one process per ProgramTest, one process for all FunctionTests.
+    """Runs every test: one process per ProgramTest, one process for all tests of functions.
 
     Whatever the code does, the result is a report. Raises ValueError only if namespaces are asked
     for and the system does not permit them.
@@ -143,11 +173,11 @@ def run_tests(code: str, tests: Sequence[Test], limits: Limits | None = None) ->
     isolation = chosen_isolation(limits.isolation)
     reasons: dict[int, str] = {}
     end = time.monotonic() + limits.total_seconds
-    checks = {n: test.check for n, test in enumerate(tests) if isinstance(test, FunctionTest)}
-    if checks:
+    functions = {n: test for n, test in enumerate(tests) if not isinstance(test, ProgramTest)}
+    if functions:
         shorter = dataclasses.replace(limits, seconds=min(limits.seconds, limits.total_seconds))
-        found = _check_functions(code, list(checks.values()), shorter, isolation)
-        reasons.update(zip(checks, found, strict=True))
+        found = _check_functions(code, list(functions.values()), shorter, isolation)
+        reasons.update(zip(functions, found, strict=True))
     for number, test in enumerate(tests):
         if isinstance(test, ProgramTest):
             left = end - time.monotonic()
@@ -170,6 +200,14 @@ def chosen_isolation(asked: Isolation) -> Literal["namespaces", "hook"]:
             "the network and the file system."
         )
     return "hook" if asked == "hook" or denied else "namespaces"
+
+
+def described_isolation(asked: Isolation = "auto") -> str:
+    """What keeps the code in on this system, in words; ValueError as `chosen_isolation`."""
+    if chosen_isolation(asked) == "namespaces":
+        return "in namespaces: no network, own processes and own folder only"
+    why = "chosen" if asked == "hook" else f"the system denies namespaces: {_why_no_namespaces()}"
+    return f"behind a hook of the interpreter only, which hostile code can go around ({why})"
 
 
 @functools.cache
@@ -196,23 +234,61 @@ def _lines(text: str) -> list[str]:
     return [line.rstrip() for line in text.rstrip().split("\n")]
 
 
-def _check_functions(code: str, checks: list[str], limits: Limits, isolation: str) -> list[str]:
+def _check_functions(
+    code: str, tests: list[FunctionTest | ValueTest], limits: Limits, isolation: str
+) -> list[str]:
     nonce = secrets.token_hex(16)
-    work = json.dumps({"nonce": nonce, "checks": checks})
+    same = f"same_{nonce}"
+    parts = [
+        [Unit("eval", test.call.strip())]
+        if isinstance(test, ValueTest)
+        else units(test.check, same)
+        for test in tests
+    ]
+    flat = [[unit.kind, unit.text] for part in parts for unit in part]
+    work = json.dumps({"nonce": nonce, "same": same, "tests": flat})
     outcome = _run_solution(code, "functions", work, limits, isolation)
-    passed = set(outcome.stdout.decode("utf-8", "replace").splitlines())
-    reasons = []
-    for number in range(len(checks)):
-        if f"{nonce} {number}" in passed:
-            reasons.append("")
-            continue
-        said = [
-            line.partition(": ")[2]
-            for line in outcome.stderr.decode("utf-8", "replace").splitlines()
-            if line.startswith(f"check {number}: ")
-        ]
-        reasons.append((said or [outcome.reason or "the check was not reached"])[-1])
+    results = _Results(outcome, nonce)
+    reasons, number = [], 0
+    for test, part in zip(tests, parts, strict=True):
+        found = [(unit, *results.of(number + i)) for i, unit in enumerate(part)]
+        number += len(part)
+        reasons.append(next(filter(None, (_why(test, *one) for one in found)), ""))
     return reasons
+
+
+def _why(test: FunctionTest | ValueTest, unit: Unit, value: str, reason: str) -> str:
+    """Why a part of a test failed; '' if it did not. value: JSON."""
+    if reason or unit.kind == "exec":
+        return reason
+    if isinstance(test, ValueTest):
+        return why_not(value, test.value, test.tolerance)
+    return unit.why_wrong(value)
+
+
+class _Results:
+    """What the sandbox said of each part, by number."""
+
+    def __init__(self, outcome: _Outcome, nonce: str):
+        self._reason = outcome.reason or "the check was not reached"
+        self._values: dict[str, list[str]] = {}
+        self._said: dict[str, str] = {}
+        for line in outcome.stdout.decode("utf-8", "replace").split("\n"):
+            start, number, value = [*line.split(" ", 2), "", ""][:3]
+            if start == nonce:
+                self._values.setdefault(number, []).append(value)
+        for line in outcome.stderr.decode("utf-8", "replace").splitlines():
+            start, _, said = line.partition(": ")
+            self._said[start] = said
+
+    def of(self, number: int) -> tuple[str, str]:
+        """Its value, and why there is none."""
+        values = self._values.get(str(number), [])
+        if len(values) > 1:
+            return "", "several results arrived, and only one of them can be the test's own"
+        if not values:
+            return "", self._said.get(f"check {number}") or self._reason
+        return values[0], ""
 
 
 def _run_solution(code: str, mode: str, stdin: str, limits: Limits, isolation: str) -> _Outcome:

@@ -7,7 +7,8 @@ the standard library only. Exit status: that of the command, 128 + signal, or NO
 With namespaces there are three processes: this one, which waits; init, number 1 of a new process
 namespace, whose end kills every process in it; and the command. New user (the command's
 capabilities are empty), network (no interface is up), mount (everything read-only but `folder`) and
-IPC namespaces.
+IPC namespaces. /proc shows these processes and no others; where a container keeps us from mounting
+it, /proc is empty.
 """
 
 import ctypes
@@ -22,6 +23,8 @@ USER_INSIDE = 1000
 
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
 _MS_BIND, _MS_REC, _MS_PRIVATE = 4096, 16384, 1 << 18
+_MS_INERT = 1 | 2 | 4 | 8
+"""Read-only, without set-user-id programs, devices or programs at all."""
 _MOUNT_SETATTR, _AT_FDCWD, _AT_RECURSIVE, _READ_ONLY = 442, -100, 0x8000, 1
 
 
@@ -41,6 +44,11 @@ def main() -> None:
     init = os.fork()
     if init == 0:
         _die_with_parent()
+        try:
+            _own_processes_only()
+        except OSError as error:
+            sys.stderr.write(f"{error}\n")
+            os._exit(NOT_PERMITTED)
         inner = os.fork()
         if inner == 0:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -88,6 +96,14 @@ def _new_namespaces(folder: bytes) -> None:
     _set_attributes(b"/", _AT_RECURSIVE, _READ_ONLY, 0)
     _set_attributes(folder, 0, 0, _READ_ONLY)
     os.chdir(folder)  # the folder was entered before it was mounted
+
+
+def _own_processes_only() -> None:
+    """In the new process namespace: its /proc in place of the host's, or nothing in its place."""
+    try:
+        _libc("mount", b"proc", b"/proc", b"proc", _MS_INERT, None)
+    except OSError:  # parts of the host's are hidden, as in most containers: ours would show them
+        _libc("mount", b"none", b"/proc", b"tmpfs", _MS_INERT, b"mode=555")
 
 
 def _set_attributes(path: bytes, flags: int, on: int, off: int) -> None:

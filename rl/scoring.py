@@ -4,17 +4,19 @@ Letters: A answers.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from rl.config import RLConfig
-from rl.judge import Judge, named
+from rl.judge import Judge, Pool, named
 from rl.length import soft_overlong
 from rl.records import Record
 from rl.source import rewards_of
+from rl.stopping import RolloutStoppedError, Stop, never
 from rl.tasks.task import Task, summary
 
 
@@ -44,9 +46,16 @@ class Scores:
         )
 
 
-Scorer = Callable[[Sequence[Record], Sequence[str], np.ndarray], Scores]
-"""`scorer(records, texts, lengths)`: a record, a text and its length in tokens per answer. What
-scores answers by other rules, in processes of its own say, has this form too."""
+class Scorer(Protocol):
+    """What scores answers, by whatever rules and in whatever processes."""
+
+    def __call__(
+        self, records: Sequence[Record], texts: Sequence[str], lengths: np.ndarray,
+        stop: Stop = ..., /,
+    ) -> Scores:  # fmt: skip
+        """Scores of a record, a text and its length in tokens per answer. RolloutStoppedError
+        soon after `stop()` says true."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +66,15 @@ class TaskScorer:
     rl: RLConfig
 
     def __call__(
-        self, records: Sequence[Record], texts: Sequence[str], lengths: np.ndarray
-    ) -> Scores:
-        """Scores of the answers; never raises because of a text."""
-        seen = [self.task.inspect(r, text) for r, text in zip(records, texts, strict=True)]
+        self, records: Sequence[Record], texts: Sequence[str], lengths: np.ndarray,
+        stop: Stop = never,
+    ) -> Scores:  # fmt: skip
+        """Scores of the answers; never raises because of a text. See `Scorer`."""
+        seen = []
+        for record, text in zip(records, texts, strict=True):
+            if stop():
+                raise RolloutStoppedError
+            seen.append(self.task.inspect(record, text))
         correct = np.array([item["correct"] for item in seen], bool)
         parts = {
             "accuracy": correct.astype(np.float64),
@@ -92,13 +106,14 @@ class JudgeScorer:
     own: TaskScorer | None = None
 
     def __call__(
-        self, records: Sequence[Record], texts: Sequence[str], lengths: np.ndarray
-    ) -> Scores:
-        """Scores of the answers; never raises because of a text or of a reward."""
-        values, failures, messages = self._judge_once(records, texts)
+        self, records: Sequence[Record], texts: Sequence[str], lengths: np.ndarray,
+        stop: Stop = never,
+    ) -> Scores:  # fmt: skip
+        """Scores of the answers; never raises because of a text or of a reward. See `Scorer`."""
+        values, failures, messages = self._judge_once(records, texts, stop)
         parts = {name: values[i] for i, name in enumerate(self.weights)}
         if self.own is not None:
-            known = self.own(records, texts, lengths)
+            known = self.own(records, texts, lengths, stop)
             return dataclasses.replace(
                 known, parts=known.parts | parts, weights=known.weights | self.weights,
                 failures=failures, messages=messages,
@@ -112,11 +127,11 @@ class JudgeScorer:
             quality["format"] = float(parts["format"].mean())
         return dataclasses.replace(scores, correct=right, quality=quality)
 
-    def _judge_once(self, records: Sequence[Record], texts: Sequence[str]):
+    def _judge_once(self, records: Sequence[Record], texts: Sequence[str], stop: Stop):
         """Values [rewards, A] on every process; failures and messages on the first."""
         values, failures, messages = np.zeros((len(self.weights), len(texts))), {}, {}
         if jax.process_index() == 0:
-            judged = self.judge.score(records, texts)
+            judged = self.judge.score(records, texts, stop)
             values = np.stack([judged.parts[name] for name in self.weights])
             failures, messages = judged.failures, judged.examples
         if jax.process_count() > 1:
@@ -130,11 +145,11 @@ def judge_scorer(rl: RLConfig, task: Task | None) -> JudgeScorer:
 
     Close `judge` when done.
     """
-    chosen = [named(function, weight) for function, weight in rewards_of(rl)]
-    chosen = chosen or [named("accuracy")]
+    asked = rewards_of(rl) or [("accuracy", 1.0)]
+    chosen = [named(function, weight, rl.reward_timeout) for function, weight in asked]
     _check_names(rl, {one.name: one.function for one in chosen}, task)
     if rl.format_weight and task is None:
-        chosen.append(named("format", rl.format_weight))
+        chosen.append(named("format", rl.format_weight, rl.reward_timeout))
     own = None if task is None else TaskScorer(task, rl)
     if own and (taken := {"accuracy", "format", "language"} & {one.name for one in chosen}):
         raise ValueError(
@@ -147,7 +162,8 @@ def judge_scorer(rl: RLConfig, task: Task | None) -> JudgeScorer:
             dataclasses.replace(one, options=tags) if one.function == "format" else one
             for one in chosen
         ]
-    judge = Judge(chosen)
+    patience = max(1.0, rl.reward_timeout / RLConfig.reward_timeout)
+    judge = Judge(chosen, Pool(batch_seconds=Pool.batch_seconds * patience))
     return JudgeScorer(judge, {one.name: one.weight for one in chosen}, rl, own)
 
 

@@ -11,11 +11,13 @@ asks the server to load it (SGLang's `/update_weights_from_disk`); without it th
 grows old, which `policy/sampler_gap` shows.
 """
 
-import concurrent.futures
 import dataclasses
+import functools
 import http.client
 import json
+import queue
 import shutil
+import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Sequence
@@ -25,10 +27,9 @@ from typing import Any
 import numpy as np
 
 from data.tokenizer import Tokenizer
-from rl.rollout import Rollout, RolloutStoppedError
+from rl.rollout import Rollout
+from rl.stopping import POLL_S, RolloutStoppedError, Stop, never
 
-POLL_S = 0.2
-"""How often a rollout under way asks whether to stop."""
 RETRY_STATUS = {408, 429, 500, 502, 503, 504}
 
 
@@ -60,12 +61,13 @@ class Server:
                 f"rl.server is {self.url!r}; give a URL such as http://localhost:8000, without /v1"
             )
 
-    def post(self, path: str, body: dict[str, Any]) -> Any:
-        """The answer's JSON. ServerError once the tries are used up, or for a request refused."""
+    def post(self, path: str, body: dict[str, Any], stop: Stop = never) -> Any:
+        """The answer's JSON. ServerError once the tries are used up, or for a request refused;
+        RolloutStoppedError, between two tries only, if `stop()` says true."""
         wrong = ""
         for attempt in range(self.retries + 1):
             if attempt:
-                time.sleep(self.wait * 2 ** (attempt - 1))
+                _sleep(self.wait * 2 ** (attempt - 1), stop)
             try:
                 status, content = self._post_once(path, json.dumps(body).encode())
             except (OSError, http.client.HTTPException) as error:
@@ -123,8 +125,11 @@ class ServerSampler:
         self._temperature, self._budget = temperature, max_new_tokens
         self._write, self._folder = write, folder
 
-    def publish(self, params: Any, router_bias: Any) -> None:
-        """Let the server take these weights, if it is to take any."""
+    def publish(self, params: Any, router_bias: Any, stop: Stop = never) -> None:
+        """Let the server take these weights, if it is to take any.
+
+        Raises ServerError, and RolloutStoppedError soon after `stop()` says true.
+        """
         if self._write is None or self._folder is None:
             return
         beside = self._folder.with_name(self._folder.name + ".new")
@@ -133,7 +138,10 @@ class ServerSampler:
         shutil.rmtree(self._folder, ignore_errors=True)
         beside.rename(self._folder)
         body = {"model_path": str(self._folder.resolve())}
-        said = self._server.post("/update_weights_from_disk", body)
+        (said,) = _all_of(
+            [lambda given_up: self._server.post("/update_weights_from_disk", body, given_up)],
+            1, stop,
+        )  # fmt: skip
         if isinstance(said, dict) and said.get("success") is False:
             raise ServerError(f"{self._server.url} did not load {self._folder}: {said}")
 
@@ -142,29 +150,19 @@ class ServerSampler:
 
     def __call__(
         self, prompts: Sequence[np.ndarray], group_size: int, seed: int,
-        stop: Callable[[], bool] = lambda: False,
+        stop: Stop = never,
     ) -> Rollout:  # fmt: skip
         """Answer every prompt `group_size` times, `Server.parallel` prompts at a time.
 
         Raises ServerError, and RolloutStoppedError soon after `stop()` says true.
         """
         began = time.perf_counter()
-        pool = concurrent.futures.ThreadPoolExecutor(self._server.parallel)
-        try:
-            asked = [
-                pool.submit(self._ask, prompt, group_size, (seed + i) & 0x7FFFFFFF)
-                for i, prompt in enumerate(prompts)
-            ]
-            left = set(asked)
-            while left:
-                if stop():
-                    raise RolloutStoppedError
-                done, left = concurrent.futures.wait(left, POLL_S)
-                for one in done:
-                    one.result()  # raises what it raised
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-        answers = [answer for one in asked for answer in one.result()]
+        asked = [
+            functools.partial(self._ask, prompt, group_size, (seed + i) & 0x7FFFFFFF)
+            for i, prompt in enumerate(prompts)
+        ]
+        found = _all_of(asked, self._server.parallel, stop)
+        answers = [answer for of_prompt in found for answer in of_prompt]
         tokens = [ids for ids, _, _ in answers]
         return Rollout(
             tokens=tokens,
@@ -175,14 +173,14 @@ class ServerSampler:
             passes=sum(map(len, tokens)),
         )
 
-    def _ask(self, prompt: np.ndarray, count: int, seed: int):
+    def _ask(self, prompt: np.ndarray, count: int, seed: int, stop: Stop):
         """(ids, log-probabilities, truncated) of each answer to one prompt."""
         body = {
             "model": self._server.model, "prompt": prompt.tolist(), "n": count, "seed": seed,
             "temperature": self._temperature, "top_p": 1.0, "max_tokens": self._budget,
             "logprobs": 0, "return_token_ids": True, "skip_special_tokens": False,
         }  # fmt: skip
-        said = self._server.post("/v1/completions", body)
+        said = self._server.post("/v1/completions", body, stop)
         try:
             choices = sorted(said["choices"], key=lambda choice: choice.get("index", 0))
             found = [self._answer(choice) for choice in choices]
@@ -213,3 +211,56 @@ class ServerSampler:
         if logps is None or len(logps) != len(tokens):
             return tokens, np.full(len(tokens), np.nan, np.float32), cut
         return tokens, np.array(logps, np.float32), cut
+
+
+def _sleep(seconds: float, stop: Stop) -> None:
+    end = time.monotonic() + seconds
+    while True:
+        if stop():
+            raise RolloutStoppedError
+        left = end - time.monotonic()
+        if left <= 0:
+            return
+        time.sleep(min(left, POLL_S))
+
+
+def _all_of(calls: Sequence[Callable[[Stop], Any]], parallel: int, stop: Stop) -> list[Any]:
+    """What the calls return, `parallel` at a time; each is given the `Stop` of all of them.
+
+    The first error ends the wait, and so does `stop()`, with RolloutStoppedError. Calls that are
+    then under way go on in daemon threads, which do not keep the process from ending.
+    """
+    waiting: queue.SimpleQueue = queue.SimpleQueue()
+    ended: queue.SimpleQueue = queue.SimpleQueue()
+    given_up = threading.Event()
+    for one in enumerate(calls):
+        waiting.put(one)
+
+    def work() -> None:
+        while not given_up.is_set():
+            try:
+                number, call = waiting.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                ended.put((number, call(given_up.is_set), None))
+            except BaseException as error:
+                ended.put((number, None, error))
+
+    for _ in range(min(parallel, len(calls))):
+        threading.Thread(target=work, daemon=True).start()
+    found: dict[int, Any] = {}
+    try:
+        while len(found) < len(calls):
+            if stop():
+                raise RolloutStoppedError
+            try:
+                number, value, error = ended.get(timeout=POLL_S)
+            except queue.Empty:
+                continue
+            if error is not None:
+                raise error
+            found[number] = value
+    finally:
+        given_up.set()
+    return [found[number] for number in range(len(calls))]

@@ -19,10 +19,11 @@ from rl.evaluate import Evaluation
 from rl.loop import PolicyLoop
 from rl.plots import plot_rl
 from rl.rollout import PolicySampler
+from rl.sandbox import described_isolation
 from rl.scoring import Scorer, TaskScorer, judge_scorer
 from rl.served_weights import SERVED, export_live
 from rl.server import Server, ServerSampler
-from rl.source import Prompts, TaskPrompts, file_prompts, rewards_of
+from rl.source import FilePrompts, Prompts, TaskPrompts, file_prompts, rewards_of
 from rl.tasks.characters import character_tokenizer
 from rl.trainer import PolicyTrainer
 from sharding.partition import Layout
@@ -133,6 +134,16 @@ def make_prompts(run: RunConfig, tokenizer: Tokenizer) -> Prompts:
     return prompts
 
 
+def judges_code(run: RunConfig, prompts: Prompts) -> bool:
+    """Whether answers are programs that a reward runs: `code`, or accuracy of such records."""
+    names = {name for name, _ in rewards_of(run.rl)}
+    if "code" in names:
+        return True
+    if not isinstance(prompts, FilePrompts) or (names and "accuracy" not in names):
+        return False
+    return any(record.task == "code" for record in (*prompts.train, *prompts.kept))
+
+
 @contextlib.contextmanager
 def open_scorer(run: RunConfig) -> Generator[Scorer]:
     """The task's verifier, or a judge's workers, which end with the context."""
@@ -219,6 +230,8 @@ def run_stage(
     """
     tokenizer = policy_tokenizer(run, init_from)
     prompts = make_prompts(run, tokenizer)
+    if judges_code(run, prompts):
+        say(f"code         runs {described_isolation()}")
     connect(trainer.layout.mesh)
     with open_scorer(run) as scorer:
         checkpoints, state = open_state(run, trainer, init_from, say)

@@ -14,6 +14,7 @@ import pytest
 import rl.judge as judge_module
 from rl.judge import Judge, Pool, WeightedReward, named
 from rl.records import Record
+from rl.stopping import RolloutStoppedError
 
 MINE = """
 import os, signal, sys, time
@@ -177,6 +178,45 @@ def test_an_interrupted_batch_ends_its_workers(mine, monkeypatch):
     assert not judge._workers
     assert judge.score(records(1), ["abc"]).rewards_B == [3]  # and it goes on
     del judge  # without close: the finalizer ends the worker
+
+
+@pytest.mark.parametrize("text", ["hang", "ignore TERM"])
+def test_a_batch_that_is_stopped_ends_its_workers_soon(text, mine):
+    """All together, not one after the other; the judge goes on afterwards."""
+    reward = WeightedReward("moody", 1.0, f"{mine}:moody", 60)
+    with Judge([reward], Pool(workers=3)) as judge:
+        judge.score(records(9), ["abc"] * 9)  # all workers are up
+        begin = time.monotonic()
+        with pytest.raises(RolloutStoppedError):
+            judge.score(records(9), [text] * 9, lambda: time.monotonic() > begin + 0.5)
+        assert time.monotonic() - begin < 0.5 + 2
+        assert not judge._workers
+        assert judge.score(records(1), ["abc"]).rewards_B == [3]
+
+
+def test_a_worker_that_is_slow_to_start_does_not_keep_a_batch_from_stopping(tmp_path):
+    (tmp_path / "slow.py").write_text(
+        "import os, time\n"
+        f"if os.path.exists({str(tmp_path / 'marker')!r}): time.sleep(30)\n"
+        "def slow(record, text): return 1.0\n"
+    )
+    with Judge([named(f"{tmp_path}/slow.py:slow")], Pool(workers=2)) as judge:
+        (tmp_path / "marker").touch()
+        begin = time.monotonic()
+        with pytest.raises(RolloutStoppedError):
+            judge.score(records(9), ["a"] * 9, lambda: time.monotonic() > begin + 0.5)
+        assert time.monotonic() - begin < 0.5 + 2
+    with (
+        pytest.raises(ValueError, match="no answer in 1 s"),
+        Judge([named(f"{tmp_path}/slow.py:slow")], Pool(start_seconds=1)),
+    ):
+        pass
+
+
+def test_deadlines_of_rewards_that_go_by_name():
+    assert [named(name).seconds for name in ("format", "a.py:mine", "code")] == [5, 5, 25]
+    assert [named(name, 1, 60).seconds for name in ("a.py:mine", "accuracy")] == [60, 60]
+    assert [named(name, 1, 2).seconds for name in ("a.py:mine", "accuracy")] == [2, 25]
 
 
 @pytest.mark.parametrize(

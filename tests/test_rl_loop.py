@@ -25,9 +25,10 @@ from rl.batches import cut, make_batch
 from rl.config import GRPOConfig, RLConfig, TaskConfig
 from rl.corpus import configured_task, corpus_data
 from rl.plots import plot_rl
-from rl.rollout import PolicySampler, Rollout, RolloutStoppedError
+from rl.rollout import PolicySampler, Rollout
 from rl.scoring import Scores, TaskScorer
 from rl.source import TaskPrompts, sampler_seed
+from rl.stopping import RolloutStoppedError
 from rl.sums import numbers
 from rl.tasks import make_task
 from rl.tasks.characters import character_tokenizer
@@ -323,19 +324,22 @@ def test_transcripts_and_plot(whole):
     assert [path.name for path in plot_rl(run.run_dir)] == ["rl.png"]
 
 
-def test_stopped_and_resumed_is_not_stopped(whole, tmp_path, monkeypatch):
+@pytest.mark.parametrize("inside", ["sampler", "scorer", "evaluation"])
+def test_stopped_and_resumed_is_not_stopped(inside, whole, tmp_path, monkeypatch):
     """SIGTERM inside the second rollout: that rollout is lost, and nothing differs in the end."""
     run, trainer, uncut, _ = whole
     run = dataclasses.replace(run, run_dir=str(tmp_path))
     loop = make_loop(run, trainer, uncut)
-    sample, calls = type(loop.sampler).__call__, itertools.count()
+    patched = type(loop.scorer if inside == "scorer" else loop.sampler)
+    inner, calls = patched.__call__, itertools.count()
 
-    def interrupted(self, prompts, group, seed, stop=lambda: False):
-        if self is loop.sampler and group > 1 and next(calls) == 1:
+    def interrupted(self, given, also, more, *stop):
+        mine = inside == "scorer" or (also > 1) == (inside == "sampler")  # also: group
+        if mine and next(calls) == {"sampler": 1, "scorer": 5, "evaluation": 2}[inside]:
             os.kill(os.getpid(), signal.SIGTERM)
-        return sample(self, prompts, group, seed, stop)
+        return inner(self, given, also, more, *stop)
 
-    monkeypatch.setattr(type(loop.sampler), "__call__", interrupted)
+    monkeypatch.setattr(patched, "__call__", interrupted)
     assert loop.run() == "SIGTERM"
     assert int(loop.state["step"]) == 2
     monkeypatch.undo()
@@ -359,7 +363,7 @@ def test_rounds_are_asked_until_groups_differ(whole, tmp_path):
     loop = make_loop(dataclasses.replace(run, rl=rl, run_dir=str(tmp_path)), trainer, uncut)
     asked, worth = [], [[0] * 8, [0, 1, 0, 0, 0, 0, 0, 0], [0] * 8, [0, 1, 0, 0, 1, 0, 0, 0]]
 
-    def scorer(records, texts, lengths):
+    def scorer(records, texts, lengths, stop):
         asked.append([record.prompt for record in records[::4]])
         rewards = np.array(worth[len(asked) - 1], float)
         return Scores({"accuracy": rewards}, {"accuracy": 1.0}, rewards > 0, {"accuracy": 0.1})

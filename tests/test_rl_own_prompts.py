@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -16,11 +17,13 @@ from model.recipe import Recipe
 from rl import stages
 from rl.config import RLConfig, TaskConfig
 from rl.records import Record
+from rl.sandbox import described_isolation
 from rl.scoring import judge_scorer
 from rl.source import file_prompts, rewards_of
 from rl.tasks import make_task
 from sharding.config import MeshConfig
 from sharding.mesh import make_layout
+from tests.test_rl_sandbox import EVERY
 from training.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -201,11 +204,54 @@ def test_code_as_a_reward_needs_tests_in_every_line(tmp_path, folder):
     assert len(file_prompts(config, tokenizer(folder), 0).train) == 1
 
 
+def test_the_deadline_of_a_reward_is_an_option(folder):
+    (folder / "slow.py").write_text(
+        "import time\ndef slow(record, text):\n    time.sleep(1)\n    return 1.0\n"
+    )
+    found = []
+    for seconds in (0.2, 20.0):
+        config = RLConfig(rewards=(f"{folder}/slow.py:slow",), reward_timeout=seconds)
+        scorer = judge_scorer(config, None)
+        with scorer.judge:
+            scores = scorer([Record("?", {})], [""], np.array([1]))
+        found.append((scores.parts["slow"].tolist(), scores.failures))
+        assert scorer.judge.pool.batch_seconds == max(600, 120 * seconds)
+    assert found == [([0.0], {"slow": {"hung": 1}}), ([1.0], {})]
+    for seconds in (0, -1, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=r"rl\.reward_timeout is .*; give seconds above 0"):
+            RLConfig(reward_timeout=seconds)
+
+
+def test_a_run_that_judges_code_says_what_keeps_it_in(folder):
+    """If a reward runs programs, and not otherwise."""
+    code = {
+        "prompt": "Write f.", "kind": "code",
+        "tests": [{"call": "half(3)", "value": 1.5, "tolerance": 1e-9}, {"check": "pass"}],
+    }  # fmt: skip
+    plain = {"prompt": "1 + 1?", "answer": "2"}
+    place = folder / "code.jsonl"
+
+    def judged(lines, *rewards) -> bool:
+        place.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        rl = RLConfig(prompts=str(place), rewards=rewards, held_out=0)
+        run = dataclasses.replace(preset("r1_zero"), task=TaskConfig(), rl=rl)
+        return stages.judges_code(run, file_prompts(rl, tokenizer(folder), 0))
+
+    assert judged([plain, code])
+    assert judged([plain, code], "accuracy", "format")
+    assert not judged([plain, code], "format")
+    assert not judged([plain])
+    assert judged([code], "code=0.5")
+    words = described_isolation()
+    assert words.startswith("in namespaces" if "namespaces" in EVERY else "behind a hook")
+    assert described_isolation("hook").endswith("(chosen)")
+
+
 # ---- Through train.py ----------------------------------------------------------------------------
 
 
-def run_train(folder: pathlib.Path, name: str, *options: str) -> subprocess.CompletedProcess:
-    command = [
+def train_command(folder: pathlib.Path, name: str, *options: str) -> list[str]:
+    return [
         sys.executable, "train.py", "--config", "r1_zero", "--run-dir", str(folder / name),
         "--task.name", "", "--data.tokenizer", str(folder / "tokenizer.json"),
         "--model.vocab-size", "320", "--data.vocab-size", "320", "--model.hidden-size", "32",
@@ -215,9 +261,12 @@ def run_train(folder: pathlib.Path, name: str, *options: str) -> subprocess.Comp
         "--rl.max-new-tokens", "16", "--rl.eval-prompts", "4", "--train.eval-every", "2",
         "--compilation-cache", str(folder / "programs"), *options,
     ]  # fmt: skip
+
+
+def run_train(folder: pathlib.Path, name: str, *options: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, text=True, capture_output=True,
-        check=False,
+        train_command(folder, name, *options), cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""},
+        text=True, capture_output=True, check=False,
     )  # fmt: skip
 
 
@@ -238,6 +287,42 @@ def test_own_prompts_and_rewards_train(folder):
     lines = (folder / "own" / "samples.jsonl").read_text().splitlines()
     assert all("apples" in json.loads(line)["prompt"] for line in lines)
     assert (folder / "own" / "rl.png").exists()
+
+
+HANGS = """
+import pathlib, time
+def hangs(record, text):
+    pathlib.Path(__file__).with_name("hanging").touch()
+    time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_with_a_reward_that_hangs_stops_on_sigterm(folder):
+    """Within seconds, with code to judge; what keeps it in was said at the start."""
+    (folder / "hangs.py").write_text(HANGS)
+    command = train_command(
+        folder, "hanging_run", "--rl.prompts", str(folder / "prompts.jsonl"), "--rl.held-out",
+        "0.2", "--rl.rewards", f"{folder}/hangs.py:hangs", "code=0", "--rl.reward-timeout", "500",
+        "--train.eval-every", "0",
+    )  # fmt: skip
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, text=True, stdout=subprocess.PIPE
+    )
+    with process:
+        try:
+            while not (folder / "hanging").exists():
+                time.sleep(0.1)
+                assert process.poll() is None
+            process.terminate()
+            begin = time.monotonic()
+            said, _ = process.communicate(timeout=60)
+            assert time.monotonic() - begin < 10
+        finally:
+            process.kill()
+    assert process.returncode == 0
+    assert said.count("\ncode         runs ") == 1
+    assert "SIGTERM: stopped and saved at step 0" in said
 
 
 @pytest.mark.slow

@@ -11,7 +11,16 @@ import pytest
 from rl import sandbox
 from rl.records import Record
 from rl.rewards import accuracy, code
-from rl.sandbox import FunctionTest, Limits, ProgramTest, chosen_isolation, read_tests, run_tests
+from rl.sandbox import (
+    FunctionTest,
+    Limits,
+    ProgramTest,
+    ValueTest,
+    chosen_isolation,
+    described_isolation,
+    read_tests,
+    run_tests,
+)
 
 EVERY = ["hook"] + ["namespaces"] * (chosen_isolation("auto") == "namespaces")
 """Kinds of isolation that this system has; namespaces are tested where they are permitted."""
@@ -115,8 +124,173 @@ def test_the_hook_refuses(source, isolation, tmp_path):
     kept = tmp_path / "kept"
     kept.write_text("text")
     said = reason(source.replace("OUTSIDE", repr(str(kept))), isolation)
-    assert re.match(f"exit status 1: PermissionError: the sandbox refuses {event}", said), said
+    kind = "ImportError" if event.startswith("import") else "PermissionError"
+    assert re.match(f"exit status 1: {kind}: the sandbox refuses {event}", said), said
     assert kept.read_text() == "text"
+
+
+ACTS = """
+os.pidfd_open(PARENT)
+signal.pidfd_send_signal(0, 9)
+os.kill(PARENT, 0)
+os.killpg(0, 0)
+signal.pthread_kill(0, 9)
+os.setpriority(os.PRIO_PROCESS, PARENT, 5)
+os.nice(1)
+os.sched_setaffinity(PARENT, [0])
+os.sched_setscheduler(PARENT, os.SCHED_BATCH, os.sched_param(0))
+os.sched_setparam(PARENT, os.sched_param(0))
+resource.prlimit(PARENT, resource.RLIMIT_CPU, (9, 9))
+fcntl.fcntl(0, fcntl.F_SETOWN, PARENT)
+fcntl.ioctl(0, 0)
+fcntl.flock(0, fcntl.LOCK_SH)
+os.mkfifo(OUTSIDE)
+os.mknod(OUTSIDE)
+os.mkfifo("inside")
+os.chroot("/")
+os.setns(0)
+os.unshare(0)
+os.setuid(0)
+os.seteuid(0)
+os.setgid(0)
+os.setgroups([])
+os.setpgid(0, 0)
+os.setsid()
+os.tcsetpgrp(0, 0)
+os.openpty()
+os.login_tty(0)
+os.sync()
+os.symlink("a", "b")
+time.clock_settime(time.CLOCK_REALTIME, 0)
+sys.activate_stack_trampoline("perf")
+open(f"/proc/{PARENT}/mem", "rb")
+open(f"/proc/{PARENT}/cmdline")
+os.open(f"{PARENT}/cmdline", os.O_RDONLY, dir_fd=os.open("/proc", os.O_RDONLY))
+os.open("made", os.O_WRONLY | os.O_CREAT, dir_fd=os.open(FOLDER, os.O_RDONLY))
+os.mkdir("made", dir_fd=os.open(FOLDER, os.O_RDONLY))
+os.remove("kept", dir_fd=os.open(FOLDER, os.O_RDONLY))
+os.rename("solution.py", "made", dst_dir_fd=os.open(FOLDER, os.O_RDONLY))
+os.posix_spawn("/bin/true", ["true"], {})
+os.execv("/bin/true", ["true"])
+os.fork()
+importlib.import_module("ctypes")
+importlib.import_module("_ctypes")
+importlib.import_module("sqlite3")
+importlib.import_module("tkinter")
+importlib.import_module("termios")
+importlib.import_module("readline")
+importlib.import_module("_xxsubinterpreters")
+importlib.import_module("multiprocessing.shared_memory")
+(sys.modules.pop("posix"), importlib.import_module("posix"))
+importlib.machinery.BuiltinImporter.create_module(importlib.machinery.ModuleSpec("posix", None))
+native("posix_spawn", os.getcwd() + "/native.so")
+"""
+
+
+def test_the_hook_refuses_to_act_on_other_processes_and_outside(tmp_path):
+    """Every function that could, whether or not the interpreter reports it to hooks."""
+    kept = tmp_path / "kept"
+    kept.write_text("text")
+    made = f"PARENT, OUTSIDE, FOLDER = {os.getpid()}, {str(tmp_path / 'made')!r}, {str(tmp_path)!r}"
+    source = f"""
+import fcntl, importlib.machinery, os, resource, signal, sys, time
+{made}
+def native(name, path):
+    loader = importlib.machinery.ExtensionFileLoader(name, path)
+    loader.create_module(importlib.machinery.ModuleSpec(name, loader, origin=path))
+for line in {ACTS.strip().splitlines()!r}:
+    try:
+        eval(line)
+    except (PermissionError, ImportError) as error:
+        if "the sandbox refuses" not in str(error):
+            print(line, repr(error))
+    except BaseException as error:
+        print(line, repr(error))
+    else:
+        print(line)
+"""
+    assert reason(source, "hook") == ""
+    assert os.listdir(tmp_path) == ["kept"]
+    assert kept.read_text() == "text"
+
+
+@every_isolation
+def test_the_standard_library_works(isolation):
+    """Modules that an answer may import, and folders made and removed by their descriptors."""
+    source = """
+import collections, concurrent.futures, dataclasses, datetime, decimal, fractions
+import getpass, hashlib, heapq, http.client, itertools, json, math, multiprocessing, random, re
+import shutil, signal, statistics, string, tempfile, threading, time, typing, urllib.request, uuid
+with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    print(sum(pool.map(abs, range(4))), end=" ")
+with tempfile.TemporaryDirectory() as folder:
+    open(f"{folder}/a", "w").close()
+shutil.rmtree(tempfile.mkdtemp())
+print(os.listdir() if (os := __import__("os")) else "", open("/proc/self/comm").read() != "")
+"""
+    assert reason(source, isolation, "6 ['solution.py'] True") == ""
+
+
+needs_namespaces = pytest.mark.skipif(
+    "namespaces" not in EVERY, reason="the system denies user namespaces"
+)
+
+
+def without_hook(tmp_path, monkeypatch) -> None:
+    """Leaves the kernel's isolation alone."""
+    open_program = tmp_path / "program.py"
+    text = pathlib.Path(sandbox._PROGRAM).read_text()
+    for line in ("    _seal(forbidden)\n", "    sys.addaudithook(hook)\n"):
+        assert text.count(line) == 1
+        text = text.replace(line, "    pass\n")
+    open_program.write_text(text)
+    monkeypatch.setattr(sandbox, "_PROGRAM", open_program)
+
+
+@needs_namespaces
+@pytest.mark.parametrize("hook", [True, False])
+def test_in_namespaces_a_program_sees_its_own_processes_only(hook, tmp_path, monkeypatch):
+    """The command and what started it, number 1; without the hook also what they are."""
+    source = """
+import os
+seen = [name for name in os.listdir("/proc") if name.isdigit()]
+print(len(seen), "1" in seen, str(os.getpid()) in seen)
+"""
+    expected = "2 True True"
+    if not hook:
+        without_hook(tmp_path, monkeypatch)
+        source += """
+print(*sorted(open(f"/proc/{name}/cmdline").read().split("\\0")[4].split("/")[-1] for name in seen))
+try:
+    open("/proc/sys/kernel/core_pattern", "w")
+except OSError as error:
+    print(error.errno)
+"""
+        expected += "\nprogram.py sandbox_enter.py\n30"  # 30: read-only file system
+    assert reason(source, "namespaces", expected) == ""
+
+
+@needs_namespaces
+@pytest.mark.parametrize("refused", ["proc", "proc and tmpfs"])
+def test_where_proc_cannot_be_mounted_it_is_hidden_or_the_hook_is_left(
+    refused, tmp_path, monkeypatch
+):
+    enter = tmp_path / "enter.py"
+    text = pathlib.Path(sandbox._ENTER).read_text()
+    for kind in refused.split(" and "):
+        assert text.count(f'b"{kind}", _MS') == 1
+        text = text.replace(f'b"{kind}", _MS', 'b"none", _MS')
+    enter.write_text(text)
+    monkeypatch.setattr(sandbox, "_ENTER", enter)
+    monkeypatch.setattr(sandbox, "_why_no_namespaces", sandbox._why_no_namespaces.__wrapped__)
+    source = "import os; print(os.listdir('/proc'))"
+    if refused == "proc":
+        assert reason(source, "auto", "[]") == ""
+        assert "namespaces" in described_isolation()
+        return
+    assert reason("print(1)", "auto", "1") == ""
+    assert chosen_isolation("auto") == "hook"
+    assert re.search(r"hook .*denies namespaces: .*mount: No such device", described_isolation())
 
 
 @every_isolation
@@ -130,16 +304,10 @@ print(sorted(os.listdir()), os.environ["HOME"] == os.getcwd(), len(os.environ) <
     assert reason(source, isolation, "['c', 'solution.py'] True True") == ""
 
 
-@pytest.mark.skipif("namespaces" not in EVERY, reason="the system denies user namespaces")
+@needs_namespaces
 def test_behind_the_hook_namespaces_are_a_wall(tmp_path, monkeypatch):
     """The same without the hook: the kernel refuses, and what was started is gone afterwards."""
-    open_program = tmp_path / "program.py"
-    text = pathlib.Path(sandbox._PROGRAM).read_text()
-    for line in ("    _no_processes()\n", "    sys.addaudithook(hook)\n"):
-        assert text.count(line) == 1
-        text = text.replace(line, "    pass\n")
-    open_program.write_text(text)
-    monkeypatch.setattr(sandbox, "_PROGRAM", open_program)
+    without_hook(tmp_path, monkeypatch)
     marker = f"{tmp_path}/marker"
     source = f"""
 import os, socket, subprocess, sys, time
@@ -244,6 +412,124 @@ def test_leaving_early_passes_no_check(source):
     assert report.passed == (False, False)
 
 
+ALWAYS_EQUAL = """
+class Yes:
+    __eq__ = __ne__ = __contains__ = lambda *_: True
+    __bool__ = lambda _: True
+class Chameleon(int):
+    __eq__ = lambda *_: True
+    __hash__ = int.__hash__
+class Row(list):
+    __eq__ = lambda *_: True
+def f(x): return {"yes": Yes(), "number": Chameleon(9), "rows": [Row([9])], "in": [Yes()]}[x]
+"""
+
+
+@every_isolation
+def test_an_object_that_equals_everything_passes_nothing(isolation):
+    checks = [
+        "assert f('yes') == 3",
+        "assert 3 == f('yes')",
+        "assert f('yes') is True",
+        "assert f('number') == 3, 'no'",
+        "assert f('rows') == [[3]]",
+        "assert f('in') == [3]",
+        "three = 1 + 2\nassert f('yes') == three",
+        "def check(f):\n    assert f('number') == 3\ncheck(f)",
+        "for x in ['yes']:\n    assert f(x) == 3",
+    ]
+    tests = [FunctionTest(check) for check in checks]
+    tests += [ValueTest(f"f({x!r})", 3) for x in ("yes", "number", "rows")]
+    report = run_tests(ALWAYS_EQUAL, tests, Limits(isolation=isolation))
+    assert not any(report.passed), report
+    assert report.reasons[0] == "TypeError: the value is of class Yes, which is not plain data"
+    assert report.reasons[3] == "AssertionError: no"
+    assert report.reasons[4] == "AssertionError: the value is [[9]], not [[3]]"
+
+
+def test_what_checks_compare_is_compared_as_python_does():
+    source = """
+import collections, decimal, enum, fractions
+Pair = collections.namedtuple("Pair", "a b")
+class Vector:
+    def __init__(self, *x): self.x = x
+    def __eq__(self, other): return self.x == other.x
+values = dict(pair=Pair(1, 2), count=collections.Counter("aab"), half=fractions.Fraction(1, 2),
+    deci=decimal.Decimal("2"), third=fractions.Fraction(1, 3), keys={"a": 1}.keys(),
+    nested={1: ({2, 3}, [None, 1.5, b"x"])}, j=2j, text="\\ud800 \\n", true=True, big=10**40,
+    vector=Vector(1, 2), two=2, both=frozenset([1, (2,), frozenset([3])]))
+f = values.get
+"""
+    right = [
+        "assert f('pair') == (1, 2)", "assert f('count') == {'a': 2, 'b': 1}",
+        "assert f('half') == 0.5", "assert f('deci') == 2", "assert f('keys') == {'a'}",
+        "assert f('nested') == {1: ({3, 2}, [None, 1.5, b'x'])}", "assert f('j') == 2j",
+        r"assert f('text') == '\ud800 \n'", "assert f('true') == 1", "assert f('true') is True",
+        "assert f('big') == 10000000000000000000000000000000000000000", "assert f('no') is None",
+        "assert f('vector') == Vector(1, 2)", "assert f('vector') != Vector(1, 3)",
+        "assert f('third') == fractions.Fraction(1, 3)", "assert f('two') == 2.0, 'no'",
+        "assert -1 == f('two') - 3", "x = f('two')", "assert x == 2; assert x + 1 == 3",
+        "assert f('both') == {1, (2,), frozenset([3])}", "assert len(f('both')) == 3", "# nothing",
+        "assert f('two') < 3 and f('two') != 3",
+    ]  # fmt: skip
+    wrong = [
+        "assert f('pair') == [1, 2]", "assert f('two') == 3", "assert f('two') is True",
+        "assert f('two') == '2'", "assert f('third') == 0.3", "assert f('vector') == (1, 2)",
+        "assert f('two') == 2; assert f('two') == 3", "assert f('two') != 2", "assert",
+    ]  # fmt: skip
+    report = run_tests(source, [FunctionTest(check) for check in right + wrong])
+    passed = dict(zip(right + wrong, report.passed, strict=True))
+    assert passed == dict.fromkeys(right, True) | dict.fromkeys(wrong, False), report.reasons
+
+
+@pytest.mark.parametrize(
+    ("returns", "value", "tolerance", "passes"),
+    [
+        ("[1, 'a', None, True]", [1, "a", None, True], 0, True),
+        ("(1, [2.0])", [1, [2]], 0, True),
+        ("{'a': (1,)}", {"a": [1]}, 0, True),
+        ("{1: 'a'}", {"1": "a"}, 0, False),
+        ("[1]", [1, 2], 0, False),
+        ("'1'", 1, 0, False),
+        ("True", 1, 0, False),
+        ("1", True, 0, False),
+        ("0", False, 0, False),
+        ("None", None, 0, True),
+        ("{1}", [1], 0, False),
+        ("1 / 3", 0.333, 1e-3, True),
+        ("[1 / 3]", [0.333], 1e-4, False),
+        ("float('nan')", 1.0, 1, False),
+        ("float('inf')", 1e308, 1, False),
+        ("10 ** 400", 1.5, 1, False),
+        ("10 ** 5000", 1, 0, False),
+        (r"'\ud800'", "\ud800", 0, True),
+        ("object()", 1, 0, False),
+        ("(lambda a: a.append(a) or a)([])", [], 0, False),
+        ("1 / 0", 1, 0, False),
+    ],
+)  # fmt: skip
+def test_values_are_json(returns, value, tolerance, passes):
+    report = run_tests(f"def f(): return {returns}", [ValueTest(" f()", value, tolerance)])
+    assert report.passed == (passes,), report
+
+
+def test_a_value_is_not_guessed():
+    """Code that finds the way out of the sandbox can still say one value only."""
+    source = r"""
+import os, sys
+def f():
+    frame = sys._getframe()
+    while "work" not in frame.f_locals:
+        frame = frame.f_back
+    nonce, results = frame.f_locals["work"]["nonce"], frame.f_locals["results"]
+    for guess in range(4):
+        os.write(results, f"{nonce} 0 {guess}\n".encode())
+    return 0
+"""
+    report = run_tests(source, [ValueTest("f()", 3)])
+    assert report.reasons[0].startswith("several results arrived")
+
+
 def test_a_check_that_hangs_fails_itself_and_those_after_it():
     checks = ["pass", "import time; time.sleep(9)", "pass"]
     report = run_tests("", [FunctionTest(check) for check in checks], Limits(seconds=2))
@@ -253,6 +539,7 @@ def test_a_check_that_hangs_fails_itself_and_those_after_it():
 
 def test_the_code_reward():
     tests = [{"stdin": "3", "stdout": "9"}, {"check": "assert square(2) == 4"}]
+    tests += [{"call": "square(1.5)", "value": 2.2, "tolerance": 0.1}]
     asked = Record("Square.", {"tests": tests}, "code")
     right = "```python\ndef square(x): return x * x\nif __name__ == '__main__':"
     right += " print(square(int(input())))\n```\nIt squares."
@@ -270,6 +557,12 @@ def test_the_code_reward():
         ("assert", "tests is 'assert'"),
         ([{"check": "pass"}, {"check": 1}], r"test 1 is .*give \{'stdin': text, 'stdout': text\}"),
         ([{"stdin": "", "stdout": "", "check": ""}], "test 0 is"),
+        ([{"call": "f(", "value": 1}], r"test 0 is .*\{'call': expression, 'value': JSON\}"),
+        ([{"call": "f()", "value": (1,)}], "test 0 is"),
+        ([{"call": "f()", "value": {1: 2}}], "test 0 is"),
+        ([{"call": "f()", "value": 1, "tolerance": -1}], "test 0 is .*a number, 0 or more"),
+        ([{"call": "f()", "value": 1, "tolerance": "1"}], "test 0 is"),
+        ([{"call": "f()"}], "test 0 is"),
     ],
 )
 def test_wrong_tests_are_told(entries, message):

@@ -2,6 +2,9 @@
 
 import http.server
 import json
+import pathlib
+import subprocess
+import sys
 import threading
 import time
 
@@ -12,12 +15,13 @@ import pytest
 from checkpoint.weights import open_weights
 from data.tokenizer import train_tokenizer
 from rl.config import RLConfig
-from rl.rollout import RolloutStoppedError
 from rl.served_weights import export_live
 from rl.server import Server, ServerError, ServerSampler
+from rl.stopping import RolloutStoppedError
 from tests.small_model import CONFIG, weights
 from tests.test_rl_loop import make_loop, make_trainer, same, tiny_run
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 TOKENIZER = train_tokenizer(["a few words to learn tokens from"] * 3, 300)
 EOS = TOKENIZER.eos_id
 PROMPTS = [np.array([5, 6, 7], np.int32), np.array([8], np.int32)]
@@ -153,12 +157,67 @@ def test_a_stop_does_not_wait_for_the_server(serve):
     assert time.monotonic() < began + 2
 
 
+def test_a_stop_ends_the_tries(serve, tmp_path):
+    """And their threads; publishing weights is given up in the same way."""
+    before, began = threading.active_count(), time.monotonic()
+
+    def stop():
+        return time.monotonic() > began + 0.3
+
+    busy = serve(lambda path, body: (503, {}), wait=60.0)
+    with pytest.raises(RolloutStoppedError):
+        busy(PROMPTS, 1, 0, stop)
+    assert time.monotonic() < began + 2
+    while threading.active_count() > before + 1:  # the server's
+        time.sleep(0.1)
+        assert time.monotonic() < began + 3
+    hangs = serve(
+        lambda path, body: time.sleep(4) or (200, {}),
+        write=lambda params, router_bias, folder: folder.mkdir(), folder=tmp_path / "served",
+    )  # fmt: skip
+    began = time.monotonic()
+    with pytest.raises(RolloutStoppedError):
+        hangs.publish({}, {}, stop)
+    assert time.monotonic() < began + 2
+
+
+HANGING = """
+import socket, time
+import numpy as np
+from rl.server import Server, ServerSampler
+from rl.stopping import RolloutStoppedError
+listening = socket.create_server(("127.0.0.1", 0))  # takes connections and says nothing
+server = Server(f"http://127.0.0.1:{listening.getsockname()[1]}", "m")
+began = time.monotonic()
+try:
+    ServerSampler(server, None, 1.0, 4)(
+        [np.array([1])] * 3, 1, 0, lambda: time.monotonic() > began + 0.5
+    )
+except RolloutStoppedError:
+    print("stopped", flush=True)
+"""
+
+
+def test_a_process_ends_soon_after_its_rollout_was_stopped():
+    """With requests under way that may take ten minutes each."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HANGING], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    with process:
+        assert process.stdout
+        try:
+            assert process.stdout.readline() == "stopped\n"
+            assert process.wait(5) == 0
+        finally:
+            process.kill()
+
+
 def test_weights_reach_the_server_as_a_folder(serve, tmp_path):
     """What it is told to load holds the weights, in bf16; a refusal is an error."""
     loaded, answer = [], {"success": True}
 
     def reply(path, body):
-        loaded.append((path, open_weights(__import__("pathlib").Path(body["model_path"]))))
+        loaded.append((path, open_weights(pathlib.Path(body["model_path"]))))
         return 200, answer
 
     def write(params, router_bias, folder):
