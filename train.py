@@ -330,7 +330,8 @@ def main(arguments: list[str] | None = None) -> int:
     for the reason on stderr. 3: another process of the run was lost or failed.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    if "--recipe" in arguments and not {"-h", "--help"} & {*arguments}:
+    named = {argument.partition("=")[0] for argument in arguments}
+    if "--recipe" in named and not {"-h", "--help"} & named:
         from rl.recipe import run_recipe
 
         return run_recipe(arguments)
@@ -342,6 +343,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def train(command: Command) -> int:
     """Check, print what the run is, and run it."""
+    if command.recipe:
+        raise ValueError(f"recipe {command.recipe} is no single run; only main() starts one")
     run, profile = command.run, command.profile_steps
     start_devices(command)
     trainer = make_trainer(run)

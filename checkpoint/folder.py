@@ -20,6 +20,13 @@ def find_steps(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
+def step_of(path: Path) -> int:
+    """The step of a folder that `find_steps` has found."""
+    match = _STEP.fullmatch(path.name)
+    assert match, path
+    return int(match[1])
+
+
 def unfinished(folder: Path) -> list[Path]:
     """Folders of saves that were interrupted: Orbax gives them their name at the very end."""
     return sorted(folder.glob("step_*.orbax-checkpoint-tmp*"))

@@ -1,6 +1,7 @@
 """Held-out accuracy of a policy, at temperature 1 and greedily: neither alone tells enough."""
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 
@@ -25,18 +26,23 @@ class Evaluation:
     """At temperature 1."""
     greedy: Publishable
 
-    def __call__(self, step: int, policy: Publishable, stop: Stop = never) -> dict[str, float]:
+    def __call__(
+        self, step: int, policy: Publishable, stop: Stop = never,
+        failed: Callable[[Scores], float] | None = None,
+    ) -> dict[str, float]:  # fmt: skip
         """Metrics of the policy that was published last; see `training/metrics.py`, eval/.
 
+        failed: failed rewards per answer, and says what failed; None only counts.
         RolloutStoppedError soon after `stop()` says true.
         """
-        record = {}
+        record = {"eval/failed_rewards": 0.0}
         for sampler, purpose in ((self.drawn, EVALUATE), (self.greedy, EVALUATE_GREEDY)):
             sampler.borrow(policy)
             seed = sampler_seed(self.prompts.seed, purpose, step)
             rollout = sampler(self.questions.ids, 1, seed, stop)
             texts = self.prompts.texts(rollout.tokens)
             scores = self.scorer(self.questions.records, texts, lengths(rollout), stop)
+            record["eval/failed_rewards"] += (failed or failed_rewards)(scores) / 2
             if purpose == EVALUATE_GREEDY:
                 record["eval/accuracy_greedy"] = float(scores.correct.mean())
             else:
@@ -44,6 +50,12 @@ class Evaluation:
                     f"eval/{name}": value for name, value in describe(rollout, scores).items()
                 }
         return record
+
+
+def failed_rewards(scores: Scores) -> float:
+    """Failed rewards per answer."""
+    total = sum(count for kinds in scores.failures.values() for count in kinds.values())
+    return total / len(scores.correct)
 
 
 def lengths(rollout: Rollout) -> np.ndarray:

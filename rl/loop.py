@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import time
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy as np
 from rl.advantages import group_advantages
 from rl.batches import Batch, cut, make_batch
 from rl.config import GRPOConfig, RLConfig
-from rl.evaluate import Evaluation, describe, lengths
+from rl.evaluate import Evaluation, describe, failed_rewards, lengths
 from rl.filters import filtered_mask
 from rl.resample import Asked, choose, differing, reward_arrays
 from rl.rollout import Publishable
@@ -34,7 +35,7 @@ from rl.transcripts import Transcripts
 from sharding.partition import local_rows, place_rows
 from training.display import Display
 from training.loop import Checkpoints, anyone, check_skipped
-from training.metrics import MetricsWriter
+from training.metrics import MetricsWriter, read_metrics
 from training.schedule import BatchPlan, knobs_at
 from training.signals import StopRequest
 from training.step import State
@@ -93,11 +94,24 @@ class PolicyLoop:
         self._named: set[tuple[str, str]] = set()  # failures of rewards
         self._rows = local_rows(self.trainer.layout, self.plan.micro_batch_size)
 
+    @property
+    def complete(self) -> bool:
+        """Whether `run` has nothing left to do: the last step was done, and what follows it was
+        measured, which a signal in the last rollout prevents."""
+        if self.first_step < self.trainer.train.steps:
+            return False
+        measured = True
+        if self.evaluation is not None and jax.process_index() == 0:
+            found = (self.run_dir / "metrics.jsonl").is_file()
+            records = read_metrics(self.run_dir) if found else []
+            measured = any("eval/accuracy" in r for r in records if r["step"] >= self.first_step)
+        return not anyone(not measured)
+
     def run(self) -> str:
         """Train to the last step; SIGTERM or SIGINT ends it between two rollouts or in one.
 
-        A rollout that is interrupted is lost, and nothing else. Saves at the end either way.
-        Returns the signal's name, or "" when the last step was reached.
+        A rollout that is interrupted is lost, and nothing else. Saves at the end either way, and
+        before an error leaves. Returns the signal's name, or "" when the last step was reached.
         """
         last, stopped, step = self.trainer.train.steps, "", self.first_step
         transcripts = Transcripts(self.run_dir, step, self.rl.transcripts)
@@ -112,9 +126,10 @@ class PolicyLoop:
                 begun = step - self.first_step
                 trace.before(range(begun, begun + self.updates), self.state)
                 try:
-                    record = self.advance(
-                        step, transcripts, (lambda: stop.requested) if alone else lambda: False
-                    )
+                    with self._saved():
+                        record = self.advance(
+                            step, transcripts, (lambda: stop.requested) if alone else lambda: False
+                        )
                 except RolloutStoppedError:
                     stopped = stop.signal_name
                     break
@@ -126,7 +141,8 @@ class PolicyLoop:
                 if anyone(stop.requested):
                     stopped = stop.signal_name or "a signal to another process"
             if not stopped and self.evaluation is not None:
-                record = self.evaluation(step, self.sampler)
+                with self._saved():
+                    record = self.evaluation(step, self.sampler, failed=self._failed)
                 writer.write(step, record)
                 self.display.show(step - 1, record)
         self.save()
@@ -136,7 +152,7 @@ class PolicyLoop:
         """One rollout and its updates; their record. RolloutStoppedError leaves the state alone."""
         record: Record = {}
         if self.evaluation is not None and self._due(step, self.trainer.train.eval_every):
-            record |= self.evaluation(step, self.sampler, stop)
+            record |= self.evaluation(step, self.sampler, stop, self._failed)
         clock = _Clock()
         rounds = self._ask(step // self.updates, clock, stop)
         record["policy/rounds"] = len(rounds)
@@ -188,8 +204,30 @@ class PolicyLoop:
                 if (name, kind) not in self._named:
                     self._named.add((name, kind))
                     self.display.note(f"reward {name} failed ({kind}), counted as 0: {message}")
-        total = sum(count for kinds in scores.failures.values() for count in kinds.values())
-        return total / len(scores.correct)
+        return failed_rewards(scores)
+
+    @contextlib.contextmanager
+    def _saved(self) -> Generator[None]:
+        """Save what has been learned before an error leaves, which stays as it is.
+
+        Left out: numbers that are not finite, and one of several processes, which would wait for
+        the others.
+        """
+        try:
+            yield
+        except (RolloutStoppedError, FloatingPointError):
+            raise
+        except Exception:
+            if jax.process_count() == 1:
+                with contextlib.suppress(Exception):  # an update that failed has taken the state
+                    self._save_between_rollouts()
+            raise
+
+    def _save_between_rollouts(self) -> None:
+        step = int(self.state["step"])
+        learned = step > self.first_step and step % self.updates == 0
+        if learned and self.save() and self.checkpoints.wait():
+            self.display.note(f"saved at step {step} before the error; run again to go on")
 
     def save(self) -> bool:
         """Checkpoint the state, which no rollout is under way from."""

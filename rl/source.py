@@ -19,6 +19,10 @@ from rl.tasks.task import Side, Task
 
 SAMPLE, EVALUATE, EVALUATE_GREEDY, TRACES = range(4)
 """Purposes of sampler seeds."""
+MEASURED = 1000
+"""Prompts of a task that are measured before a run begins."""
+_SHOWN = 60
+"""Characters of a prompt in a message."""
 
 
 class Questions(NamedTuple):
@@ -41,6 +45,11 @@ class Prompts(abc.ABC):
     @abc.abstractmethod
     def held_out(self, count: int) -> Questions:
         """At most `count` distinct problems that no training prompt is about."""
+
+    @abc.abstractmethod
+    def to_measure(self, train: int, held_out: int) -> tuple[list[Record], list[Record]]:
+        """Prompts to train on and prompts held out, whose lengths stand for all that a run asks:
+        the first `train`, and `held_out` of those for evaluation."""
 
     def texts(self, answers: Sequence[np.ndarray]) -> list[str]:
         """Texts of answers, without the end token."""
@@ -70,6 +79,10 @@ class FilePrompts(Prompts):
         """The first `count` problems for evaluation, or all."""
         return self._questions(list(self.kept[:count]))
 
+    def to_measure(self, train: int, held_out: int) -> tuple[list[Record], list[Record]]:
+        """The whole file, however much of it the run asks."""
+        return list(self.train), list(self.kept)
+
     def _order(self, epoch: int) -> np.ndarray:
         return random_permutation(self.seed, DOCUMENT_ORDER, epoch, len(self.train))
 
@@ -93,8 +106,17 @@ class TaskPrompts(Prompts):
         """`count` distinct problems that no training prompt is about."""
         if not self.task.held_out:
             return self._questions([])
+        return self._questions(self._distinct(count))
+
+    def to_measure(self, train: int, held_out: int) -> tuple[list[Record], list[Record]]:
+        """At most MEASURED to train on: a task's prompts are endless, and alike."""
+        first = range(min(train, MEASURED))
+        asked = [self.task.prompt(self.seed, index, "train") for index in first]
+        return asked, self._distinct(held_out) if held_out and self.task.held_out else []
+
+    def _distinct(self, count: int) -> list[Record]:
         side: Side = "held_out"
-        return self._questions(self.task.distinct_prompts(self.seed, count, side))
+        return self.task.distinct_prompts(self.seed, count, side)
 
 
 ASK = (
@@ -147,10 +169,39 @@ def rewards_of(config: RLConfig) -> list[tuple[str, float]]:
 
 
 def encode_prompt(tokenizer: Tokenizer, record: Record) -> np.ndarray:
-    """Ids of a text to continue as they are; a conversation through the chat template."""
-    if isinstance(record.prompt, str):
-        return tokenizer.encode(record.prompt)
-    return encode_chat(tokenizer, record.prompt, think=True)
+    """Ids of a text to continue as they are, int32 [n]; a conversation through the chat template.
+
+    Raises ValueError for a character that the tokenizer has no token for, and for a conversation
+    if it lacks the template's tokens.
+    """
+    try:
+        if isinstance(record.prompt, str):
+            return tokenizer.encode(record.prompt)
+        return encode_chat(tokenizer, record.prompt, think=True)
+    except ValueError:
+        raise
+    except Exception as error:  # the tokenizers library raises bare Exception
+        messages = [] if isinstance(record.prompt, str) else record.prompt
+        text = "".join(m["content"] for m in messages) if messages else str(record.prompt)
+        missing = next((c for c in text if not _has_token(tokenizer, c)), None)
+        what = str(error) if missing is None else f"it has no token for {missing!r}"
+        raise ValueError(
+            f"prompt {shown(record)} cannot be read by the tokenizer: {what}. Change the prompt, "
+            "or take another tokenizer"
+        ) from None
+
+
+def shown(record: Record) -> str:
+    """The problem as messages name it: quoted, and not all of a long one."""
+    return repr(record.key if len(record.key) <= _SHOWN else record.key[:_SHOWN] + "..")
+
+
+def _has_token(tokenizer: Tokenizer, character: str) -> bool:
+    try:
+        tokenizer.encode(character)
+    except Exception:
+        return False
+    return True
 
 
 def sampler_seed(seed: int, purpose: int, number: int) -> int:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,22 @@ from rl.corpus import configured_task
 from rl.evaluate import Evaluation
 from rl.loop import PolicyLoop
 from rl.plots import plot_rl
+from rl.prompts import MAX_SHOWN
+from rl.records import Record
 from rl.rollout import PolicySampler
 from rl.sandbox import described_isolation
 from rl.scoring import Scorer, TaskScorer, judge_scorer
 from rl.served_weights import SERVED, export_live
 from rl.server import Server, ServerSampler
-from rl.source import FilePrompts, Prompts, TaskPrompts, file_prompts, rewards_of
+from rl.source import (
+    FilePrompts,
+    Prompts,
+    TaskPrompts,
+    encode_prompt,
+    file_prompts,
+    rewards_of,
+    shown,
+)
 from rl.tasks.characters import character_tokenizer
 from rl.trainer import PolicyTrainer
 from sharding.partition import Layout
@@ -109,19 +119,54 @@ def policy_tokenizer(run: RunConfig, init_from: str) -> Tokenizer:
 
 
 def check_prompts(run: RunConfig, prompts: Prompts) -> None:
-    """Raise ValueError if the first prompts do not fit, or have characters without a token."""
-    for record, ids in zip(*prompts.rollout(0, run.rl.prompts_per_step), strict=True):
-        need = len(ids) + run.rl.max_new_tokens
-        for name, room in (
-            ("train.seq_len", run.train.seq_len + 1),
-            ("model.max_position", run.model.max_position),
-        ):
-            if need > room:
-                raise ValueError(
-                    f"prompt {record.prompt!r} has {len(ids)} tokens, with rl.max_new_tokens="
-                    f"{run.rl.max_new_tokens} {need}; {name} has room for {room}. Raise it, or "
-                    "lower max_new_tokens"
-                )
+    """Raise ValueError that lists the prompts that do not fit or have characters without a token.
+
+    A file is measured whole; of a task what `rl/source.py:TaskPrompts.to_measure` says.
+    """
+    rl, evaluated = run.rl, bool(run.train.eval_every)
+    asked = run.train.steps // rl.updates(run.train.batch_size) * rl.prompts_per_step
+    train, held_out = prompts.to_measure(asked, rl.eval_prompts if evaluated else 0)
+    model = {"model.max_position": run.model.max_position}
+    both = {"train.seq_len": run.train.seq_len + 1, **model}
+    known = prompts.tokenizer
+    wrong = misfits(known, train, rl.max_new_tokens, both)
+    wrong += misfits(known, held_out, rl.max_new_tokens, model)
+    refuse(wrong, len(train) + len(held_out))
+
+
+def misfits(
+    tokenizer: Tokenizer, records: Sequence[Record], budget: int, rooms: dict[str, int]
+) -> list[str]:
+    """A line about every prompt that cannot be read, or not be answered in `budget` tokens.
+
+    rooms: name of an option -> tokens of prompt and answer that it has room for.
+    """
+    wrong = []
+    name, room = min(rooms.items(), key=lambda item: item[1])
+    for record in records:
+        try:
+            count = len(encode_prompt(tokenizer, record))
+        except ValueError as error:
+            wrong.append(str(error))
+            continue
+        if not count:
+            wrong.append(f"prompt {shown(record)} has no token")
+        elif count + budget > room:
+            wrong.append(
+                f"prompt {shown(record)} has {count} tokens, with rl.max_new_tokens={budget} "
+                f"{count + budget}; {name} has room for {room}"
+            )
+    return wrong
+
+
+def refuse(wrong: Sequence[str], count: int) -> None:
+    """Raise ValueError with the lines `wrong` of `misfits`, if there is one, of `count` prompts."""
+    if wrong:
+        more = [f"and {len(wrong) - MAX_SHOWN} more"] if len(wrong) > MAX_SHOWN else []
+        raise ValueError(
+            f"{len(wrong)} of {count} prompts cannot be asked; lower --rl.max-new-tokens, give "
+            "more room, or leave them out\n  " + "\n  ".join([*wrong[:MAX_SHOWN], *more])
+        )
 
 
 def make_prompts(run: RunConfig, tokenizer: Tokenizer) -> Prompts:
@@ -239,10 +284,13 @@ def run_stage(
         if jax.process_index() == 0:
             write_settings(run, tokenizer)
         stopped = ""
-        if loop.first_step >= run.train.steps:
-            say(f"the run is complete: {loop.first_step} of {run.train.steps} steps are done")
+        done = f"{loop.first_step} of {run.train.steps} steps are done"
+        if loop.complete:
+            say(f"the run is complete: {done}")
         else:
-            if loop.first_step:
+            if loop.first_step >= run.train.steps:
+                say(f"{done}; the evaluation after them is missing and comes now")
+            elif loop.first_step:
                 say(f"resuming at step {loop.first_step} of {run.train.steps}")
             stopped = loop.run()
     checkpoints.wait()

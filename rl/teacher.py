@@ -4,16 +4,21 @@ The teacher reads every batch first and leaves its k most probable tokens at eve
 (`rl/distill.py`); it lies on the student's mesh, takes no gradient and has no optimizer state. The
 loss of the main head is (1 - w) cross-entropy + w KL(teacher, student), over learned tokens.
 
-Letters: N micro batches, B rows, T positions, K kept tokens.
+The two may have different numbers of logits beyond the tokenizer's ids, as padding: what the
+teacher has more than the student belongs to no token, and is left out of its distribution.
+
+Letters: N micro batches, B rows, T positions, K kept tokens, D hidden width, V vocabulary.
 """
 
 import dataclasses
 import functools
+import hashlib
 from pathlib import Path
 
 import jax
 
-from checkpoint.weights import open_weights
+from checkpoint.folder import step_of
+from checkpoint.weights import RunFolder, open_weights
 from model.blueprint import Tree, bind
 from model.config import ModelConfig
 from model.loss import LossParts, LossWeights, inputs_and_targets, loss_of_output, make_examples
@@ -27,6 +32,9 @@ from training.step import State, Trainer
 
 TEACHER = tuple(f"teacher_{name}" for name in TopK._fields)
 """Arrays of a batch that hold the teacher's distribution, as TopK has them."""
+_PIECE = 1 << 20
+"""Bytes of the start and of the end of a file that `policy_version` reads: headers and some
+weights, of files that may have terabytes."""
 
 
 def load_policy(path: str, train: TrainConfig, recipe: Recipe, layout: Layout):
@@ -41,6 +49,26 @@ def load_policy(path: str, train: TrainConfig, recipe: Recipe, layout: Layout):
     return weights.config, loaded["params"], loaded["router_bias"]
 
 
+def policy_version(path: str) -> dict[str, int | str]:
+    """What tells the weights in a folder from others that have been or will be there.
+
+    {"policy_step": the newest checkpoint's} of a run folder, {"policy_files": a digest} of a
+    Hugging Face folder: of config.json and of every safetensors file's size, start and end.
+    """
+    weights = open_weights(Path(path))
+    if isinstance(weights, RunFolder):
+        return {"policy_step": step_of(weights.step_folder)}
+    digest = hashlib.sha256((weights.path / "config.json").read_bytes())
+    for file in sorted(weights.path.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as content:
+            digest.update(content.read(_PIECE))
+            content.seek(max(0, size - _PIECE))
+            digest.update(content.read(_PIECE))
+    return {"policy_files": digest.hexdigest()[:16]}
+
+
 @dataclasses.dataclass(frozen=True)
 class Teacher:
     """A model that reads what a student learns."""
@@ -51,6 +79,9 @@ class Teacher:
     recipe: Recipe
     layout: Layout
     k: int
+    vocab_size: int = 0
+    """Logits that count, the first ones, at least k; 0: all. At most the student's, whose ids the
+    tokenizer stays below."""
 
     @functools.cached_property
     def _read(self):
@@ -69,7 +100,8 @@ class Teacher:
             def one(micro: Batch) -> TopK:
                 model = bind(self.model, params, router_bias)
                 output = model.forward(inputs_and_targets(micro)[0], self.recipe, None)
-                return chunked_top_k(output.hidden_BTD, model.head.kernel[...], self.k)
+                head_DV = model.head.kernel[...][:, : self.vocab_size or None]
+                return chunked_top_k(output.hidden_BTD, head_DV, self.k)
 
             return jax.lax.map(one, batch)
 

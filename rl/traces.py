@@ -71,13 +71,18 @@ def write_traces(
     them are kept. settings: JSON values that say where answers come from (checkpoint, sampler, ..),
     the same for all rounds; they are in every line.
 
-    Raises ValueError if the rounds already there were made with other settings, and if no answer of
-    any round was chosen.
+    Raises ValueError if the rounds already there were made with other settings or are more than
+    `rounds`, and if no answer of any round was chosen.
     """
     same = _agreement(tokenizer, selection, filters, settings)
     stores = _find_rounds(place)
     for store in stores:
         _check_agreement(store, same)
+    if len(stores) > rounds:
+        raise ValueError(
+            f"traces in {place} have {len(stores)} rounds, and this run has rounds={rounds}; ask "
+            f"for {len(stores)} (sft.rounds), or write into another folder"
+        )
     kept = _kept(stores)
     for number in range(len(stores), rounds):
         found = answer(number)
@@ -106,6 +111,11 @@ def read_traces(place: str, tokenizer: Tokenizer) -> Traces:
     for store in stores:
         _check_agreement(store, {"tokenizer": tokenizer.sha256})
     return Traces(tuple(stores), JoinedExamples([_StoredExamples(store) for store in stores]))
+
+
+def count_rounds(place: str) -> int:
+    """Rounds that are there whole."""
+    return len(_find_rounds(place))
 
 
 class _StoredExamples:
@@ -236,11 +246,22 @@ def _check_agreement(store: TokenStore, same: Mapping[str, Any]) -> None:
     before = store.meta["traces"]
     other = [name for name in same if before[name] != same[name]]
     if other:
-        was, now = (", ".join(f"{name} {of[name]}" for name in other) for of in (before, same))
+        was, now = _differences(before, same, other), _differences(same, before, other)
         raise ValueError(
             f"traces {store.place} were made with {was}; this run has {now}. Write into another "
             "folder, or use the same"
         )
+
+
+def _differences(of: Mapping[str, Any], than: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Values of the names; of settings and the like, the entries that the other has otherwise."""
+    words = []
+    for name in names:
+        value, other = of[name], than[name]
+        if isinstance(value, dict) and isinstance(other, dict):
+            value = {key: x for key, x in value.items() if key not in other or other[key] != x}
+        words.append(f"{name} {value}")
+    return ", ".join(words)
 
 
 def _in_words(fates: Mapping[str, int]) -> str:

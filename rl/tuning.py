@@ -28,10 +28,10 @@ from rl.rollout import PolicySampler
 from rl.scoring import TaskScorer
 from rl.sft import Examples, JoinedExamples
 from rl.source import TaskPrompts
-from rl.stages import make_sampler, policy_tokenizer, write_settings
+from rl.stages import make_sampler, misfits, policy_tokenizer, refuse, write_settings
 from rl.tasks.task import Task
-from rl.teacher import StudentTrainer, Teacher, load_policy
-from rl.traces import read_traces, write_traces
+from rl.teacher import StudentTrainer, Teacher, load_policy, policy_version
+from rl.traces import count_rounds, read_traces, write_traces
 from sharding.partition import Layout, local_rows, pipeline_ranks
 from sharding.processes import connect
 from training.display import Display
@@ -95,6 +95,7 @@ def run_stage(
     tokenizer = policy_tokenizer(run, init_from or run.sft.policy)
     check_policy_tokenizer(run.sft.policy, tokenizer)
     connect(trainer.layout.mesh)
+    evaluate = held_out_accuracy(run, trainer, tokenizer, say)
     policy = None
     if run.sft.policy:
         policy = load_policy(run.sft.policy, run.train, trainer.recipe, trainer.layout)
@@ -105,14 +106,13 @@ def run_stage(
     read_first: Any = lambda batch: batch  # noqa: E731
     if isinstance(trainer, StudentTrainer):
         assert policy is not None
-        k = min(run.sft.kl_top_k, run.model.vocab_size)
-        read_first = Teacher(*policy, trainer.recipe, trainer.layout, k).read
+        read_first = make_teacher(run, trainer, policy).read
     mesh = trainer.layout.mesh
     flops = train_flops_per_token(run.model, run.train.seq_len)
     loop = Loop(
         trainer=trainer, plan=BatchPlan(run.train), state=state, run_dir=Path(run.run_dir),
         config=dataclasses.asdict(run), checkpoints=checkpoints, save_every=run.checkpoint.every,
-        evaluate=held_out_accuracy(run, trainer, tokenizer, say),
+        evaluate=evaluate,
         throughput=Throughput(flops, mesh.size, mesh.devices.flat[0].device_kind),
         display=Display(run.train.steps), read_first=read_first, profile=profile, started=started,
     )  # fmt: skip
@@ -124,6 +124,14 @@ def run_stage(
     elif jax.process_index() == 0:
         finish(loop.run_dir, say)
     return 0
+
+
+def make_teacher(run: RunConfig, trainer: Trainer, policy: Any) -> Teacher:
+    """The policy as the teacher of stage distill, over ids that teacher and student have."""
+    model, params, router_bias = policy
+    shared = min(model.vocab_size, run.model.vocab_size)
+    k = min(run.sft.kl_top_k, shared)
+    return Teacher(model, params, router_bias, trainer.recipe, trainer.layout, k, shared)
 
 
 def run_loop(loop: Loop, rows: PackedExamples, say: Say) -> str:
@@ -193,13 +201,14 @@ def sampled_traces(
 ) -> Examples:
     """Correct answers of the policy to training prompts, as traces in the run's folder.
 
-    Raises ValueError with several processes.
+    Raises ValueError with several processes, unless all traces are there already.
     """
     sft, place = run.sft, str(Path(run.run_dir) / TRACES)
-    if jax.process_count() > 1:
+    if jax.process_count() > 1 and count_rounds(place) < sft.rounds:
         raise ValueError(
-            "sft.policy is sampled by one process; run this stage once with one, then give its "
-            f"traces to all: --sft.examples {place}"
+            f"sft.policy is sampled by one process, and {place} has {count_rounds(place)} of "
+            f"sft.rounds={sft.rounds} rounds; start this run with one process, stop it (SIGTERM) "
+            "when training begins, and start it again with all: they read these traces"
         )
     model, params, router_bias = policy
     task = configured_task(run.task)
@@ -210,18 +219,29 @@ def sampled_traces(
         max_new_tokens=sft.max_new_tokens, eos_ids=(tokenizer.eos_id,),
     )  # fmt: skip
     sampler.publish(params, router_bias)
+    settings = trace_settings(run)
 
     def answer(number: int):
         return sampled_round(
             number, prompts, sampler, scorer, count=sft.prompts_per_round,
-            group_size=sft.answers_per_prompt, step=0,
+            group_size=sft.answers_per_prompt, step=settings.get("policy_step", 0),
         )  # fmt: skip
 
-    settings = {"policy": sft.policy, "temperature": sft.temperature, "options": run.task.options}
     selection = Selection(sft.per_prompt)
     filters = {"language": in_one_language(task, sft.language)} if sft.language else {}
     traces = write_traces(place, tokenizer, answer, sft.rounds, selection, filters, settings, say)
     return traces.examples
+
+
+def trace_settings(run: RunConfig) -> dict[str, Any]:
+    """What decides which answers `sampled_traces` gets, as traces keep it; JSON values."""
+    sft, task = run.sft, run.task
+    return {
+        "policy": sft.policy, **policy_version(sft.policy), "temperature": sft.temperature,
+        "options": list(task.options), "task_name": task.name, "run_seed": run.seed,
+        "prompts_per_round": sft.prompts_per_round, "answers_per_prompt": sft.answers_per_prompt,
+        "max_new_tokens": sft.max_new_tokens, "language": sft.language,
+    }  # fmt: skip
 
 
 def in_one_language(task: Task, share: float) -> Filter:
@@ -243,7 +263,10 @@ def in_one_language(task: Task, share: float) -> Filter:
 def held_out_accuracy(
     run: RunConfig, trainer: Trainer, tokenizer: Tokenizer, say: Say
 ) -> Callable[[State], dict[str, float]] | None:
-    """Accuracy of a state on held-out prompts of the task, drawn and greedy; None without one."""
+    """Accuracy of a state on held-out prompts of the task, drawn and greedy; None without one.
+
+    Raises ValueError if these prompts cannot be read, or not be answered in rl.max_new_tokens.
+    """
     if not (run.train.eval_every and run.task.name and configured_task(run.task).held_out):
         return None
     if pipeline_ranks(trainer.layout) > 1 or trainer.layout.config.context > 1:
@@ -259,6 +282,9 @@ def held_out_accuracy(
         make_sampler(trainer, at_one, tokenizer, is_greedy, min(256, rl.eval_prompts))
         for is_greedy in (False, True)
     )
+    _, asked = prompts.to_measure(0, rl.eval_prompts)
+    rooms = {"model.max_position": run.model.max_position}
+    refuse(misfits(tokenizer, asked, rl.max_new_tokens, rooms), len(asked))
     questions = prompts.held_out(rl.eval_prompts)
     evaluation = Evaluation(questions, prompts, TaskScorer(task, rl), drawn, greedy)
 

@@ -360,6 +360,12 @@ def test_rounds_of_other_settings_are_not_mixed(tmp_path, change, message):
         write(tmp_path, 2, **change)
 
 
+def test_more_rounds_than_asked_for_are_not_cut_in_silence(tmp_path):
+    write(tmp_path, 3)
+    with pytest.raises(ValueError, match=r"have 3 rounds, and this run has rounds=2; ask for 3"):
+        write(tmp_path, 2)
+
+
 def test_damaged_and_foreign_traces_are_named(tmp_path):
     with pytest.raises(ValueError, match="there are no traces in"):
         read_traces(str(tmp_path / "nowhere"), LETTERS)

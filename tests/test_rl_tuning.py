@@ -7,6 +7,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -21,16 +22,20 @@ from model.blueprint import bind
 from model.loss import inputs_and_targets
 from model.recipe import Recipe
 from rl import tuning
-from rl.config import SFTConfig, TaskConfig
+from rl.config import RLConfig, SFTConfig, TaskConfig
+from rl.corpus import configured_task
 from rl.packing import PackedExamples, sft_batches
 from rl.recipe import run_recipe, stage_command
+from rl.records import Record
+from rl.rejection import Round, Selection, attempt_of_text
 from rl.sft import Example, ListedExamples
-from rl.teacher import TEACHER, StudentTrainer, Teacher
-from rl.traces import read_traces
+from rl.tasks.characters import character_tokenizer
+from rl.teacher import TEACHER, StudentTrainer, Teacher, policy_version
+from rl.traces import read_traces, write_traces
 from sharding.config import MeshConfig
 from sharding.mesh import make_layout
 from sharding.partition import place_rows, use_layout
-from tests.small_model import CONFIG
+from tests.small_model import CONFIG, hf_folder, run_folder, tensors, weights
 from training.config import OptimizerConfig, TrainConfig
 from training.metrics import read_metrics
 from training.step import Trainer
@@ -197,6 +202,153 @@ def test_kl_refuses_a_pipeline():
     piped = make_layout(MeshConfig(data=1, pipe=2), jax.devices()[:2])
     with pytest.raises(ValueError, match="kl_weight does not work over the mesh axes pipe"):
         StudentTrainer(model, rows, Recipe("float32"), piped, 0.5)
+
+
+def evaluated_run(**rl) -> RunConfig:
+    run = tiny_run("sft", SFTConfig(demonstrations=3), mesh=MeshConfig(data=1))
+    return dataclasses.replace(
+        run, train=dataclasses.replace(run.train, eval_every=3), rl=RLConfig(eval_prompts=4, **rl)
+    )
+
+
+def test_answers_of_the_evaluation_have_room_before_anything_is_learned():
+    """256 positions and the default of 256 new tokens: an evaluation after training would fail."""
+    run = evaluated_run()
+    tokenizer = character_tokenizer(configured_task(run.task).vocabulary)
+    trainer = tuning.make_trainer(run, Recipe("float32"), layout())
+    with pytest.raises(ValueError, match=r"4 of 4 prompts cannot be asked; lower --rl.max-new-tok"):
+        tuning.held_out_accuracy(run, trainer, tokenizer, print)
+    assert tuning.held_out_accuracy(evaluated_run(max_new_tokens=28), trainer, tokenizer, print)
+
+
+def test_the_evaluation_is_made_before_the_policy_is_read(monkeypatch, tmp_path):
+    run = dataclasses.replace(evaluated_run(), run_dir=str(tmp_path))
+    run = dataclasses.replace(run, sft=SFTConfig(policy=str(tmp_path)))
+    trainer = tuning.make_trainer(run, Recipe("float32"), layout())
+    monkeypatch.setattr(tuning, "load_policy", lambda *_: pytest.fail("the policy was read"))
+    with pytest.raises(ValueError, match=r"--rl\.max-new-tokens"):
+        tuning.run_stage(run, trainer, range(0), "", lambda *_: (None, {}), 0.0, print)
+    assert not list(tmp_path.iterdir())
+
+
+# ---- What is sampled -----------------------------------------------------------------------------
+
+
+def sampling_run(policy, **sft) -> RunConfig:
+    return tiny_run("sft", SFTConfig(**{"policy": str(policy)} | sft))
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    """A run folder at step 7."""
+    place = run_folder(tmp_path_factory.mktemp("policies") / "policy", weights())
+    (place / "checkpoints" / "step_00000000").rename(place / "checkpoints" / "step_00000007")
+    return place
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"seed": 5}, "'run_seed': 0.*'run_seed': 5"),
+        ({"task": TaskConfig("search", ("length=2", "held_out=0.3"))}, "permutations.*search"),
+        ({"sft": {"prompts_per_round": 9}}, "'prompts_per_round': 256.*'prompts_per_round': 9"),
+        ({"sft": {"answers_per_prompt": 9}}, "'answers_per_prompt': 4.*'answers_per_prompt': 9"),
+        ({"sft": {"max_new_tokens": 9}}, "'max_new_tokens': 256.*'max_new_tokens': 9"),
+        ({"sft": {"language": 0.5}}, "'language': 0.25.*'language': 0.5"),
+    ],
+)
+def test_traces_of_other_settings_are_not_taken(change, says, policy, tmp_path):
+    run = sampling_run(policy, language=0.25)
+    sft = dataclasses.replace(run.sft, **change.get("sft", {}))
+    other = dataclasses.replace(run, **change | {"sft": sft})
+    tokenizer = character_tokenizer("ab")
+
+    def write(run):
+        settings = tuning.trace_settings(run)
+        made = [attempt_of_text(tokenizer, Record("a", {}), "b", True, 1.0)]
+        return write_traces(
+            str(tmp_path), tokenizer, lambda _: Round(made, 0, 0), 1, Selection(), {}, settings
+        )
+
+    write(run)
+    write(run)
+    with pytest.raises(ValueError, match=says) as error:
+        write(other)
+    assert "temperature" not in str(error.value), "what is equal is not listed"
+
+
+def test_the_version_of_a_policy(policy, tmp_path):
+    """A run folder's checkpoint; of a Hugging Face folder what is in the files."""
+    assert policy_version(str(policy)) == {"policy_step": 7}
+    parts = tensors(weights())
+    one = policy_version(str(hf_folder(tmp_path / "one", [parts])))
+    again = policy_version(str(hf_folder(tmp_path / "again", [parts])))
+    norm = {"model.norm.weight": parts["model.norm.weight"] + 1}
+    other = hf_folder(tmp_path / "other", [parts | norm])
+    assert one == again != policy_version(str(other))
+
+
+def test_traces_name_the_step_of_their_policy(policy, tmp_path, monkeypatch):
+    run = dataclasses.replace(sampling_run(policy), run_dir=str(tmp_path))
+    seen = {}
+
+    def write(place, tokenizer, answer, rounds, selection, filters, settings, say):
+        seen.update(settings, step=answer(0))
+        return SimpleNamespace(examples=None)
+
+    monkeypatch.setattr(
+        tuning, "PolicySampler", lambda *_, **__: SimpleNamespace(publish=lambda *_: None)
+    )
+    monkeypatch.setattr(tuning, "sampled_round", lambda *_, step, **__: step)
+    monkeypatch.setattr(tuning, "write_traces", write)
+    trainer = tuning.make_trainer(run, Recipe("float32"), layout())
+    tokenizer = character_tokenizer(configured_task(run.task).vocabulary)
+    tuning.sampled_traces(run, trainer, tokenizer, (run.model, {}, {}), print)
+    assert seen["step"] == seen["policy_step"] == 7
+    # With several processes: traces that are there are read, others are not sampled.
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"0 of sft.rounds=4 rounds; start this run with one"):
+        tuning.sampled_traces(run, trainer, tokenizer, (run.model, {}, {}), print)
+    monkeypatch.setattr(tuning, "count_rounds", lambda _: 4)
+    tuning.sampled_traces(run, trainer, tokenizer, (run.model, {}, {}), print)
+
+
+def test_a_teachers_padding_is_left_out(monkeypatch):
+    """More logits than the student has: none of them is kept, and the others sum to 1."""
+    run = tiny_run("distill", SFTConfig(policy="x", kl_weight=0.5), mesh=MeshConfig(data=1))
+    trainer = tuning.make_trainer(run, Recipe("float32"), layout())
+    wide = dataclasses.replace(run.model, vocab_size=64)
+    hidden = jnp.ones((2, 3, 4))
+    head = jnp.arange(64.0)[None].repeat(4, 0) / 64
+    fake = SimpleNamespace(
+        forward=lambda *_: SimpleNamespace(hidden_BTD=hidden),
+        head=SimpleNamespace(kernel={...: head}),
+    )
+    monkeypatch.setattr("rl.teacher.bind", lambda *_: fake)
+    teacher = tuning.make_teacher(run, trainer, (wide, {}, {}))
+    found = teacher._top_k({}, {}, {"tokens": jnp.zeros((1, 2, 4), jnp.int32)})
+    assert int(found.ids_BTK.max()) == run.model.vocab_size - 1 == 23
+    total = jnp.exp(found.logp_BTK).sum(-1) + jnp.exp(found.rest_BT)
+    np.testing.assert_allclose(total, 1, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("teacher_vocab", "mesh"), [(40, {}), (64, {"tensor": 2})], ids=str)
+def test_kl_to_a_teacher_that_is_padded_otherwise(teacher_vocab, mesh):
+    """Finite, and the teacher's tokens are the student's, on a mesh that cuts the vocabulary."""
+    on = make_layout(MeshConfig(**({"data": 1} | mesh)), jax.devices()[: 2 if mesh else 1])
+    trainer = StudentTrainer(MODEL, TRAIN, Recipe("float32"), on, 0.5)
+    other = dataclasses.replace(MODEL, vocab_size=teacher_vocab)
+    weights_of = Trainer(other, TRAIN, Recipe("float32"), on).init(jax.random.key(1))
+    run = dataclasses.replace(
+        tiny_run("distill", SFTConfig(policy="x", kl_weight=0.5)), model=MODEL
+    )
+    policy = other, weights_of["params"], weights_of["router_bias"]
+    rows = dict(batch()) | {"tokens": np.minimum(batch()["tokens"], 39)}
+    read = tuning.make_teacher(run, trainer, policy).read(place_rows(on, rows, range(4), 4))
+    assert int(read[TEACHER[0]].max()) < MODEL.vocab_size
+    _, metrics = trainer.step(trainer.init(jax.random.key(0)), read, KNOBS)
+    assert 0 < float(metrics["train/kl"]) < 10
 
 
 # ---- Runs ----------------------------------------------------------------------------------------

@@ -65,6 +65,7 @@ METRICS: dict[str, Metric] = {
     "eval/length": Metric("tokens", "mean length of these answers, end token included"),
     "eval/length_correct": Metric("tokens", "the same of the right ones"),
     "eval/truncated": Metric("1", "share of these answers cut at the length limit"),
+    "eval/failed_rewards": Metric("1", "rewards that failed in the evaluation, per answer"),
     "policy/reward": Metric("1", "mean reward of a rollout's answers, parts weighted"),
     "policy/accuracy": Metric("1", "share of a rollout's answers that are right"),
     "policy/format": Metric("1", "share of them in the form asked for"),
