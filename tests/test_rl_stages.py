@@ -271,7 +271,7 @@ class Writes:
 
 
 def test_failed_rewards_of_an_evaluation_are_counted_and_named_once(tmp_path):
-    def scorer(records, texts, lengths):
+    def scorer(records, texts, lengths, stop):
         zeros = np.zeros(len(texts))
         return Scores(
             {"mine": zeros}, {"mine": 1.0}, zeros > 0, {"accuracy": 0.0},
