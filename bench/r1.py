@@ -4,9 +4,10 @@
                        [--write]
 
 Every run is `train.py --config r1_base` and then `train.py --config r1_zero` from its weights, as
-`make r1` does it, in processes of their own; a run that is complete is read and not repeated. The
-controls change one thing each: `no_chains` has no chain in the base corpus, `weak_base` starts RL
-after a third of the base's steps, when it writes chains and cannot yet follow a move.
+`make r1` does it, in processes of their own; a run that is complete is read and not repeated.
+`no_chains` has no chain in the base corpus. `weak_base` has chains alone, of a harder task (sums
+and products modulo ten), and starts RL when the base follows two of three steps: rewards for luck,
+and a high rate, undo what it knows, and its answers get longer.
 """
 
 import argparse
@@ -18,10 +19,18 @@ from bench.runs import train_once
 from training.metrics import read_metrics
 
 BASE = ("r1_base", "r1_zero")
+MOD10 = ("--task.options", "rules=mod10", "share_of_chains=1", "length=6")
 CONTROLS: dict[str, dict[str, tuple[str, ...]]] = {
     "no_chains": dict.fromkeys(BASE, ("--task.options", "share_of_chains=0")),
-    "weak_base": {"r1_base": ("--train.steps", "100")},
-}
+    "weak_base": {
+        "r1_base": (*MOD10, "--train.steps", "200"),
+        "r1_zero": (
+            *MOD10, "--rl.max-new-tokens", "48", "--train.seq-len", "64",
+            "--train.learning-rate.0.value", "3e-4", "--train.steps", "60",
+            "--train.eval-every", "10",
+        ),
+    },
+}  # fmt: skip
 """Options of a control's runs."""
 MARKS = (0, 10, 20, 30, 50, 100, 150)
 """Steps whose evaluation goes into the report."""
@@ -103,19 +112,23 @@ def main() -> None:
     parser.add_argument("--folder", default="runs/r1_bench")
     parser.add_argument("--write", action="store_true", help="write bench/results.md")
     options = parser.parse_args()
-    if not re.fullmatch(r"\d+(,\d+)*", options.seeds):
+    if not re.fullmatch(r"(\d+(,\d+)*)?", options.seeds):
         raise SystemExit(f"--seeds {options.seeds!r}: give numbers with commas, such as 0,1,2")
     controls = [name for name in options.controls.split(",") if name]
     if unknown := [name for name in controls if name not in CONTROLS]:
         raise SystemExit(f"--controls {', '.join(unknown)}: choose from {', '.join(CONTROLS)}")
-    wanted = [("r1", int(seed)) for seed in options.seeds.split(",")]
-    wanted += [(name, 0) for name in controls]
+    seeds = [("r1", int(seed)) for seed in options.seeds.split(",") if seed]
     folder = Path(options.folder).absolute()
-    runs = [(name, seed, *run(name, seed, folder)) for name, seed in wanted]
-    lines = report(runs)
-    print("\n".join(lines))
-    if options.write:
-        write_section("R1-Zero in small", lines)
+    for title, wanted in (
+        ("R1-Zero in small", seeds),
+        ("R1-Zero in small: controls", [(name, 0) for name in controls]),
+    ):
+        if not wanted:
+            continue
+        lines = report([(name, seed, *run(name, seed, folder)) for name, seed in wanted])
+        print("\n".join(lines))
+        if options.write:
+            write_section(title, lines)
 
 
 if __name__ == "__main__":

@@ -1,77 +1,135 @@
 """Sampler against trainer in bf16, with the sampler's experts replayed and without.
 
-    python -m bench.routing_replay [--weights runs/r1_base] [--prompts 16] [--write]
+    python -m bench.routing_replay [--weights runs/r1_base,runs/search_zero] [--write]
 
-Answers of the base model of `make r1`, or of any run of its task: the gap between the sampler's
-log-probability of each token and the trainer's.
+Answers of trained models of a task, from random prompts: the gap between the sampler's
+log-probability of each token and the trainer's, of all tokens and of those for which the trainer
+would choose other experts than the sampler did.
+
+Letters: L layers, B answers, T positions, K experts of a token.
 """
 
 import argparse
+import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from bench.report import write_section
-from checkpoint.weights import open_weights
 from configs import preset
+from data.tokenizer import load_tokenizer
 from generation.config import Sampling
+from model.blueprint import bind
 from model.recipe import Recipe
-from rl.batches import make_batch
+from model.transformer import Tokens
+from rl.batches import Batch, make_batch
+from rl.config import TaskConfig
 from rl.corpus import configured_task
 from rl.rollout import PolicySampler
 from rl.source import TaskPrompts
-from rl.stages import policy_tokenizer
+from rl.teacher import load_policy
 from rl.trainer import PolicyTrainer
 from sharding.config import MeshConfig
 from sharding.mesh import make_layout
+from sharding.partition import use_layout
 
 GROUP = 16
-PAIRS = (("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32"))
+PAIRS = (("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32"))
 """Types of sampler and trainer."""
+PRESETS = {"permutations": "r1_zero", "search": "search_zero"}
+"""How long the answers to each task are."""
 
 
-def gaps(folder: Path, prompts: int, sampler_dtype, trainer_dtype) -> list[np.ndarray]:
-    """|log p of the sampler - of the trainer| of every token written: without replay, with it."""
+def gaps(folder: Path, prompts: int, sampler_dtype, trainer_dtype) -> dict[str, Any]:
+    """Of every token written: |log p of the sampler - of the trainer| without replay (free) and
+    with it (held), and whether the trainer alone chooses other experts somewhere (flipped)."""
     run = preset("r1_zero")
     layout = make_layout(MeshConfig(data=1), jax.devices()[:1])
-    trainer = PolicyTrainer(run.model, run.train, Recipe(trainer_dtype), layout)
-    abstract = {tree: trainer.abstract_state[tree] for tree in ("params", "router_bias")}
-    weights = open_weights(folder).load(abstract)
-    tokenizer = policy_tokenizer(run, str(folder))
-    questions = TaskPrompts(configured_task(run.task), tokenizer, 0).rollout(0, prompts)
+    model, params, bias = load_policy(str(folder), run.train, Recipe(), layout)
+    settings = json.loads((folder / "config.json").read_text())["task"]
+    task = TaskConfig(settings["name"], tuple(settings["options"]))
+    run = preset(PRESETS[task.name])
+    trainer = PolicyTrainer(model, run.train, Recipe(trainer_dtype), layout)
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    questions = TaskPrompts(configured_task(task), tokenizer, 0).rollout(0, prompts)
     sampler = PolicySampler(
-        run.model, Recipe(sampler_dtype), layout, Sampling(), rows=prompts * GROUP,
+        model, Recipe(sampler_dtype), layout, Sampling(), rows=prompts * GROUP,
         max_new_tokens=run.rl.max_new_tokens, eos_ids=[tokenizer.eos_id], replay=True,
     )  # fmt: skip
-    sampler.publish(weights["params"], weights["router_bias"])
+    sampler.publish(params, bias)
     batch = make_batch(questions.ids, sampler(questions.ids, GROUP, 0), run.train.seq_len)
-    found = []
-    for names in (("tokens", "lengths"), ("tokens", "lengths", "routes")):
-        inputs = {name: batch[name][None] for name in names}
-        logp_AT = trainer.logps(weights["params"], weights["router_bias"], inputs)[0]
-        found.append(np.abs(np.asarray(logp_AT) - batch["sampler_logp"])[batch["mask"] > 0])
-    return found
+    written = batch["mask"] > 0
+
+    def gap(*names: str) -> np.ndarray:
+        logp_BT = trainer.logps(params, bias, {name: batch[name][None] for name in names})[0]
+        return np.abs(np.asarray(logp_BT) - batch["sampler_logp"])[written]
+
+    return {
+        "free": gap("tokens", "lengths"),
+        "held": gap("tokens", "lengths", "routes"),
+        "flipped": flips(trainer, params, bias, batch)[written],
+    }
+
+
+def flips(trainer: PolicyTrainer, params, bias, batch: Batch) -> np.ndarray:
+    """Tokens whose experts the trainer chooses otherwise in some layer, bool [B, T]."""
+
+    @jax.jit
+    def experts(params, bias, ids_BT, lengths_B):
+        with use_layout(trainer.layout):
+            positions_BT = jnp.broadcast_to(jnp.arange(ids_BT.shape[1]), ids_BT.shape)
+            segments_BT = (positions_BT < lengths_B[:, None]).astype(jnp.int32)
+            recipe = dataclasses.replace(trainer.recipe, routes=True)
+            tokens = Tokens(ids_BT, positions_BT, segments_BT)
+            output = bind(trainer.model, params, bias).forward(tokens, recipe, None, None)
+            assert output.stats is not None
+            return output.stats.ids_BTK
+
+    ids_LBTK = np.asarray(experts(params, bias, batch["tokens"][:, :-1], batch["lengths"]))
+    ours_BTLK = np.sort(np.moveaxis(ids_LBTK, 0, 2), axis=-1)
+    theirs_BTLK = np.sort(batch["routes"].reshape(ours_BTLK.shape), axis=-1)
+    return (ours_BTLK != theirs_BTLK).any((-1, -2))
+
+
+def row(name: str, tokens: str, free: np.ndarray, held: np.ndarray) -> str:
+    """A row of the table."""
+
+    def pair(reduce, form: str) -> str:
+        a, b = float(reduce(free)), float(reduce(held))
+        return f"{a:{form}} → {b:{form}} ({a / b:.1f}x)"
+
+    return f"| {name} | {tokens} | {pair(np.mean, '.1e')} | {pair(np.max, '.2g')} |"
 
 
 def main() -> None:
     """Measure, print, and with --write put the table into results.md."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--weights", default="runs/r1_base", type=Path)
+    parser.add_argument("--weights", default="runs/r1_base,runs/search_zero")
     parser.add_argument("--prompts", default=16, type=int)
     parser.add_argument("--write", action="store_true", help="write bench/results.md")
     options = parser.parse_args()
     lines = [
-        "| sampler, trainer | mean gap, nats | with replay | largest | with replay |",
-        "|---|---:|---:|---:|---:|",
+        f"Answers to {options.prompts} prompts x {GROUP}. Gap in nats, without replay → with it; "
+        "flipped: tokens for",
+        "which the trainer alone chooses other experts than the sampler in some layer.",
+        "",
+        "| model; sampler, trainer | tokens | mean gap | largest |",
+        "|---|---|---|---|",
     ]
-    for pair in PAIRS:
-        free, held = gaps(options.weights, options.prompts, *pair)
-        lines.append(
-            f"| {', '.join(pair)} | {free.mean():.1e} | {held.mean():.1e} | {free.max():.2g} | "
-            f"{held.max():.2g} |"
-        )
-        print(lines[-1], flush=True)
+    for folder in map(Path, options.weights.split(",")):
+        for pair in PAIRS:
+            found = gaps(folder, options.prompts, *pair)
+            free, held, flipped = found["free"], found["held"], found["flipped"]
+            name = f"`{folder.name}`; {', '.join(pair)}"
+            lines.append(row(name, f"all {len(free):,}", free, held))
+            if flipped.any():
+                share = f"flipped, {flipped.mean():.1%}"
+                lines.append(row("", share, free[flipped], held[flipped]))
+            print("\n".join(lines[-2:]), flush=True)
     if options.write:
         write_section("Routing replay", lines)
 
