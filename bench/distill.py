@@ -21,7 +21,7 @@ from configs.r1_student import model
 from training.metrics import read_metrics
 
 FEW_CHAINS = ("--task.options", "share_of_chains=0.1")
-BASE_STEPS, RL_STEPS = 200, 500
+BASE_STEPS, RL_STEPS = 200, 650
 
 
 def student_shape() -> list[str]:

@@ -3,6 +3,7 @@
     prefix = program.prefix(weights, ids_PT, lengths_P)          # every prompt once
     state = program.admit(weights, state, prefix, source_B, ...)  # rows start from some prompt
     state, out = program.advance(weights, state, eos, steps)      # as in `generation/steps.py`
+    state = program.keep(weights, state, rows_B)                  # fewer rows for the last answers
 
 Answers to one prompt share its pass through the model: rows copy the cache of the prompt that they
 start from. An answer's draws depend on its own number and no other, so its text is the same in
@@ -48,6 +49,11 @@ class RefillSteps(Steps):
         `budget` tokens, and draw its first token; the others go on. The state is consumed.
         """
         return Program(self._admit, donate_argnums=1, out_shardings=self._state_shardings)
+
+    @functools.cached_property
+    def keep(self) -> Program:
+        """`state = keep(weights, state, rows_B)`: these rows alone, in this order."""
+        return Program(self._keep, out_shardings=self._state_shardings)
 
     @functools.cached_property
     def empty(self):
@@ -130,6 +136,14 @@ class RefillSteps(Steps):
                 name: jax.tree.map(choose, value, state[name]) for name, value in fresh.items()
             }
             return place({**state, **fresh})
+
+    def _keep(self, weights: Tree, state: State, rows_B) -> State:
+        del weights
+        with use_layout(self._layout):
+            return place({
+                name: value if name == "key" else jax.tree.map(lambda x: x[rows_B], value)
+                for name, value in state.items()
+            })  # fmt: skip
 
     def _first_draft(self, weights: Tree, fresh: State, prefix: State, source_B) -> State:
         """The MTP module's cache with the prompt's last token in, and the first draft."""

@@ -1,9 +1,10 @@
 """Answers to a batch of prompts from the policy itself, on the trainer's devices.
 
 Each prompt is read once and answered `group_size` times; rows whose answer has ended take the next
-one. An answer's draws depend on (seed, its number) alone, so results do not depend on how many rows
-there are. Tokens leave with what training needs: their log-probabilities under the sampler, the
-tokens that top-k and top-p left to draw from, and the experts that every token went to.
+one, and when none is left and few go on, these go on in fewer rows. An answer's draws depend on
+(seed, its number) alone, so results do not depend on how many rows there are. Tokens leave with
+what training needs: their log-probabilities under the sampler, the tokens that top-k and top-p left
+to draw from, and the experts that every token went to.
 
 Letters: A answers (prompt after prompt, the group of each together), P prompts, T tokens of prompt
 and answer, K tokens that top-k keeps, R experts of a token over all layers.
@@ -28,6 +29,11 @@ from model.recipe import Recipe
 from rl.stopping import RolloutStoppedError, Stop, never
 from sharding.partition import Layout, batch_shards, replicated
 from sharding.processes import fetch
+
+NARROWER = 4
+"""The last answers go on in so many times fewer rows,"""
+LONG = 2 * CHUNK
+"""if one of them may have that many tokens to come."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +174,7 @@ class _Session:
                 waiting += len(free)
                 state = self._admit(state, prefix, free, writing)
             else:
+                state, writing = self._narrow(state, writing)
                 state = self._advance(state, writing)
             self._collect(state, writing)
         tokens = [np.concatenate(parts) for parts in self._tokens]
@@ -211,6 +218,17 @@ class _Session:
         self._logps[answer].append(logps)
         if kept is not None:
             self._kept[answer].append(kept)
+
+    def _narrow(self, state, writing: np.ndarray):
+        """State and answers by row, in a quarter of the rows once these hold all that go on and one
+        may go on for long, which pays for the program that is compiled for them."""
+        going, shards = np.flatnonzero(writing >= 0), batch_shards(self._s._layout)
+        rows = -(-len(writing) // (NARROWER * shards)) * shards
+        written = min(sum(map(len, self._tokens[writing[row]])) for row in going)
+        if len(going) > rows or rows == len(writing) or self._s._budget - written < LONG:
+            return state, writing
+        order = np.concatenate([going, np.flatnonzero(writing < 0)])[:rows].astype(np.int32)
+        return self._call(self._s._steps.keep, state, self._s._place(order)), writing[order]
 
     def _advance(self, state, writing: np.ndarray):
         state, out = self._call(self._s._steps.advance, state, self._s._eos, self._s._chunk)

@@ -19,7 +19,9 @@ from configs import preset
 from configs.schema import RunConfig
 from data.config import DataConfig
 from generation.config import Sampling
+from generation.steps import CHUNK
 from model.recipe import Recipe
+from rl import rollout as rollout_module
 from rl import stages
 from rl.batches import cut, make_batch
 from rl.config import GRPOConfig, RLConfig, TaskConfig
@@ -239,6 +241,41 @@ def test_sampler_and_trainer_agree(mesh, speculate):
     if mesh == MESHES[0]:
         gap, _ = gap_of(trainer, state, ids(2), dataclasses.replace(rollout, kept=None))
         assert gap.min() > 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [MeshConfig(data=1), MeshConfig(expert=2, fsdp=2)], ids=str)
+def test_the_last_answers_go_on_in_fewer_rows(mesh, monkeypatch):
+    """As they would have in all rows."""
+    run = dataclasses.replace(tiny_run(), mesh=mesh)
+    layout = make_layout(mesh, jax.devices()[: mesh.data * mesh.fsdp * mesh.expert])
+    trainer = stages.make_trainer(run, Recipe(), layout)
+    state = trainer.init(jax.random.key(0))
+    results, widths = [], []
+    call = rollout_module._Session._call
+
+    def watched(self, program, *arguments, **options):
+        if program is self._s._steps.keep:
+            widths.append(len(arguments[1]))
+        return call(self, program, *arguments, **options)
+
+    monkeypatch.setattr(rollout_module._Session, "_call", watched)
+    for long in (2 * CHUNK, 10**9):
+        monkeypatch.setattr(rollout_module, "LONG", long)
+        sampler = PolicySampler(
+            run.model, trainer.recipe, layout, Sampling(top_k=12), rows=16, max_new_tokens=100,
+            eos_ids=[1], replay=True,
+        )  # fmt: skip
+        sampler.publish(state["params"], state["router_bias"])
+        results.append(sampler(ids(8), 2, 5))
+    assert widths == [4]
+    narrow, wide = results
+    assert max(map(len, wide.tokens)) > 2 * min(map(len, wide.tokens))
+    for name in ("tokens", "kept", "routes"):
+        for a, b in zip(getattr(narrow, name), getattr(wide, name), strict=True):
+            np.testing.assert_array_equal(a, b)
+    for a, b in zip(narrow.logps, wide.logps, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 @pytest.mark.slow
