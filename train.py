@@ -291,9 +291,10 @@ def sample_text(trainer: "Trainer", state: Any, prepared: "Prepared", text: str)
     return tokenizer.decode(row[: end[0]] if len(end) else row)
 
 
-def finish(loop: "Loop", prepared: "Prepared", sample_prompt: str, say) -> None:
+def finish(loop: "Loop", prepared: "Prepared", run: RunConfig, say) -> None:
     """Held-out result against gzip, a sample, plots, and where everything is."""
     from data.evaluation import gzip_bits_per_byte
+    from rl.corpus import sample_prompt
     from training.plots import plot_run
 
     evaluate = held_out_evaluation(loop.trainer, prepared, 0)
@@ -305,7 +306,8 @@ def finish(loop: "Loop", prepared: "Prepared", sample_prompt: str, say) -> None:
             f"{result['eval/loss']:.3f} nats/token"
             + (f", MTP acceptance {accepted:.0%}" if accepted is not None else "")
         )
-    text = sample_text(loop.trainer, loop.state, prepared, sample_prompt)
+    prompt = run.sample_prompt or sample_prompt(run.task, run.seed)
+    text = sample_text(loop.trainer, loop.state, prepared, prompt)
     say(f"sample:\n{text}\n")
     if _is_first_process():
         (loop.run_dir / "sample.txt").write_text(text)
@@ -390,7 +392,7 @@ def run_to_end(run: RunConfig, trainer: "Trainer", profile: range, init_from: st
         step = int(loop.state["step"])
         say(f"{stopped}: stopped and saved at step {step} in {run.run_dir}; run again to go on")
     else:
-        finish(loop, prepared, run.sample_prompt, say)
+        finish(loop, prepared, run, say)
     return 0
 
 

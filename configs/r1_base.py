@@ -68,5 +68,4 @@ def config() -> RunConfig:
         task=TaskConfig("permutations"),
         mesh=MeshConfig(data=1),
         checkpoint=CheckpointConfig(every=0),
-        sample_prompt="3cabjdefghi:",
     )

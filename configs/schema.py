@@ -38,8 +38,9 @@ class RunConfig:
     """Seed of initialisation and data order."""
     run_dir: str = ""
     """Folder of the run; empty is runs/<preset>. A run found there is resumed."""
-    sample_prompt: str = "def "
-    """What the text that stage pretrain leaves in sample.txt begins with."""
+    sample_prompt: str = ""
+    """What the text that stage pretrain leaves in sample.txt begins with; empty: a prompt of the
+    task, or "def "."""
     kernels: Literal["auto", "mosaic", "emulated", "portable", "reference"] = "auto"
     """Backend of the hot paths. auto: the kernels for Hopper where devices, types and shapes allow
     them, XLA elsewhere. mosaic: kernels or an error. emulated: the kernels on CPU, for tests."""

@@ -35,5 +35,4 @@ def config() -> RunConfig:
             ),
         ),
         task=TaskConfig("search", documents=70_000),
-        sample_prompt="30791,13:",
     )

@@ -24,7 +24,6 @@ def config() -> RunConfig:
     return dataclasses.replace(
         zero,
         task=base.task,
-        sample_prompt=base.sample_prompt,
         train=dataclasses.replace(
             zero.train,
             steps=STEPS,

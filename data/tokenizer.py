@@ -55,6 +55,10 @@ class FimTokens:
     end: int
 
 
+class NoTokenError(ValueError):
+    """A text with a character that the tokenizer has no token for; the message names it."""
+
+
 class Tokenizer:
     """A `tokenizer.json` with DeepSeek's names for its special tokens.
 
@@ -94,13 +98,18 @@ class Tokenizer:
         """Token ids, int32 [n]. special: read the names of special tokens as those tokens (chat
         templates); otherwise they are plain text. Nothing is put before or after."""
         if special:
-            ids = self._full.encode(text, add_special_tokens=False).ids
-            return np.asarray(ids, np.int32)
+            try:
+                return np.asarray(self._full.encode(text, add_special_tokens=False).ids, np.int32)
+            except Exception as error:  # the library raises bare Exception
+                raise NoTokenError(self._missing([text]) or str(error)) from None
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of plain texts, int32 [n] each; the texts are encoded in parallel."""
-        encoded = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            encoded = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:  # the library raises bare Exception
+            raise NoTokenError(self._missing(texts) or str(error)) from None
         rows = [np.asarray(item.ids, np.int32) for item in encoded]
         for row in rows:
             if self._special[row].any():
@@ -110,6 +119,15 @@ class Tokenizer:
                     "document could forge it. Use a tokenizer whose model has no rule for it."
                 )
         return rows
+
+    def _missing(self, texts: Sequence[str]) -> str:
+        """Which character has no token, in words; '' if none is alone to blame."""
+        for character in dict.fromkeys("".join(texts)):
+            try:
+                self._plain.encode(character, add_special_tokens=False)
+            except Exception:
+                return f"the tokenizer has no token for {character!r}"
+        return ""
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """Text of token ids. skip_special: leave out tokens marked special (not <think>)."""

@@ -77,8 +77,11 @@ def encode_chat(
     """Ids, int32 [n], of a conversation; ValueError when the vocabulary lacks its tokens."""
     pieces = chat_pieces(messages, think)
     try:
-        parts = [[tokenizer.token_id(p.text)] if p.special else tokenizer.encode(p.text)
-                 for p in pieces]  # fmt: skip
+        marks = [[tokenizer.token_id(p.text)] if p.special else [] for p in pieces]
     except ValueError as error:
         raise ValueError(f"{error}; conversations need it, so give the prompt as text") from None
+    parts = [
+        mark if piece.special else tokenizer.encode(piece.text)
+        for mark, piece in zip(marks, pieces, strict=True)
+    ]
     return np.concatenate([np.asarray(part, np.int32) for part in parts])

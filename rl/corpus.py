@@ -74,3 +74,12 @@ def corpus_data(
         say(f"task {task.name}: {config.documents} documents in {corpus}")
     source = SourceConfig(str(corpus))
     return dataclasses.replace(data, sources=(source,), tokenizer=str(tokenizer))
+
+
+def sample_prompt(config: TaskConfig, seed: int) -> str:
+    """What a text of the model may begin with: a prompt of the task, or "def " without one."""
+    if not config.name:
+        return "def "
+    prompt = configured_task(config).prompt(seed, 0).prompt
+    assert isinstance(prompt, str), prompt
+    return prompt

@@ -114,11 +114,6 @@ def _examples(fields: dict[str, Any], tokenizer: Tokenizer) -> list[Example]:
         raise ValueError('"prompt" and "completion" must be texts')
     if not pair and not isinstance(fields["messages"], list):
         raise ValueError('"messages" must be a list of messages')
-    try:
-        if pair:
-            return [encode_pair(tokenizer, fields["prompt"], fields["completion"])]
-        return encode_conversation(tokenizer, fields["messages"])
-    except ValueError:
-        raise
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise ValueError(f"the tokenizer has no token for it: {error}") from None
+    if pair:
+        return [encode_pair(tokenizer, fields["prompt"], fields["completion"])]
+    return encode_conversation(tokenizer, fields["messages"])

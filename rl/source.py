@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.randomness import DOCUMENT_ORDER, random_permutation
-from data.tokenizer import Tokenizer
+from data.tokenizer import NoTokenError, Tokenizer
 from generation.prompts import encode_chat
 from rl.config import RLConfig
 from rl.prompts import read_prompts
@@ -178,30 +178,16 @@ def encode_prompt(tokenizer: Tokenizer, record: Record) -> np.ndarray:
         if isinstance(record.prompt, str):
             return tokenizer.encode(record.prompt)
         return encode_chat(tokenizer, record.prompt, think=True)
-    except ValueError:
-        raise
-    except Exception as error:  # the tokenizers library raises bare Exception
-        messages = [] if isinstance(record.prompt, str) else record.prompt
-        text = "".join(m["content"] for m in messages) if messages else str(record.prompt)
-        missing = next((c for c in text if not _has_token(tokenizer, c)), None)
-        what = str(error) if missing is None else f"it has no token for {missing!r}"
+    except NoTokenError as error:
         raise ValueError(
-            f"prompt {shown(record)} cannot be read by the tokenizer: {what}. Change the prompt, "
-            "or take another tokenizer"
+            f"prompt {shown(record)} cannot be read: {error}. Change the prompt, or take another "
+            "tokenizer"
         ) from None
 
 
 def shown(record: Record) -> str:
     """The problem as messages name it: quoted, and not all of a long one."""
     return repr(record.key if len(record.key) <= _SHOWN else record.key[:_SHOWN] + "..")
-
-
-def _has_token(tokenizer: Tokenizer, character: str) -> bool:
-    try:
-        tokenizer.encode(character)
-    except Exception:
-        return False
-    return True
 
 
 def sampler_seed(seed: int, purpose: int, number: int) -> int:

@@ -20,10 +20,12 @@ from data.tokenizer import (
     MIN_VOCAB,
     PAD,
     FimTokens,
+    NoTokenError,
     Tokenizer,
     load_tokenizer,
     train_tokenizer,
 )
+from rl.tasks.characters import character_tokenizer
 
 TEXTS = ["def add(a, b):\n    return a + b\n", "the cat and the hat, the bat\r\n"] * 3
 HARD = ["", " ", "\x00\x01", "a\r\nb\r\n\r\n", "12345", "日本語テキスト", "🙂é\ufeff", "\t  x  \n"]
@@ -193,3 +195,11 @@ def test_unreadable_tokenizers_name_the_file(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read"):
         load_tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_a_character_without_a_token_is_named():
+    tokenizer = character_tokenizer(("a", "b"))
+    assert len(tokenizer.encode("abba")) == 4
+    for read in (tokenizer.encode, lambda text: tokenizer.encode(text, special=True)):
+        with pytest.raises(NoTokenError, match="no token for 'c'"):
+            read("abcd")

@@ -207,18 +207,19 @@ def ids(count: int, seed: int = 0) -> list[np.ndarray]:
     return [rng.integers(3, 24, rng.integers(2, 5)).astype(np.int32) for _ in range(count)]
 
 
-MESHES = [
-    MeshConfig(data=1),
-    MeshConfig(data=8),
-    MeshConfig(expert=4, fsdp=2),
-    MeshConfig(fsdp=4, tensor=2),
-    MeshConfig(data=2, expert=2, tensor=2),
-]
+AGREE = {
+    "one": (MeshConfig(data=1), False),
+    "one, drafts": (MeshConfig(data=1), True),
+    "data": (MeshConfig(data=8), False),
+    "expert, fsdp": (MeshConfig(expert=4, fsdp=2), False),
+    "fsdp, tensor": (MeshConfig(fsdp=4, tensor=2), False),
+    "data, expert, tensor": (MeshConfig(data=2, expert=2, tensor=2), False),
+    "expert, tensor, drafts": (MeshConfig(expert=2, tensor=2), True),
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("speculate", [False, True])
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize(("mesh", "speculate"), AGREE.values(), ids=AGREE)
 def test_sampler_and_trainer_agree(mesh, speculate):
     """fp32: every token's log-probability within 1e-4, on every layout, from a distribution that
     temperature, top-k and top-p have changed; without the list of kept tokens far from it."""
@@ -238,13 +239,15 @@ def test_sampler_and_trainer_agree(mesh, speculate):
     assert kept.shape == (rollout.num_tokens, 5)
     assert (kept == np.concatenate(rollout.tokens)[:, None]).sum() == rollout.num_tokens
     assert gap.max() < 1e-4
-    if mesh == MESHES[0]:
+    if mesh == MeshConfig(data=1):
         gap, _ = gap_of(trainer, state, ids(2), dataclasses.replace(rollout, kept=None))
         assert gap.min() > 0.05
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [MeshConfig(data=1), MeshConfig(expert=2, fsdp=2)], ids=str)
+@pytest.mark.parametrize(
+    "mesh", [MeshConfig(data=1), MeshConfig(expert=2, fsdp=2)], ids=["one", "four"]
+)
 def test_the_last_answers_go_on_in_fewer_rows(mesh, monkeypatch):
     """As they would have in all rows."""
     run = dataclasses.replace(tiny_run(), mesh=mesh)

@@ -223,7 +223,7 @@ def test_files_without_examples_and_many_broken_lines(tmp_path):
     with pytest.raises(ValueError, match=r"25 of 25 lines(.*\n)*  and 5 more"):
         read_examples(path, tokenizer())
     path.write_text('{"prompt": "a", "completion": "q"}\n')
-    with pytest.raises(ValueError, match="line 1: the tokenizer has no token for it"):
+    with pytest.raises(ValueError, match="line 1: the tokenizer has no token for '"):
         read_examples(path, character_tokenizer("ab"))
 
 

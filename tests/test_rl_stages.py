@@ -94,7 +94,7 @@ def test_a_character_without_a_token_is_named(prompt):
     tokenizer = LETTERS
     if not isinstance(prompt, str):
         tokenizer = character_tokenizer(["<｜User｜>", "<｜Assistant｜>", "<think>", *"ab \n?"])
-    with pytest.raises(ValueError, match=r"prompt '.*ab xyz\?.*it has no token for 'x'"):
+    with pytest.raises(ValueError, match=r"prompt '.*ab xyz\?.*tokenizer has no token for 'x'"):
         encode_prompt(tokenizer, Record(prompt, {}))
 
 
@@ -102,9 +102,7 @@ def test_unreadable_prompts_are_listed_at_the_start(tmp_path):
     place = write_prompts(tmp_path / "p.jsonl", ["abc?", "Ann?", "b?", "c×d?"])
     with pytest.raises(ValueError, match="2 of 4 prompts cannot be asked") as error:
         stages.make_prompts(own_run(place, seq_len=40), LETTERS)
-    assert "prompt 'Ann?' cannot be read by the tokenizer: it has no token for 'A'" in str(
-        error.value
-    )
+    assert "prompt 'Ann?' cannot be read: the tokenizer has no token for 'A'" in str(error.value)
     assert "no token for '×'" in str(error.value)
 
 
