@@ -12,10 +12,11 @@ from bench.report import ROOT
 
 def train_once(folder: Path, config: str, *options: str) -> dict[str, float]:
     """`train.py --config CONFIG --run-dir FOLDER`, unless it is complete; wall_s and cpu_s of when
-    it ran, its children's processor time included."""
+    it ran, its children's processor time included. config: '' where the options name a recipe."""
     spent = folder / "seconds.json"
     if not spent.exists():
-        command = [sys.executable, "train.py", "--config", config, "--run-dir", str(folder)]
+        command = [sys.executable, "train.py", "--run-dir", str(folder)]
+        command += ["--config", config] if config else []
         print("+", *command[1:], *options, flush=True)
         began, before = time.monotonic(), _processor_seconds()
         subprocess.run([*command, *options], cwd=ROOT, check=True)

@@ -1,0 +1,101 @@
+"""R1's pipeline in small: every model of the recipe `r1` on the same held-out problems.
+
+    python -m bench.recipe [--folder runs/recipe] [--write]
+
+`train.py --recipe r1` is run, or read where it is complete. Then each model answers held-out
+problems at temperature 1: chains of ten moves, as R1-Zero's are, and of two to ten moves, in two
+scripts.
+"""
+
+import argparse
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from bench.report import write_section
+from bench.runs import train_once
+from configs import preset
+from configs.recipes import RECIPES
+from data.tokenizer import load_tokenizer
+from generation.config import Sampling
+from model.recipe import Recipe
+from rl.config import TaskConfig
+from rl.corpus import configured_task
+from rl.rollout import PolicySampler
+from rl.source import EVALUATE, TaskPrompts, sampler_seed
+from rl.teacher import load_policy
+from sharding.mesh import make_layout
+
+PROBLEMS = 512
+BUDGET = 28
+TASKS = {"ten moves": ("scripts=2",), "two to ten": ("scripts=2", "shortest=2")}
+
+
+def measure(place: Path) -> dict[str, dict[str, float]]:
+    """By task: correct, chains (share of answers), language and steps right (of chains), length."""
+    run = preset("r1_base2")
+    layout, recipe = make_layout(run.mesh, jax.devices()[:1]), Recipe("float32")
+    model, params, router_bias = load_policy(str(place), run.train, recipe, layout)
+    tokenizer = load_tokenizer(place / "tokenizer.json")
+    sampler = PolicySampler(
+        model, recipe, layout, Sampling(1.0), rows=128, max_new_tokens=BUDGET,
+        eos_ids=(tokenizer.eos_id,),
+    )  # fmt: skip
+    sampler.publish(params, router_bias)
+    found = {}
+    for name, options in TASKS.items():
+        task = configured_task(TaskConfig("permutations", options))
+        prompts = TaskPrompts(task, tokenizer, 0)
+        questions = prompts.held_out(PROBLEMS)
+        rollout = sampler(questions.ids, 1, sampler_seed(0, EVALUATE, 0))
+        texts = prompts.texts(rollout.tokens)
+        seen = [task.inspect(r, text) for r, text in zip(questions.records, texts, strict=True)]
+        chains = [one for one in seen if one["steps"]]
+        steps = sum(one["steps"] for one in chains)
+        found[name] = {
+            "correct": float(np.mean([one["correct"] for one in seen])),
+            "chains": len(chains) / len(seen),
+            "language": float(np.mean([one["language"] for one in chains])) if chains else np.nan,
+            "steps": sum(one["steps_right"] for one in chains) / steps if steps else np.nan,
+            "length": float(np.mean([len(ids) for ids in rollout.tokens])),
+        }
+    return found
+
+
+def report(folder: Path, seconds: float) -> list[str]:
+    """Markdown lines."""
+    lines = [
+        f"{PROBLEMS} held-out problems of each kind, answered once at temperature 1. The recipe",
+        f"took {seconds:.0f} s from random weights to the student.",
+        "",
+        "| stage | ten moves: right | chains | in the prompt's script | steps right | tokens | "
+        "two to ten moves: right |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for stage in RECIPES["r1"]:
+        found = measure(folder / stage.name)
+        ten, mixed = found["ten moves"], found["two to ten"]
+        lines.append(
+            f"| {stage.name} | {ten['correct']:.3f} | {ten['chains']:.0%} | {ten['language']:.0%} "
+            f"| {ten['steps']:.3f} | {ten['length']:.1f} | {mixed['correct']:.3f} |"
+        )
+        print(lines[-1], flush=True)
+    return lines
+
+
+def main() -> None:
+    """Run what is missing, print the report, and with --write put it into results.md."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--folder", default="runs/recipe")
+    parser.add_argument("--write", action="store_true", help="write bench/results.md")
+    options = parser.parse_args()
+    folder = Path(options.folder).absolute()
+    lines = report(folder, train_once(folder, "", "--recipe", "r1")["wall_s"])
+    print("\n".join(lines))
+    if options.write:
+        write_section("R1's pipeline in small", lines)
+
+
+if __name__ == "__main__":
+    main()
