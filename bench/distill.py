@@ -6,7 +6,7 @@
 The teacher is `r1_zero` after `r1_base` (made, or read where `bench.r1` has left it). The student,
 0.2 M parameters, first reads a corpus with few chains (10%) for a short while; from there it learns
 once from the teacher's rejection-sampled answers (stage distill) and once from rewards (stage rl),
-which takes at least as much processor time.
+for about as much processor time.
 """
 
 import argparse
