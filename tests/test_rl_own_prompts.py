@@ -301,8 +301,11 @@ def hangs(record, text):
 def test_a_run_with_a_reward_that_hangs_stops_on_sigterm(folder):
     """Within seconds, with code to judge; what keeps it in was said at the start."""
     (folder / "hangs.py").write_text(HANGS)
+    lines = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    lines = [json.dumps(line | {"tests": [{"check": "pass"}]}) + "\n" for line in lines]
+    (folder / "tested.jsonl").write_text("".join(lines))
     command = train_command(
-        folder, "hanging_run", "--rl.prompts", str(folder / "prompts.jsonl"), "--rl.held-out",
+        folder, "hanging_run", "--rl.prompts", str(folder / "tested.jsonl"), "--rl.held-out",
         "0.2", "--rl.rewards", f"{folder}/hangs.py:hangs", "code=0", "--rl.reward-timeout", "500",
         "--train.eval-every", "0",
     )  # fmt: skip

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data.tokenizer import NoTokenError
 from rl.prompts import final_answer, read_prompts
 from rl.records import Record, held_out, split_records
 from rl.tasks import TASKS, make_task
@@ -115,7 +116,7 @@ def test_character_tokenizer_refuses_what_it_does_not_know():
     assert tokenizer.encode("ab<t>").tolist() == [3, 4, 5]
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (0, 1, 2)
     for text in ("ac", "<t", "\ud7ff"):
-        with pytest.raises(Exception, match="Missing"):
+        with pytest.raises(NoTokenError, match="no token for"):
             tokenizer.encode(text)
     with pytest.raises(ValueError, match="entry is ''"):
         character_tokenizer(["a", ""])
