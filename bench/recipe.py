@@ -10,22 +10,13 @@ scripts.
 import argparse
 from pathlib import Path
 
-import jax
 import numpy as np
 
+from bench.answers import inspected
 from bench.report import write_section
 from bench.runs import train_once
-from configs import preset
 from configs.recipes import RECIPES
-from data.tokenizer import load_tokenizer
-from generation.config import Sampling
-from model.recipe import Recipe
 from rl.config import TaskConfig
-from rl.corpus import configured_task
-from rl.rollout import PolicySampler
-from rl.source import EVALUATE, TaskPrompts, sampler_seed
-from rl.teacher import load_policy
-from sharding.mesh import make_layout
 
 PROBLEMS = 512
 BUDGET = 28
@@ -34,23 +25,10 @@ TASKS = {"ten moves": ("scripts=2",), "two to ten": ("scripts=2", "shortest=2")}
 
 def measure(place: Path) -> dict[str, dict[str, float]]:
     """By task: correct, chains (share of answers), language and steps right (of chains), length."""
-    run = preset("r1_base2")
-    layout, recipe = make_layout(run.mesh, jax.devices()[:1]), Recipe("float32")
-    model, params, router_bias = load_policy(str(place), run.train, recipe, layout)
-    tokenizer = load_tokenizer(place / "tokenizer.json")
-    sampler = PolicySampler(
-        model, recipe, layout, Sampling(1.0), rows=128, max_new_tokens=BUDGET,
-        eos_ids=(tokenizer.eos_id,),
-    )  # fmt: skip
-    sampler.publish(params, router_bias)
     found = {}
     for name, options in TASKS.items():
-        task = configured_task(TaskConfig("permutations", options))
-        prompts = TaskPrompts(task, tokenizer, 0)
-        questions = prompts.held_out(PROBLEMS)
-        rollout = sampler(questions.ids, 1, sampler_seed(0, EVALUATE, 0))
-        texts = prompts.texts(rollout.tokens)
-        seen = [task.inspect(r, text) for r, text in zip(questions.records, texts, strict=True)]
+        task = TaskConfig("permutations", options)
+        seen, tokens = inspected(place, task, PROBLEMS, 1, BUDGET, seed=0)
         chains = [one for one in seen if one["steps"]]
         steps = sum(one["steps"] for one in chains)
         found[name] = {
@@ -58,7 +36,7 @@ def measure(place: Path) -> dict[str, dict[str, float]]:
             "chains": len(chains) / len(seen),
             "language": float(np.mean([one["language"] for one in chains])) if chains else np.nan,
             "steps": sum(one["steps_right"] for one in chains) / steps if steps else np.nan,
-            "length": float(np.mean([len(ids) for ids in rollout.tokens])),
+            "length": float(tokens.mean()),
         }
     return found
 

@@ -10,48 +10,26 @@ DRAWS times at temperature 1, and every answer is inspected.
 import argparse
 import re
 from pathlib import Path
-from typing import Any
 
-import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
+from bench.answers import inspected
 from bench.report import write_section
 from bench.runs import train_once
 from configs import preset
-from data.tokenizer import load_tokenizer
-from generation.config import Sampling
-from model.recipe import Recipe
-from rl.corpus import configured_task
-from rl.rollout import PolicySampler
-from rl.source import EVALUATE, TaskPrompts, sampler_seed
 from rl.tasks.search import FAILURES, Search, accuracy_by_tries, census
-from rl.teacher import load_policy
-from sharding.mesh import make_layout
+from rl.tasks.task import Inspection
 from training.metrics import read_metrics
 
 CONFIGS = ("search_base", "search_zero")
 PROBLEMS, DRAWS = 160, 8
 
 
-def inspections(place: Path, seed: int) -> list[dict[str, Any]]:
+def inspections(place: Path, seed: int) -> list[Inspection]:
     """Of DRAWS answers at temperature 1 to each held-out problem, by the model in `place`."""
     run = preset("search_zero")
-    layout, recipe = make_layout(run.mesh, jax.devices()[:1]), Recipe("float32")
-    model, params, router_bias = load_policy(str(place), run.train, recipe, layout)
-    tokenizer = load_tokenizer(place / "tokenizer.json")
-    sampler = PolicySampler(
-        model, recipe, layout, Sampling(1.0), rows=128, max_new_tokens=run.rl.max_new_tokens,
-        eos_ids=(tokenizer.eos_id,),
-    )  # fmt: skip
-    sampler.publish(params, router_bias)
-    task = configured_task(run.task)
-    prompts = TaskPrompts(task, tokenizer, seed)
-    questions = prompts.held_out(PROBLEMS)
-    rollout = sampler(questions.ids, DRAWS, sampler_seed(seed, EVALUATE, 0))
-    records = [record for record in questions.records for _ in range(DRAWS)]
-    texts = prompts.texts(rollout.tokens)
-    return [task.inspect(record, text) for record, text in zip(records, texts, strict=True)]
+    return inspected(place, run.task, PROBLEMS, DRAWS, run.rl.max_new_tokens, seed)[0]
 
 
 def figure(curves: dict[str, list[list[float]]], path: Path) -> None:

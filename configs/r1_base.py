@@ -8,6 +8,8 @@ held out; `r1_zero` measures on problems that are.
     make r1            # this, then r1_zero from its weights
 """
 
+from typing import Any
+
 from checkpoint.config import CheckpointConfig
 from configs.schema import RunConfig
 from data.config import DataConfig
@@ -43,24 +45,32 @@ def model() -> ModelConfig:
     )
 
 
+def schedule(steps: int) -> dict[str, Any]:
+    """Fields of TrainConfig: up in 20 steps, level to the middle, down to a tenth; balancing ends
+    before the end."""
+    return {
+        "steps": steps,
+        "learning_rate": (
+            Phase(20, 4e-3, "linear", "steps"),
+            Phase(steps // 2, 4e-3, "constant", "steps"),
+            Phase(steps, 4e-4, "cosine", "steps"),
+        ),
+        "bias_update_rate": (
+            Phase(0.9 * steps, 0.01, unit="steps"),
+            Phase(steps, 0.0, unit="steps"),
+        ),
+    }
+
+
 def config() -> RunConfig:
     """The run: about 100 documents a step."""
     return RunConfig(
         model=model(),
         train=TrainConfig(
-            steps=STEPS,
             seq_len=192,
             batch_size=12,
             optimizer=OptimizerConfig(name="muon", weight_decay=0.01, moment_dtype="float32"),
-            learning_rate=(
-                Phase(20, 4e-3, "linear", "steps"),
-                Phase(STEPS // 2, 4e-3, "constant", "steps"),
-                Phase(STEPS, 4e-4, "cosine", "steps"),
-            ),
-            bias_update_rate=(
-                Phase(0.9 * STEPS, 0.01, unit="steps"),
-                Phase(STEPS, 0.0, unit="steps"),
-            ),
+            **schedule(STEPS),
             eval_every=0,
             log_every=10,
         ),

@@ -28,16 +28,7 @@ def config() -> RunConfig:
         data=dataclasses.replace(base.data, vocab_size=VOCABULARY),
         train=dataclasses.replace(
             base.train,
-            steps=STEPS,
-            learning_rate=(
-                Phase(20, 4e-3, "linear", "steps"),
-                Phase(STEPS // 2, 4e-3, "constant", "steps"),
-                Phase(STEPS, 4e-4, "cosine", "steps"),
-            ),
-            bias_update_rate=(
-                Phase(0.9 * STEPS, 0.01, unit="steps"),
-                Phase(STEPS, 0.0, unit="steps"),
-            ),
+            **r1_base.schedule(STEPS),
         ),
         task=TaskConfig("permutations", (SCRIPTS, "share_of_chains=0.6")),
     )

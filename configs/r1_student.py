@@ -9,7 +9,7 @@ from configs import r1_base
 from configs.schema import RunConfig
 from model.config import ModelConfig
 from rl.config import RLConfig, SFTConfig
-from training.config import OptimizerConfig, Phase
+from training.config import OptimizerConfig
 
 STEPS = 700
 
@@ -31,17 +31,8 @@ def config() -> RunConfig:
         model=model(),
         train=dataclasses.replace(
             base.train,
-            steps=STEPS,
             optimizer=OptimizerConfig(name="muon", weight_decay=0.01, moment_dtype="float32"),
-            learning_rate=(
-                Phase(20, 4e-3, "linear", "steps"),
-                Phase(STEPS // 2, 4e-3, "constant", "steps"),
-                Phase(STEPS, 4e-4, "cosine", "steps"),
-            ),
-            bias_update_rate=(
-                Phase(0.9 * STEPS, 0.01, unit="steps"),
-                Phase(STEPS, 0.0, unit="steps"),
-            ),
+            **r1_base.schedule(STEPS),
             eval_every=100,
         ),
         sft=SFTConfig(rounds=8, prompts_per_round=512, per_prompt=2, max_new_tokens=28),

@@ -11,7 +11,6 @@ import dataclasses
 from configs import r1_base
 from configs.schema import RunConfig
 from rl.config import TaskConfig
-from training.config import Phase
 
 STEPS = 800
 
@@ -23,16 +22,7 @@ def config() -> RunConfig:
         base,
         train=dataclasses.replace(
             base.train,
-            steps=STEPS,
-            learning_rate=(
-                Phase(20, 4e-3, "linear", "steps"),
-                Phase(STEPS // 2, 4e-3, "constant", "steps"),
-                Phase(STEPS, 4e-4, "cosine", "steps"),
-            ),
-            bias_update_rate=(
-                Phase(0.9 * STEPS, 0.01, unit="steps"),
-                Phase(STEPS, 0.0, unit="steps"),
-            ),
+            **r1_base.schedule(STEPS),
         ),
         task=TaskConfig("search", documents=70_000),
     )

@@ -16,6 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.tokenizer import NoTokenError
+from rl.config import TaskConfig
+from rl.corpus import configured_task, sample_prompt
 from rl.prompts import final_answer, read_prompts
 from rl.records import Record, held_out, split_records
 from rl.tasks import TASKS, make_task
@@ -835,3 +837,11 @@ def test_mixed_lengths():
     assert seen == {2, 3, 4, 5, 6}
     with pytest.raises(ValueError, match="shortest=7"):
         make_task("permutations", length=6, shortest=7)
+
+
+def test_a_sample_begins_with_a_prompt_of_the_configured_task():
+    assert sample_prompt(TaskConfig(), 0) == "def "
+    config = TaskConfig("permutations", ("rules=mod10", "length=3"))
+    prompt = sample_prompt(config, 0)
+    assert re.fullmatch(r"\d([+\-*]\d){3}:", prompt)
+    assert len(character_tokenizer(configured_task(config).vocabulary).encode(prompt)) == 8
