@@ -84,12 +84,22 @@ def join_processes(
             "num_processes": num_processes,
             "process_id": process_id,
         }
+    _keep_stdout()
     watch = _Watch(lost_after)
     _on_abort(watch.aborted)
     jax.distributed.initialize(
         **given, initialization_timeout=join_within, heartbeat_timeout_seconds=lost_after
     )
     watch.start()
+
+
+def _keep_stdout() -> None:
+    """Leave standard output to Python: what Gloo's threads write there, in torn lines, goes to
+    standard error."""
+    sys.stdout.flush()
+    own = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = open(own, "w", encoding=sys.stdout.encoding, buffering=1)  # noqa: SIM115
 
 
 def barrier(name: str) -> None:
