@@ -5,15 +5,16 @@
 The model is `r1_base`'s, with the weights of a run, or random ones, whose answers have all lengths
 up to the limit. Prompts are 8 x 16 answers (a group shares its prompt's pass) or 128 x 1. The other
 side is what `generate.py` does, one prompt at a time, its compiled programs warm. Compilation is
-left out on both sides.
+left out on both sides. The sides take turns, as the speed of these machines changes by the minute.
 """
 
 import argparse
-import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from bench.report import write_section
 from configs import preset
@@ -50,26 +51,26 @@ class Bench:
             self.tokenizer = character_tokenizer(task.vocabulary)
         self.prompts = TaskPrompts(task, self.tokenizer, 0).rollout(0, ANSWERS).ids
 
-    def rollout(self, prompts: int, rows: int, budget: int, rounds: int) -> tuple[float, float]:
-        """(tokens per second, mean length) of 128 answers, `rows` written at a time."""
+    def rollout(self, prompts: int, rows: int, budget: int) -> "Side":
+        """128 answers, `rows` written at a time."""
         sampler = PolicySampler(
             self.model, self.recipe, self.layout, Sampling(1.0), rows=rows, max_new_tokens=budget,
             eos_ids=(self.tokenizer.eos_id,),
         )  # fmt: skip
         sampler.publish(self.params, self.bias)
-        speeds, lengths = [], []
-        for seed in range(rounds + 1):  # the first compiles
-            found = sampler(self.prompts[:prompts], ANSWERS // prompts, seed)
-            speeds.append(found.num_tokens / found.seconds)
-            lengths.append(found.num_tokens / ANSWERS)
-        return statistics.median(speeds[1:]), statistics.mean(lengths[1:])
 
-    def one_by_one(self, budget: int, rounds: int, answers: int = 32) -> float:
-        """Tokens per second of one generation per prompt."""
+        def run(seed: int) -> tuple[int, float]:
+            found = sampler(self.prompts[:prompts], ANSWERS // prompts, seed)
+            return found.num_tokens, found.seconds
+
+        return run
+
+    def one_by_one(self, budget: int, answers: int = 32) -> "Side":
+        """One generation per prompt."""
         generator = Generator(self.model, self.recipe, self.layout)
         weights = generator.prepare({"params": self.params, "router_bias": self.bias})
-        speeds = []
-        for seed in range(rounds + 1):  # the first compiles
+
+        def run(seed: int) -> tuple[int, float]:
             began, tokens = time.perf_counter(), 0
             for i in range(answers):
                 sampling = Sampling(1.0, seed=seed * answers + i)
@@ -79,21 +80,31 @@ class Bench:
                 while not session.done:
                     session.advance()
                 tokens += int(session.stats.decoded_tokens) + 1  # the prefill draws the first
-            speeds.append(tokens / (time.perf_counter() - began))
-        return statistics.median(speeds[1:])
+            return tokens, time.perf_counter() - began
+
+        return run
+
+
+Side = Callable[[int], tuple[int, float]]
+"""`tokens, seconds = side(seed)`."""
 
 
 def measure(bench: Bench, budget: int, rounds: int) -> list[str]:
-    """Rows of the table for one limit of tokens."""
-    alone = bench.one_by_one(budget, rounds)
-    rows = [f"| {budget} | one prompt at a time | - | {alone:,.0f} | 1.0x |"]
-    for prompts, at_a_time in ((8, 128), (8, 32), (128, 128)):
-        speed, length = bench.rollout(prompts, at_a_time, budget, rounds)
-        rows.append(
-            f"| {budget} | {prompts} prompts x {ANSWERS // prompts}, {at_a_time} rows | "
-            f"{length:.1f} | {speed:,.0f} | {speed / alone:.1f}x |"
-        )
-    return rows
+    """Rows of the table for one limit of tokens. Every round runs all sides, one after another."""
+    cases = [(8, 128), (8, 32), (128, 128), (128, 32)]
+    sides = [bench.one_by_one(budget), *(bench.rollout(*case, budget) for case in cases)]
+    found = np.array([[side(seed) for side in sides] for seed in range(rounds + 1)])
+    tokens, seconds = np.moveaxis(found[1:], -1, 0)  # the first round compiles
+    speeds = tokens / seconds
+    times = np.median(speeds / speeds[:, :1], axis=0)
+    names = ["one prompt at a time"]
+    names += [f"{P} prompts x {ANSWERS // P}, {rows} rows" for P, rows in cases]
+    answers = [32, *[ANSWERS] * len(cases)]
+    return [
+        f"| {budget} | {name} | {tokens[:, i].mean() / answers[i]:.1f} | "
+        f"{np.median(speeds[:, i]):,.0f} | {times[i]:.1f}x |"
+        for i, name in enumerate(names)
+    ]
 
 
 def main() -> None:
@@ -106,7 +117,7 @@ def main() -> None:
     bench = Bench(options.weights)
     lines = [
         f"128 answers of {'trained' if options.weights else 'random'} weights in `r1_base`'s shape",
-        "at temperature 1, tokens per second; medians.",
+        "at temperature 1; medians, of the ratios too, which are taken within each round.",
         "",
         "| longest answer | answers | mean length | tokens/s | against one at a time |",
         "|---:|---|---:|---:|---:|",

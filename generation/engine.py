@@ -42,7 +42,14 @@ from sharding.partition import (
 from sharding.rules import RESIDENT
 
 SLOT_BLOCK = 64
-"""Slots of a cache and padded prompts come in multiples of it: fewer programs to compile."""
+"""Slots of a cache come in multiples of it: fewer programs to compile."""
+
+
+def padded_length(longest: int) -> int:
+    """The length that prompts of at most `longest` tokens are padded to: four to each power of two,
+    from 16 on. Few programs to compile, and at most a quarter of their work is for nothing."""
+    block = max(16, 1 << (longest - 1).bit_length() >> 3)
+    return -(-longest // block) * block
 
 
 class Generator:
@@ -179,7 +186,7 @@ class Session:
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         shards = batch_shards(generator.layout)
         batch = -(-len(prompts) // shards) * shards
-        T = -(-int(lengths.max()) // SLOT_BLOCK) * SLOT_BLOCK
+        T = padded_length(int(lengths.max()))
         ids_BT = np.zeros((batch, T), np.int32)
         for row, prompt in enumerate(prompts):
             ids_BT[row, : len(prompt)] = prompt

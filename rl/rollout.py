@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from generation.config import Sampling
-from generation.engine import SLOT_BLOCK, Generator
+from generation.engine import SLOT_BLOCK, Generator, padded_length
 from generation.refill import RefillSteps
 from generation.steps import CHUNK
 from model.blueprint import Tree
@@ -142,7 +142,7 @@ class _Session:
         self._s, self._group = sampler, group_size
         self._lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         self._answers = len(prompts) * group_size
-        T = -(-int(self._lengths.max()) // SLOT_BLOCK) * SLOT_BLOCK
+        T = padded_length(int(self._lengths.max()))
         self._slots = -(-(T + sampler._budget + 2) // SLOT_BLOCK) * SLOT_BLOCK
         shards = batch_shards(sampler._layout)
         P = -(-len(prompts) // shards) * shards
