@@ -6,7 +6,7 @@
 The teacher is `r1_zero` after `r1_base` (made, or read where `bench.r1` has left it). The student,
 0.2 M parameters, first reads a corpus with few chains (10%) for a short while; from there it learns
 once from the teacher's rejection-sampled answers (stage distill) and once from rewards (stage rl),
-for about as much processor time.
+for more processor time than distillation takes.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from configs.r1_student import model
 from training.metrics import read_metrics
 
 FEW_CHAINS = ("--task.options", "share_of_chains=0.1")
-BASE_STEPS, RL_STEPS = 200, 650
+BASE_STEPS, RL_STEPS = 200, 1000
 
 
 def student_shape() -> list[str]:

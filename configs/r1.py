@@ -1,13 +1,12 @@
-"""Last stage of the recipe `r1`, RL for all scenarios: all lengths and rewards (R1 report, 2.3.4).
+"""Last stage of the recipe `r1`, RL for all scenarios: all rewards (R1 report, 2.3.4).
 
 python train.py --config r1 --init-from runs/r1/sft
 """
 
 import dataclasses
 
-from configs import r1_reasoning, r1_sft
+from configs import r1_reasoning
 from configs.schema import RunConfig
-from rl.config import TaskConfig
 
 STEPS = 40
 
@@ -17,7 +16,6 @@ def config() -> RunConfig:
     base = r1_reasoning.config()
     return dataclasses.replace(
         base,
-        task=TaskConfig("permutations", (*base.task.options, r1_sft.MIXED)),
         train=dataclasses.replace(base.train, steps=STEPS),
         rl=dataclasses.replace(base.rl, temperature=0.7, format_weight=1.0),
     )

@@ -1,4 +1,4 @@
-"""Base of the recipe `r1`: `r1_base` with moves in two scripts, which its chains mix.
+"""Base of the recipe `r1`: `r1_base` with two to ten moves in two scripts, which its chains mix.
 
 Every stage of the recipe shares its shape, its tokenizer and its prompts.
 """
@@ -12,7 +12,8 @@ from training.config import OptimizerConfig, Phase, TrainConfig
 
 STEPS = 500
 VOCABULARY = 34
-SCRIPTS = "scripts=2"
+PROMPTS = "scripts=2", "shortest=2"
+"""Two to ten moves, in two scripts. A base that reads ten alone answers no other number later."""
 
 
 def config() -> RunConfig:
@@ -30,7 +31,7 @@ def config() -> RunConfig:
             base.train,
             **r1_base.schedule(STEPS),
         ),
-        task=TaskConfig("permutations", (SCRIPTS, "share_of_chains=0.6")),
+        task=TaskConfig("permutations", (*PROMPTS, "share_of_chains=0.6")),
     )
 
 

@@ -17,7 +17,7 @@ def config() -> RunConfig:
     return dataclasses.replace(
         r1_base2.config(),
         stage="sft",
-        task=TaskConfig("permutations", (r1_base2.SCRIPTS, *READABLE)),
+        task=TaskConfig("permutations", (*r1_base2.PROMPTS, *READABLE)),
         train=r1_base2.tuned(30),
         sft=SFTConfig(demonstrations=200),
         rl=RLConfig(max_new_tokens=28),

@@ -19,7 +19,7 @@ def config() -> RunConfig:
         zero,
         model=base.model,
         data=base.data,
-        task=TaskConfig("permutations", (r1_base2.SCRIPTS,)),
+        task=TaskConfig("permutations", r1_base2.PROMPTS),
         train=dataclasses.replace(zero.train, steps=STEPS, eval_every=20),
         rl=dataclasses.replace(zero.rl, language_weight=1.0),
     )

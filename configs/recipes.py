@@ -21,6 +21,12 @@ class Stage:
     """Of its command line, besides."""
 
 
+TWO_SCRIPTS = (
+    "--model.vocab-size", "34", "--data.vocab-size", "34",
+    "--task.options", "scripts=2", "shortest=2",
+)  # fmt: skip
+"""What `r1_base2` differs in from `r1_base`, for the presets that others use as well."""
+
 RECIPES: dict[str, tuple[Stage, ...]] = {
     "r1_zero": (
         Stage("r1_base", "r1_base"),
@@ -28,16 +34,12 @@ RECIPES: dict[str, tuple[Stage, ...]] = {
     ),
     "r1": (
         Stage("base", "r1_base2"),
-        Stage("zero", "r1_zero", "base", "", (
-            "--model.vocab-size", "34", "--data.vocab-size", "34", "--task.options", "scripts=2",
-        )),
+        Stage("zero", "r1_zero", "base", "", TWO_SCRIPTS),
         Stage("cold", "r1_cold", "base"),
         Stage("reasoning", "r1_reasoning", "cold"),
         Stage("sft", "r1_sft", "base", "reasoning"),
         Stage("r1", "r1", "sft"),
-        Stage("student", "r1_student", "", "r1", (
-            "--model.vocab-size", "34", "--data.vocab-size", "34", "--task.options", "scripts=2",
-        )),
+        Stage("student", "r1_student", "", "r1", TWO_SCRIPTS),
     ),
 }  # fmt: skip
 """r1_zero: rewards alone. r1: R1's figure 2, R1-Zero beside it and a student after it."""
