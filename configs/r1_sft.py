@@ -14,7 +14,7 @@ from rl.config import RLConfig, SFTConfig, TaskConfig
 
 
 def config() -> RunConfig:
-    """The run: three epochs of some 4,000 traces and the demonstrations."""
+    """The run: five epochs of some 2,000 traces and the demonstrations."""
     return dataclasses.replace(
         r1_base2.config(),
         stage="sft",
