@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import rl.traces
 from configs import PRESETS, preset
@@ -472,13 +473,36 @@ def teach(folder: pathlib.Path, *options: str) -> str:
     )  # fmt: skip
 
 
+EVALUATED = {
+    f"eval/{name}" for name in (
+        "accuracy", "accuracy_greedy", "format", "step_accuracy", "length", "length_correct",
+        "truncated", "failed_rewards",
+    )
+}  # fmt: skip
+
+
+def last_record(folder: pathlib.Path, said: str, *also: str) -> dict[str, float]:
+    """Of a run that printed `said`: in the live line, the file and TensorBoard alike."""
+    last = read_metrics(folder)[-1]
+    assert {"train/loss", "train/grad_norm", "perf/tokens_per_s", *also} <= last.keys()
+    assert {name for name in last if name.startswith("eval/")} == EVALUATED
+    line = next(x for x in said.splitlines() if x.startswith(f"step {last['step'] + 1}/"))
+    assert f"loss {last['train/loss']:.3f}  " in line
+    shown = f"held-out {last['eval/accuracy']:.1%}  greedy {last['eval/accuracy_greedy']:.1%}  "
+    assert shown in line
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    for name in last.keys() - {"step"}:
+        event = events.Scalars(name)[-1]
+        assert event.step == last["step"]
+        np.testing.assert_allclose(event.value, last[name], rtol=1e-6, err_msg=name)
+    return last
+
+
 @pytest.mark.slow
 def test_fine_tuning_then_distillation(tmp_path):
     """From demonstrations to a teacher, from its traces to a student; stopped runs go on."""
     teacher = tmp_path / "teacher"
-    teach(teacher, "--train.eval-every", "24")
-    last = read_metrics(teacher)[-1]
-    assert {"train/loss", "eval/accuracy", "eval/accuracy_greedy"} <= last.keys()
+    last = last_record(teacher, teach(teacher, "--train.eval-every", "24"))
 
     # Weights of step 12, and what was learned after it, come back bit for bit.
     shutil.copytree(teacher, again := tmp_path / "again")
@@ -490,11 +514,10 @@ def test_fine_tuning_then_distillation(tmp_path):
     distil = [
         "--stage", "distill", "--sft.policy", str(teacher), "--sft.kl-weight", "0.5",
         "--sft.prompts-per-round", "128", "--sft.rounds", "2", "--train.steps", "2",
-        "--model.hidden-size", "16", "--sft.per-prompt", "0",
+        "--model.hidden-size", "16", "--sft.per-prompt", "0", "--train.eval-every", "2",
     ]  # fmt: skip
     student_run = tmp_path / "student"
-    run_train(student_run, *distil)
-    assert "train/kl" in read_metrics(student_run)[-1]
+    last_record(student_run, run_train(student_run, *distil), "train/kl")
     tokenizer = tuning.load_tokenizer(student_run / "tokenizer.json")
     traces = read_traces(str(student_run / "traces"), tokenizer)
     lines = list(traces.lines())
