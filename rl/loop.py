@@ -28,7 +28,7 @@ from rl.resample import Asked, choose, differing, reward_arrays
 from rl.rollout import Publishable
 from rl.scoring import Scorer, Scores
 from rl.source import SAMPLE, Prompts, Questions, sampler_seed
-from rl.stopping import RolloutStoppedError, Stop
+from rl.stopping import RolloutStoppedError, Stop, never
 from rl.sums import Metrics, merge, numbers
 from rl.trainer import REFERENCE, PolicyTrainer
 from rl.transcripts import Transcripts
@@ -97,7 +97,7 @@ class PolicyLoop:
     @property
     def complete(self) -> bool:
         """Whether `run` has nothing left to do: the last step was done, and what follows it was
-        measured, which a signal in the last rollout prevents."""
+        measured, which a signal prevents."""
         if self.first_step < self.trainer.train.steps:
             return False
         measured = True
@@ -108,10 +108,11 @@ class PolicyLoop:
         return not anyone(not measured)
 
     def run(self) -> str:
-        """Train to the last step; SIGTERM or SIGINT ends it between two rollouts or in one.
+        """Train to the last step, and evaluate; SIGTERM or SIGINT ends it soon, wherever it is.
 
-        A rollout that is interrupted is lost, and nothing else. Saves at the end either way, and
-        before an error leaves. Returns the signal's name, or "" when the last step was reached.
+        A rollout or an evaluation that is interrupted is lost, and nothing else. Saves after the
+        last rollout either way, and before an error leaves. Returns the signal's name, or "" when
+        nothing is left to do.
         """
         last, stopped, step = self.trainer.train.steps, "", self.first_step
         transcripts = Transcripts(self.run_dir, step, self.rl.transcripts)
@@ -122,14 +123,13 @@ class PolicyLoop:
         ):  # fmt: skip
             # Processes of one run agree between rollouts; one alone need not wait for that.
             alone = jax.process_count() == 1
+            asked: Stop = (lambda: stop.requested) if alone else never
             while step < last and not stopped:
                 begun = step - self.first_step
                 trace.before(range(begun, begun + self.updates), self.state)
                 try:
                     with self._saved():
-                        record = self.advance(
-                            step, transcripts, (lambda: stop.requested) if alone else lambda: False
-                        )
+                        record = self.advance(step, transcripts, asked)
                 except RolloutStoppedError:
                     stopped = stop.signal_name
                     break
@@ -140,12 +140,15 @@ class PolicyLoop:
                     self.save()
                 if anyone(stop.requested):
                     stopped = stop.signal_name or "a signal to another process"
+            self.save()
             if not stopped and self.evaluation is not None:
-                with self._saved():
-                    record = self.evaluation(step, self.sampler, failed=self._failed)
+                try:
+                    with self._saved():
+                        record = self.evaluation(step, self.sampler, asked, self._failed)
+                except RolloutStoppedError:
+                    return stop.signal_name
                 writer.write(step, record)
                 self.display.show(step - 1, record)
-        self.save()
         return stopped
 
     def advance(self, step: int, transcripts: Transcripts, stop: Stop) -> Record:

@@ -23,6 +23,7 @@ from rl.rollout import Rollout, Sampler
 from rl.scoring import Scorer
 from rl.sft import encode_conversation, encode_pair
 from rl.source import TRACES, Questions, TaskPrompts, sampler_seed
+from rl.stopping import Stop, never
 
 Filter = Callable[[Record, str], bool]
 """(record, text of the answer) -> whether to keep it."""
@@ -116,18 +117,19 @@ def attempts(
 
 def sampled_round(
     number: int, prompts: TaskPrompts, sampler: Sampler, scorer: Scorer, *,
-    count: int, group_size: int, step: int,
+    count: int, group_size: int, step: int, stop: Stop = never,
 ) -> Round:  # fmt: skip
     """Answers of a policy (or of a server) to training prompts, `group_size` to each of `count`.
 
     A function of the number, the prompts' seed and the policy, whose step is only noted.
+    RolloutStoppedError soon after `stop()` says true.
     """
     questions = prompts.rollout(number, count)
     seed = sampler_seed(prompts.seed, TRACES, number)
-    rollout = sampler(questions.ids, group_size, seed)
+    rollout = sampler(questions.ids, group_size, seed, stop)
     texts = prompts.texts(rollout.tokens)
     records = [record for record in questions.records for _ in range(group_size)]
-    scores = scorer(records, texts, lengths(rollout))
+    scores = scorer(records, texts, lengths(rollout), stop)
     found = attempts(questions, rollout, texts, scores.correct, scores.rewards)
     return Round(found, seed, step)
 

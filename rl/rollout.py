@@ -61,8 +61,9 @@ class Rollout:
         return sum(map(len, self.tokens))
 
 
-Sampler = Callable[[Sequence[np.ndarray], int, int], Rollout]
-"""`sampler(prompts, group_size, seed)`: any way to get answers, an outside server's included."""
+Sampler = Callable[[Sequence[np.ndarray], int, int, Stop], Rollout]
+"""`sampler(prompts, group_size, seed, stop)`: any way to get answers, an outside server's included.
+RolloutStoppedError soon after `stop()` says true."""
 
 
 class Publishable(Protocol):

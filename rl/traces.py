@@ -72,7 +72,8 @@ def write_traces(
     the same for all rounds; they are in every line.
 
     Raises ValueError if the rounds already there were made with other settings or are more than
-    `rounds`, and if no answer of any round was chosen.
+    `rounds`, and if no answer of any round was chosen. What `answer` raises (RolloutStoppedError)
+    leaves the rounds before it whole, and nothing of its own.
     """
     same = _agreement(tokenizer, selection, filters, settings)
     stores = _find_rounds(place)

@@ -5,6 +5,7 @@ Stage distill has a teacher, whose answers it samples as stage sft does, and who
 can learn besides (`rl/teacher.py`).
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -29,16 +30,18 @@ from rl.scoring import TaskScorer
 from rl.sft import Examples, JoinedExamples
 from rl.source import TaskPrompts
 from rl.stages import make_sampler, misfits, policy_tokenizer, refuse, write_settings
+from rl.stopping import RolloutStoppedError
 from rl.tasks.task import Task
 from rl.teacher import StudentTrainer, Teacher, load_policy, policy_version
 from rl.traces import count_rounds, read_traces, write_traces
 from sharding.partition import Layout, local_rows, pipeline_ranks
 from sharding.processes import connect
 from training.display import Display
-from training.loop import Loop
+from training.loop import Loop, anyone
 from training.metrics import read_metrics
 from training.plots import plot_run
 from training.schedule import BatchPlan
+from training.signals import StopRequest
 from training.step import State, Trainer
 from training.throughput import Throughput
 
@@ -101,7 +104,10 @@ def run_stage(
         policy = load_policy(run.sft.policy, run.train, trainer.recipe, trainer.layout)
     if jax.process_index() == 0:
         write_settings(run, tokenizer)
-    rows = packed_examples(run, trainer, tokenizer, policy, say)
+    try:
+        rows = packed_examples(run, trainer, tokenizer, policy, say)
+    except RolloutStoppedError:
+        return 0
     checkpoints, state = open_state(run, trainer, init_from, say)
     read_first: Any = lambda batch: batch  # noqa: E731
     if isinstance(trainer, StudentTrainer):
@@ -169,7 +175,10 @@ def check_policy_tokenizer(policy: str, tokenizer: Tokenizer) -> None:
 def packed_examples(
     run: RunConfig, trainer: Trainer, tokenizer: Tokenizer, policy: Any, say: Say
 ) -> PackedExamples:
-    """All that the run learns, in rows; samples what has to be sampled. Says how much there is."""
+    """All that the run learns, in rows; samples what has to be sampled. Says how much there is.
+
+    RolloutStoppedError as `sampled_traces`.
+    """
     sft, sources = run.sft, []
     for place in sft.examples:
         path = Path(place)
@@ -201,7 +210,8 @@ def sampled_traces(
 ) -> Examples:
     """Correct answers of the policy to training prompts, as traces in the run's folder.
 
-    Raises ValueError with several processes, unless all traces are there already.
+    Raises ValueError with several processes, unless all traces are there already, and
+    RolloutStoppedError soon after SIGTERM or SIGINT, when it has said what is kept.
     """
     sft, place = run.sft, str(Path(run.run_dir) / TRACES)
     if jax.process_count() > 1 and count_rounds(place) < sft.rounds:
@@ -221,16 +231,29 @@ def sampled_traces(
     sampler.publish(params, router_bias)
     settings = trace_settings(run)
 
+    request = StopRequest()
+
     def answer(number: int):
         return sampled_round(
             number, prompts, sampler, scorer, count=sft.prompts_per_round,
             group_size=sft.answers_per_prompt, step=settings.get("policy_step", 0),
+            stop=lambda: request.requested,
         )  # fmt: skip
 
     selection = Selection(sft.per_prompt)
     filters = {"language": in_one_language(task, sft.language)} if sft.language else {}
-    traces = write_traces(place, tokenizer, answer, sft.rounds, selection, filters, settings, say)
-    return traces.examples
+    with request, contextlib.suppress(RolloutStoppedError):
+        traces = write_traces(
+            place, tokenizer, answer, sft.rounds, selection, filters, settings, say
+        )
+        if not anyone(request.requested):
+            return traces.examples
+    say(
+        f"{request.signal_name or 'a signal to another process'}: stopped before training; "
+        f"{count_rounds(place)} of {sft.rounds} rounds of traces are kept whole in {place}; run "
+        "again to go on after these, to the same traces"
+    )
+    raise RolloutStoppedError
 
 
 def trace_settings(run: RunConfig) -> dict[str, Any]:

@@ -364,9 +364,14 @@ def test_transcripts_and_plot(whole):
     assert [path.name for path in plot_rl(run.run_dir)] == ["rl.png"]
 
 
-@pytest.mark.parametrize("inside", ["sampler", "scorer", "evaluation"])
-def test_stopped_and_resumed_is_not_stopped(inside, whole, tmp_path, monkeypatch):
-    """SIGTERM inside the second rollout: that rollout is lost, and nothing differs in the end."""
+@pytest.mark.parametrize(
+    ("inside", "call", "step"),
+    [("sampler", 1, 2), ("scorer", 5, 2), ("evaluation", 2, 2), ("evaluation", 5, 4)],
+    ids=["sampler", "scorer", "evaluation", "last evaluation"],
+)
+def test_stopped_and_resumed_is_not_stopped(inside, call, step, whole, tmp_path, monkeypatch):
+    """SIGTERM inside the second rollout, or in the evaluation after it: what it came in is lost,
+    and nothing differs in the end."""
     run, trainer, uncut, _ = whole
     run = dataclasses.replace(run, run_dir=str(tmp_path))
     loop = make_loop(run, trainer, uncut)
@@ -375,16 +380,17 @@ def test_stopped_and_resumed_is_not_stopped(inside, whole, tmp_path, monkeypatch
 
     def interrupted(self, given, also, more, *stop):
         mine = inside == "scorer" or (also > 1) == (inside == "sampler")  # also: group
-        if mine and next(calls) == {"sampler": 1, "scorer": 5, "evaluation": 2}[inside]:
+        if mine and next(calls) == call:
             os.kill(os.getpid(), signal.SIGTERM)
         return inner(self, given, also, more, *stop)
 
     monkeypatch.setattr(patched, "__call__", interrupted)
     assert loop.run() == "SIGTERM"
-    assert int(loop.state["step"]) == 2
+    assert int(loop.state["step"]) == step
     monkeypatch.undo()
     resumed = make_loop(run, trainer, uncut)
-    assert resumed.first_step == 2
+    assert resumed.first_step == step
+    assert not resumed.complete
     assert resumed.run() == ""
     assert same(resumed.state, uncut.state)
     mine, theirs = read_metrics(run.run_dir), read_metrics(uncut.run_dir)

@@ -164,7 +164,7 @@ def loop(folder, first: int = 0, evaluation: Any = None, updates: int = 2) -> St
 GROUPS = preset("r1_zero").rl.objective
 
 
-def measured(step, sampler, failed=None):
+def measured(step, sampler, stop, failed):
     return {"eval/accuracy": 0.5, "eval/accuracy_greedy": 0.5, "eval/length": 2.0}
 
 
@@ -238,6 +238,27 @@ def test_the_last_evaluation_is_made_by_the_next_run(tmp_path):
     assert len(read_metrics(tmp_path)) == 5
     assert loop(tmp_path, first=8, evaluation=measured).complete
     assert loop(tmp_path / "other", first=8).complete, "without an evaluation nothing is missing"
+
+
+def test_a_signal_ends_the_last_evaluation(tmp_path):
+    """After the last rollout was saved; the next run makes it, or is stopped in it in its turn."""
+
+    def endless(step, sampler, stop, failed):
+        assert run.checkpoints.steps() == [8], "saved before it is measured"
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop()
+        raise RolloutStoppedError
+
+    for first in (0, 8):
+        run = loop(tmp_path, first, evaluation=endless)
+        assert not run.complete
+        assert run.run() == "SIGTERM"
+        assert [sorted(r) for r in read_metrics(tmp_path)] == [["policy/reward", "step"]] * 4
+    run = loop(tmp_path, first=8, evaluation=measured)
+    assert not run.complete
+    assert run.run() == ""
+    assert read_metrics(tmp_path)[-1] == {"step": 8, **measured(8, None, None, None)}
+    assert loop(tmp_path, first=8, evaluation=measured).complete
 
 
 def test_a_rollout_given_up_is_no_error(tmp_path):

@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import itertools
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -13,7 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import rl.traces
 from configs import PRESETS, preset
 from configs.command import parse
 from configs.recipes import RECIPES
@@ -28,7 +32,9 @@ from rl.packing import PackedExamples, sft_batches
 from rl.recipe import run_recipe, stage_command
 from rl.records import Record
 from rl.rejection import Round, Selection, attempt_of_text
+from rl.scoring import TaskScorer
 from rl.sft import Example, ListedExamples
+from rl.stopping import never
 from rl.tasks.characters import character_tokenizer
 from rl.teacher import TEACHER, StudentTrainer, Teacher, policy_version
 from rl.traces import read_traces, write_traces
@@ -310,7 +316,93 @@ def test_traces_name_the_step_of_their_policy(policy, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"0 of sft.rounds=4 rounds; start this run with one"):
         tuning.sampled_traces(run, trainer, tokenizer, (run.model, {}, {}), print)
     monkeypatch.setattr(tuning, "count_rounds", lambda _: 4)
+    monkeypatch.setattr(tuning, "anyone", bool)
     tuning.sampled_traces(run, trainer, tokenizer, (run.model, {}, {}), print)
+
+
+class AllRight(TaskScorer):
+    """Takes every answer for right: weights that have learned nothing write no right one."""
+
+    def __call__(self, records, texts, lengths, stop=never):
+        """Scores of the answers, all correct."""
+        scores = super().__call__(records, texts, lengths, stop)
+        return dataclasses.replace(scores, correct=np.ones(len(texts), bool))
+
+
+def traces_of(run: RunConfig) -> dict[str, bytes]:
+    """Every file of the run's traces, which name their own folder."""
+    files = [path for path in pathlib.Path(run.run_dir, "traces").rglob("*") if path.is_file()]
+    own = run.run_dir.encode()
+    return {str(f.relative_to(run.run_dir)): f.read_bytes().replace(own, b"") for f in files}
+
+
+def trace_run(run_dir: pathlib.Path, policy: str) -> RunConfig:
+    run = sampling_run(policy, rounds=3, prompts_per_round=4, max_new_tokens=12)
+    train = dataclasses.replace(run.train, eval_every=0)
+    return dataclasses.replace(run, train=train, run_dir=str(run_dir))
+
+
+def sample(run: RunConfig, say=lambda line: None) -> int:
+    """The stage up to its training, which is LookupError."""
+
+    def training_begins(*_):
+        raise LookupError
+
+    trainer = tuning.make_trainer(run, Recipe("float32"), layout())
+    return tuning.run_stage(run, trainer, range(0), "", training_begins, 0.0, say)
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory):
+    """A run that was not stopped, when its traces are sampled."""
+    folder = tmp_path_factory.mktemp("sampled")
+    config = tiny_run().model
+    policy = run_folder(folder / "policy", weights(config), config)
+    run = trace_run(folder / "run", str(policy))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuning, "TaskScorer", AllRight)
+        with pytest.raises(LookupError):
+            sample(run)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call", "kept"),
+    [
+        (tuning.PolicySampler, "__call__", 0, 0),
+        (AllRight, "__call__", 1, 1),
+        (rl.traces, "seal_store", 2, 3),
+    ],
+    ids=["answers", "scores", "last round written"],
+)
+def test_a_signal_ends_the_sampling_of_traces(
+    owner, name, call, kept, sampled, tmp_path, monkeypatch
+):
+    """Rounds before it stay, nothing else; run again, the traces are those of a run in one go."""
+    run = trace_run(tmp_path / "run", sampled.sft.policy)
+    monkeypatch.setattr(tuning, "TaskScorer", AllRight)
+    inner, calls = getattr(owner, name), itertools.count()
+
+    def interrupted(*arguments):
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return inner(*arguments)
+
+    said: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, interrupted)
+        assert sample(run, said.append) == 0
+    assert said[-1] == (
+        f"SIGTERM: stopped before training; {kept} of 3 rounds of traces are kept whole in "
+        f"{tmp_path}/run/traces; run again to go on after these, to the same traces"
+    )
+    want = traces_of(sampled)
+    rounds = tuple(f"traces/{n:05d}/" for n in range(kept))
+    assert traces_of(run) == {name: x for name, x in want.items() if name.startswith(rounds)}
+    with pytest.raises(LookupError):
+        sample(run)
+    assert traces_of(run) == want
+    assert sum(name.endswith("traces.jsonl") and len(x) > 0 for name, x in want.items()) == 3
 
 
 def test_a_teachers_padding_is_left_out(monkeypatch):
@@ -381,13 +473,36 @@ def teach(folder: pathlib.Path, *options: str) -> str:
     )  # fmt: skip
 
 
+EVALUATED = {
+    f"eval/{name}" for name in (
+        "accuracy", "accuracy_greedy", "format", "step_accuracy", "length", "length_correct",
+        "truncated", "failed_rewards",
+    )
+}  # fmt: skip
+
+
+def last_record(folder: pathlib.Path, said: str, *also: str) -> dict[str, float]:
+    """Of a run that printed `said`: in the live line, the file and TensorBoard alike."""
+    last = read_metrics(folder)[-1]
+    assert {"train/loss", "train/grad_norm", "perf/tokens_per_s", *also} <= last.keys()
+    assert {name for name in last if name.startswith("eval/")} == EVALUATED
+    line = next(x for x in said.splitlines() if x.startswith(f"step {last['step'] + 1}/"))
+    assert f"loss {last['train/loss']:.3f}  " in line
+    shown = f"held-out {last['eval/accuracy']:.1%}  greedy {last['eval/accuracy_greedy']:.1%}  "
+    assert shown in line
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    for name in last.keys() - {"step"}:
+        event = events.Scalars(name)[-1]
+        assert event.step == last["step"]
+        np.testing.assert_allclose(event.value, last[name], rtol=1e-6, err_msg=name)
+    return last
+
+
 @pytest.mark.slow
 def test_fine_tuning_then_distillation(tmp_path):
     """From demonstrations to a teacher, from its traces to a student; stopped runs go on."""
     teacher = tmp_path / "teacher"
-    teach(teacher, "--train.eval-every", "24")
-    last = read_metrics(teacher)[-1]
-    assert {"train/loss", "eval/accuracy", "eval/accuracy_greedy"} <= last.keys()
+    last = last_record(teacher, teach(teacher, "--train.eval-every", "24"))
 
     # Weights of step 12, and what was learned after it, come back bit for bit.
     shutil.copytree(teacher, again := tmp_path / "again")
@@ -399,11 +514,10 @@ def test_fine_tuning_then_distillation(tmp_path):
     distil = [
         "--stage", "distill", "--sft.policy", str(teacher), "--sft.kl-weight", "0.5",
         "--sft.prompts-per-round", "128", "--sft.rounds", "2", "--train.steps", "2",
-        "--model.hidden-size", "16", "--sft.per-prompt", "0",
+        "--model.hidden-size", "16", "--sft.per-prompt", "0", "--train.eval-every", "2",
     ]  # fmt: skip
     student_run = tmp_path / "student"
-    run_train(student_run, *distil)
-    assert "train/kl" in read_metrics(student_run)[-1]
+    last_record(student_run, run_train(student_run, *distil), "train/kl")
     tokenizer = tuning.load_tokenizer(student_run / "tokenizer.json")
     traces = read_traces(str(student_run / "traces"), tokenizer)
     lines = list(traces.lines())
