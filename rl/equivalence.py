@@ -17,8 +17,19 @@ from rl.expressions import (
     exact_value,
     parse,
 )
-from rl.notation import SPAN, Parts, alone, formula, mathematical, parts, squeezed, unassigned
-from rl.quantities import Number, core, plain, read_number, tidy
+from rl.notation import (
+    SPAN,
+    Parts,
+    alone,
+    formula,
+    inequality,
+    mathematical,
+    other_connective,
+    parts,
+    squeezed,
+    unassigned,
+)
+from rl.quantities import Number, core, other_angle, plain, read_number, tidy
 from rl.symbolic import symbolically_equal
 
 _ALMOST = 0.02
@@ -60,6 +71,8 @@ def same_number(expected: str, given: str, marked: bool = True, tolerance: float
     if len(given) > MAX_CHARS:
         return False
     given = plain(given)
+    if other_angle(plain(expected), given):
+        return False
     if not marked and re.search("[A-Za-z]", given):
         given = given.rstrip("!. ")  # the end of a sentence, no factorial
     same = _has_value(wanted, given, Fraction(tolerance))
@@ -220,7 +233,8 @@ def _ends_in(wanted: Number, text: str, tolerance: Fraction) -> bool:
 def same_maths(expected: str, given: str, marked: bool = True) -> bool:
     r"""Whether two mathematical texts mean the same: equal text, equal number, or equal by sympy.
 
-    `x = 5` is 5, and equations are equal if the differences of their sides are, up to the sign.
+    `x = 5` is 5, and equations are equal if the differences of their sides are, up to the sign;
+    inequalities, read from either end, if their sides are. Degrees are not converted to radians.
     Tuples, intervals and matrices are compared part by part, with their brackets; sets in braces,
     lists without brackets, unions and \pm without order. From a given text that is prose with one
     $formula$, or (marked=False) several, the last formula is taken.
@@ -229,12 +243,15 @@ def same_maths(expected: str, given: str, marked: bool = True) -> bool:
     """
     if max(len(expected), len(given)) > 2 * MAX_CHARS:
         return squeezed(expected) == squeezed(given[: 2 * len(expected) + MAX_CHARS]) != ""
-    a, b = mathematical(expected), mathematical(formula(given, marked))
-    if squeezed(a) == squeezed(b):
+    given = formula(given, marked)
+    if other_angle(plain(expected), plain(given)) or other_connective(expected, given):
+        return False
+    a, b = mathematical(expected), mathematical(given)
+    if squeezed(a) == squeezed(b) or _same_word(a, b):
         return bool(squeezed(a))
     if max(len(a), len(b)) > MAX_CHARS:
         return False
-    parts_a, parts_b = parts(a), parts(b)
+    parts_a, parts_b = parts(a) or inequality(a), parts(b) or inequality(b)
     if parts_a or parts_b:
         return _same_parts(parts_a or alone(a), parts_b or alone(b))
     if wanted := read_number(a):
@@ -282,10 +299,16 @@ def _only_names(text: str) -> bool:
     return re.fullmatch(r"[A-Za-z\s]+", text) is not None
 
 
+def _same_word(a: str, b: str) -> bool:
+    # Yes is yes; A and a are names of two things, and so may be Ab and ab.
+    word = re.fullmatch(r"[A-Za-z][a-z\s]{2,}", a)
+    return word is not None and a[0].lower() + a[1:] == b[:1].lower() + b[1:]
+
+
 def _same_parts(a: Parts, b: Parts) -> bool:
     if a.brackets != b.brackets or len(a.items) != len(b.items):
         return False
-    if a.brackets not in ("{}", "cup"):
+    if a.brackets not in ("{}", "{} !=", "cup"):
         return all(same_maths(x, y) for x, y in zip(a.items, b.items, strict=True))
     left = list(b.items)
     for item in a.items:

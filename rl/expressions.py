@@ -38,7 +38,7 @@ GREEK = (
 
 _ALIASES = {
     "arcsin": "asin", "arccos": "acos", "arctan": "atan", "dfrac": "frac", "tfrac": "frac",
-    "cfrac": "frac", "dbinom": "binom", "tbinom": "binom",
+    "cfrac": "frac", "nicefrac": "frac", "sfrac": "frac", "dbinom": "binom", "tbinom": "binom",
     "cdot": "*", "times": "*", "ast": "*", "div": "/", "infinity": "infty", "inf": "infty",
     "oo": "infty", "lbrace": "{", "rbrace": "}", "vert": "|", "lvert": "|", "rvert": "|",
     "varphi": "phi", "varepsilon": "epsilon", "left": "", "right": "", "displaystyle": "",

@@ -16,6 +16,18 @@ _ASSIGNED = re.compile(
     r"(\\?[A-Za-z]{1,10}(?:_\w|_\{\w+\})?\s*(?:\([A-Za-z,\s]{1,9}\)\s*)?)"
     r"(?:=|\\in(?![A-Za-z]))([^=]*)"
 )
+_POINT = re.compile(r"(?:\\left\s*)?\(([^()]{1,60}?)(?:\\right\s*)?\)\s*=\s*(?=\(|\\left\s*\()")
+_RELATION = re.compile(
+    r"<=|>=|[<>≤≥≠]|\\(?:le|leq|leqslant|lt|ge|geq|geqslant|gt|ne|neq)(?![A-Za-z])"
+)
+_SIGNS = {
+    r"\lt": "<", r"\le": "<=", r"\leq": "<=", r"\leqslant": "<=", "≤": "<=", r"\ne": "!=",
+    r"\gt": ">", r"\ge": ">=", r"\geq": ">=", r"\geqslant": ">=", "≥": ">=", r"\neq": "!=",
+    "≠": "!=",
+}  # fmt: skip
+_CONNECTED = re.compile(
+    r"(\band\b|\\(?:land|wedge)(?![A-Za-z])|∧)|\bor\b|\\(?:lor|vee)(?![A-Za-z])|∨"
+)
 _AND = re.compile(r",?\s*(?:\\text\s*\{\s*,?\s*(?:and|or)\s*\}|\s(?:and|or)\s)\s*")
 _ANSWER_IS = re.compile(r"[A-Za-z\s,]*\banswer\s*(?:is\b|:)\s*:?", re.IGNORECASE)
 _MATRIX = re.compile(
@@ -53,7 +65,7 @@ def parts(text: str) -> Parts | None:
     if read_number(text):
         return None
     assigned = _ASSIGNED.fullmatch(text)
-    text = assigned[2] if assigned and "," in assigned[2] else text
+    text = assigned[2] if assigned and re.search(r",|\\begin", assigned[2]) else text
     text = text.replace("\\{", "\\lbrace ").replace("\\}", "\\rbrace ")
     text = re.sub(r"\\(?:left|right)(?![A-Za-z])", "", text).strip()
     if "\\begin" in text:
@@ -110,6 +122,30 @@ def _split(text: str) -> tuple[str, ...]:
     return tuple(items) if depth == 0 else ()
 
 
+def inequality(text: str) -> Parts | None:
+    r"""Sides of a chain such as `0 < x \le 5`, the smallest first, with its signs; None if it is
+    none. Sides of `x \ne 5` have no order."""
+    sides = [side.strip() for side in _RELATION.split(text)]
+    if len(sides) < 2 or not all(sides) or "=" in "".join(sides):
+        return None
+    signs = [_SIGNS.get(sign, str(sign)) for sign in _RELATION.findall(text)]
+    if signs == ["!="]:
+        return Parts("{} !=", tuple(sides))
+    if {sign[0] for sign in signs} == {">"}:
+        sides, signs = sides[::-1], [sign.replace(">", "<") for sign in signs[::-1]]
+    return Parts(" ".join(signs), tuple(sides)) if {sign[0] for sign in signs} == {"<"} else None
+
+
+def other_connective(a: str, b: str) -> bool:
+    """Whether one of two answers with inequalities joins them by `and`, the other by `or`."""
+    joined = [
+        {bool(match[1]) for match in _CONNECTED.finditer(text)}
+        for text in (a, b)
+        if _RELATION.search(text)
+    ]
+    return len(joined) == 2 and all(joined) and joined[0] != joined[1]
+
+
 def formula(text: str, marked: bool) -> str:
     """The formula of prose, see `rl.equivalence.same_maths`; a text without prose is itself."""
     said = _ANSWER_IS.match(text)
@@ -127,7 +163,13 @@ def mathematical(text: str) -> str:
     text = _AND.sub(",", _OPERATOR.sub(r"\\\1 ", text))
     bare = tidy(text)
     text = bare if bare else TEXT_COMMAND.sub(r"\1", text)
-    return text.removeprefix("\\(").removesuffix("\\)").strip()
+    text = text.removeprefix("\\(").removesuffix("\\)").strip()
+    point = _POINT.match(text)
+    if point:  # (x, y) = (1, 2), but not (y, x) = (1, 2)
+        names = [name.strip(" \\") for name in point[1].split(",")]
+        if names == sorted(set(names)) and all(map(str.isalpha, names)):
+            return text[point.end() :]
+    return text
 
 
 def unassigned(text: str) -> str:

@@ -30,10 +30,27 @@ _NARROW_SPACE = re.compile(r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))")
 _SIGNS = str.maketrans({"−": "-", "–": "-", "⁄": "/", "’": "'", "º": "°"})
 
 TEXT_COMMAND = re.compile(
-    r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf)|[mh]box)\s*\{([^{}]*)\}"
+    r"\\(?:text(?:bf|it|rm|sf|tt|up|normal)?|emph|mathrm|[mh]box)\s*\{([^{}]*)\}"
+)
+_COLOR = r"(?:textcolor|color(?:box)?)\s*(?:\[\w{1,9}\]\s*)?\{[^{}]{0,40}\}"
+_FONT = (
+    r"(?:math(?:bf|it|sf|tt)|boldsymbol|bm|pmb|bf(?:series)?|it(?:shape)?|rm|sf|tt|em|underline|"
+    r"boxed|fbox|ensuremath|tiny|scriptsize|footnotesize|small|normalsize|[lL]arge|LARGE|[hH]uge|"
+    r"displaystyle|textstyle)(?![A-Za-z])"
+)
+_STYLE = rf"\\(?:{_COLOR}|{_FONT})\s*"
+_STYLED = re.compile(
+    rf"(?<![\\A-Za-z_^])\{{\s*(?:{_STYLE})+([^{{}}\\]*)\}}(?!\s*[\^_])"
+    rf"|{_STYLE}(?:\{{([^{{}}\\]*)\}}(?!\s*[\^_]))?"
+)
+_SKIPS = re.compile(
+    r"(\\\\)\s*\[\s*-?[\d.]+\s*[a-z]{2}\s*\]|\\[hv]space\*?\{[^{}]*\}"
+    r"|\\[bB]igg?[lrm]?(?![A-Za-z])|[\u200b-\u200d\u2060\ufeff]"
 )
 _DEGREES = re.compile(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})|°|\\degree(?![A-Za-z])")
 _SPACING = re.compile(r"(\\\\)|\\[ ,;:]|~|\\q?quad(?![A-Za-z])|\\!")
+_RADIANS = re.compile(r"(?<![A-Za-z])rad(?:ian)?s?(?![A-Za-z])")
+_IN_DEGREES = re.compile(rf"{_DEGREES.pattern}|(?<![A-Za-z])deg(?:rees?)?(?![A-Za-z])")
 _ORDINAL = re.compile(
     r"(?<=\d)\s*\^?\s*\{?\s*(?:\\(?:text|mathrm)\s*\{\s*)?(?:st|nd|rd|th)\b\s*\}{0,2}"
 )
@@ -42,7 +59,7 @@ _CURRENCY = re.compile(
 )
 
 _SCIENTIFIC = re.compile(
-    r"([-+]?[\d.,]{1,200})(?:[eE]|\s*(?:\\times|\\cdot|[*x×])\s*10\s*(?:\^|\*\*))\s*"
+    r"([-+]?[\d.,]{1,200})(?:[eE]|\s*(?:\\times|\\cdot|\\ast|[*x×])\s*10\s*(?:\^|\*\*))\s*"
     r"(?:\{\s*([-+]?\d{1,9})\s*\}|([-+]?\d{1,9}))"
 )
 _MIXED = re.compile(r"([-+]?)\s*(\d{1,100})\s+(\d{1,100})\s*/\s*(\d{1,100})")
@@ -94,14 +111,44 @@ class Number(NamedTuple):
 
 
 def plain(text: str) -> str:
-    """Unicode in its compatibility form, raised digits as powers, ½ as 1/2, any minus as -."""
+    """Unicode in its compatibility form, raised digits as powers, ½ as 1/2, any minus as -; without
+    colours, fonts, sizes and frames."""
 
     def replaced(match: re.Match[str]) -> str:
         known = unicodedata.normalize("NFKC", match.group())
         return f"^{{{known}}}" if match[1] else f"_{{{known}}}" if match[2] else f" {known}"
 
     text = _SHIFTED.sub(replaced, _NARROW_SPACE.sub("", text).replace("º", "°"))
-    return unicodedata.normalize("NFKC", text).translate(_SIGNS)
+    text = unicodedata.normalize("NFKC", text).translate(_SIGNS)
+    return _STYLED.sub(_unstyled, _SKIPS.sub(lambda match: match[1] or " ", text))
+
+
+def _unstyled(match: re.Match[str]) -> str:
+    r"""What a command of style was applied to: words in \text{}, all but a letter in braces."""
+    content = match[1] if match[1] is not None else match[2]
+    if content is None:
+        return " "
+    words = _WORD.findall(content)
+    if re.fullmatch(r"\s*[A-Za-z]\s*", content):
+        return f" {content}"
+    if words and re.fullmatch(r"[A-Za-z().,:\s]+", content):  # xy is a product, and (x) a factor
+        upright = "\\rm" in match.group() or any(len(word) > 3 for word in words)
+        if upright or content.strip() in _UNITS or re.fullmatch(r"\s*\([A-E]\)\s*", content):
+            return f"\\text{{{content}}}"
+    # 2 beside a red 5 is 25, where 2{5} would be a product
+    before = match.string[max(0, match.start() - 8) : match.start()]
+    beside = re.search(r"[\d}]\s*\Z", before) and re.match(r"\s*[\d.]", content)
+    return content if beside else f"{{{content}}}"
+
+
+def other_angle(expected: str, given: str) -> bool:
+    """Whether one of two texts (see `plain`) is in degrees and the other in radians. Without a word
+    for them, a multiple of pi is expected in radians."""
+    degrees = [bool(_IN_DEGREES.search(text)) for text in (expected, given)]
+    radians = [bool(_RADIANS.search(text)) for text in (expected, given)]
+    if re.search(r"\\pi(?![A-Za-z])|π", expected) and not degrees[0]:
+        radians[0] = True
+    return (degrees[0] and radians[1]) or (degrees[1] and radians[0])
 
 
 def read_number(text: str) -> Number | None:
@@ -196,20 +243,39 @@ def tidy(text: str) -> str:
     that changes nothing, `\text{ cm}^2` say; what changes something is left without \text."""
 
     def spoken(match: re.Match[str]) -> str:
-        words = _WORD.findall(match[1])
+        before, content, power = match.groups(default="")
+        words = _WORD.findall(content)
         known = {word.lower() for word in words}
-        loud = re.search(r"[\d^=]", match[1]) or _CHANGING_PHRASE.search(match[1])
-        silent = words and not loud
-        return " " if silent and not known & (_CHANGING | _SCALES.keys()) else f" {match[1]} "
+        loud = re.search(r"[\d^=]", content) or _CHANGING_PHRASE.search(content)
+        variable = re.fullmatch(r"\s*[a-z]\s*", content) and content.strip() not in _UNITS
+        silent = words and not loud and not variable
+        if silent and not known & (_CHANGING | _SCALES.keys()):
+            return " "
+        return f"{before} {content} {power}"
 
     text = re.sub(r"(?<=\d)\\[,!](?=\d{3}(?!\d))|(?<=\d),\\!(?=\d{3}(?!\d))", ",", text)
     text = _ORDINAL.sub("", text)
     text = _DEGREES.sub("", _SPACING.sub(lambda match: match[1] or " ", text))
-    powers = rf"(?:(?:\\cdot|/)\s*)?{TEXT_COMMAND.pattern}(?:\s*\^\s*(?:\d|\{{\s*-?\d\s*\}}))?"
+    powers = rf"(\\cdot\s*|/\s*)?{TEXT_COMMAND.pattern}(\s*\^\s*(?:\d|\{{\s*-?\d\s*\}}))?"
     text = re.sub(powers, spoken, text).strip()
+    text = re.sub(r"\\[dt]?frac\s*\{\s*\}\s*\{\s*\}", " ", text).strip()  # of units alone
+    while _is_group(text):
+        text = text[1:-1].strip()
     for begin, end in (("\\(", "\\)"), ("\\[", "\\]"), ("**", "**")):
         text = text.removeprefix(begin).removesuffix(end) if text.endswith(end) else text
     return re.sub(r"\s*(?:\\cent(?![A-Za-z])|[¢′″])", " ", text).strip().strip("$").strip()
+
+
+def _is_group(text: str) -> bool:
+    """Whether the brace at the beginning is closed by the one at the end."""
+    if not re.fullmatch(r"\{.*(?<!\\)\}", text, re.DOTALL):
+        return False
+    depth = 0
+    for brace in re.finditer(r"(?<!\\)[{}]", text):
+        depth += 1 if brace.group() == "{" else -1
+        if depth == 0:
+            return brace.end() == len(text)
+    return False
 
 
 def _balanced(text: str) -> bool:

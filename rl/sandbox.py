@@ -4,9 +4,9 @@ R1's code reward compiles and runs tests (R1 report, 2.2.2). What is guaranteed:
 
 Always: limits on CPU and wall time, address space, file size and output, enforced by the kernel and
 by this process; a folder and a process group of its own; an empty environment; the standard library
-only; TERM, then KILL, and no zombie. A hook of the interpreter refuses sockets, new processes, acts
-on other processes and writing outside the folder, but code that reaches into the interpreter can go
-around it.
+only; TERM, then KILL, and no zombie. A hook of the interpreter refuses sockets that leave the
+process, new processes, acts on other processes and writing outside the folder, but code that
+reaches into the interpreter can go around it.
 
 With namespaces (Linux user namespaces, 5.12 or newer; "auto" takes them where they are permitted):
 the kernel keeps the code from every network and from writing anywhere but in its folder, it holds
@@ -65,7 +65,8 @@ class Limits:
     output_kb: int = 64
     """Standard output and standard error together, in 2^10 bytes; more ends the program."""
     processes: int = 16
-    """Processes and threads of the user (with namespaces: of the program); not counted for root."""
+    """Processes and threads of the program (without namespaces: of the user, above those that run
+    when it starts); not counted for root."""
     isolation: Isolation = "auto"
     """namespaces, hook (without them), or auto: namespaces where the system permits them."""
 

@@ -11,7 +11,9 @@ IPC namespaces. /proc shows these processes and no others; where a container kee
 it, /proc is empty.
 """
 
+import contextlib
 import ctypes
+import glob
 import json
 import os
 import resource
@@ -63,12 +65,14 @@ def _status(child: int) -> int:
 
 
 def _become(command: list[str], options: dict) -> None:
+    # A new user namespace counts from 0; without one the kernel counts all that the user runs.
+    others = 0 if options["namespaces"] else _running()
     limits = [
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_CPU, options["cpu_seconds"]),
         (resource.RLIMIT_AS, options["memory_bytes"]),
         (resource.RLIMIT_FSIZE, options["file_bytes"]),
-        (resource.RLIMIT_NPROC, options["processes"]),
+        (resource.RLIMIT_NPROC, options["processes"] + others),
     ]
     for limit, value in limits:
         hard = resource.getrlimit(limit)[1]
@@ -76,6 +80,16 @@ def _become(command: list[str], options: dict) -> None:
         resource.setrlimit(limit, (value, value))
     _libc("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     os.execv(command[0], command)
+
+
+def _running() -> int:
+    """Processes and threads that the user has now."""
+    count, user = 0, os.getuid()
+    for process in glob.glob("/proc/[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            if os.stat(process).st_uid == user:
+                count += len(os.listdir(f"{process}/task"))
+    return count
 
 
 def _new_namespaces(folder: bytes) -> None:

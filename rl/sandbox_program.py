@@ -6,14 +6,15 @@ input once it has run, and what the code prints goes to standard error). For eac
 nothing, one line goes to standard output: `NONCE NUMBER` for a statement, `NONCE NUMBER JSON` for
 an expression, with its value as `wire` writes it. Imports the standard library only.
 
-The hook refuses sockets, processes, signals and other ways to act on processes, native code but the
-standard library's, changed limits and clocks, and writing outside the folder. Functions that the
-interpreter does not report to hooks are replaced (`SEALED`), modules of such functions are not
-imported (`UNSAFE`). It stops accidents and plain attempts. It is no wall: code that reaches into
-the interpreter can go around it, and a wall is what the namespaces are.
+The hook refuses sockets that leave the process, processes, signals and other ways to act on
+processes, native code but the standard library's, changed limits and clocks, and writing outside
+the folder. Functions that the interpreter does not report to hooks are replaced (`SEALED`), modules
+of such functions are not imported (`UNSAFE`). It stops accidents and plain attempts. It is no wall:
+code that reaches into the interpreter can go around it, and a wall is what the namespaces are.
 """
 
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -31,6 +32,8 @@ CHANGES = {
     "os.rename": ((0, 2), (1, 3)),
 }  # fmt: skip
 """Allowed in the folder only: places of a path and of the folder that it is relative to."""
+LOCAL_SOCKETS = 1
+"""AF_UNIX: sockets of this family may be made, asyncio needs a pair, but not bound or connected."""
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 SEALED = {
     "posix": (
@@ -199,6 +202,8 @@ def guard(folder: str) -> None:
         if event == "open":
             path, _, flags = arguments
             bad = isinstance(path, kinds) and forbidden(path, flags)
+        elif event == "socket.__new__":
+            bad = arguments[1] != LOCAL_SOCKETS
         elif event in CHANGES:
             bad = changes(event, arguments)
         elif event == "import":
@@ -221,8 +226,9 @@ def refusal(event: str, *what: object) -> None:
 
 
 def _seal(forbidden) -> None:
-    """Replaces the functions of SEALED wherever a module has them; and `os.open` and the making of
-    built-in modules, which tell the hook too little."""
+    """Replaces the functions of SEALED wherever a module has them; `os.open` and the making of
+    built-in modules, which tell the hook too little; and what asyncio needs and the hook refuses.
+    """
     replaced = {}
     for module, names in SEALED.items():
         functions = vars(__import__(module))
@@ -231,6 +237,7 @@ def _seal(forbidden) -> None:
             if name in functions:
                 replaced[functions[name]] = _refused(f"{public}.{name}")
     opens, makes, refused = os.open, sys.modules["_imp"].create_builtin, refusal
+    wraps, partial = types.coroutine, functools.partial
 
     def open(path, flags, mode=0o777, *, dir_fd=None):
         if dir_fd is not None and forbidden(path, flags, dir_fd):
@@ -242,7 +249,13 @@ def _seal(forbidden) -> None:
             refused("import", spec.name)
         return makes(spec)
 
-    replaced |= {opens: open, makes: create_builtin}
+    def coroutine(func):
+        try:
+            return wraps(func)
+        except PermissionError:  # new code is refused; of what is no plain function it makes none
+            return wraps(partial(func))
+
+    replaced |= {opens: open, makes: create_builtin, wraps: coroutine}
     by_id = {id(function): other for function, other in replaced.items()}
     for module in list(sys.modules.values()):
         for name, value in list(vars(module).items()):

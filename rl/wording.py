@@ -36,7 +36,7 @@ def same_choice(expected: str, given: str, choices: Sequence[str] = ()) -> bool:
         return True
     if len(given) > MAX_CHARS:
         return False
-    given = _normal(given).replace("**", "").strip("$ \n")
+    given = _normal(given).replace("**", "").strip("${} \n")
     match = _CHOICE.fullmatch(given.rstrip("."))
     if match:
         return match[1].upper() == wanted

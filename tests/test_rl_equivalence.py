@@ -235,6 +235,53 @@ WHOLE = [
     ("5", r"\boxed{5 = 5}", 1), ("5", r"\boxed{6 = 5}", 0), ("5", r"\boxed{x=6=5}", 0),
 ]  # fmt: skip
 
+STYLED = [
+    ("2", r"\bf 2", 1), ("2", r"{\bf 2}", 1), ("2", r"\bf{2}", 1), ("2", r"\mathbf 2", 1),
+    ("2", r"\boldsymbol{2}", 1), ("2", r"\textcolor{red}{2}", 1), ("2", r"\color{red} 2", 1),
+    ("2", r"{\color{red} 2}", 1), ("2", r"\color[rgb]{1,0,0}{2}", 1), ("2", r"{\large\bf 2}", 1),
+    ("2", r"\boxed{\boxed{2}}", 1), ("2", r"\textcolor{red}{\mathbf{2}}", 1),
+    ("2", r"2\ {\rm cm}", 1), ("2", r"2 \rm{cm}", 1), ("2", r"2\ \mathbf{kg}", 1),
+    ("2", r"\textcolor{red}{x=2}", 1), ("2", r"2\hspace{1cm}", 1), ("2", "2\u200b", 1),
+    ("2", r"2\frac{\text{m}}{\text{s}}", 1), ("23", r"2\textcolor{red}{3}", 1),
+    ("4", r"\mathbf{2}^2", 1), ("4", r"\text{2}^2", 1), ("2", r"4/\text{2}", 1),
+    ("0.75", r"\nicefrac{3}{4}", 1), ("300000", r"3.0 \ast 10^5", 1),
+    ("2", r"\mathbf{2}^2", 0), ("2", r"\text{2}^2", 0), ("2", r"\bf 23", 0), ("2", r"{\bf 2}3", 0),
+    ("2", r"\color{2} 3", 0), ("2", r"\textcolor{red}{2}5", 0), ("2", r"-\textcolor{red}{2}", 0),
+    ("2", r"\textcolor{red}{-}2", 0), ("2", r"2\textcolor{red}{^2}", 0), ("2", r"2\mathbf{i}", 0),
+    ("2", r"2\mathrm{i}", 0), ("2", r"2\mathrm{e}^2", 0), ("2", r"\mathbf{x}2", 0),
+    ("2", r"2\textcolor{red}{xy}", 0), ("2", r"2\textcolor{red}{(x)}", 0), ("2", r"\cancel{2}", 0),
+    ("2", r"2\boldsymbol{\pi}", 0), ("2", r"2\mathbf{million}", 0), ("2", r"{\rm not } 2", 0),
+    ("2", r"\textcolor{red}{half of} 2", 0), ("2", r"2\mathbf{or}3", 0), ("2", r"\sqrt{\bf 2}", 0),
+    ("2", r"2\frac{\text{3}}{\text{4}}", 0), ("56", r"5\hspace{1cm}6", 0),
+    ("10", r"2\textcolor{red}{5}", 0), ("5", r"5\textcolor{red}{,}6", 0), ("5", r"5\Big/2", 0),
+    (r"\frac43", r"\frac{\bf 12}{3}", 0), (r"10\pi", r"2{\bf 5}\pi", 0),
+    (r"10\pi", r"{\bf 2}{\bf 5}\pi", 0), (r"10\pi", r"\mathbf{2}\textcolor{red}{5}\pi", 0),
+    (r"25\pi", r"2{\bf 5}\pi", 1), ("2.5", r"2\mathbf{.5}", 1), ("1", r"2\mathbf{.5}", 0),
+    (r"\frac12", r"\mathbf{\frac{1}{2}}", 1), (r"\frac12", r"\frac{\mathbf{1}}{2}", 1),
+    ("x^2+1", r"\textcolor{blue}{x^2}+1", 1), ("x^2+1", r"{\bf x}^2+1", 1),
+    ("x^2+1", r"\textcolor{blue}{x^2}-1", 0), (r"\sin x", r"\sin\mathbf{x}", 1),
+    (r"2\mathbf{i}+3\mathbf{j}", r"3\mathbf{j}+2\mathbf{i}", 1),
+    (r"2\mathbf{i}+3\mathbf{j}", "5", 0), (r"\text{Monday}", r"{\bf Monday}", 1),
+    (r"\text{Monday}", r"\textcolor{red}{Monday}", 1), (r"\text{Monday}", "monday", 1),
+    (r"\text{Yes}", "yes", 1), (r"\text{Monday}", r"\bf Tuesday", 0), ("ab", "Ab", 0),
+    ("ABC", "abc", 0), ("A", r"{\bf (A)}", 1), ("A", r"\textcolor{red}{A}", 1), ("A", r"\bf B", 0),
+]  # fmt: skip
+"""Fonts, colours and frames change nothing; what they are put on does."""
+
+
+@pytest.mark.parametrize(("expected", "given", "value"), STYLED)
+def test_style_changes_nothing(expected, given, value):
+    assert accuracy(Record("?", {"answer": expected}), rf"So \boxed{{{given}}}.") == value
+
+
+@pytest.mark.parametrize(
+    "given", [r"\textcolor{red}{B}", r"{\bf (B)}", r"\boxed{\mathbf{B}}", r"\bf B"]
+)
+def test_a_choice_in_any_style(given):
+    for expected in "AB":
+        record = Record("?", {"answer": expected}, "choice")
+        assert accuracy(record, rf"So \boxed{{{given}}}.") == (expected == "B")
+
 
 @pytest.mark.parametrize(("expected", "text", "value"), WHOLE)
 def test_whole_answers(expected, text, value):
@@ -328,11 +375,28 @@ SAME_MATHS = {
     r"\text{Yes}": ["Yes"],
     "m^2+1": ["1+m^2"],
     "3a": ["3a"],
+    "x>5": ["5<x", r"x \gt 5", r"5 \lt x", r"x>\frac{10}{2}", "$x > 5.0$"],
+    r"x \le 5": [r"5 \ge x", "x<=5", "5 >= x", "x ≤ 5", r"x\leqslant 5"],
+    "2<x<5": ["5>x>2"],
+    r"a<b\le c": [r"c \geq b > a"],
+    r"x^2+y^2\le 4": [r"4\ge y^2+x^2"],
+    r"x<1\text{ or }x>2": [r"2<x \text{ or } 1>x", "x<1, x>2"],
+    r"x \ne 3": [r"x\neq 3", r"3 \ne x", "x ≠ 3"],
+    r"30^\circ": ["30", r"30\text{ degrees}", "30°", r"\angle A = 30^{\circ}"],
+    r"\frac{\pi}{6}": [r"\frac{\pi}{6}\text{ radians}", r"\pi/6\text{ rad}"],
+    r"\frac{180}{\pi}^\circ": [r"\frac{180}{\pi}"],
+    "(1,2)": ["(x,y)=(1,2)", r"(x, y) = \left(1, 2\right)", r"\bigl(1,2\bigr)"],
+    "(1,2),(3,4)": [r"(x,y)=(3,4) \text{ or } (x,y)=(1,2)"],
+    r"\begin{pmatrix} 1 & 2 \\ 5 & 4 \end{pmatrix}": [
+        r"\begin{pmatrix}1&2\\[6pt]5&4\end{pmatrix}", r"A=\begin{pmatrix}1&2\\5&4\end{pmatrix}",
+        r"\mathbf{\begin{pmatrix}1&2\\5&4\end{pmatrix}}",
+    ],
+    r"\{3,4\}": ["{4,3}"],
 }  # fmt: skip
 
 OTHER_MATHS = {
-    "1,2": ["(1,2)", "1,3", "1"],
-    "(1,2)": ["(2,1)", "1,2"],
+    "1,2": ["(1,2)", "1,3", "1", "(x,y)=(1,2)"],
+    "(1,2)": ["(2,1)", "1,2", "(y,x)=(1,2)", "(x,y)=(2,1)", r"(x,y)\ne(1,2)", "{1,2}"],
     "11/2": ["1 1/2"],
     "34": ["3 4"],
     "m^2+1": ["m+1"],
@@ -357,7 +421,20 @@ OTHER_MATHS = {
     "3i": ["3"],
     r"2\pi": ["2"],
     "n!": ["n"],
-    "x<5": ["x>5"],
+    "x<5": ["x>5", "5<x", r"x \le 5", "x=5", "5", "y<5", "x<-5", "-5<x", "x<50", "x<5<6", "x=<5"],
+    "x>5": [r"x \ge 5", "5 -> x", "x>4, x>5", r"x>5\text{ or }x<0", r"x>5\text{ million}"],
+    "2<x<5": ["5<x<2", r"2\le x<5", "2<x", "2<y<5", "2<5<x", "2,5"],
+    r"a<b\le c": ["a<b<c", r"a\le b<c", r"a<c\le b", r"c \ge a > b"],
+    r"x<1\text{ or }x>2": [
+        r"x<1\text{ and }x>2", r"x<1 \wedge x>2", r"x>1\text{ or }x<2", "1<x<2", "x<1",
+    ],
+    r"x \ne 3": ["x=3", r"x\ne 4", r"y\ne 3", "3", "x<3"],
+    r"30^\circ": [
+        r"\frac{\pi}{6}", r"30\text{ radians}", r"30\,\mathrm{rad}", r"31^\circ", r"30^\circ x",
+        r"\sin 30^\circ", r"-30^\circ", r"330^\circ",
+    ],
+    r"\frac{\pi}{6}": [r"30^\circ", "30", r"\frac{\pi}{6}^\circ", r"\frac{\pi}{6}\text{ degrees}"],
+    r"\begin{pmatrix} 1 & 2 \\ 5 & 4 \end{pmatrix}": [r"\begin{pmatrix}1&2\\[6pt]4&5\end{pmatrix}"],
     r"\sqrt{5}": ["5"],
     r"36\pi": ["36"],
     "3+4i": ["7"],
@@ -392,6 +469,12 @@ def test_tolerance_reaches_values_of_expressions():
     assert not same_number("1.414", r"\sqrt{2}", tolerance=0.0001)
     assert not same_number("2", r"\sqrt{2}", tolerance=0.1)
     assert same_number("6.28", r"2\pi \text{ cm}", tolerance=0.01)
+
+
+def test_degrees_and_radians_are_two_numbers():
+    for expected, given in ((r"30^\circ", r"30\text{ rad}"), ("30 radians", "30°")):
+        assert not same_maths(expected, given)
+        assert same_number("30", given)
 
 
 def test_huge_expressions_are_wrong_at_once():

@@ -184,17 +184,37 @@ importlib.import_module("multiprocessing.shared_memory")
 (sys.modules.pop("posix"), importlib.import_module("posix"))
 importlib.machinery.BuiltinImporter.create_module(importlib.machinery.ModuleSpec("posix", None))
 native("posix_spawn", os.getcwd() + "/native.so")
+socket.socket()
+socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)
+socket.socket(fileno=socket.socketpair()[0].detach())
+socket.socket(socket.AF_UNIX).bind("inside")
+socket.socket(socket.AF_UNIX).bind("\\0name")
+socket.socket(socket.AF_UNIX).connect(OUTSIDE)
+socket.socket(socket.AF_UNIX).connect_ex(OUTSIDE)
+socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(b"", OUTSIDE)
+socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendmsg([b""], [], 0, OUTSIDE)
+socket.getaddrinfo("localhost", 9)
+asyncio.run(asyncio.open_connection("127.0.0.1", 9))
+asyncio.run(asyncio.open_unix_connection(OUTSIDE))
+asyncio.run(asyncio.start_unix_server(print, "inside"))
+asyncio.run(asyncio.create_subprocess_exec("true"))
+asyncio.run(asyncio.to_thread(open, OUTSIDE, "w"))
+concurrent.futures.ProcessPoolExecutor(1)
+square.__code__.replace(co_code=b"")
 """
 
 
-def test_the_hook_refuses_to_act_on_other_processes_and_outside(tmp_path):
+@every_isolation
+def test_the_hook_refuses_to_act_on_other_processes_and_outside(isolation, tmp_path):
     """Every function that could, whether or not the interpreter reports it to hooks."""
     kept = tmp_path / "kept"
     kept.write_text("text")
     made = f"PARENT, OUTSIDE, FOLDER = {os.getpid()}, {str(tmp_path / 'made')!r}, {str(tmp_path)!r}"
     source = f"""
-import fcntl, importlib.machinery, os, resource, signal, sys, time
+import asyncio, concurrent.futures, fcntl, importlib.machinery, os, resource, signal, socket, sys
+import time
 {made}
+def square(x): return x * x
 def native(name, path):
     loader = importlib.machinery.ExtensionFileLoader(name, path)
     loader.create_module(importlib.machinery.ModuleSpec(name, loader, origin=path))
@@ -209,7 +229,7 @@ for line in {ACTS.strip().splitlines()!r}:
     else:
         print(line)
 """
-    assert reason(source, "hook") == ""
+    assert reason(source, isolation) == ""
     assert os.listdir(tmp_path) == ["kept"]
     assert kept.read_text() == "text"
 
@@ -229,6 +249,87 @@ shutil.rmtree(tempfile.mkdtemp())
 print(os.listdir() if (os := __import__("os")) else "", open("/proc/self/comm").read() != "")
 """
     assert reason(source, isolation, "6 ['solution.py'] True") == ""
+
+
+COMPUTES = """
+import array, asyncio, bisect, collections, concurrent.futures, copy, dataclasses, datetime, decimal
+import enum, fractions, functools, heapq, io, itertools, json, math, operator, pickle, queue, random
+import re, statistics, string, sys, threading, types, typing
+
+@dataclasses.dataclass(order=True)
+class Point:
+    x: int
+    y: int = 0
+
+class Color(enum.Enum):
+    RED = enum.auto()
+
+Pair = typing.NamedTuple("Pair", [("a", int)])
+
+def deep(n):
+    return n and 1 + deep(n - 1)
+
+@types.coroutine
+def three():
+    yield from asyncio.sleep(0).__await__()
+    return 3
+
+async def square(n):
+    await asyncio.sleep(0.001 * n)
+    return n * n
+
+async def main():
+    async with asyncio.TaskGroup() as group, asyncio.Lock():
+        tasks = [group.create_task(square(n)) for n in range(3)]
+    try:
+        await asyncio.wait_for(asyncio.sleep(9), 0.01)
+    except TimeoutError:
+        return [task.result() for task in tasks], await asyncio.to_thread(abs, -2), await three()
+
+print(asyncio.run(main()))
+lines = iter(sys.stdin.readline, "")
+print([int(line) for line in lines])
+sys.setrecursionlimit(10**6)
+threading.stack_size(2**27)
+thread = threading.Thread(target=lambda: print(deep(20_000)))
+thread.start(); thread.join()
+threading.stack_size(0)
+with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    print(list(pool.map(functools.lru_cache(math.factorial), range(4))))
+print(copy.deepcopy(min(Point(2), Point(1))), pickle.loads(pickle.dumps(Color.RED)), Pair(1))
+print(decimal.Decimal("0.1") * 3, fractions.Fraction(1, 3) + 1, statistics.median([1, 4]))
+print(datetime.datetime.strptime("2020-02-28", "%Y-%m-%d") + datetime.timedelta(2))
+print(io.StringIO("a").read(), re.sub("a", "b", "aa"), json.dumps({"a": 1}), string.digits)
+print(heapq.nsmallest(1, [3, 1]), bisect.bisect([1, 2], 1), sum(itertools.chain([1], [2])))
+print(collections.Counter("aab"), functools.reduce(operator.mul, array.array("i", [2, 3])))
+print(random.Random(1).randrange(1), queue.PriorityQueue().empty())
+"""
+COMPUTED = """([0, 1, 4], 2, 3)
+[4, 5]
+20000
+[1, 1, 2, 6]
+Point(x=1, y=0) Color.RED Pair(a=1)
+0.3 4/3 2.5
+2020-03-01 00:00:00
+a bb {"a": 1} 0123456789
+[1] 1 3
+Counter({'a': 2, 'b': 1}) 6
+0 True"""
+
+
+@every_isolation
+def test_modules_that_answers_import_compute(isolation):
+    test = ProgramTest("4\n5\n", COMPUTED)
+    assert run_tests(COMPUTES, [test], Limits(isolation=isolation)).reasons == ("",)
+
+
+def test_without_namespaces_processes_of_the_user_take_no_room():
+    """The kernel counts them all, so the limit is above those that run."""
+    source = """
+limit = next(line for line in open("/proc/self/limits") if line.startswith("Max processes"))
+print(int(limit.split()[2]) > 1)
+"""
+    assert reason(source, "hook", "True", processes=1) == ""
 
 
 needs_namespaces = pytest.mark.skipif(
