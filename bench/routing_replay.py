@@ -4,7 +4,9 @@
 
 Answers of trained models of a task, from random prompts: the gap between the sampler's
 log-probability of each token and the trainer's, of all tokens and of those for which the trainer
-would choose other experts than the sampler did.
+would choose other experts than the sampler did. One model more, made where it is missing, is
+`r1_base` with twice the layers and finer experts: nearer to V3, where a token passes 58 layers with
+8 of 256 experts, and has more choices that are close.
 
 Letters: L layers, B answers, T positions, K experts of a token.
 """
@@ -20,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.report import write_section
+from bench.runs import train_once
 from configs import preset
 from data.tokenizer import load_tokenizer
 from generation.config import Sampling
@@ -40,6 +43,11 @@ from sharding.partition import use_layout
 GROUP = 16
 PAIRS = (("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32"))
 """Types of sampler and trainer."""
+FINER = (
+    "--model.num-layers", "8", "--model.num-experts", "32", "--model.experts-per-token", "4",
+    "--model.expert-ffn-size", "32",
+)  # fmt: skip
+"""Of `r1_base`'s command line, for the finer model."""
 PRESETS = {"permutations": "r1_zero", "search": "search_zero"}
 """How long the answers to each task are."""
 
@@ -109,6 +117,7 @@ def main() -> None:
     """Measure, print, and with --write put the table into results.md."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--weights", default="runs/r1_base,runs/search_zero")
+    parser.add_argument("--finer", default="runs/r1_base_finer", help="run folder; may be missing")
     parser.add_argument("--prompts", default=16, type=int)
     parser.add_argument("--write", action="store_true", help="write bench/results.md")
     options = parser.parse_args()
@@ -120,7 +129,8 @@ def main() -> None:
         "| model; sampler, trainer | tokens | mean gap | largest |",
         "|---|---|---|---|",
     ]
-    for folder in map(Path, options.weights.split(",")):
+    train_once(Path(options.finer).absolute(), "r1_base", *FINER)
+    for folder in map(Path, [*filter(None, options.weights.split(",")), options.finer]):
         for pair in PAIRS:
             found = gaps(folder, options.prompts, *pair)
             free, held, flipped = found["free"], found["held"], found["flipped"]
