@@ -244,6 +244,7 @@ def test_the_busiest_device_has_less_to_do(monkeypatch):
 # ---- counting ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_load_is_counted_by_expert_whatever_the_copies():
     """Prompts without padding and rows that run: K choices each, of the text that a layer read."""
     _, session = text(MeshConfig(expert=4, expert_nodes=2), 4, True)

@@ -57,10 +57,8 @@ def bias_of(tree, part: str):
 # Router bias
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [pytest.param(FSDP, id="fsdp 8", marks=pytest.mark.slow), pytest.param(EXPERT, id="expert 8")],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [FSDP, EXPERT], ids=["fsdp 8", "expert 8"])
 def test_router_bias_is_the_same_on_every_device(layout):
     """Elsewhere: counts were taken per device without a sum, so each device trained its own router
     while the bias claimed to be replicated, and a checkpoint kept one of 8 different values."""
@@ -272,14 +270,10 @@ def test_expert_parallelism_does_not_scale_expert_gradients():
         assert_same_gradients(got["moe"], want["moe"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",
-    [
-        FSDP,
-        EXPERT,
-        pytest.param(MeshConfig(data=8), marks=pytest.mark.slow),
-        pytest.param(MeshConfig(data=2, tensor=4), marks=pytest.mark.slow),
-    ],
+    [FSDP, EXPERT, MeshConfig(data=8), MeshConfig(data=2, tensor=4)],
     ids=["fsdp", "expert", "data", "tensor"],
 )
 def test_gradient_norm_is_that_of_all_gradients_on_every_layout(layout):

@@ -370,8 +370,8 @@ def sampled(tmp_path_factory):
     ("owner", "name", "call", "kept"),
     [
         (tuning.PolicySampler, "__call__", 0, 0),
-        (AllRight, "__call__", 1, 1),
-        (rl.traces, "seal_store", 2, 3),
+        pytest.param(AllRight, "__call__", 1, 1, marks=pytest.mark.slow),
+        pytest.param(rl.traces, "seal_store", 2, 3, marks=pytest.mark.slow),
     ],
     ids=["answers", "scores", "last round written"],
 )

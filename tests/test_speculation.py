@@ -133,6 +133,7 @@ def test_after_the_switch_the_text_is_that_of_plain_sampling(cost):
     assert after == [row[: len(rest)] for row, rest in zip(plain, after, strict=True)]
 
 
+@pytest.mark.slow
 def test_a_trial_leaves_the_session_as_it_is(monkeypatch):
     """Every draft counts as paying here, so that sampled text must be that of `on`."""
     monkeypatch.setattr(engine, "measure", lambda seconds: 0 * measure(seconds) + 0.5)
