@@ -166,13 +166,9 @@ LAYOUTS = {
     "pipe_2_data_4": MeshConfig(pipe=2, data=4),
     "dualpipe_2_expert_4": MeshConfig(pipe=2, expert=4, schedule="dualpipe"),
 }
-DEFAULT = ("cube",)
-"""Compiled in the default suite; the others are slow tests."""
 
 
-@pytest.fixture(
-    params=[n if n in DEFAULT else pytest.param(n, marks=pytest.mark.slow) for n in LAYOUTS]
-)
+@pytest.fixture(params=[pytest.param(n, marks=pytest.mark.slow) for n in LAYOUTS])
 def name(request) -> str:
     return request.param
 
