@@ -5,6 +5,8 @@
 
 import dataclasses
 
+from configs.r1_base2 import PROMPTS, VOCABULARY
+
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
@@ -22,8 +24,8 @@ class Stage:
 
 
 TWO_SCRIPTS = (
-    "--model.vocab-size", "34", "--data.vocab-size", "34",
-    "--task.options", "scripts=2", "shortest=2",
+    "--model.vocab-size", str(VOCABULARY), "--data.vocab-size", str(VOCABULARY),
+    "--task.options", *PROMPTS,
 )  # fmt: skip
 """What `r1_base2` differs in from `r1_base`, for the presets that others use as well."""
 

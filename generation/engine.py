@@ -46,8 +46,9 @@ SLOT_BLOCK = 64
 
 
 def padded_length(longest: int) -> int:
-    """The length that prompts of at most `longest` tokens are padded to: four to each power of two,
-    from 16 on. Few programs to compile, and at most a quarter of their work is for nothing."""
+    """The length that prompts of at most `longest` tokens are padded to: a multiple of 16, and from
+    64 on one of four to each power of two. So few programs are compiled, and from there on at most
+    a fifth of what they compute is for nothing."""
     block = max(16, 1 << (longest - 1).bit_length() >> 3)
     return -(-longest // block) * block
 

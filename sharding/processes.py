@@ -96,10 +96,13 @@ def join_processes(
 def _keep_stdout() -> None:
     """Leave standard output to Python: what Gloo's threads write there, in torn lines, goes to
     standard error."""
-    sys.stdout.flush()
+    out = sys.stdout
+    if out is None:  # closed by whoever started this process
+        return
+    out.flush()
     own = os.dup(1)
     os.dup2(2, 1)
-    sys.stdout = open(own, "w", encoding=sys.stdout.encoding, buffering=1)  # noqa: SIM115
+    sys.stdout = open(own, "w", 1, out.encoding, out.errors)  # noqa: SIM115
 
 
 def barrier(name: str) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from generation.config import Sampling
-from generation.engine import Generator
+from generation.engine import Generator, padded_length
 from generation.sampling import probabilities
 from generation.speculate import accept_or_redraw
 from model.blueprint import bind
@@ -246,3 +246,10 @@ def test_bad_requests_are_named(change, message):
 def test_bad_sampling_is_named(field):
     with pytest.raises(ValueError, match=next(iter(field))):
         Sampling(**field)
+
+
+def test_prompts_are_padded_to_few_lengths_and_by_little():
+    lengths = [padded_length(n) for n in range(1, 4097)]
+    assert all(length >= n and length % 16 == 0 for n, length in enumerate(lengths, 1))
+    assert max(1 - n / length for n, length in enumerate(lengths, 1) if n >= 64) < 0.2
+    assert len(set(lengths)) == 4 + 4 * 6  # to 64, and for each doubling to 4,096
