@@ -149,10 +149,10 @@ def make_layout(options: Common) -> "Layout":
     """Devices and mesh."""
     import jax
 
+    from runtime.devices import emulate_devices
+    from runtime.host_memory import keep_freed_memory
+    from runtime.processes import join_processes
     from sharding import mesh
-    from sharding.mesh import emulate_devices
-    from sharding.processes import join_processes
-    from training.host_memory import keep_freed_memory
 
     if options.emulate or find_spec("jax_cuda13_plugin") is None:
         keep_freed_memory()
@@ -179,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         note(f"generate.py: {error}")
         return 2
-    from sharding.processes import together  # --help needs no JAX
+    from runtime.processes import together  # --help needs no JAX
 
     return together("generate.py", lambda: run(options), (ValueError, OSError))
 

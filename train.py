@@ -35,9 +35,9 @@ def start_devices(command: Command) -> None:
     import jax
 
     from checkpoint.folder import how_to_resume
-    from sharding.mesh import emulate_devices
-    from sharding.processes import join_processes, when_lost
-    from training.host_memory import keep_freed_memory
+    from runtime.devices import emulate_devices
+    from runtime.host_memory import keep_freed_memory
+    from runtime.processes import join_processes, when_lost
 
     if command.emulate or find_spec("jax_cuda13_plugin") is None:
         keep_freed_memory()
@@ -93,7 +93,8 @@ def make_trainer(run: RunConfig) -> "Trainer":
 
 def stage_module(run: RunConfig) -> Any:
     """What knows the stages after pre-training: `make_trainer`, `describe` and `run_stage`."""
-    from rl import stages, tuning
+    from rl import stage_rl as stages
+    from rl import stage_sft as tuning
 
     return stages if run.stage == "rl" else tuning
 
@@ -148,7 +149,7 @@ def prepare_data(run: RunConfig, say) -> "Prepared":
 
     from data.prepare import prepare
     from rl.corpus import corpus_data
-    from sharding.processes import barrier
+    from runtime.processes import barrier
 
     if jax.process_index() > 0:
         barrier("data")
@@ -338,7 +339,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         return run_recipe(arguments)
     command = parse(arguments)
-    from sharding.processes import together  # --help needs no JAX
+    from runtime.processes import together  # --help needs no JAX
 
     return together("train.py", lambda: train(command), (ValueError, OSError, FloatingPointError))
 
@@ -371,7 +372,7 @@ def train(command: Command) -> int:
 
 def run_to_end(run: RunConfig, trainer: "Trainer", profile: range, init_from: str, say) -> int:
     """Data, loop, and what is left behind."""
-    from sharding.processes import connect
+    from runtime.processes import connect
 
     prepared = prepare_data(run, say)
     connect(trainer.layout.mesh)

@@ -11,10 +11,10 @@ from generation.config import Sampling
 from model.recipe import Recipe
 from rl.config import TaskConfig
 from rl.corpus import configured_task
+from rl.examples.teacher import load_policy
+from rl.prompts import EVALUATE, TaskPrompts, sampler_seed
 from rl.rollout import PolicySampler
-from rl.source import EVALUATE, TaskPrompts, sampler_seed
 from rl.tasks.task import Inspection
-from rl.teacher import load_policy
 from sharding.mesh import make_layout
 
 
@@ -37,7 +37,7 @@ def inspected(
     prompts = TaskPrompts(task, tokenizer, seed)
     questions = prompts.held_out(problems)
     rollout = sampler(questions.ids, draws, sampler_seed(seed, EVALUATE, 0))
-    records = [record for record in questions.records for _ in range(draws)]
+    asked = [problem for problem in questions.problems for _ in range(draws)]
     texts = prompts.texts(rollout.tokens)
-    found = [task.inspect(record, text) for record, text in zip(records, texts, strict=True)]
+    found = [task.inspect(problem, text) for problem, text in zip(asked, texts, strict=True)]
     return found, np.array([len(ids) for ids in rollout.tokens])

@@ -2,10 +2,10 @@
 
     python -m bench.expert_exchange [--write]
 
-Price: the routed experts of one device through `sharding/expert.py`, against the same kernels
-called without it. Bytes: from the compiled forward and backward pass on 8 emulated devices, at a
-ratio like V3's: 8 of 64 experts per token, from 4 of 8 groups. Counted is what a device sends to
-others, as if straight to each of them, and how much of it goes to another node.
+Price: the routed experts of one device through `sharding/experts/dispatch.py`, against the same
+kernels called without it. Bytes: from the compiled forward and backward pass on 8 emulated devices,
+at a ratio like V3's: 8 of 64 experts per token, from 4 of 8 groups. Counted is what a device sends
+to others, as if straight to each of them, and how much of it goes to another node.
 
 Shape letters: B batch, T sequence, N tokens of a device, K choices, D width, E experts, F inner
 width, S shards, C slots of a shard.
@@ -29,11 +29,12 @@ from model.config import ModelConfig
 from model.moe import MoE
 from model.recipe import Recipe
 from model.router import select
-from pallas_kernels.expert_ffn import expert_ffn
-from pallas_kernels.permute import combine_rows, gather_rows, sort_by_expert
+from pallas_kernels.grouped.expert_ffn import expert_ffn
+from pallas_kernels.grouped.permute import combine_rows, gather_rows, sort_by_expert
+from runtime.devices import emulate_devices
 from sharding.config import MeshConfig
-from sharding.exchange import even_share, slots_per_shard
-from sharding.mesh import emulate_devices, make_layout
+from sharding.experts.exchange import even_share, slots_per_shard
+from sharding.mesh import make_layout
 from sharding.partition import use_layout
 
 DEVICES, TOKENS, WIDTH = 8, 256, 128

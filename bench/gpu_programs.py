@@ -34,12 +34,13 @@ from configs import preset
 from model.config import ModelConfig
 from model.kernels import choose
 from model.recipe import Recipe
-from sharding.collectives import by_op_and_axes, read_collectives
+from programs.absent_gpus import INSPECTION, absent_gpus
+from programs.collectives import by_op_and_axes, read_collectives
+from programs.overlap import read_spans
 from sharding.config import MeshConfig
+from sharding.devices import schedule_options
 from sharding.mesh import axis_sizes, make_layout, named_layout, resolve
-from sharding.overlap import read_spans
 from sharding.partition import batch_shards
-from sharding.topology import INSPECTION, absent_gpus, schedule_options
 from training.step import Trainer
 
 GIB = 2**30

@@ -35,7 +35,7 @@ import bench.cases
 from bench.cases import Case
 from bench.kernel_times import roofline, times, tune
 from bench.report import write_section
-from sharding.topology import absent_gpus
+from programs.absent_gpus import absent_gpus
 
 SERIALISED = ("C7510", "C7512")
 """Warnings of the assembler: it could not keep products in flight."""

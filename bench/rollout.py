@@ -23,10 +23,10 @@ from generation.config import Sampling
 from generation.engine import Generator
 from model.recipe import Recipe
 from rl.corpus import configured_task
+from rl.examples.teacher import load_policy
+from rl.prompts import TaskPrompts
 from rl.rollout import PolicySampler
-from rl.source import TaskPrompts
 from rl.tasks.characters import character_tokenizer
-from rl.teacher import load_policy
 from sharding.mesh import make_layout
 from training.step import Trainer
 

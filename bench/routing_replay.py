@@ -32,9 +32,9 @@ from model.transformer import Tokens
 from rl.batches import Batch, make_batch
 from rl.config import TaskConfig
 from rl.corpus import configured_task
+from rl.examples.teacher import load_policy
+from rl.prompts import TaskPrompts
 from rl.rollout import PolicySampler
-from rl.source import TaskPrompts
-from rl.teacher import load_policy
 from rl.trainer import PolicyTrainer
 from sharding.config import MeshConfig
 from sharding.mesh import make_layout

@@ -23,10 +23,11 @@ import numpy as np
 from bench.report import write_section
 from model.config import ModelConfig
 from model.recipe import Recipe
-from sharding.collectives import Collective, read_collectives, read_flops, table
+from programs.collectives import Collective, read_collectives, read_flops, table
+from runtime.devices import emulate_devices
 from sharding.config import MeshConfig
-from sharding.mesh import axis_sizes, emulate_devices, make_layout, named_layout, resolve
-from sharding.ticks import tick_table
+from sharding.mesh import axis_sizes, make_layout, named_layout, resolve
+from sharding.pipeline.ticks import tick_table
 from training.config import TrainConfig
 from training.gradients import make_pipeline_schedule
 from training.step import Trainer

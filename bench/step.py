@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 
-from training.host_memory import keep_freed_memory
+from runtime.host_memory import keep_freed_memory
 
 keep_freed_memory()  # before jax starts threads, as train.py does
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from generation.config import ExpertOptions
 from model.config import ModelConfig
-from sharding.eplb import ExpertPlacement, place_experts
+from sharding.experts.eplb import ExpertPlacement, place_experts
 from sharding.partition import Layout, num_shards, use_layout
 
 SUFFIXES = (".npy", ".json")

@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 
 from generation.config import Sampling
+from generation.decode import Decoder, make_decoder
 from generation.sampling import draw, kept_tokens, probabilities, row_keys
 from generation.speculate import accept_or_redraw
 from model.blueprint import Tree
 from model.config import ModelConfig
-from model.decode import Decoder, make_decoder
 from model.mla import write_rows
 from model.recipe import Recipe
 from sharding.partition import Layout, batch_sharding, constrain, replicated, use_layout

@@ -11,17 +11,15 @@ import jax.numpy as jnp
 
 from model.config import ModelConfig
 from model.recipe import Kernels
-from pallas_kernels import (
-    expert_ffn,
-    fp8_expert_ffn,
-    fp8_linear,
-    linear_cross_entropy,
-    mla_attention,
-    mla_decode,
-)
+from pallas_kernels.attention import mla as mla_attention
+from pallas_kernels.cross_entropy import linear as linear_cross_entropy
+from pallas_kernels.decode import mla as mla_decode
+from pallas_kernels.fp8 import expert_ffn as fp8_expert_ffn
+from pallas_kernels.fp8 import linear as fp8_linear
+from pallas_kernels.grouped import expert_ffn
 from pallas_kernels.mosaic import Backend
+from sharding.devices import no_emulator, not_hopper
 from sharding.partition import Layout, num_shards, use_layout
-from sharding.topology import not_hopper
 
 Requested = Literal["auto", "mosaic", "emulated", "portable", "reference"]
 """What a user asks for: a backend for all hot paths, or the best for each."""
@@ -65,7 +63,7 @@ def choose(
         same: dict[str, Backend] = dict.fromkeys(Kernels._fields, requested)
         return Choice(Kernels(**same), {}, tuple(obstacles))
     emulated = requested == "emulated"
-    everywhere = _no_emulator(layout) if emulated else not_hopper(layout)
+    everywhere = no_emulator(layout) if emulated else not_hopper(layout)
     with use_layout(layout):
         reasons = {name: everywhere or why(config, dtype) for name, why in obstacles.items()}
     reasons = {name: why for name, why in reasons.items() if why}
@@ -79,14 +77,6 @@ def choose(
     kernel: Backend = "emulated" if emulated else "mosaic"
     taken: dict[str, Backend] = {name: kernel for name in obstacles if name not in reasons}
     return Choice(Kernels(**taken), reasons, tuple(obstacles))
-
-
-def _no_emulator(layout: Layout) -> str | None:
-    """Why kernels cannot be emulated on this layout."""
-    device = layout.mesh.devices.flat[0]
-    if device.platform != "cpu":
-        return f"the emulator runs on CPU, not on {device.device_kind}"
-    return None if layout.mesh.size == 1 else "the emulator runs on one device"
 
 
 # ---- what stands in a kernel's way ---------------------------------------------------------------

@@ -14,7 +14,7 @@ from model.config import ModelConfig
 from model.moe import MoEStats
 from model.recipe import Recipe
 from model.transformer import DeepSeekV3, Output, Tokens
-from pallas_kernels.linear_cross_entropy import Parts, loss_and_gradients, loss_sum, merge
+from pallas_kernels.cross_entropy.linear import Parts, loss_and_gradients, loss_sum, merge
 from pallas_kernels.mosaic import Backend
 from sharding.context import balance, sequence_shards
 from sharding.partition import constrain, max_over, on_shards, shard_index, sum_over
@@ -65,7 +65,7 @@ def cross_entropy_sum(
 
     Logits are made a chunk of the tokens at a time and used up at once: the forward pass computes
     the gradients too, so the backward pass only scales them and no logits are recomputed
-    (`pallas_kernels/linear_cross_entropy.py`). Works with batch, sequence and vocabulary sharded.
+    (`pallas_kernels/cross_entropy/linear.py`). Works with batch, sequence and vocabulary sharded.
     No gradient for the weights.
     """
     shard = partial(_loss_on_shard, backend)

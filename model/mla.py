@@ -17,8 +17,8 @@ from model.context_attention import Form, context_attention
 from model.layers import LATENT_EPS, RMSNorm, from_stream, project, to_stream, weight
 from model.recipe import Recipe, keep
 from model.rope import rotate, rotation, softmax_scale
-from pallas_kernels.mla_attention import mla_attention, starts_of_segments
-from pallas_kernels.mla_decode import mla_decode
+from pallas_kernels.attention.mla import mla_attention, starts_of_segments
+from pallas_kernels.decode.mla import mla_decode
 from pallas_kernels.mosaic import Backend
 from sharding.context import sequence_shards
 from sharding.partition import constrain, on_shards

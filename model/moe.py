@@ -16,11 +16,11 @@ from model.layers import SwiGLU, as_computed, from_stream, router_bias, to_strea
 from model.recipe import Recipe, keep
 from model.replicas import Replicas
 from model.router import affinities, balance_loss, expert_counts, select
-from pallas_kernels.expert_ffn import expert_ffn
-from pallas_kernels.fp8_expert_ffn import fp8_expert_ffn
-from pallas_kernels.permute import combine_rows, gather_rows, sort_by_expert
-from pallas_kernels.separate_experts import separate_expert_ffn
-from sharding import expert
+from pallas_kernels.fp8.expert_ffn import fp8_expert_ffn
+from pallas_kernels.grouped.expert_ffn import expert_ffn
+from pallas_kernels.grouped.permute import combine_rows, gather_rows, sort_by_expert
+from pallas_kernels.grouped.separate import separate_expert_ffn
+from sharding.experts import dispatch as expert
 from sharding.partition import constrain, max_over, on_shards, sum_over, vary
 
 W_IN = ("experts", "embed", "expert_ffn")

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.mla_attention import KEPT
+from pallas_kernels.attention.mla import KEPT
 from pallas_kernels.mosaic import Backend
 
 

@@ -1,8 +1,8 @@
 """Redundant experts: several copies of busy experts, for serving (V3 report, section 3.4).
 
-`sharding/eplb.py` decides which experts get copies and which device holds which. Here the weights
-are laid out as copies, and every token gets one copy of each of its experts. Copies are equal, so
-results are those without any.
+`sharding/experts/eplb.py` decides which experts get copies and which device holds which. Here the
+weights are laid out as copies, and every token gets one copy of each of its experts. Copies are
+equal, so results are those without any.
 
 Letters: B batch, T sequence, K choices per token, E experts, C most copies of one expert, R copies
 in all, L layers, S shards of the experts. Of one weight, X and Y are input and output width.
@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from pallas_kernels.separate_experts import separate_experts
-from sharding.eplb import ExpertPlacement
+from pallas_kernels.grouped.separate import separate_experts
+from sharding.experts.eplb import ExpertPlacement
 from sharding.partition import (
     Layout,
     Names,

@@ -15,7 +15,7 @@ from model.loss import LossParts, LossWeights, training_loss
 from model.moe import MoEStats
 from model.recipe import Recipe
 from sharding.partition import constrain
-from sharding.pipeline import Stages, Weights
+from sharding.pipeline.executor import Stages, Weights
 
 ROUTED = ("w_gate", "w_up", "w_down")
 LAYERS = "moe_layers"
@@ -35,7 +35,8 @@ def join_weights(outer: Tree, layers: Tree) -> Tree:
 
 
 def pipeline_stages(config: ModelConfig, recipe: Recipe, balance_weight: float) -> Stages:
-    """Functions for `sharding/pipeline.py:run`; micro is (Examples, LossWeights without balance).
+    """Functions for `sharding/pipeline/executor.py:run`; micro is (Examples, LossWeights without
+    balance).
 
     Their objectives add up to `model/loss.py:training_loss`.
     """

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from rl.config import GRPOConfig
-from rl.sums import Mean, Metrics
+from rl.metrics import Mean, Metrics
 
 
 def group_advantages(

@@ -153,11 +153,11 @@ class RLConfig:
     held_out: float = 0.05
     """Share of that file's problems that are for evaluation only; 0: no evaluation."""
     rewards: tuple[str, ...] = ()
-    """FILE.py:FUNCTION or a name of `rl/rewards.py`, with =WEIGHT if it is not 1. They come beside
-    a task's verifier; for a file of prompts, empty is accuracy."""
+    """FILE.py:FUNCTION or a name of `rl/verdict/rules.py`, with =WEIGHT if it is not 1. They come
+    beside a task's verifier; for a file of prompts, empty is accuracy."""
     reward_timeout: float = 5.0
     """Seconds that each of `rewards` has for one answer; then it has failed there. The rewards that
-    run code have 25 s or more (`rl/judge.py:CODE_SECONDS`)."""
+    run code have 25 s or more (`rl/verdict/judge.py:CODE_SECONDS`)."""
     prompts_per_step: int = 8
     """Prompts of a rollout."""
     max_new_tokens: int = 256
@@ -323,7 +323,7 @@ class SFTConfig:
     """Stage distill: weight of KL(teacher, student) beside the cross-entropy, whose weight is
     1 minus that; 0 distils by sequences alone, as R1 does."""
     kl_top_k: int = 16
-    """Tokens of the teacher's distribution that the KL tells apart (`rl/distill.py`)."""
+    """Tokens of the teacher's distribution that the KL tells apart (`rl/examples/distill.py`)."""
 
     def __post_init__(self):
         for name in ("rounds", "prompts_per_round", "answers_per_prompt", "max_new_tokens"):

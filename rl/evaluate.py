@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 import numpy as np
 
+from rl.prompts import EVALUATE, EVALUATE_GREEDY, Prompts, Questions, sampler_seed
 from rl.rollout import Publishable, Rollout
-from rl.scoring import Scorer, Scores
-from rl.source import EVALUATE, EVALUATE_GREEDY, Prompts, Questions, sampler_seed
 from rl.stopping import Stop, never
+from rl.verdict.scoring import Scorer, Scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Evaluation:
             seed = sampler_seed(self.prompts.seed, purpose, step)
             rollout = sampler(self.questions.ids, 1, seed, stop)
             texts = self.prompts.texts(rollout.tokens)
-            scores = self.scorer(self.questions.records, texts, lengths(rollout), stop)
+            scores = self.scorer(self.questions.problems, texts, lengths(rollout), stop)
             record["eval/failed_rewards"] += (failed or failed_rewards)(scores) / 2
             if purpose == EVALUATE_GREEDY:
                 record["eval/accuracy_greedy"] = float(scores.correct.mean())

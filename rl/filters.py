@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from rl.advantages import informative_groups
 from rl.config import GRPOConfig
-from rl.sums import Mean, Metrics
+from rl.metrics import Mean, Metrics
 
 
 def filtered_mask(

@@ -24,25 +24,25 @@ from rl.batches import Batch, cut, make_batch
 from rl.config import GRPOConfig, RLConfig
 from rl.evaluate import Evaluation, describe, failed_rewards, lengths
 from rl.filters import filtered_mask
+from rl.metrics import Metrics, merge, numbers
+from rl.prompts import SAMPLE, Prompts, Questions, sampler_seed
 from rl.resample import Asked, choose, differing, reward_arrays
 from rl.rollout import Publishable
-from rl.scoring import Scorer, Scores
-from rl.source import SAMPLE, Prompts, Questions, sampler_seed
 from rl.stopping import RolloutStoppedError, Stop, never
-from rl.sums import Metrics, merge, numbers
 from rl.trainer import REFERENCE, PolicyTrainer
 from rl.transcripts import Transcripts
+from rl.verdict.scoring import Scorer, Scores
+from runtime.signals import StopRequest
 from sharding.partition import local_rows, place_rows
 from training.display import Display
 from training.loop import Checkpoints, anyone, check_skipped
 from training.metrics import MetricsWriter, read_metrics
 from training.schedule import BatchPlan, knobs_at
-from training.signals import StopRequest
 from training.step import State
 from training.throughput import peak_memory_gib
 from training.trace import Trace
 
-Record = dict[str, float]
+Line = dict[str, float]
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -151,9 +151,9 @@ class PolicyLoop:
                 self.display.show(step - 1, record)
         return stopped
 
-    def advance(self, step: int, transcripts: Transcripts, stop: Stop) -> Record:
+    def advance(self, step: int, transcripts: Transcripts, stop: Stop) -> Line:
         """One rollout and its updates; their record. RolloutStoppedError leaves the state alone."""
-        record: Record = {}
+        record: Line = {}
         if self.evaluation is not None and self._due(step, self.trainer.train.eval_every):
             record |= self.evaluation(step, self.sampler, stop, self._failed)
         clock = _Clock()
@@ -256,11 +256,11 @@ class PolicyLoop:
         )  # fmt: skip
         return batch | {"advantages": advantages_A, "mask": mask_AT}, metrics
 
-    def _update(self, step: int, batch: Batch, metrics: Metrics) -> Record:
+    def _update(self, step: int, batch: Batch, metrics: Metrics) -> Line:
         """All updates of a rollout; means of their metrics, and the rollout's own."""
         parts = [self._placed(part) for part in self._cut(batch)]
         parts = [self._with_logps(part) for part in parts]
-        totals: list[Record] = []
+        totals: list[Line] = []
         merged: Metrics = {}
         for i, part in enumerate(parts):
             knobs = knobs_at(self.trainer.train, self.plan, step + i)
@@ -314,7 +314,7 @@ class PolicyLoop:
             )
         return part | added
 
-    def _speeds(self, written: int, batch: Batch, clock: "_Clock") -> Record:
+    def _speeds(self, written: int, batch: Batch, clock: "_Clock") -> Line:
         total = sum(clock.seconds.values())
         read = float(batch["lengths"].sum())
         return {
@@ -342,10 +342,10 @@ class _Clock:
 
 
 def _per_answer(questions: Questions, group_size: int) -> list[Any]:
-    return [record for record in questions.records for _ in range(group_size)]
+    return [record for record in questions.problems for _ in range(group_size)]
 
 
-def _described(asked: Asked) -> Record:
+def _described(asked: Asked) -> Line:
     """Length, accuracy and rewards of the answers."""
     scores = asked.scores
     record = {f"policy/{name}": x for name, x in describe(asked.rollout, scores).items()}

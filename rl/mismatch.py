@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from rl.config import GRPOConfig
-from rl.sums import Largest, Metrics, masked_mean
+from rl.metrics import Largest, Metrics, masked_mean
 from rl.surrogate import answer_mean
 
 

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 
 from rl.config import GRPOConfig
 from rl.kl import k3, kl_estimate
+from rl.metrics import Mean, Metrics, masked_mean
 from rl.mismatch import importance_weights, off_policy_mask, sampler_gap
-from rl.sums import Mean, Metrics, masked_mean
 from rl.surrogate import Surrogate, effective_log_ratio, surrogate
 
 

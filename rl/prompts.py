@@ -1,210 +1,197 @@
-"""Prompts from a user's JSONL file, GSM8K's included, as records for verifiers.
+"""Prompts of a run as a function of (seed, rollout), and texts to tokens and back."""
 
-A line is one of
-    {"prompt": "text", "answer": ..}
-    {"messages": [{"role": "user", "content": "text"}, ..], "answer": ..}
-    {"question": "text", "answer": "solution #### 1,234"}      as GSM8K has it
-with "reward" (or "kind") to name the rule that scores it, if lines differ in that. An answer is a
-text, a number, or a list of these; "tests" may stand in its place, for code. Every other field is
-kept in the record, for the rule that scores it.
-"""
-
-import json
-import re
-from collections.abc import Callable, Collection
+import abc
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from generation.chat import chat_pieces
-from rl.records import Prompt, Record
+import numpy as np
 
-MAX_SHOWN = 20
-"""Broken lines that an error lists; it counts the others."""
-_FORMS = ("prompt", "question", "messages")
-_RULES = ("reward", "kind")
-_THOUSANDS = re.compile(r"[-+]?\$?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?")
+from data.randomness import DOCUMENT_ORDER, random_permutation
+from data.tokenizer import NoTokenError, Tokenizer
+from generation.prompts import encode_chat
+from rl.config import RLConfig
+from rl.problems import Problem, Prompt, split_problems
+from rl.prompt_files import read_prompts
+from rl.tasks.task import Side, Task
+from rl.verdict.rules import check_problem, check_tests
+
+SAMPLE, EVALUATE, EVALUATE_GREEDY, TRACES = range(4)
+"""Purposes of sampler seeds."""
+MEASURED = 1000
+"""Prompts of a task that are measured before a run begins."""
+_SHOWN = 60
+"""Characters of a prompt in a message."""
 
 
-class PromptFile(NamedTuple):
-    """What a file of prompts holds."""
+class Questions(NamedTuple):
+    """Prompts with their token ids, int32 [n] each."""
 
-    records: list[Record]
-    """In the file's order. `answer` holds "answer" (str or list of str, if the line gives one),
-    "solution" (GSM8K's text before ####) and the line's other fields; `task` is its reward."""
-    repeated: list[int]
-    """Numbers of the lines left out because they repeat an earlier line's prompt and answer."""
+    problems: list[Problem]
+    ids: list[np.ndarray]
 
 
-def read_prompts(
-    path: Path,
-    need_answers: bool = True,
-    rewards: Collection[str] | None = None,
-    check: Callable[[Record], None] | None = None,
-) -> PromptFile:
-    """Reads a JSONL file of prompts, UTF-8; blank lines are passed over.
+class Prompts(abc.ABC):
+    """Where prompts come from, and how texts become tokens and back."""
 
-    need_answers: a line with neither "answer" nor "tests" (for code) is an error. rewards: names
-    that "reward" may have, None for any. check: raises ValueError for a record that its reward
-    cannot score. Raises ValueError for a file without prompts, and one that lists every broken
-    line: not JSON, wrong types, unknown rewards, one prompt with two answers.
+    tokenizer: Tokenizer
+    seed: int
+
+    @abc.abstractmethod
+    def rollout(self, number: int, count: int) -> Questions:
+        """Prompts of rollout `number`, a function of that and the seed alone."""
+
+    @abc.abstractmethod
+    def held_out(self, count: int) -> Questions:
+        """At most `count` distinct problems that no training prompt is about."""
+
+    @abc.abstractmethod
+    def to_measure(self, train: int, held_out: int) -> tuple[list[Problem], list[Problem]]:
+        """Prompts to train on and prompts held out, whose lengths stand for all that a run asks:
+        the first `train`, and `held_out` of those for evaluation."""
+
+    def texts(self, answers: Sequence[np.ndarray]) -> list[str]:
+        """Texts of answers, without the end token."""
+        return [self.tokenizer.decode(ids, skip_special=True) for ids in answers]
+
+    def _questions(self, problems: list[Problem]) -> Questions:
+        return Questions(problems, [encode_prompt(self.tokenizer, problem) for problem in problems])
+
+
+@dataclasses.dataclass(frozen=True)
+class FilePrompts(Prompts):
+    """Prompts of a file (`rl/prompt_files.py`), each once per epoch in an order of the epoch's
+    own."""
+
+    train: Sequence[Problem]
+    kept: Sequence[Problem]
+    """For evaluation only."""
+    tokenizer: Tokenizer
+    seed: int
+
+    def rollout(self, number: int, count: int) -> Questions:
+        """Prompts number * count onwards of the endless sequence of epochs."""
+        places = [divmod(number * count + i, len(self.train)) for i in range(count)]
+        orders = {epoch: self._order(epoch) for epoch, _ in places}
+        return self._questions([self.train[int(orders[epoch][at])] for epoch, at in places])
+
+    def held_out(self, count: int) -> Questions:
+        """The first `count` problems for evaluation, or all."""
+        return self._questions(list(self.kept[:count]))
+
+    def to_measure(self, train: int, held_out: int) -> tuple[list[Problem], list[Problem]]:
+        """The whole file, however much of it the run asks."""
+        return list(self.train), list(self.kept)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return random_permutation(self.seed, DOCUMENT_ORDER, epoch, len(self.train))
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskPrompts(Prompts):
+    """Prompts of a task: an endless list to train on, and distinct problems held out."""
+
+    task: Task
+    tokenizer: Tokenizer
+    seed: int
+
+    def rollout(self, number: int, count: int) -> Questions:
+        """Prompts of rollout `number`, a function of that and the seed alone."""
+        first = number * count
+        return self._questions(
+            [self.task.prompt(self.seed, first + i, "train") for i in range(count)]
+        )
+
+    def held_out(self, count: int) -> Questions:
+        """`count` distinct problems that no training prompt is about."""
+        if not self.task.held_out:
+            return self._questions([])
+        return self._questions(self._distinct(count))
+
+    def to_measure(self, train: int, held_out: int) -> tuple[list[Problem], list[Problem]]:
+        """At most MEASURED to train on: a task's prompts are endless, and alike."""
+        first = range(min(train, MEASURED))
+        asked = [self.task.prompt(self.seed, index, "train") for index in first]
+        return asked, self._distinct(held_out) if held_out and self.task.held_out else []
+
+    def _distinct(self, count: int) -> list[Problem]:
+        side: Side = "held_out"
+        return self.task.distinct_prompts(self.seed, count, side)
+
+
+ASK = (
+    "The user asks and the assistant answers. It first thinks about the question between <think> "
+    "and </think>, and then gives the result between <answer> and </answer>.\nUser: {}\nAssistant:"
+)
+"""A dialogue that asks for reasoning and says nothing about its content (R1 report, table 1)."""
+
+
+def in_template(problem: Problem, template: str) -> Problem:
+    """The problem with its text asked as `rl.template` says; conversations stay as they are."""
+    if template == "plain" or not isinstance(problem.prompt, str):
+        return problem
+    asked: Prompt = ASK.format(problem.prompt)
+    if template == "chat":
+        asked = [{"role": "user", "content": problem.prompt}]
+    return dataclasses.replace(problem, prompt=asked, name=problem.key)
+
+
+def file_prompts(config: RLConfig, tokenizer: Tokenizer, seed: int) -> FilePrompts:
+    """The prompts of the file `rl.prompts`.
+
+    Raises ValueError that lists every line that cannot be used or judged, and for a split that
+    leaves one side empty.
     """
-    if not path.is_file():
-        raise ValueError(f"prompts {path} is no file; give a JSONL file with a prompt in each line")
-    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    errors: list[str] = []
-    records: dict[str, tuple[int, Record]] = {}
-    repeated: list[int] = []
-    used = 0
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        used += 1
+    named = {name for name, _ in rewards_of(config)}
+    judged = not named or "accuracy" in named
+
+    def check(problem: Problem) -> None:
+        if judged:
+            check_problem(problem)
+        if "code" in named:
+            check_tests(problem)
+
+    found = read_prompts(Path(config.prompts), need_answers=judged, check=check)
+    problems = [in_template(problem, config.template) for problem in found.problems]
+    return FilePrompts(*split_problems(problems, config.held_out), tokenizer, seed)
+
+
+def rewards_of(config: RLConfig) -> list[tuple[str, float]]:
+    """(function, weight) of every reward that `rl.rewards` names. ValueError for a wrong weight."""
+    found = []
+    for text in config.rewards:
+        name, sign, weight = text.partition("=")
         try:
-            record = _record(_fields(line), need_answers, rewards)
-            if check is not None:
-                check(record)
-            first, known = records.setdefault(record.key, (number, record))
-            if known != record:
-                raise ValueError(
-                    f"has the prompt of line {first}, but another answer or other fields; "
-                    "keep one of them"
-                )
-            if first != number:
-                repeated.append(number)
-        except ValueError as error:
-            errors.append(f"  line {number}: {error}")
-    if not used:
-        raise ValueError(f"prompts {path} holds no prompt; every line is empty")
-    if errors:
-        more = [f"  and {len(errors) - MAX_SHOWN} more"] if len(errors) > MAX_SHOWN else []
-        raise ValueError(
-            f"prompts {path}: {len(errors)} of {used} lines cannot be used; correct or remove "
-            "them\n" + "\n".join(errors[:MAX_SHOWN] + more)
-        )
-    return PromptFile([record for _, record in records.values()], repeated)
+            found.append((name, float(weight) if sign else 1.0))
+        except ValueError:
+            raise ValueError(f"rl.rewards: {text!r}; give NAME=WEIGHT, a number") from None
+    return found
 
 
-def final_answer(answer: str) -> tuple[str, str]:
-    """GSM8K's answer as (final answer, solution): what follows the last `####`, without thousands
-    separators, and what stands before. ValueError if there is no `####` or nothing after it."""
-    solution, mark, last = answer.rpartition("####")
-    if not mark:
-        raise ValueError(
-            '"answer" has no "####" before the final answer; where the answer is all there is, '
-            'name the other field "prompt" instead of "question"'
-        )
-    last = last.strip()
-    if not last:
-        raise ValueError('"answer" has nothing after "####"')
-    return last.replace(",", "") if _THOUSANDS.fullmatch(last) else last, solution.rstrip()
+def encode_prompt(tokenizer: Tokenizer, problem: Problem) -> np.ndarray:
+    """Ids of a text to continue as they are, int32 [n]; a conversation through the chat template.
 
-
-def _fields(line: bytes) -> dict[str, Any]:
-    """The object that a line holds; ValueError says what is wrong."""
+    Raises ValueError for a character that the tokenizer has no token for, and for a conversation
+    if it lacks the template's tokens.
+    """
     try:
-        text = line.decode("utf-8")
-        fields = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
-        json.dumps(fields, ensure_ascii=False, allow_nan=False).encode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 (byte {error.start + 1})") from None
-    except UnicodeEncodeError:
-        raise ValueError("holds half of a surrogate pair (\\ud800 to \\udfff)") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at character {error.pos + 1}") from None
-    except RecursionError:
-        raise ValueError("not usable: brackets are nested too deep") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"holds {_type(fields)}, not an object {{..}}")
-    return fields
+        if isinstance(problem.prompt, str):
+            return tokenizer.encode(problem.prompt)
+        return encode_chat(tokenizer, problem.prompt, think=True)
+    except NoTokenError as error:
+        raise ValueError(
+            f"prompt {shown(problem)} cannot be read: {error}. Change the prompt, or take another "
+            "tokenizer"
+        ) from None
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"has the field {twice!r} twice")
-    return fields
+def shown(problem: Problem) -> str:
+    """The problem as messages name it: quoted, and not all of a long one."""
+    return repr(problem.key if len(problem.key) <= _SHOWN else problem.key[:_SHOWN] + "..")
 
 
-def _no_constant(name: str) -> float:
-    raise ValueError(f"not JSON: {name} is no number of JSON")
-
-
-def _record(fields: dict[str, Any], need_answers: bool, rewards: Collection[str] | None) -> Record:
-    forms = [form for form in _FORMS if form in fields]
-    if len(forms) != 1:
-        found = f"both {forms[0]!r} and {forms[1]!r}" if forms else f"the fields {sorted(fields)}"
-        raise ValueError(f'has {found}; give one of "prompt", "question", "messages"')
-    form = forms[0]
-    answer = {name: value for name, value in fields.items() if name not in (form, *_RULES)}
-    if "answer" in fields:
-        answer["answer"] = _answer(fields["answer"])
-        if form == "question":
-            _split_solution(answer)
-    elif need_answers and "tests" not in fields:
-        raise ValueError(f'has neither "answer" nor "tests"; its fields are {sorted(fields)}')
-    return Record(_prompt(form, fields[form]), answer, _reward(fields, rewards))
-
-
-def _split_solution(answer: dict[str, Any]) -> None:
-    if not isinstance(answer["answer"], str):
-        raise ValueError('"answer" of a "question" is a list; give a text with "####"')
-    if "solution" in answer:
-        raise ValueError('"solution" would be replaced by the text before "####"; rename it')
-    answer["answer"], answer["solution"] = final_answer(answer["answer"])
-
-
-def _prompt(form: str, value: Any) -> Prompt:
-    if form != "messages":
-        if not isinstance(value, str):
-            raise ValueError(f'"{form}" is {_type(value)}, not a text')
-        if not value.strip():
-            raise ValueError(f'"{form}" is an empty text')
-        return value
-    if not isinstance(value, list):
-        raise ValueError(f'"messages" is {_type(value)}, not a list')
-    chat_pieces(value)  # raises for roles, contents and order
-    for message in value:
-        if message.keys() != {"role", "content"}:
-            raise ValueError(f"a message has the fields {sorted(message)}, not role and content")
-    if not value[-1]["content"].strip():
-        raise ValueError("the last message is an empty text")
-    return value
-
-
-def _answer(value: Any) -> str | list[str]:
-    if isinstance(value, list):
-        if not value:
-            raise ValueError('"answer" is an empty list')
-        return [_text(item, 'an item of "answer"') for item in value]
-    return _text(value, '"answer"')
-
-
-def _text(value: Any, what: str) -> str:
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError(f"{what} is {_type(value)}, not a text, a number or a list of these")
-    text = str(value).strip()
-    if not text:
-        raise ValueError(f"{what} is an empty text")
-    return text
-
-
-def _reward(fields: dict[str, Any], rewards: Collection[str] | None) -> str:
-    given = [fields[name] for name in _RULES if name in fields]
-    if not given:
-        return ""
-    if any(name != given[0] for name in given):
-        raise ValueError(f'"reward" is {given[0]!r} and "kind" is {given[1]!r}; give one of them')
-    name = given[0]
-    if not isinstance(name, str) or not name.strip():
-        raise ValueError(f'"reward" is {_type(name) if name != "" else "empty"}, not a name')
-    if rewards is not None and name not in rewards:
-        raise ValueError(f'"reward" is {name!r}; choose one of {", ".join(sorted(rewards))}')
-    return name
-
-
-def _type(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false",
-             type(None): "null"}  # fmt: skip
-    return names.get(type(value), "a number")
+def sampler_seed(seed: int, purpose: int, number: int) -> int:
+    """Seed of the draws of rollout or step `number`, 31 bits; no two uses share one."""
+    words = np.random.SeedSequence((seed, purpose, number)).generate_state(1)
+    return int(words[0]) & 0x7FFFFFFF

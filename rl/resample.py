@@ -17,9 +17,9 @@ import numpy as np
 
 from rl.advantages import group_advantages, informative_groups
 from rl.config import GRPOConfig
+from rl.prompts import Questions
 from rl.rollout import Rollout
-from rl.scoring import Scores
-from rl.source import Questions
+from rl.verdict.scoring import Scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ def _take(rounds: Sequence[Asked], places: Sequence[tuple[int, int]]) -> Asked:
     first = rounds[0].scores
     return Asked(
         Questions(
-            prompts_of(lambda asked: asked.questions.records),
+            prompts_of(lambda asked: asked.questions.problems),
             prompts_of(lambda asked: asked.questions.ids),
         ),
         Rollout(

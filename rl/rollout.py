@@ -27,8 +27,8 @@ from model.blueprint import Tree
 from model.config import ModelConfig
 from model.recipe import Recipe
 from rl.stopping import RolloutStoppedError, Stop, never
+from runtime.processes import fetch
 from sharding.partition import Layout, batch_shards, replicated
-from sharding.processes import fetch
 
 NARROWER = 4
 """The last answers go on in so many times fewer rows,"""

@@ -21,8 +21,8 @@ from model.router import load_max_over_mean
 from model.transformer import Output, Tokens
 from rl.config import GRPOConfig
 from rl.logps import chunked_logps_and_entropy
+from rl.metrics import Metrics, masked_mean, merge
 from rl.objective import Answers, loss_denominator, policy_loss
-from rl.sums import Metrics, masked_mean, merge
 from sharding.context import check_sequence
 from sharding.partition import batch_sharding, pipeline_ranks, replicated, use_layout
 from training.optimizer import clip_by_global_norm

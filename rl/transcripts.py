@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from rl.records import Record
+from rl.problems import Problem
 from training.metrics import drop_records_from
 
 
@@ -28,7 +28,7 @@ class Transcripts:
     def write(
         self,
         step: int,
-        records: Sequence[Record],
+        problems: Sequence[Problem],
         texts: Sequence[str],
         numbers: dict[str, np.ndarray],
     ) -> None:
@@ -37,6 +37,6 @@ class Transcripts:
             return
         with self._path.open("a", encoding="utf-8") as file:
             for a in range(min(self._count, len(texts))):
-                line = {"step": step, "prompt": records[a].prompt, "answer": texts[a]}
+                line = {"step": step, "prompt": problems[a].prompt, "answer": texts[a]}
                 line |= {name: values[a].item() for name, values in numbers.items()}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")

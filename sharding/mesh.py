@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,9 +11,6 @@ from jax.sharding import AxisType, Mesh
 from sharding.config import AXES, LAYOUTS, MESH_AXES, MeshConfig
 from sharding.partition import Layout
 from sharding.rules import computed_rules
-
-THREADS_PER_DEVICE = 8
-"""Threads of the common pool per emulated device: several programs may be in flight."""
 
 
 def axis_sizes(config: MeshConfig) -> dict[str, int]:
@@ -112,17 +108,3 @@ def describe(mesh: Mesh) -> str:
     """One line: device count, kind, and the axes larger than one."""
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
     return f"{mesh.size} x {mesh.devices.flat[0].device_kind}" + (f": {axes}" if axes else "")
-
-
-def emulate_devices(count: int) -> None:
-    """Make the CPU appear as `count` devices. Call before JAX is first used."""
-    if count < 1:
-        raise ValueError(f"--emulate {count}: the number of devices must be positive")
-    # A collective blocks its device's thread, which comes from the pool of all programs. Were
-    # products split over threads, or were there only as many threads as devices, the one device
-    # that all others wait for could be left without a thread, for ever.
-    flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false"
-    os.environ["PJRT_NPROC"] = str(max(THREADS_PER_DEVICE * count, os.cpu_count() or 1))
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", count)

@@ -1,6 +1,6 @@
 """The collectives of the compiled step are what the layout promises.
 
-First the reader (`sharding/collectives.py`), on text whose answer is known. Then whole train steps
+First the reader (`programs/collectives.py`), on text whose answer is known. Then whole train steps
 with AdamW on 8 emulated devices: what must hold for every layout, and the table of each against
 `tests/golden/collectives/`. To write those anew, and see in the diff what changed:
 
@@ -24,7 +24,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from model.recipe import Recipe
-from sharding.collectives import (
+from programs.collectives import (
     Collective,
     group_axes,
     permuted_axes,

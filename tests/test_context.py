@@ -22,7 +22,7 @@ from model.context_attention import Form, context_attention
 from model.mla import causal_attention
 from model.recipe import Recipe
 from model.transformer import Block, Tokens, ids_ahead
-from pallas_kernels import linear_cross_entropy
+from pallas_kernels.cross_entropy import linear as linear_cross_entropy
 from sharding.config import MeshConfig
 from sharding.context import balance, restore, whole_sequences
 from sharding.partition import constrain, use_layout

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from sharding.eplb import place_experts
+from sharding.experts.eplb import place_experts
 
 LOAD = np.array(
     [

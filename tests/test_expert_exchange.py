@@ -19,10 +19,11 @@ from jax.sharding import PartitionSpec as P
 from model.moe import MoE
 from model.recipe import Recipe
 from model.router import select
-from sharding import exchange
 from sharding import mesh as mesh_module
 from sharding.config import MeshConfig
-from sharding.exchange import assign_slots, collect, even_share, level, route, spread
+from sharding.experts import exchange
+from sharding.experts.exchange import assign_slots, collect, even_share, level, route, spread
+from sharding.experts.quantize import dequantize, quantize
 from sharding.mesh import axis_sizes, make_layout, make_mesh
 from sharding.partition import (
     Layout,
@@ -34,7 +35,6 @@ from sharding.partition import (
     use_layout,
     vary,
 )
-from sharding.quantize import dequantize, quantize
 from tests.layout_helpers import MODEL, ONE_DEVICE, assert_same_gradients, layout_of
 
 B, T, K, D, E = 8, 64, 3, 16, 32

@@ -22,9 +22,9 @@ from model.kernels import choose
 from model.layers import project
 from model.recipe import Kernels, Recipe
 from model.transformer import Tokens
-from pallas_kernels.fp8_expert_ffn import fp8_expert_ffn
-from pallas_kernels.fp8_linear import fp8_linear
-from pallas_kernels.fp8_quantize import (
+from pallas_kernels.fp8.expert_ffn import fp8_expert_ffn
+from pallas_kernels.fp8.linear import fp8_linear
+from pallas_kernels.fp8.quantize import (
     quantize_blocks,
     quantize_tiles,
     quantize_tiles_transposed,

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from generation.config import Sampling
+from generation.decode import make_decoder
 from generation.engine import Generator, padded_length
 from generation.sampling import probabilities
 from generation.speculate import accept_or_redraw
 from model.blueprint import bind
 from model.costs import cache_bytes_per_token
-from model.decode import make_decoder
 from model.recipe import Recipe
 from model.transformer import Tokens
 from sharding.config import MeshConfig

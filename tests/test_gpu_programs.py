@@ -14,8 +14,8 @@ import tomllib
 import pytest
 
 from bench.gpu_programs import FSDP, PAPER, Report, mesh_of, read_calls
+from programs.overlap import read_spans
 from sharding.config import MeshConfig
-from sharding.overlap import read_spans
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 COMPILER = ROOT / os.environ.get("GPU_COMPILER", ".gpu-compiler")

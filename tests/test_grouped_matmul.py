@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.expert_ffn import expert_ffn
-from pallas_kernels.grouped_matmul import grouped_matmul
-from pallas_kernels.tiles import Tiling, choose_tiling
+from pallas_kernels.grouped.expert_ffn import expert_ffn
+from pallas_kernels.grouped.matmul import grouped_matmul
+from pallas_kernels.grouped.ragged import Tiling, choose_tiling
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 ROWS = 70

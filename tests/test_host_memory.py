@@ -4,7 +4,7 @@ import ctypes
 
 import numpy as np
 
-from training.host_memory import keep_freed_memory
+from runtime.host_memory import keep_freed_memory
 
 
 def test_is_applied_on_glibc_and_memory_still_works():

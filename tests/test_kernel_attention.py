@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import mla_attention_backward
-from pallas_kernels.mla_attention import (
+from pallas_kernels.attention import backward as mla_attention_backward
+from pallas_kernels.attention.blocks import SMEM_BYTES, Sizes, smem_bytes
+from pallas_kernels.attention.mla import (
     Blocks,
     candidates,
     choose_blocks,
@@ -20,8 +21,7 @@ from pallas_kernels.mla_attention import (
     starts_of_segments,
     unsupported,
 )
-from pallas_kernels.mla_attention_blocks import SMEM_BYTES, Sizes, smem_bytes
-from pallas_kernels.mla_attention_tiles import Plan, section_heads, tile_at
+from pallas_kernels.attention.tiles import Plan, section_heads, tile_at
 from tests.kernel_ladder import emulate, lower, relative_error
 
 SCALE = 0.13

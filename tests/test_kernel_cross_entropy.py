@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.cross_entropy_tiles import Blocks, candidates, choose_blocks, shared_memory
-from pallas_kernels.linear_cross_entropy import (
+from pallas_kernels.cross_entropy.linear import (
     Parts,
     dlogits,
     linear_cross_entropy,
@@ -22,6 +21,7 @@ from pallas_kernels.linear_cross_entropy import (
     loss_sum,
     merge,
 )
+from pallas_kernels.cross_entropy.tiles import Blocks, candidates, choose_blocks, shared_memory
 from pallas_kernels.mosaic import SMEM_BYTES
 from tests.kernel_ladder import emulate, lower, relative_error
 

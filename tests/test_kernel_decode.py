@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.mla_decode import (
+from pallas_kernels.decode.mla import (
     Blocks,
     candidates,
     choose_blocks,

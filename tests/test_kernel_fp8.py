@@ -12,8 +12,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels import fp8_matmul as dense
-from pallas_kernels.fp8_grouped_matmul import (
+from pallas_kernels.fp8 import matmul as dense
+from pallas_kernels.fp8.grouped import (
     fp8_grouped_matmul,
     fp8_grouped_matmul_tiles,
     pad_groups,
@@ -21,9 +21,9 @@ from pallas_kernels.fp8_grouped_matmul import (
     padded_size,
     unpad_rows,
 )
-from pallas_kernels.fp8_matmul import fp8_matmul, fp8_matmul_tiles
-from pallas_kernels.fp8_product import Blocks, smem_bytes
-from pallas_kernels.fp8_quantize import (
+from pallas_kernels.fp8.matmul import fp8_matmul, fp8_matmul_tiles
+from pallas_kernels.fp8.product import Blocks, smem_bytes
+from pallas_kernels.fp8.quantize import (
     E4M3,
     Quantized,
     dequantize,

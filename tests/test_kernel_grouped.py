@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import grouped_matmul_mosaic, grouped_matmul_weights
-from pallas_kernels.expert_ffn import expert_ffn
-from pallas_kernels.grouped_blocks import Blocks
-from pallas_kernels.grouped_matmul import MatmulBlocks, grouped_matmul
-from pallas_kernels.grouped_matmul_weights import grouped_weight_gradient
-from pallas_kernels.grouped_tiles import make_row_tiles
+from pallas_kernels.grouped import products as grouped_matmul_mosaic
+from pallas_kernels.grouped import weight_gradient as grouped_matmul_weights
+from pallas_kernels.grouped.blocks import Blocks
+from pallas_kernels.grouped.expert_ffn import expert_ffn
+from pallas_kernels.grouped.matmul import MatmulBlocks, grouped_matmul
+from pallas_kernels.grouped.row_tiles import make_row_tiles
+from pallas_kernels.grouped.weight_gradient import grouped_weight_gradient
 from pallas_kernels.mosaic import SMEM_BYTES
 from pallas_kernels.swiglu import swiglu
 from tests.kernel_ladder import emulate, lower, relative_error

@@ -15,8 +15,8 @@ import pytest
 from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from runtime.signals import StopRequest
 from training import display, metrics, plots, throughput
-from training.signals import StopRequest
 
 
 def record(step: int, **more) -> dict[str, float]:

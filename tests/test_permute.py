@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import permute
-from pallas_kernels.permute import combine_rows, gather_rows, sort_by_expert
+from pallas_kernels.grouped import permute
+from pallas_kernels.grouped.permute import combine_rows, gather_rows, sort_by_expert
 
 N, K, D, E = 13, 3, 5, 4
 

@@ -14,8 +14,8 @@ import pytest
 from model.recipe import Recipe
 from model.stages import stage_costs
 from sharding.config import MeshConfig
-from sharding.schedule import make_schedule
-from sharding.stage_weights import place_layers
+from sharding.pipeline.schedule import make_schedule
+from sharding.pipeline.stage_weights import place_layers
 from tests.layout_helpers import (
     KNOBS,
     MODEL,

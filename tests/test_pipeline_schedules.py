@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharding import draw
-from sharding.schedule import (
+from sharding.pipeline import draw
+from sharding.pipeline.schedule import (
     SCHEDULES,
     Op,
     check,
@@ -23,8 +23,8 @@ from sharding.schedule import (
     parts,
     spans,
 )
-from sharding.simulate import Costs, paper_bubble, simulate
-from sharding.ticks import CODES, IDLE, op_at, tick_table, verify_table
+from sharding.pipeline.simulate import Costs, paper_bubble, simulate
+from sharding.pipeline.ticks import CODES, IDLE, op_at, tick_table, verify_table
 
 DOC = pathlib.Path(__file__).resolve().parent.parent / "docs" / "pipeline_schedules.md"
 
@@ -461,7 +461,7 @@ def test_docs_show_what_the_code_draws(capsys):
     for line, figure in figures:
         draw.main(shlex.split(line))
         printed = capsys.readouterr().out.rstrip("\n")
-        assert figure == printed, f"python -m sharding.draw {line} prints\n{printed}"
+        assert figure == printed, f"python -m sharding.pipeline.draw {line} prints\n{printed}"
 
 
 def paper_table() -> list[str]:

@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 import pytest
 import tensorstore
 
-import sharding.processes
+import runtime.processes
 from tests.test_train import SMALL
 from training.metrics import read_metrics
 
@@ -295,7 +295,7 @@ def broken(options, tmp_path_factory) -> Ended:
 
 @pytest.mark.slow
 def test_a_killed_process_ends_the_others_with_a_message(broken):
-    assert broken.status == [sharding.processes.LOST, -signal.SIGKILL]
+    assert broken.status == [runtime.processes.LOST, -signal.SIGKILL]
     assert broken.seconds[0] < ENDS_WITHIN_S
     said = broken.errors[0]
     assert "train.py: process 1 of 2 was lost" in said
@@ -329,7 +329,7 @@ def test_whatever_ends_one_process_ends_the_other(options, tmp_path, action, say
     lost_after = ("--lost-after", "6")
     ended = train(options, tmp_path / "run", 2, *SHARDED, *lost_after, action=action)
     victim, other = action[0], 1 - action[0]
-    assert ended.status[other] == sharding.processes.LOST, ended.errors
+    assert ended.status[other] == runtime.processes.LOST, ended.errors
     assert abs(ended.seconds[other] - ended.seconds[victim]) < ENDS_WITHIN_S
     assert f"train.py: {says}" in ended.errors[other]
     assert "there is no checkpoint in" in ended.errors[other]
@@ -343,7 +343,7 @@ def test_data_missing_on_one_host_ends_all(options, tmp_path):
     """While the others wait for a device, not for data."""
     nowhere = ("--data.sources.0.path", "/nowhere/at/all")
     ended = train(options, tmp_path / "run", 2, *SHARDED, own=nowhere)
-    assert ended.status == [sharding.processes.LOST, 2], ended.errors
+    assert ended.status == [runtime.processes.LOST, 2], ended.errors
     assert "/nowhere/at/all" in ended.errors[1]
     assert "process 1 of 2 failed" in ended.errors[0]
 

@@ -17,13 +17,13 @@ import pytest
 import generate
 from generation import experts
 from generation.config import ExpertOptions, Sampling
+from generation.decode import make_decoder, unstack
 from generation.engine import Generator
 from model import moe
-from model.decode import make_decoder, unstack
 from model.recipe import Recipe
 from model.replicas import Copies, Replicas
 from sharding.config import MeshConfig
-from sharding.eplb import place_experts
+from sharding.experts.eplb import place_experts
 from sharding.mesh import make_layout
 from sharding.partition import use_layout
 from tests.small_model import CONFIG, run_folder, weights

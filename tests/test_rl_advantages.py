@@ -16,8 +16,8 @@ from rl.advantages import group_advantages, informative_groups
 from rl.config import GRPOConfig
 from rl.filters import filtered_mask
 from rl.logps import chunked_logps_and_entropy, logps_and_entropy
+from rl.metrics import numbers
 from rl.published import PUBLISHED, published
-from rl.sums import numbers
 
 G, N = 4, 3
 NAN = float("nan")

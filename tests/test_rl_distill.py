@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rl.distill import TopK, chunked_top_k, distillation_loss, lumped_kl, top_k
+from rl.examples.distill import TopK, chunked_top_k, distillation_loss, lumped_kl, top_k
 
 B, T, D, V = 2, 7, 5, 11
 KEPT = (1, 4, V)

@@ -5,10 +5,10 @@ In every table: the expected answer, and what a model wrote for it.
 
 import pytest
 
-from rl.equivalence import same_maths, same_number
-from rl.quantities import core, plain
-from rl.records import Record
-from rl.rewards import accuracy
+from rl.problems import Problem
+from rl.verdict.mathematics.equivalence import same_maths, same_number
+from rl.verdict.mathematics.quantities import core, plain
+from rl.verdict.rules import accuracy
 
 
 def cases(table: dict[str, list[str]]) -> list[tuple[str, str]]:
@@ -130,14 +130,14 @@ WRONG_NUMBERS = {
 
 @pytest.mark.parametrize(("expected", "given"), cases(RIGHT_NUMBERS))
 def test_right_numbers(expected, given):
-    assert accuracy(Record("?", {"answer": expected}), rf"So \boxed{{{given}}}.") == 1
-    assert accuracy(Record("?", {"answer": expected}), f"<answer>{given}</answer>") == 1
+    assert accuracy(Problem("?", {"answer": expected}), rf"So \boxed{{{given}}}.") == 1
+    assert accuracy(Problem("?", {"answer": expected}), f"<answer>{given}</answer>") == 1
 
 
 @pytest.mark.parametrize(("expected", "given"), cases(WRONG_NUMBERS))
 def test_wrong_numbers(expected, given):
-    assert accuracy(Record("?", {"answer": expected}), rf"So \boxed{{{given}}}.") == 0
-    assert accuracy(Record("?", {"answer": expected}), f"<answer>{given}</answer>") == 0
+    assert accuracy(Problem("?", {"answer": expected}), rf"So \boxed{{{given}}}.") == 0
+    assert accuracy(Problem("?", {"answer": expected}), f"<answer>{given}</answer>") == 0
 
 
 # ---- a number is expected, and nothing marks the answer -----------------------------------------
@@ -181,12 +181,12 @@ WRONG_LINES = {
 
 @pytest.mark.parametrize(("expected", "given"), cases(RIGHT_LINES))
 def test_right_last_lines(expected, given):
-    assert accuracy(Record("?", {"answer": expected}), f"We think.\n{given}\n") == 1
+    assert accuracy(Problem("?", {"answer": expected}), f"We think.\n{given}\n") == 1
 
 
 @pytest.mark.parametrize(("expected", "given"), cases(WRONG_LINES))
 def test_wrong_last_lines(expected, given):
-    assert accuracy(Record("?", {"answer": expected}), f"We think.\n{given}\n") == 0
+    assert accuracy(Problem("?", {"answer": expected}), f"We think.\n{given}\n") == 0
 
 
 # ---- whole answers ------------------------------------------------------------------------------
@@ -271,7 +271,7 @@ STYLED = [
 
 @pytest.mark.parametrize(("expected", "given", "value"), STYLED)
 def test_style_changes_nothing(expected, given, value):
-    assert accuracy(Record("?", {"answer": expected}), rf"So \boxed{{{given}}}.") == value
+    assert accuracy(Problem("?", {"answer": expected}), rf"So \boxed{{{given}}}.") == value
 
 
 @pytest.mark.parametrize(
@@ -279,13 +279,13 @@ def test_style_changes_nothing(expected, given, value):
 )
 def test_a_choice_in_any_style(given):
     for expected in "AB":
-        record = Record("?", {"answer": expected}, "choice")
+        record = Problem("?", {"answer": expected}, "choice")
         assert accuracy(record, rf"So \boxed{{{given}}}.") == (expected == "B")
 
 
 @pytest.mark.parametrize(("expected", "text", "value"), WHOLE)
 def test_whole_answers(expected, text, value):
-    assert accuracy(Record("?", {"answer": expected}), text) == value
+    assert accuracy(Problem("?", {"answer": expected}), text) == value
 
 
 # ---- mathematics is expected --------------------------------------------------------------------

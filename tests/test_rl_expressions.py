@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rl.equivalence import same_number
-from rl.expressions import ExpressionError, approximate, exact_value, parse
-from rl.quantities import read_number
+from rl.verdict.mathematics.equivalence import same_number
+from rl.verdict.mathematics.expressions import ExpressionError, approximate, exact_value, parse
+from rl.verdict.mathematics.quantities import read_number
 
 # ---- expressions --------------------------------------------------------------------------------
 

@@ -11,10 +11,10 @@ import time
 import numpy as np
 import pytest
 
-import rl.judge as judge_module
-from rl.judge import Judge, Pool, WeightedReward, named
-from rl.records import Record
+import rl.verdict.judge as judge_module
+from rl.problems import Problem
 from rl.stopping import RolloutStoppedError
+from rl.verdict.judge import Judge, Pool, WeightedReward, named
 
 MINE = """
 import os, signal, sys, time
@@ -83,8 +83,8 @@ def children() -> str:
     return pathlib.Path(f"/proc/self/task/{me}/children").read_text()
 
 
-def records(n: int) -> list[Record]:
-    return [Record(f"Question {i}", {"answer": str(i)}) for i in range(n)]
+def records(n: int) -> list[Problem]:
+    return [Problem(f"Question {i}", {"answer": str(i)}) for i in range(n)]
 
 
 def test_what_fails_is_counted_and_what_works_is_in_order(mine):
@@ -150,7 +150,7 @@ def test_a_worker_outlives_a_pause_but_not_a_hang_that_nobody_ends(mine, monkeyp
         time.sleep(2.2)
         assert judge.score(records(1), [""]).rewards_B == first
         child = judge._workers[0].child
-        child.send({"record": dataclasses.asdict(*records(1)), "text": "hang", "rewards": [1]})
+        child.send({"problem": dataclasses.asdict(*records(1)), "text": "hang", "rewards": [1]})
         assert child._process.wait(20) == -signal.SIGALRM
 
 

@@ -22,20 +22,20 @@ from generation.config import Sampling
 from generation.steps import CHUNK
 from model.recipe import Recipe
 from rl import rollout as rollout_module
-from rl import stages
+from rl import stage_rl as stages
 from rl.batches import cut, make_batch
 from rl.config import GRPOConfig, RLConfig, TaskConfig
 from rl.corpus import configured_task, corpus_data
+from rl.metrics import numbers
 from rl.plots import plot_rl
+from rl.prompts import TaskPrompts, sampler_seed
 from rl.rollout import PolicySampler, Rollout
-from rl.scoring import Scores, TaskScorer
-from rl.source import TaskPrompts, sampler_seed
 from rl.stopping import RolloutStoppedError
-from rl.sums import numbers
 from rl.tasks import make_task
 from rl.tasks.characters import character_tokenizer
 from rl.trainer import REFERENCE, PolicyTrainer
 from rl.transcripts import Transcripts
+from rl.verdict.scoring import Scores, TaskScorer
 from sharding.config import MeshConfig
 from sharding.mesh import make_layout
 from sharding.partition import local_rows, place_rows
@@ -419,7 +419,7 @@ def test_rounds_are_asked_until_groups_differ(whole, tmp_path):
     records = [loop.advance(step, transcripts, lambda: False) for step in (0, 2)]
     assert [record["policy/rounds"] for record in records] == [3, 1]
     prompts = [p for one in asked for p in one]
-    assert prompts == [r.prompt for r in loop.prompts.rollout(0, 8).records], "one list, in order"
+    assert prompts == [r.prompt for r in loop.prompts.rollout(0, 8).problems], "one list, in order"
     assert [record["policy/zero_variance_groups"] for record in records] == [0.5, 0]
     lines = lines_of(str(tmp_path / "samples.jsonl"))
     assert [line["prompt"] for line in lines[0:8:4]] == [asked[1][0], asked[0][0]]
@@ -452,12 +452,12 @@ def test_rewards_of_a_task():
 def test_prompts_of_training_are_not_held_out():
     task = configured_task(TASK)
     prompts = TaskPrompts(task, character_tokenizer(task.vocabulary), seed=0)
-    held = {record.prompt for record in prompts.held_out(8).records}
-    seen = {r.prompt for i in range(20) for r in prompts.rollout(i, 4).records}
+    held = {record.prompt for record in prompts.held_out(8).problems}
+    seen = {r.prompt for i in range(20) for r in prompts.rollout(i, 4).problems}
     assert len(held) == 8
     assert not held & seen
-    first = [r.prompt for i in (2, 3) for r in prompts.rollout(i, 4).records]
-    assert first == [r.prompt for r in prompts.rollout(1, 8).records], "one list, whatever the cut"
+    first = [r.prompt for i in (2, 3) for r in prompts.rollout(i, 4).problems]
+    assert first == [r.prompt for r in prompts.rollout(1, 8).problems], "one list, whatever the cut"
 
 
 def test_corpus_is_written_once(tmp_path):

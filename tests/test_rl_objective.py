@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from rl.config import GRPOConfig
 from rl.kl import kl_estimate
+from rl.metrics import Largest, merge, numbers
 from rl.objective import Answers, loss_denominator, policy_loss
 from rl.published import PUBLISHED
-from rl.sums import Largest, merge, numbers
 from sharding.config import MeshConfig
 from sharding.mesh import make_layout
 from sharding.partition import batch_sharding

@@ -14,13 +14,13 @@ import pytest
 from configs import preset
 from data.tokenizer import train_tokenizer
 from model.recipe import Recipe
-from rl import stages
+from rl import stage_rl as stages
 from rl.config import RLConfig, TaskConfig
-from rl.records import Record
-from rl.sandbox import described_isolation
-from rl.scoring import judge_scorer
-from rl.source import file_prompts, rewards_of
+from rl.problems import Problem
+from rl.prompts import file_prompts, rewards_of
 from rl.tasks import make_task
+from rl.verdict.sandbox import described_isolation
+from rl.verdict.scoring import judge_scorer
 from sharding.config import MeshConfig
 from sharding.mesh import make_layout
 from tests.test_rl_sandbox import EVERY
@@ -76,14 +76,14 @@ def test_prompts_of_a_file(folder):
     prompts = file_prompts(config, tokenizer(folder), seed=1)
     n = len(prompts.train)
     assert 0 < len(prompts.kept) < n == len(QUESTIONS) - len(prompts.kept)
-    asked = [r.key for number in range(4 * n) for r in prompts.rollout(number, 3).records]
+    asked = [r.key for number in range(4 * n) for r in prompts.rollout(number, 3).problems]
     assert len(asked) == 12 * n
     epochs = [asked[i : i + n] for i in range(0, 12 * n, n)]
     assert all(sorted(epoch) == sorted(r.key for r in prompts.train) for epoch in epochs)
     assert epochs[0] != epochs[1]
     again = file_prompts(config, tokenizer(folder), seed=1)
-    assert [r.key for r in again.rollout(5, 3).records] == asked[15:18]
-    held = {r.key for r in prompts.held_out(100).records}
+    assert [r.key for r in again.rollout(5, 3).problems] == asked[15:18]
+    held = {r.key for r in prompts.held_out(100).problems}
     assert held == {r.key for r in prompts.kept}
     assert not held & set(asked)
 
@@ -132,7 +132,7 @@ def one_device():
 def test_rewards_that_fail_count_as_nothing(folder):
     """Raised, hung, died, not finite, not a number: named, counted, and the others go on."""
     kinds = ["good", "raises", "nan", "text", "none", "dies", "loops", "good"]
-    records = [Record("?", {"answer": "2", "kind": kind}) for kind in kinds]
+    records = [Problem("?", {"answer": "2", "kind": kind}) for kind in kinds]
     texts = ["2"] * 7 + ["9" * 100_000]
     config = RLConfig(rewards=(f"{folder}/rewards.py:mixed=2", f"{folder}/rewards.py:short"))
     scorer = judge_scorer(config, None)
@@ -165,7 +165,7 @@ def test_accuracy_is_the_rule_for_a_file(folder):
     config = RLConfig(prompts="x", format_weight=0.5, overlong_buffer=4, max_new_tokens=8)
     scorer = judge_scorer(config, None)
     with scorer.judge:
-        record = Record("What is 1 + 1?", {"answer": "2"})
+        record = Problem("What is 1 + 1?", {"answer": "2"})
         texts = ["<think>one and one</think> 2", "3"]
         scores = scorer([record] * 2, texts, np.array([3, 8]))
     assert scores.correct.tolist() == [True, False]
@@ -213,7 +213,7 @@ def test_the_deadline_of_a_reward_is_an_option(folder):
         config = RLConfig(rewards=(f"{folder}/slow.py:slow",), reward_timeout=seconds)
         scorer = judge_scorer(config, None)
         with scorer.judge:
-            scores = scorer([Record("?", {})], [""], np.array([1]))
+            scores = scorer([Problem("?", {})], [""], np.array([1]))
         found.append((scores.parts["slow"].tolist(), scores.failures))
         assert scorer.judge.pool.batch_seconds == max(600, 120 * seconds)
     assert found == [([0.0], {"slow": {"hung": 1}}), ([1.0], {})]

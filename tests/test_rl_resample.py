@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from rl.config import GRPOConfig, RLConfig
-from rl.records import Record
+from rl.problems import Problem
+from rl.prompts import Questions
 from rl.resample import Asked, choose, differing
 from rl.rollout import Rollout
-from rl.scoring import Scores
-from rl.source import Questions
+from rl.verdict.scoring import Scores
 
 CONFIG = GRPOConfig(group_size=2, dynamic_sampling=True)
 
@@ -19,7 +19,7 @@ def asked(number: int, rewards: list[float]) -> Asked:
     """Two answers to each of two prompts; answer a of round n has a + 1 tokens, all 10 n + a."""
     names = [10 * number + a for a in range(4)]
     tokens = [np.full(a + 1, name, np.int32) for a, name in enumerate(names)]
-    records = [Record(f"prompt {number}.{p}", p, "test") for p in range(2)]
+    records = [Problem(f"prompt {number}.{p}", p, "test") for p in range(2)]
     return Asked(
         Questions(records, [np.array([number, p], np.int32) for p in range(2)]),
         Rollout(
@@ -41,7 +41,7 @@ def test_groups_that_differ_come_first():
     ]  # fmt: skip
     chosen = choose(rounds, CONFIG, 2)
     assert chosen.texts == ["2", "3", "20", "21"]
-    assert [r.prompt for r in chosen.questions.records] == ["prompt 0.1", "prompt 2.0"]
+    assert [r.prompt for r in chosen.questions.problems] == ["prompt 0.1", "prompt 2.0"]
     assert [ids.tolist() for ids in chosen.questions.ids] == [[0, 1], [2, 0]]
     assert [ids[0] for ids in chosen.rollout.tokens] == [2, 3, 20, 21]
     assert [len(ids) for ids in chosen.rollout.logps] == [3, 4, 1, 2]

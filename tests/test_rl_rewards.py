@@ -11,25 +11,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rl import symbolic
-from rl.answers import after_thought, boxed, chain_of_thought, code_block, final_answer
-from rl.equivalence import same_maths
-from rl.length import soft_overlong
-from rl.records import Record
-from rl.rewards import (
+from rl.problems import Problem
+from rl.verdict.answers import after_thought, boxed, chain_of_thought, code_block, final_answer
+from rl.verdict.length import soft_overlong
+from rl.verdict.mathematics import symbolic
+from rl.verdict.mathematics.equivalence import same_maths
+from rl.verdict.mathematics.symbolic import UndecidedError, symbolically_equal
+from rl.verdict.rules import (
     KINDS,
     accuracy,
-    check_record,
+    check_problem,
     format,
     kind_of,
     language,
 )
-from rl.symbolic import UndecidedError, symbolically_equal
-from rl.wording import read_items, same_choice, same_sequence, same_set, same_text
+from rl.verdict.wording import read_items, same_choice, same_sequence, same_set, same_text
 
 
-def record(answer=None, kind="", prompt="What is it?", **more) -> Record:
-    return Record(prompt, {"answer": answer, **more}, kind)
+def record(answer=None, kind="", prompt="What is it?", **more) -> Problem:
+    return Problem(prompt, {"answer": answer, **more}, kind)
 
 
 # ---- mathematics --------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ def test_code_is_the_last_python_block():
     ],
 )  # fmt: skip
 def test_accuracy(asked, text, value):
-    check_record(asked)
+    check_problem(asked)
     assert accuracy(asked, text) == value
 
 
@@ -214,7 +214,7 @@ def test_the_kind_of_an_answer():
 )  # fmt: skip
 def test_records_without_a_judgement_are_told(asked, message):
     with pytest.raises(ValueError, match=message):
-        check_record(asked)
+        check_problem(asked)
     with pytest.raises(ValueError, match=message):
         accuracy(asked, "")
 

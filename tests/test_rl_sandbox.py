@@ -8,10 +8,10 @@ import time
 
 import pytest
 
-from rl import sandbox
-from rl.records import Record
-from rl.rewards import accuracy, code
-from rl.sandbox import (
+from rl.problems import Problem
+from rl.verdict import sandbox
+from rl.verdict.rules import accuracy, code
+from rl.verdict.sandbox import (
     FunctionTest,
     Limits,
     ProgramTest,
@@ -641,7 +641,7 @@ def test_a_check_that_hangs_fails_itself_and_those_after_it():
 def test_the_code_reward():
     tests = [{"stdin": "3", "stdout": "9"}, {"check": "assert square(2) == 4"}]
     tests += [{"call": "square(1.5)", "value": 2.2, "tolerance": 0.1}]
-    asked = Record("Square.", {"tests": tests}, "code")
+    asked = Problem("Square.", {"tests": tests}, "code")
     right = "```python\ndef square(x): return x * x\nif __name__ == '__main__':"
     right += " print(square(int(input())))\n```\nIt squares."
     assert accuracy(asked, f"<think>easy</think>\n{right}") == 1.0

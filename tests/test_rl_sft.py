@@ -18,9 +18,15 @@ from generation.prompts import encode_chat
 from model.blueprint import bind
 from model.loss import LossWeights, inputs_and_targets, make_examples, mtp_targets, training_loss
 from model.recipe import Recipe
-from rl.demonstrations import read_examples, task_examples
-from rl.packing import PackedExamples, best_fit, sft_batches
-from rl.sft import Example, JoinedExamples, ListedExamples, encode_conversation, encode_pair
+from rl.examples.conversations import (
+    Example,
+    JoinedExamples,
+    ListedExamples,
+    encode_conversation,
+    encode_pair,
+)
+from rl.examples.demonstrations import read_examples, task_examples
+from rl.examples.packing import PackedExamples, best_fit, sft_batches
 from rl.tasks import make_task
 from rl.tasks.characters import character_tokenizer
 from sharding.config import MeshConfig

@@ -15,16 +15,16 @@ import pytest
 
 from configs import preset
 from data.tokenizer import train_tokenizer
-from rl import stages
+from rl import stage_rl as stages
 from rl.config import RLConfig, TaskConfig
 from rl.evaluate import Evaluation
 from rl.loop import PolicyLoop
-from rl.records import Record
+from rl.problems import Problem
+from rl.prompts import FilePrompts, Questions, TaskPrompts, encode_prompt
 from rl.rollout import Rollout, RolloutStoppedError
-from rl.scoring import Scores
-from rl.source import FilePrompts, Questions, TaskPrompts, encode_prompt
 from rl.tasks import make_task
 from rl.tasks.characters import character_tokenizer
+from rl.verdict.scoring import Scores
 from sharding.config import MeshConfig
 from sharding.mesh import make_layout
 from training.config import TrainConfig
@@ -71,7 +71,7 @@ def test_one_long_prompt_of_a_file_is_found_at_the_start(tmp_path):
 
 
 def test_prompts_held_out_need_room_in_the_model_alone(tmp_path):
-    prompts = FilePrompts([Record("ab?", {})], [Record("a" * 60, {})], LETTERS, 0)
+    prompts = FilePrompts([Problem("ab?", {})], [Problem("a" * 60, {})], LETTERS, 0)
     run = own_run(tmp_path, seq_len=40)
     stages.check_prompts(run, prompts)
     near = dataclasses.replace(run, model=dataclasses.replace(run.model, max_position=64))
@@ -95,7 +95,7 @@ def test_a_character_without_a_token_is_named(prompt):
     if not isinstance(prompt, str):
         tokenizer = character_tokenizer(["<｜User｜>", "<｜Assistant｜>", "<think>", *"ab \n?"])
     with pytest.raises(ValueError, match=r"prompt '.*ab xyz\?.*tokenizer has no token for 'x'"):
-        encode_prompt(tokenizer, Record(prompt, {}))
+        encode_prompt(tokenizer, Problem(prompt, {}))
 
 
 def test_unreadable_prompts_are_listed_at_the_start(tmp_path):

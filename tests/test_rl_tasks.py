@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from data.tokenizer import NoTokenError
 from rl.config import TaskConfig
 from rl.corpus import configured_task, sample_prompt
-from rl.prompts import final_answer, read_prompts
-from rl.records import Record, held_out, split_records
+from rl.problems import Problem, held_out, split_problems
+from rl.prompt_files import final_answer, read_prompts
 from rl.tasks import TASKS, make_task
 from rl.tasks.arithmetic import conclusion, next_step, step_count
 from rl.tasks.characters import character_tokenizer
@@ -85,16 +85,16 @@ def test_the_corpus_holds_no_held_out_problem():
     lines = list(itertools.islice(task.corpus(0), 2000))
     asked = [re.match(r"(\d)([+*])(\d):", line).groups() for line in lines]
     written = {f"{min(a, b)}{sign}{max(a, b)}" for a, sign, b in asked}
-    kept = {name for name in written if held_out(Record("", {}, problem=name), 0.4)}
+    kept = {name for name in written if held_out(Problem("", {}, name=name), 0.4)}
     assert not kept
     everything = {f"{a}{s}{b}" for a in range(10) for b in range(a, 10) for s in "+*"}
-    assert len(written) == sum(not held_out(Record("", {}, problem=n), 0.4) for n in everything)
+    assert len(written) == sum(not held_out(Problem("", {}, name=n), 0.4) for n in everything)
 
 
 @every_task
 def test_records_are_json_and_pure_data(task):
     for record in some(task, 5):
-        again = Record(**json.loads(json.dumps(dataclasses.asdict(record))))
+        again = Problem(**json.loads(json.dumps(dataclasses.asdict(record))))
         assert again == record
         assert record.task == task.name
 
@@ -256,7 +256,7 @@ def test_corpus_of_chains_has_the_shares_asked_for():
 
 def test_steps_are_judged_from_the_state_written_before():
     task = make_task("permutations", length=3)
-    record = Record("0abc:", {"start": 0, "moves": ["a", "b", "c"], "final": 3}, "permutations")
+    record = Problem("0abc:", {"start": 0, "moves": ["a", "b", "c"], "final": 3}, "permutations")
     # a: 04123, b: 30142, c: 42031; from 0: a0, b3, c3.
     for text, wanted in {
         "a0b3c3>3": (True, True, 3, 3),
@@ -313,7 +313,7 @@ def test_another_order_of_the_numbers_is_the_same_problem(name, marks):
 def test_failures_of_a_search_by_name():
     task = make_task("search", tries=3)
     answer = {"digits": "30791", "target": 13, "solutions": ["391"]}
-    record = Record("30791,13:", answer, "search")
+    record = Problem("30791,13:", answer, "search")
     for text, failure, tries, duplicates in [
         ("391=13y>391", "", 1, 0),
         ("071=08n391=13y>391", "", 2, 0),
@@ -467,7 +467,7 @@ def test_every_countdown_has_its_solution(wording):
 
 
 def test_countdown_by_hand():
-    record = Record("3,8,5=19:", {"numbers": [3, 8, 5], "target": 19, "solution": "3*8-5"})
+    record = Problem("3,8,5=19:", {"numbers": [3, 8, 5], "target": 19, "solution": "3*8-5"})
     task, loose = make_task("countdown"), make_task("countdown", use_all=False)
     for text, failure in [
         ("<answer>3*8-5</answer>", ""),
@@ -510,7 +510,7 @@ def test_corpus_of_countdown():
 
 def arithmetic_record(a, sign, b):
     value = {"+": a + b, "-": a - b, "*": a * b}[sign]
-    return Record(f"{a}{sign}{b}:", {"a": a, "sign": sign, "b": b, "value": value})
+    return Problem(f"{a}{sign}{b}:", {"a": a, "sign": sign, "b": b, "value": value})
 
 
 def work(record):
@@ -594,24 +594,24 @@ def test_arithmetic_steps_by_hand():
 
 
 def test_split_keeps_order_and_grows_with_the_share():
-    records = [Record(f"prompt {i}", {"answer": "1"}) for i in range(400)]
-    train, kept = split_records(records, 0.2)
+    records = [Problem(f"prompt {i}", {"answer": "1"}) for i in range(400)]
+    train, kept = split_problems(records, 0.2)
     assert 40 < len(kept) < 120
     assert train == [r for r in records if r not in kept]
     assert kept == [r for r in records if r in kept]
-    assert {r.prompt for r in kept} < {r.prompt for r in split_records(records, 0.5)[1]}
-    assert split_records(records[::-1], 0.2) == (train[::-1], kept[::-1])
-    assert split_records(records, 0.0) == (records, [])
+    assert {r.prompt for r in kept} < {r.prompt for r in split_problems(records, 0.5)[1]}
+    assert split_problems(records[::-1], 0.2) == (train[::-1], kept[::-1])
+    assert split_problems(records, 0.0) == (records, [])
     with pytest.raises(ValueError, match="none of 1 prompts"):
-        split_records(train[:1], 0.2)
+        split_problems(train[:1], 0.2)
     with pytest.raises(ValueError, match="all 1 prompts are held out"):
-        split_records(kept[:1], 0.2)
+        split_problems(kept[:1], 0.2)
 
 
 def test_messages_are_split_by_their_content():
-    one = Record([{"role": "user", "content": "hi"}], {})
-    same = Record([{"content": "hi", "role": "user"}], {"answer": "other"})
-    assert one.key == same.key != Record([{"role": "user", "content": "ho"}], {}).key
+    one = Problem([{"role": "user", "content": "hi"}], {})
+    same = Problem([{"content": "hi", "role": "user"}], {"answer": "other"})
+    assert one.key == same.key != Problem([{"role": "user", "content": "ho"}], {}).key
 
 
 # ---- prompts from a file ------------------------------------------------------------------------
@@ -642,17 +642,17 @@ def test_every_form_of_prompt(write):
     records, repeated = read_prompts(path, rewards=("number", "set"))
     assert repeated == []
     assert records == [
-        Record("1+1=", {"answer": "2"}),
-        Record("Eggs?", {"answer": "1018", "solution": "She sells 9 * 2 = <<9*2=18>>18."}),
-        Record(talk, {"answer": "4", "level": 3}, "number"),
-        Record("Primes?", {"answer": ["2", "3", "0.5"]}, "set"),
+        Problem("1+1=", {"answer": "2"}),
+        Problem("Eggs?", {"answer": "1018", "solution": "She sells 9 * 2 = <<9*2=18>>18."}),
+        Problem(talk, {"answer": "4", "level": 3}, "number"),
+        Problem("Primes?", {"answer": ["2", "3", "0.5"]}, "set"),
     ]
     marked = write(b"\xef\xbb\xbf" + b'{"prompt": "x", "answer": "y"}')
-    assert read_prompts(marked).records == [Record("x", {"answer": "y"})]
-    assert read_prompts(write({"prompt": "x"}), need_answers=False).records == [Record("x", {})]
+    assert read_prompts(marked).problems == [Problem("x", {"answer": "y"})]
+    assert read_prompts(write({"prompt": "x"}), need_answers=False).problems == [Problem("x", {})]
     tests = [{"check": "assert f(1) == 2"}]
     path = write({"prompt": "x", "tests": tests, "kind": "code"})
-    assert read_prompts(path).records == [Record("x", {"tests": tests}, "code")]
+    assert read_prompts(path).problems == [Problem("x", {"tests": tests}, "code")]
 
 
 def test_a_check_of_the_records_is_reported_by_line(write):
@@ -803,7 +803,7 @@ def test_two_scripts():
     assert set(task.vocabulary) > set("abcdefghijαβγδεζηθικ")
     start, moves, final = 0, ["a", "b"], int("30142"[int("04123"[0])])
     middle = int("04123"[0])
-    record = Record("0αβ:", {"start": start, "moves": moves, "final": final, "greek": True})
+    record = Problem("0αβ:", {"start": start, "moves": moves, "final": final, "greek": True})
     for chain, language in ((f"α{middle}β{final}", 1.0), (f"a{middle}β{final}", 0.5),
                             (f"a{middle}b{final}", 0.0), ("", 0.0)):  # fmt: skip
         found = task.inspect(record, f"{chain}>{final}")

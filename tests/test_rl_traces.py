@@ -21,11 +21,10 @@ from model.config import ModelConfig
 from model.costs import count_parameters
 from model.recipe import Recipe
 from rl.config import RLConfig
-from rl.demonstrations import read_examples
 from rl.evaluate import lengths
-from rl.packing import PackedExamples, sft_batches
-from rl.records import Record
-from rl.rejection import (
+from rl.examples.demonstrations import read_examples
+from rl.examples.packing import PackedExamples, sft_batches
+from rl.examples.rejection import (
     Attempt,
     Kept,
     Round,
@@ -37,12 +36,13 @@ from rl.rejection import (
     select,
     well_formed,
 )
+from rl.examples.traces import LINES, PROMPTS, read_traces, write_traces
+from rl.problems import Problem
+from rl.prompts import Questions, TaskPrompts, encode_prompt
 from rl.rollout import PolicySampler, Rollout
-from rl.scoring import TaskScorer
-from rl.source import Questions, TaskPrompts, encode_prompt
 from rl.tasks import make_task
 from rl.tasks.characters import character_tokenizer
-from rl.traces import LINES, PROMPTS, read_traces, write_traces
+from rl.verdict.scoring import TaskScorer
 from sharding.partition import local_rows
 from tests.layout_helpers import ONE_DEVICE, layout_of
 from training.config import OptimizerConfig, Phase, TrainConfig
@@ -59,7 +59,7 @@ SETTINGS = {"checkpoint": "runs/zero/000100", "sampler": dataclasses.asdict(Samp
 
 def attempt(text, problem="a:", correct=True, end=EOS, reward=1.0):
     ids = np.append(LETTERS.encode(text), np.int32(end))
-    return Attempt(Record(problem, {}), LETTERS.encode(problem), ids, text, correct, reward)
+    return Attempt(Problem(problem, {}), LETTERS.encode(problem), ids, text, correct, reward)
 
 
 # ---- selection ----------------------------------------------------------------------------------
@@ -112,29 +112,29 @@ def test_selection_is_the_same_in_rounds_and_keeps_its_promises(found, most, lon
     expected: dict[str, list[str]] = {}
     for one in found:
         fits = not longest or len(one.answer) <= longest
-        texts = expected.setdefault(one.record.prompt, [])
+        texts = expected.setdefault(one.problem.prompt, [])
         if one.correct and one.answer[-1] == EOS and fits and one.text not in texts:
             texts.append(one.text)
     for prompt, texts in expected.items():
-        assert [one.text for one in whole if one.record.prompt == prompt] == texts[: most or None]
+        assert [one.text for one in whole if one.problem.prompt == prompt] == texts[: most or None]
 
 
 def test_texts_that_differ_in_blanks_around_are_one_answer_and_problems_stay_apart():
     one, blank = attempt("ab"), dataclasses.replace(attempt("ab"), text=" ab\n")
     assert one.digest == blank.digest
     assert len({one.digest, attempt("ba").digest, attempt("b", problem="a:a").digest}) == 3
-    named = Record("another wording", {}, problem="a:")
-    assert dataclasses.replace(one, record=named).digest == one.digest
+    named = Problem("another wording", {}, name="a:")
+    assert dataclasses.replace(one, problem=named).digest == one.digest
 
 
 def test_filters_of_format_and_language():
-    text, chat = Record("q", {}), Record([{"role": "user", "content": "q"}], {})
+    text, chat = Problem("q", {}), Problem([{"role": "user", "content": "q"}], {})
     assert well_formed(text, "<think>why</think>so")
     assert not well_formed(text, "why</think>so")
     assert well_formed(chat, "why</think>so")  # the template has opened it
     assert well_formed(chat, "<think>why</think>so")
     assert not well_formed(chat, "so")
-    ends_open = Record("q <think>\n", {})
+    ends_open = Problem("q <think>\n", {})
     assert well_formed(ends_open, "why</think>so")
     assert not well_formed(ends_open, "<think>why</think>so")  # opened twice
     mixed = "<think>this is 也许 fine</think>so"
@@ -153,14 +153,14 @@ def test_negative_limits_are_refused():
 
 
 def test_answers_of_a_rollout_belong_to_their_prompts():
-    records = [Record("a:", {}), Record([{"role": "user", "content": "b"}], {})]
+    records = [Problem("a:", {}), Problem([{"role": "user", "content": "b"}], {})]
     questions = Questions(records, [LETTERS.encode("a:"), LETTERS.encode("b")])
     answers = [LETTERS.encode(text) for text in ("c", "d", "e", "f")]
     logps = [np.zeros(1, np.float32)] * 4
     rollout = Rollout(answers, logps, np.zeros(4, bool), None, 1.0, 4)
     correct, rewards = np.array([True, False, True, False]), np.array([1.5, 0, 0.5, 0])
     found = attempts(questions, rollout, ["c", "d", "e", "f"], correct, rewards)
-    assert [one.record for one in found] == [records[0]] * 2 + [records[1]] * 2
+    assert [one.problem for one in found] == [records[0]] * 2 + [records[1]] * 2
     assert [(one.text, one.correct, one.reward) for one in found] == [
         ("c", True, 1.5), ("d", False, 0.0), ("e", True, 0.5), ("f", False, 0.0),
     ]  # fmt: skip
@@ -170,12 +170,12 @@ def test_answers_of_a_rollout_belong_to_their_prompts():
 
 def test_an_answer_that_is_only_text_has_the_tokens_of_the_chat_template():
     tokenizer = train_tokenizer(["why so and how"], 320)
-    pair = attempt_of_text(LETTERS, Record("a:", {}), "bc", True, 1.0)
-    np.testing.assert_array_equal(pair.prompt, encode_prompt(LETTERS, pair.record))
+    pair = attempt_of_text(LETTERS, Problem("a:", {}), "bc", True, 1.0)
+    np.testing.assert_array_equal(pair.prompt, encode_prompt(LETTERS, pair.problem))
     np.testing.assert_array_equal(pair.answer, [*LETTERS.encode("bc"), EOS])
     messages = [{"role": "user", "content": "how"}]
     text = "<think>\nwhy</think>so"
-    chat = attempt_of_text(tokenizer, Record(messages, {}), text, True, 1.0)
+    chat = attempt_of_text(tokenizer, Problem(messages, {}), text, True, 1.0)
     np.testing.assert_array_equal(chat.prompt, encode_chat(tokenizer, messages, think=False))
     assert tokenizer.decode(chat.answer, skip_special=True) == text
     think = [tokenizer.token_id(name) for name in ("<think>", "</think>", "<｜end▁of▁sentence｜>")]
@@ -239,7 +239,7 @@ def test_traces_hold_the_chosen_answers_and_where_they_come_from(tmp_path):
         )
         assert traces.examples.lengths[i] == len(example.ids)
         assert line == {
-            "prompt": one.record.prompt, "completion": one.text, "problem": one.record.key,
+            "prompt": one.problem.prompt, "completion": one.text, "problem": one.problem.key,
             "task": "", "reward": one.reward, "prompt_tokens": len(one.prompt),
             "answer_tokens": len(one.answer), "digest": one.digest, "round": number,
             "seed": number + 50, "step": 10 * number, **SETTINGS,
@@ -290,7 +290,7 @@ def test_a_store_of_traces_is_a_source_of_pretraining(tmp_path):
     chosen = all_chosen(1, Selection(3))[0][0]
     assert store.train.documents == len(chosen)
     assert store.held_out.documents == 0
-    assert store.train.text_bytes == sum(len(one.record.prompt + one.text) for one in chosen)
+    assert store.train.text_bytes == sum(len(one.problem.prompt + one.text) for one in chosen)
     rows = PackedRows(store.train, 7, 0, segments=True)
     documents = {tuple(one.prompt.tolist() + one.answer.tolist()) for one in chosen}
     row = rows[0]
@@ -310,7 +310,7 @@ def test_a_transcript_is_a_file_of_examples(tmp_path):
 def test_sampled_conversations_keep_their_ids_and_read_as_messages(tmp_path):
     tokenizer = train_tokenizer(["why so and how"], 320)
     messages = [{"role": "user", "content": "how"}]
-    record = Record(messages, {"answer": "so"}, "text", problem="p")
+    record = Problem(messages, {"answer": "so"}, "text", name="p")
     prompt = encode_prompt(tokenizer, record)
     # "why" letter by letter: no encoding of the text would give these ids.
     spelled = np.concatenate([tokenizer.encode(letter) for letter in "why"])
@@ -474,7 +474,7 @@ def test_a_small_student_learns_from_traces_what_its_teacher_does(tmp_path):
     )  # fmt: skip
     sampler.publish(loop.state["params"], loop.state["router_bias"])
     rollout = sampler(questions.ids, 1, 0)
-    scores = scorer(questions.records, prompts.texts(rollout.tokens), lengths(rollout))
+    scores = scorer(questions.problems, prompts.texts(rollout.tokens), lengths(rollout))
     print(f"held-out greedy accuracy {scores.correct.mean():.3f}")
     assert scores.correct.mean() > 0.9
 
@@ -490,7 +490,7 @@ def test_a_small_student_learns_from_traces_what_its_teacher_does(tmp_path):
     assert own.fates["repeated"] >= 50
     assert own.fates["repeated"] + own.fates["kept"] + own.fates["wrong"] == 128
     for i, line in enumerate(own.lines()):
-        record = Record(line["prompt"], task_answer(task, line["prompt"]), task.name)
+        record = Problem(line["prompt"], task_answer(task, line["prompt"]), task.name)
         assert task.verify(record, line["completion"]) == 1.0
         text = tokenizer.decode(own.examples[i].ids, skip_special=True)
         assert text == line["prompt"] + line["completion"]

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import rl.traces
+import rl.examples.traces
 from configs import PRESETS, preset
 from configs.command import parse
 from configs.recipes import RECIPES
@@ -25,19 +25,19 @@ from configs.schema import RunConfig
 from model.blueprint import bind
 from model.loss import inputs_and_targets
 from model.recipe import Recipe
-from rl import tuning
+from rl import stage_sft as tuning
 from rl.config import RLConfig, SFTConfig, TaskConfig
 from rl.corpus import configured_task
-from rl.packing import PackedExamples, sft_batches
+from rl.examples.conversations import Example, ListedExamples
+from rl.examples.packing import PackedExamples, sft_batches
+from rl.examples.rejection import Round, Selection, attempt_of_text
+from rl.examples.teacher import TEACHER, StudentTrainer, Teacher, policy_version
+from rl.examples.traces import read_traces, write_traces
+from rl.problems import Problem
 from rl.recipe import run_recipe, stage_command
-from rl.records import Record
-from rl.rejection import Round, Selection, attempt_of_text
-from rl.scoring import TaskScorer
-from rl.sft import Example, ListedExamples
 from rl.stopping import never
 from rl.tasks.characters import character_tokenizer
-from rl.teacher import TEACHER, StudentTrainer, Teacher, policy_version
-from rl.traces import read_traces, write_traces
+from rl.verdict.scoring import TaskScorer
 from sharding.config import MeshConfig
 from sharding.mesh import make_layout
 from sharding.partition import place_rows, use_layout
@@ -271,7 +271,7 @@ def test_traces_of_other_settings_are_not_taken(change, says, policy, tmp_path):
 
     def write(run):
         settings = tuning.trace_settings(run)
-        made = [attempt_of_text(tokenizer, Record("a", {}), "b", True, 1.0)]
+        made = [attempt_of_text(tokenizer, Problem("a", {}), "b", True, 1.0)]
         return write_traces(
             str(tmp_path), tokenizer, lambda _: Round(made, 0, 0), 1, Selection(), {}, settings
         )
@@ -371,7 +371,7 @@ def sampled(tmp_path_factory):
     [
         (tuning.PolicySampler, "__call__", 0, 0),
         pytest.param(AllRight, "__call__", 1, 1, marks=pytest.mark.slow),
-        pytest.param(rl.traces, "seal_store", 2, 3, marks=pytest.mark.slow),
+        pytest.param(rl.examples.traces, "seal_store", 2, 3, marks=pytest.mark.slow),
     ],
     ids=["answers", "scores", "last round written"],
 )
@@ -416,7 +416,7 @@ def test_a_teachers_padding_is_left_out(monkeypatch):
         forward=lambda *_: SimpleNamespace(hidden_BTD=hidden),
         head=SimpleNamespace(kernel={...: head}),
     )
-    monkeypatch.setattr("rl.teacher.bind", lambda *_: fake)
+    monkeypatch.setattr("rl.examples.teacher.bind", lambda *_: fake)
     teacher = tuning.make_teacher(run, trainer, (wide, {}, {}))
     found = teacher._top_k({}, {}, {"tokens": jnp.zeros((1, 2, 4), jnp.int32)})
     assert int(found.ids_BTK.max()) == run.model.vocab_size - 1 == 23

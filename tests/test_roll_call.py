@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from sharding.processes import join_processes
-from sharding.roll_call import roll_call
+from runtime.processes import join_processes
+from runtime.roll_call import roll_call
 from tests.test_processes import free_port
 
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.expert_ffn import expert_ffn
-from pallas_kernels.separate_experts import separate_expert_ffn, separate_experts
+from pallas_kernels.grouped.expert_ffn import expert_ffn
+from pallas_kernels.grouped.separate import separate_expert_ffn, separate_experts
 
 ATOL = {jnp.float32: 1e-5, jnp.bfloat16: 5e-2}
 """On results of order 1 to 4: fp32 in another order of sums; bf16 keeps 8 bits."""

@@ -14,11 +14,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import PRESETS, preset
 from model.blueprint import blueprint
+from runtime.devices import emulate_devices
 from sharding.config import LAYOUTS, MESH_AXES, MeshConfig
 from sharding.mesh import (
     axis_sizes,
     describe,
-    emulate_devices,
     make_layout,
     make_mesh,
     named_layout,
@@ -131,7 +131,7 @@ def test_a_mesh_describes_itself():
 def test_emulation_makes_as_many_devices_as_asked():
     with pytest.raises(ValueError, match=r"--emulate 0: the number of devices must be positive"):
         emulate_devices(0)
-    code = "from sharding.mesh import emulate_devices; emulate_devices(3); import jax; "
+    code = "from runtime.devices import emulate_devices; emulate_devices(3); import jax; "
     # Without the test session's own eight.
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     done = subprocess.run(

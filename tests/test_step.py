@@ -14,7 +14,7 @@ import pytest
 import model.loss
 from model.blueprint import bind
 from model.loss import cross_entropy_sum, greedy_ids, inputs_and_targets
-from pallas_kernels import linear_cross_entropy
+from pallas_kernels.cross_entropy import linear as linear_cross_entropy
 from sharding.config import MeshConfig
 from tests.layout_helpers import (
     FP32,

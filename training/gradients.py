@@ -23,10 +23,10 @@ from model.recipe import Recipe
 from model.stages import join_weights, merge_parts, pipeline_stages, split_weights, stage_costs
 from model.transformer import DeepSeekV3
 from sharding.partition import Layout, pipeline_ranks
-from sharding.pipeline import run
-from sharding.schedule import Schedule, make_schedule
-from sharding.stage_weights import place_layers
-from sharding.ticks import tick_table
+from sharding.pipeline.executor import run
+from sharding.pipeline.schedule import Schedule, make_schedule
+from sharding.pipeline.stage_weights import place_layers
+from sharding.pipeline.ticks import tick_table
 
 Batch = dict[str, jax.Array]
 MicroLoss = Callable[[DeepSeekV3, Batch, LossWeights], tuple[jax.Array, LossParts]]

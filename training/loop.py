@@ -10,11 +10,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from runtime.signals import StopRequest
 from sharding.partition import place_rows
 from training.display import Display
 from training.metrics import MetricsWriter
 from training.schedule import BatchPlan, knobs_at
-from training.signals import StopRequest
 from training.step import State, Trainer
 from training.throughput import Throughput, peak_memory_gib
 from training.trace import Trace

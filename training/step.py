@@ -26,6 +26,7 @@ from model.recipe import Recipe
 from model.router import load_max_over_mean, update_bias
 from model.sample import continue_rows
 from sharding.context import check_sequence, restore, whole_sequences
+from sharding.devices import schedule_options
 from sharding.partition import (
     Layout,
     batch_sharding,
@@ -36,7 +37,6 @@ from sharding.partition import (
     stored_shardings,
     use_layout,
 )
-from sharding.topology import schedule_options
 from training.config import TrainConfig
 from training.gradients import (
     accumulated_gradients,

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.cases import Case, Tunable
-from pallas_kernels.mla_attention import candidates, mla_attention, spelled
-from pallas_kernels.mla_attention_blocks import BLOCK, Blocks, Sizes, choose_blocks
-from pallas_kernels.mla_attention_dkv import key_gradients
-from pallas_kernels.mla_attention_dq import query_gradients
-from pallas_kernels.mla_attention_forward import forward
-from pallas_kernels.mla_attention_tiles import Plan
+from pallas_kernels.attention.blocks import BLOCK, Blocks, Sizes, choose_blocks
+from pallas_kernels.attention.dkv import key_gradients
+from pallas_kernels.attention.dq import query_gradients
+from pallas_kernels.attention.forward import forward
+from pallas_kernels.attention.mla import candidates, mla_attention, spelled
+from pallas_kernels.attention.tiles import Plan
 
 SHAPES = {
     "V3": Sizes(B=1, T=4096, N=128, P=128, R=64, V=128),

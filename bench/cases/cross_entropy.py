@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.cases import Case, Tunable
-from pallas_kernels.cross_entropy_tiles import candidates, choose_blocks, gradient, statistics
-from pallas_kernels.linear_cross_entropy import logsumexp_and_target, spelled
+from pallas_kernels.cross_entropy.linear import logsumexp_and_target, spelled
+from pallas_kernels.cross_entropy.tiles import candidates, choose_blocks, gradient, statistics
 
 SHAPES = {"V3": (4096, 7168, 129280), "V3, 1/8": (4096, 7168, 16160), "small": (4096, 512, 16384)}
 """M rows, D width, V vocabulary."""

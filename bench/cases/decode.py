@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.cases import Case, Tunable
-from pallas_kernels.mla_decode import Blocks, candidates, choose_blocks, mla_decode, spelled
+from pallas_kernels.decode.mla import Blocks, candidates, choose_blocks, mla_decode, spelled
 
 V3, SMALL = (512, 64), (128, 32)
 SHAPES = {

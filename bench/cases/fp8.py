@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.cases import Case
-from pallas_kernels import fp8_quantize
-from pallas_kernels.fp8_grouped_matmul import (
+from pallas_kernels.fp8 import quantize as fp8_quantize
+from pallas_kernels.fp8.grouped import (
     fp8_grouped_matmul,
     fp8_grouped_matmul_tiles,
     padded_size,
 )
-from pallas_kernels.fp8_matmul import fp8_matmul, fp8_matmul_tiles
-from pallas_kernels.fp8_quantize import E4M3, Quantized
+from pallas_kernels.fp8.matmul import fp8_matmul, fp8_matmul_tiles
+from pallas_kernels.fp8.quantize import E4M3, Quantized
 
 TOKENS = 4096
 SCALE = 4 / 128

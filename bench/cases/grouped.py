@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.cases import Case, Tunable
-from pallas_kernels.grouped_matmul import grouped_matmul
-from pallas_kernels.grouped_matmul_mosaic import candidates, grouped_products, spelled
-from pallas_kernels.grouped_matmul_weights import grouped_weight_gradient
+from pallas_kernels.grouped.matmul import grouped_matmul
+from pallas_kernels.grouped.products import candidates, grouped_products, spelled
+from pallas_kernels.grouped.weight_gradient import grouped_weight_gradient
 from pallas_kernels.swiglu import swiglu
 
 SHAPES = {

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from rl.records import Record
+from rl.problems import Problem
 from rl.tasks.task import END, Inspection, Task, answer_text, check_number
 
 _STEP = re.compile(r"[0-9]{1,40}(?:[-+*][0-9]{1,40}){1,2}=[0-9]{1,40}")
@@ -50,7 +50,7 @@ class Arithmetic(Task):
     def vocabulary(self) -> tuple[str, ...]:
         return (*"0123456789+-*=,:>", END)
 
-    def sample_prompt(self, rng: np.random.Generator) -> Record:
+    def sample_prompt(self, rng: np.random.Generator) -> Problem:
         sign = self.signs[rng.integers(len(self.signs))]
         a, b = (int(rng.integers(10 ** int(rng.integers(1, self.digits + 1)))) for _ in "ab")
         if sign == "-":
@@ -58,19 +58,19 @@ class Arithmetic(Task):
         value = {"+": a + b, "-": a - b, "*": a * b}[sign]
         answer = {"a": a, "sign": sign, "b": b, "value": value}
         low, high = sorted((a, b))
-        return Record(f"{a}{sign}{b}:", answer, self.name, f"{low}{sign}{high}")
+        return Problem(f"{a}{sign}{b}:", answer, self.name, f"{low}{sign}{high}")
 
-    def demonstrate(self, record: Record, rng: np.random.Generator) -> str:
+    def demonstrate(self, problem: Problem, rng: np.random.Generator) -> str:
         if rng.random() >= self.share_of_chains:
-            return f">{record.answer['value']}"
+            return f">{problem.answer['value']}"
         written: list[str] = []
-        while (step := next_step(record, written)) is not None:
+        while (step := next_step(problem, written)) is not None:
             if rng.random() < self.noise:
                 step = step[:-1] + str((int(step[-1]) + int(rng.integers(1, 10))) % 10)
             written.append(step)
-        return f"{','.join(written)}>{conclusion(record, written)}"
+        return f"{','.join(written)}>{conclusion(problem, written)}"
 
-    def inspect(self, record: Record, text: str) -> Inspection:
+    def inspect(self, problem: Problem, text: str) -> Inspection:
         body, sign, last = answer_text(text).partition(">")
         parts = body.split(",") if body else []
         steps = []
@@ -78,34 +78,34 @@ class Arithmetic(Task):
             if len(part) > _MAX_STEP or not _STEP.fullmatch(part):
                 break
             steps.append(part)
-        asked = step_count(record)
-        right = sum(step == next_step(record, steps[:i]) for i, step in enumerate(steps[:asked]))
+        asked = step_count(problem)
+        right = sum(step == next_step(problem, steps[:i]) for i, step in enumerate(steps[:asked]))
         ended = bool(sign) and re.fullmatch(r"[0-9]{1,40}", last) is not None
         return {
-            "correct": bool(sign) and last == str(record.answer["value"]),
+            "correct": bool(sign) and last == str(problem.answer["value"]),
             "format_ok": ended and (not body or len(steps) == len(parts) == asked),
             "steps": len(parts),
             "steps_right": right,
         }
 
 
-def step_count(record: Record) -> int:
+def step_count(problem: Problem) -> int:
     """Steps that the work on paper takes."""
-    a, b = record.answer["a"], record.answer["b"]
-    if record.answer["sign"] == "*":
+    a, b = problem.answer["a"], problem.answer["b"]
+    if problem.answer["sign"] == "*":
         return 2 * len(str(b)) - 1
     return max(len(str(a)), len(str(b)))
 
 
-def next_step(record: Record, written: Sequence[str]) -> str | None:
+def next_step(problem: Problem, written: Sequence[str]) -> str | None:
     """The step that rightly follows the steps written (right or wrong), None after the last.
 
-    written: steps of the form `..=number`, at most step_count(record).
+    written: steps of the form `..=number`, at most step_count(problem).
     """
     done = len(written)
-    if done == step_count(record):
+    if done == step_count(problem):
         return None
-    a, sign, b = record.answer["a"], record.answer["sign"], record.answer["b"]
+    a, sign, b = problem.answer["a"], problem.answer["sign"], problem.answer["b"]
     if sign == "*":
         return _next_row(a, str(b), [_result(step) for step in written])
     carry = _result(written[-1]) // 10 if written else 0
@@ -125,13 +125,13 @@ def _next_row(a: int, b: str, results: list[int]) -> str:
     return f"{a}*{factor}={a * factor}"
 
 
-def conclusion(record: Record, written: Sequence[str]) -> int:
+def conclusion(problem: Problem, written: Sequence[str]) -> int:
     """The answer that all the steps written (right or wrong) amount to."""
     results = [_result(step) for step in written]
-    if record.answer["sign"] == "*":
+    if problem.answer["sign"] == "*":
         return results[-1]
     digits = sum(result % 10 * 10**place for place, result in enumerate(results))
-    return digits + results[-1] // 10 * 10 ** len(results) * (record.answer["sign"] == "+")
+    return digits + results[-1] // 10 * 10 ** len(results) * (problem.answer["sign"] == "+")
 
 
 def _result(step: str) -> int:

@@ -13,9 +13,9 @@ from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 
-from rl.expressions import exact_value, parse
-from rl.records import Record
+from rl.problems import Problem
 from rl.tasks.task import END, Inspection, Task, answer_text, check_choice, check_number
+from rl.verdict.mathematics.expressions import exact_value, parse
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 MAX_STEPS = 64
@@ -85,7 +85,7 @@ class Countdown(Task):
     def _use(self) -> str:
         return "each number exactly once" if self.use_all else "each number at most once"
 
-    def sample_prompt(self, rng: np.random.Generator) -> Record:
+    def sample_prompt(self, rng: np.random.Generator) -> Problem:
         count = int(rng.integers(self.fewest, self.most + 1))
         for _ in range(10_000):
             numbers = (1 + rng.integers(self.largest, size=count)).tolist()
@@ -103,19 +103,19 @@ class Countdown(Task):
         else:
             prompt = SENTENCE.format(numbers=numbers, target=target, use=self._use())
         answer = {"numbers": numbers, "target": target, "solution": made.text}
-        problem = f"{sorted(numbers)}={target}"
-        return Record(prompt, answer, self.name, problem)
+        key = f"{sorted(numbers)}={target}"
+        return Problem(prompt, answer, self.name, key)
 
-    def demonstrate(self, record: Record, rng: np.random.Generator) -> str:
-        solution = f"<answer>{record.answer['solution']}</answer>"
+    def demonstrate(self, problem: Problem, rng: np.random.Generator) -> str:
+        solution = f"<answer>{problem.answer['solution']}</answer>"
         if rng.random() >= self.share_of_chains:
             return solution
         text = ""
         for _ in range(int(rng.integers(self.tries))):
-            made = random_expression(record.answer["numbers"], rng)
-            if made is not None and made.value != record.answer["target"]:
+            made = random_expression(problem.answer["numbers"], rng)
+            if made is not None and made.value != problem.answer["target"]:
                 text += self._try(made.text, int(made.value), rng)
-        text += f"{record.answer['solution']}={record.answer['target']};"
+        text += f"{problem.answer['solution']}={problem.answer['target']};"
         return f"<think>{text}</think>{solution}"
 
     def _try(self, expression: str, value: int, rng: np.random.Generator) -> str:
@@ -123,11 +123,11 @@ class Countdown(Task):
             value += int(rng.integers(1, 10))
         return f"{expression}={value};"
 
-    def inspect(self, record: Record, text: str) -> Inspection:
+    def inspect(self, problem: Problem, text: str) -> Inspection:
         """Adds failure ('' or one of FAILURES). The last answer of a text counts; a step is a
         line or part `expression=value` of the chain, and right if that is its value."""
         text = answer_text(text)
-        failure = self._judge(record, text)
+        failure = self._judge(problem, text)
         steps = _chain(text)
         return {
             "correct": not failure,
@@ -137,7 +137,7 @@ class Countdown(Task):
             "failure": failure,
         }
 
-    def _judge(self, record: Record, text: str) -> str:
+    def _judge(self, problem: Problem, text: str) -> str:
         start = text.rfind("<answer>")
         stop = text.find("</answer>", start)
         if start < 0 or stop < 0:
@@ -146,10 +146,10 @@ class Countdown(Task):
             value, used = evaluate(text[start + len("<answer>") : stop].strip())
         except ValueError:
             return "bad_expression"
-        given, counts = collections.Counter(record.answer["numbers"]), collections.Counter(used)
+        given, counts = collections.Counter(problem.answer["numbers"]), collections.Counter(used)
         if not counts <= given or (self.use_all and counts != given):
             return "wrong_numbers"
-        return "" if value == record.answer["target"] else "wrong_value"
+        return "" if value == problem.answer["target"] else "wrong_value"
 
 
 def evaluate(text: str) -> tuple[Fraction, list[int]]:

@@ -20,7 +20,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from rl.records import Record
+from rl.problems import Problem
 from rl.tasks.task import END, Inspection, Task, answer_text, check_choice, check_number
 
 _IMAGES = {
@@ -94,7 +94,7 @@ class Permutations(Task):
         digits = map(str, range(self.states))
         return tuple(dict.fromkeys([*letters, *digits, ":", ">", END]))
 
-    def sample_prompt(self, rng: np.random.Generator) -> Record:
+    def sample_prompt(self, rng: np.random.Generator) -> Problem:
         names = list(self.moves)
         start = int(rng.integers(self.states))
         count = int(rng.integers(self.shortest, self.length + 1)) if self.shortest else self.length
@@ -104,41 +104,41 @@ class Permutations(Task):
             state = self.moves[move][state]
         answer = {"start": start, "moves": moves, "final": state}
         if self.scripts == 1:
-            return Record(f"{start}{''.join(moves)}:", answer, self.name)
-        problem = f"{start}{''.join(moves)}"
+            return Problem(f"{start}{''.join(moves)}:", answer, self.name)
+        key = f"{start}{''.join(moves)}"
         answer["greek"] = bool(rng.integers(2))
         shown = "".join(self._greek[move] if answer["greek"] else move for move in moves)
-        return Record(f"{start}{shown}:", answer, self.name, problem)
+        return Problem(f"{start}{shown}:", answer, self.name, key)
 
-    def demonstrate(self, record: Record, rng: np.random.Generator) -> str:
+    def demonstrate(self, problem: Problem, rng: np.random.Generator) -> str:
         if rng.random() >= self.share_of_chains:
-            return f">{record.answer['final']}"
-        state, written = record.answer["start"], []
-        for move in record.answer["moves"]:
+            return f">{problem.answer['final']}"
+        state, written = problem.answer["start"], []
+        for move in problem.answer["moves"]:
             state = self.moves[move][state]
             if rng.random() < self.noise:
                 state = (state + int(rng.integers(1, self.states))) % self.states
-            if self.scripts == 2 and record.answer["greek"] != (rng.random() < self.mixing):
+            if self.scripts == 2 and problem.answer["greek"] != (rng.random() < self.mixing):
                 move = self._greek[move]
             written.append(f"{move}{state}")
         return "".join(written) + f">{state}"
 
-    def inspect(self, record: Record, text: str) -> Inspection:
+    def inspect(self, problem: Problem, text: str) -> Inspection:
         """With two scripts, adds language: share of the chain's letters in the prompt's script; 0
         for no chain, which must not be the best one."""
         latin = str.maketrans({greek: move for move, greek in self._greek.items()})
-        found = self._inspect(record, text.translate(latin))
+        found = self._inspect(problem, text.translate(latin))
         if self.scripts == 2:
             greek = [c in latin for c in map(ord, text) if c in latin or chr(c) in GREEK]
-            same = [one == record.answer["greek"] for one in greek]
+            same = [one == problem.answer["greek"] for one in greek]
             found["language"] = sum(same) / len(same) if same else 0.0
         return found
 
-    def _inspect(self, record: Record, text: str) -> Inspection:
+    def _inspect(self, problem: Problem, text: str) -> Inspection:
         body, sign, last = answer_text(text).partition(">")
-        wanted = record.answer["moves"]
+        wanted = problem.answer["moves"]
         chain = self._read_chain(body)
-        right, state = 0, record.answer["start"]
+        right, state = 0, problem.answer["start"]
         for (move, after), asked in zip(chain, wanted, strict=False):
             right += move == asked and after == self.moves[move][state]
             state = after
@@ -146,7 +146,7 @@ class Permutations(Task):
         as_asked = not body or (whole and [move for move, _ in chain] == wanted)
         ended = bool(sign) and last in map(str, range(self.states))
         return {
-            "correct": bool(sign) and last == str(record.answer["final"]),
+            "correct": bool(sign) and last == str(problem.answer["final"]),
             "format_ok": ended and as_asked,
             "steps": len(chain),
             "steps_right": right,

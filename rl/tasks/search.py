@@ -17,7 +17,7 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from rl.records import Record
+from rl.problems import Problem
 from rl.tasks.task import END, Inspection, Task, answer_text, check_number
 
 FAILURES = ("gave_up", "wrong_check", "wrong_sum", "wrong_answer", "budget", "format")
@@ -74,7 +74,7 @@ class Search(Task):
     def _choices(self, digits: str) -> list[str]:
         return ["".join(c) for n in self._sizes for c in itertools.combinations(digits, n)]
 
-    def sample_prompt(self, rng: np.random.Generator) -> Record:
+    def sample_prompt(self, rng: np.random.Generator) -> Problem:
         digits = "".join(map(str, rng.permutation(10)[: self.digits]))
         choices = self._choices(digits)
         target = digit_sum(choices[rng.integers(len(choices))])
@@ -83,11 +83,11 @@ class Search(Task):
             "target": target,
             "solutions": [choice for choice in choices if digit_sum(choice) == target],
         }
-        problem = f"{''.join(sorted(digits))},{target}"
-        return Record(f"{digits},{target:02}:", answer, self.name, problem)
+        key = f"{''.join(sorted(digits))},{target}"
+        return Problem(f"{digits},{target:02}:", answer, self.name, key)
 
-    def demonstrate(self, record: Record, rng: np.random.Generator) -> str:
-        choices, solutions = self._choices(record.answer["digits"]), record.answer["solutions"]
+    def demonstrate(self, problem: Problem, rng: np.random.Generator) -> str:
+        choices, solutions = self._choices(problem.answer["digits"]), problem.answer["solutions"]
         order = [choices[i] for i in rng.permutation(len(choices))]
         if rng.random() < self.hit_early:
             first = solutions[rng.integers(len(solutions))]
@@ -99,7 +99,7 @@ class Search(Task):
                 others = [written + off for off in (-2, -1, 1, 2) if written + off >= 0]
                 written = others[rng.integers(len(others))]
             agrees = rng.random() < self.check_right
-            accepted = (written == record.answer["target"]) == agrees
+            accepted = (written == problem.answer["target"]) == agrees
             text += f"{digits}={written:02}{'y' if accepted else 'n'}"
             if accepted:
                 return f"{text}>{digits}"
@@ -107,10 +107,10 @@ class Search(Task):
                 break
         return f"{text}>-"
 
-    def inspect(self, record: Record, text: str) -> Inspection:
+    def inspect(self, problem: Problem, text: str) -> Inspection:
         """Adds tries, sums_right, checks_right (of the sum as written), duplicates (tries of digits
         already tried) and failure ('' or one of FAILURES)."""
-        target, digits = record.answer["target"], record.answer["digits"]
+        target, digits = problem.answer["target"], problem.answer["digits"]
         tries, rest = _read_tries(answer_text(text))
         ours = [self._legal(attempt.digits, digits) for attempt in tries]
         sums = [digit_sum(attempt.digits) == attempt.written for attempt in tries]
@@ -122,7 +122,7 @@ class Search(Task):
             cut = all(ours) and self._is_cut_off(text, rest)
             failure = "budget" if cut else "format"
         else:
-            failure = self._judge(record, tries, answered)
+            failure = self._judge(problem, tries, answered)
         return {
             "correct": not failure,
             "format_ok": complete,
@@ -139,8 +139,8 @@ class Search(Task):
         distinct = set(choice)
         return len(choice) in self._sizes and len(distinct) == len(choice) and distinct <= {*digits}
 
-    def _judge(self, record: Record, tries: list[_Try], answered: str) -> str:
-        target = record.answer["target"]
+    def _judge(self, problem: Problem, tries: list[_Try], answered: str) -> str:
+        target = problem.answer["target"]
         if len(tries) > self.tries:
             return "budget"
         if answered == "-":

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from rl.records import Record, held_out
+from rl.problems import Problem, held_out
 
 END = "\n"
 """Ends a text."""
@@ -47,45 +47,45 @@ class Task(abc.ABC):
         END last; no entry twice."""
 
     @abc.abstractmethod
-    def sample_prompt(self, rng: np.random.Generator) -> Record:
+    def sample_prompt(self, rng: np.random.Generator) -> Problem:
         """A problem drawn at random, of either side of the split."""
 
     @abc.abstractmethod
-    def demonstrate(self, record: Record, rng: np.random.Generator) -> str:
+    def demonstrate(self, problem: Problem, rng: np.random.Generator) -> str:
         """What the base corpus writes after the prompt, without END; it may be wrong."""
 
     @abc.abstractmethod
-    def inspect(self, record: Record, text: str) -> Inspection:
+    def inspect(self, problem: Problem, text: str) -> Inspection:
         """What is right and wrong about an answer. Any text will do: never raises, and takes time
         in proportion to the text at most."""
 
-    def verify(self, record: Record, text: str) -> float:
+    def verify(self, problem: Problem, text: str) -> float:
         """1.0 if the answer in `text` is right, otherwise 0.0."""
-        return float(self.inspect(record, text)["correct"])
+        return float(self.inspect(problem, text)["correct"])
 
-    def draw(self, rng: np.random.Generator, side: Side = "train") -> Record:
+    def draw(self, rng: np.random.Generator, side: Side = "train") -> Problem:
         """A problem of one side of the split; ValueError if that side seems to be empty."""
         for _ in range(MAX_DRAWS):
-            record = self.sample_prompt(rng)
-            if held_out(record, self.held_out) == (side == "held_out"):
-                return record
+            problem = self.sample_prompt(rng)
+            if held_out(problem, self.held_out) == (side == "held_out"):
+                return problem
         raise ValueError(
             f"task {self.name}: none of {MAX_DRAWS} prompts drawn is on the side {side!r} with "
             f"held_out={self.held_out}; raise or lower that, or make the problems larger"
         )
 
-    def prompt(self, seed: int, index: int, side: Side = "train") -> Record:
+    def prompt(self, seed: int, index: int, side: Side = "train") -> Problem:
         """Prompt number `index` of an endless list; a function of its arguments alone."""
         return self.draw(np.random.default_rng((seed, _STREAMS[side], index)), side)
 
-    def distinct_prompts(self, seed: int, count: int, side: Side = "held_out") -> list[Record]:
+    def distinct_prompts(self, seed: int, count: int, side: Side = "held_out") -> list[Problem]:
         """`count` prompts, no problem twice; ValueError if the task does not have so many."""
-        found: dict[str, Record] = {}
+        found: dict[str, Problem] = {}
         for index in range(20 * count + 100):
             if len(found) == count:
                 break
-            record = self.prompt(seed, index, side)
-            found.setdefault(record.key, record)
+            problem = self.prompt(seed, index, side)
+            found.setdefault(problem.key, problem)
         if len(found) < count:
             raise ValueError(
                 f"task {self.name} has about {len(found)} different problems on the side {side!r}, "
@@ -95,9 +95,9 @@ class Task(abc.ABC):
 
     def corpus_line(self, rng: np.random.Generator, end: str = END) -> str:
         """A document of the base corpus: a training prompt, a demonstration, the end."""
-        record = self.draw(rng)
-        assert isinstance(record.prompt, str)
-        return record.prompt + self.demonstrate(record, rng) + end
+        problem = self.draw(rng)
+        assert isinstance(problem.prompt, str)
+        return problem.prompt + self.demonstrate(problem, rng) + end
 
     def corpus(self, seed: int, start: int = 0, end: str = END) -> Iterator[str]:
         """Documents `start`, `start` + 1, ... of an endless corpus; each depends on its number

@@ -1,0 +1,54 @@
+"""GPUs that are not there: devices to compile for, on a machine without one.
+
+XLA compiles for NVIDIA GPUs on any host that has JAX's CUDA wheels; no driver is needed. The
+devices returned here make a mesh, and a step lowered and compiled on it is the program that such a
+cluster would run, with its collectives and its memory. It cannot be run here.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+H200 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  shared_memory_per_block_optin: 232448
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 4800000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 150000000000 cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+device_description_str: "NVIDIA H200"
+"""
+"""What XLA must know of the device: an H200 SXM."""
+
+INSPECTION = {
+    "xla_gpu_autotune_level": 0,
+    "xla_gpu_enable_triton_gemm": False,
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}
+"""Options that compile in less than half the time. Collectives and their order stay; products go
+to cuBLAS instead of Triton, and the machine code is slow: for reading, not for running."""
+
+
+def absent_gpus(nodes: int, per_node: int = 8, description: str = H200) -> Sequence[Any]:
+    """Devices of a cluster that is described, not present: `nodes` hosts of `per_node` GPUs.
+
+    Raises ValueError where JAX's CUDA wheels are missing.
+    """
+    from jax.experimental import topologies
+
+    try:
+        topology = topologies.get_topology_desc(
+            platform="cuda", target_config=description, topology=f"{nodes}x1x{per_node}"
+        )
+    except Exception as error:
+        raise ValueError(
+            f"cannot compile for GPUs here ({error}); install the compiler's wheels: "
+            "make gpu-compiler"
+        ) from None
+    return topology.devices

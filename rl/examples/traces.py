@@ -1,0 +1,270 @@
+"""Traces on disk: answers chosen by rejection sampling, as token stores with their provenance.
+
+A folder (or bucket) holds one token store per round of sampling, 00000, 00001, .., in the format of
+`data/store.py`: a document is prompt, answer and end token, in the ids that were sampled, and all
+documents are in the split train. Beside tokens and meta.json a store has
+
+    traces.jsonl         a line per document: its text in the form that
+    `rl/examples/demonstrations.py`
+                         reads, and where it comes from: problem, reward, round, seed, step, and the
+                         settings of the run (checkpoint, sampler, ..)
+    prompt_lengths.npy   int64 [documents], tokens of each prompt
+
+meta.json comes last, so a round is there whole or not at all. A broken-off run goes on after its
+last round and ends with the same traces. One process writes.
+"""
+
+import dataclasses
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from data import storage
+from data.sources import Document
+from data.store import TokenStore, build_store, find_store, seal_store
+from data.tokenizer import Tokenizer
+from rl.examples.conversations import Example, JoinedExamples
+from rl.examples.rejection import Attempt, Filter, Kept, Round, Selection, select
+
+LINES, PROMPTS = "traces.jsonl", "prompt_lengths.npy"
+_OPENED = "<think>\n"
+"""What the chat template puts before the answer to a conversation (`rl/prompts.py`)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Traces:
+    """Rounds that are written whole."""
+
+    stores: tuple[TokenStore, ...]
+    """One per round; each can be read as a source of pre-training."""
+    examples: JoinedExamples
+    """Every trace, answers learned and prompts not."""
+
+    @property
+    def fates(self) -> Counter[str]:
+        """Answers by what became of them (`rl/examples/rejection.py:select`), over all rounds."""
+        return sum((Counter(s.meta["traces"]["fates"]) for s in self.stores), Counter[str]())
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """The transcript, a trace after the other, in the order of the examples."""
+        for store in self.stores:
+            for line in _read(store, LINES).decode("utf-8").splitlines():
+                yield json.loads(line)
+
+
+def write_traces(
+    place: str,
+    tokenizer: Tokenizer,
+    answer: Callable[[int], Round],
+    rounds: int,
+    selection: Selection,
+    filters: Mapping[str, Filter],
+    settings: Mapping[str, Any],
+    say: Callable[[str], None] = print,
+) -> Traces:
+    """Samples rounds 0..rounds - 1 and writes what is chosen; rounds already there are kept.
+
+    answer: round -> its answers, a function of the round's number. selection, filters: which of
+    them are kept. settings: JSON values that say where answers come from (checkpoint, sampler, ..),
+    the same for all rounds; they are in every line.
+
+    Raises ValueError if the rounds already there were made with other settings or are more than
+    `rounds`, and if no answer of any round was chosen. What `answer` raises (RolloutStoppedError)
+    leaves the rounds before it whole, and nothing of its own.
+    """
+    same = _agreement(tokenizer, selection, filters, settings)
+    stores = _find_rounds(place)
+    for store in stores:
+        _check_agreement(store, same)
+    if len(stores) > rounds:
+        raise ValueError(
+            f"traces in {place} have {len(stores)} rounds, and this run has rounds={rounds}; ask "
+            f"for {len(stores)} (sft.rounds), or write into another folder"
+        )
+    kept = _kept(stores)
+    for number in range(len(stores), rounds):
+        found = answer(number)
+        chosen, fates = select(found.attempts, selection, filters, tokenizer.eos_id, kept)
+        _write_round(place, number, tokenizer, chosen, found, {"fates": fates, **same})
+        say(f"traces, round {number}: " + _in_words(fates))
+    traces = read_traces(place, tokenizer)
+    if not len(traces.examples.lengths):
+        raise ValueError(
+            f"traces in {place}: no answer was chosen in {len(traces.stores)} rounds; "
+            f"{_in_words(traces.fates)}. Sample more, loosen the filters, or start from a better "
+            "policy"
+        )
+    return traces
+
+
+def read_traces(place: str, tokenizer: Tokenizer) -> Traces:
+    """The traces of a folder or bucket, read where they are needed.
+
+    Raises ValueError if there is none, or if they are in other tokens: then take the texts, from
+    the transcripts.
+    """
+    stores = _find_rounds(place)
+    if not stores:
+        raise ValueError(f"there are no traces in {place}; write some first")
+    for store in stores:
+        _check_agreement(store, {"tokenizer": tokenizer.sha256})
+    return Traces(tuple(stores), JoinedExamples([_StoredExamples(store) for store in stores]))
+
+
+def count_rounds(place: str) -> int:
+    """Rounds that are there whole."""
+    return len(_find_rounds(place))
+
+
+class _StoredExamples:
+    """The traces of one store; tokens are read when asked for."""
+
+    def __init__(self, store: TokenStore):
+        self._store = store
+        self._prompts = np.load(io.BytesIO(_read(store, PROMPTS)))
+        self.lengths = np.diff(store.train.offsets)
+        if len(self._prompts) != len(self.lengths):
+            raise ValueError(
+                f"traces {store.place}: {len(self.lengths)} documents, {len(self._prompts)} "
+                f"lengths of prompts in {PROMPTS}. The store is damaged: delete it and all after it"
+            )
+
+    def __getitem__(self, index: int) -> Example:
+        start, stop = map(int, self._store.train.offsets[index : index + 2])
+        ids = self._store.train.read([(start, stop)])[0].astype(np.int32)
+        return Example(ids, np.arange(len(ids)) >= self._prompts[index])
+
+    def name(self, index: int) -> str:
+        """The store and the line of its transcript."""
+        return f"{storage.join(self._store.place, LINES)}:{index + 1}"
+
+
+class _Sampled(Tokenizer):
+    """Stands in for a tokenizer where ids are known: those of a new encoding could be others."""
+
+    def __init__(self, tokenizer: Tokenizer, documents: Sequence[np.ndarray]):
+        vars(self).update(vars(tokenizer))
+        self._documents = iter(documents)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of the next documents, without their end."""
+        return [next(self._documents) for _ in texts]
+
+
+def _write_round(
+    place: str, number: int, tokenizer: Tokenizer, chosen: Sequence[Attempt], found: Round,
+    meta: dict[str, Any],
+) -> None:  # fmt: skip
+    place = _round_place(place, number)
+    ids = [np.concatenate([attempt.prompt, attempt.answer]) for attempt in chosen]
+    texts = [tokenizer.decode(row, skip_special=True) for row in ids]
+    documents = [
+        Document(attempt.problem.key, text, len(text.encode("utf-8")))
+        for attempt, text in zip(chosen, texts, strict=True)
+    ]
+    sampled = _Sampled(tokenizer, [row[:-1] for row in ids])  # the store ends documents itself
+    whole = build_store(place, documents, sampled, 0.0, {"source": place, "traces": meta})
+    source = {"round": number, "seed": found.seed, "step": found.step, **meta["settings"]}
+    lines = [json.dumps(_line(attempt) | source, ensure_ascii=False) for attempt in chosen]
+    storage.write_bytes(place, LINES, "".join(line + "\n" for line in lines).encode("utf-8"))
+    prompts = io.BytesIO()
+    np.save(prompts, np.array([len(attempt.prompt) for attempt in chosen], np.int64))
+    storage.write_bytes(place, PROMPTS, prompts.getvalue())
+    seal_store(place, whole)
+
+
+def _line(attempt: Attempt) -> dict[str, Any]:
+    problem = attempt.problem
+    own = {
+        "problem": problem.key, "task": problem.task, "reward": attempt.reward,
+        "prompt_tokens": len(attempt.prompt), "answer_tokens": len(attempt.answer),
+        "digest": attempt.digest,
+    }  # fmt: skip
+    if isinstance(problem.prompt, str):
+        return {"prompt": problem.prompt, "completion": attempt.text, **own}
+    opened = _OPENED if attempt.opened else ""
+    answer = {"role": "assistant", "content": opened + attempt.text}
+    return {"messages": [*problem.prompt, answer], **own}
+
+
+def _kept(stores: Sequence[TokenStore]) -> Kept:
+    kept = Kept()
+    for store in stores:
+        for content in _read(store, LINES).decode("utf-8").splitlines():
+            line = json.loads(content)
+            kept.add(line["problem"], line["digest"])
+    return kept
+
+
+def _round_place(place: str, number: int) -> str:
+    return storage.join(place, f"{number:05d}")
+
+
+def _find_rounds(place: str) -> list[TokenStore]:
+    stores: list[TokenStore] = []
+    while (store := find_store(_round_place(place, len(stores)))) is not None:
+        stores.append(store)
+    return stores
+
+
+def _read(store: TokenStore, name: str) -> bytes:
+    content = storage.read_bytes(store.place, name)
+    if content is None:
+        raise ValueError(
+            f"traces {store.place}: {name} is gone; delete this store and all after it"
+        )
+    return content
+
+
+def _agreement(
+    tokenizer: Tokenizer, selection: Selection, filters: Mapping[str, Filter],
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """What all rounds of a folder have in common, as JSON has it."""
+    taken = sorted(_RESERVED & settings.keys())
+    if taken:
+        raise ValueError(f"settings of traces may not be called {', '.join(taken)}; rename them")
+    same = {
+        "tokenizer": tokenizer.sha256,
+        "selection": dataclasses.asdict(selection),
+        "filters": list(filters),
+        "settings": dict(settings),
+    }
+    return json.loads(json.dumps(same))
+
+
+_RESERVED = {
+    "prompt", "completion", "messages", "problem", "task", "reward", "prompt_tokens",
+    "answer_tokens", "digest", "round", "seed", "step",
+}  # fmt: skip
+"""Fields of a line that are not settings."""
+
+
+def _check_agreement(store: TokenStore, same: Mapping[str, Any]) -> None:
+    before = store.meta["traces"]
+    other = [name for name in same if before[name] != same[name]]
+    if other:
+        was, now = _differences(before, same, other), _differences(same, before, other)
+        raise ValueError(
+            f"traces {store.place} were made with {was}; this run has {now}. Write into another "
+            "folder, or use the same"
+        )
+
+
+def _differences(of: Mapping[str, Any], than: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Values of the names; of settings and the like, the entries that the other has otherwise."""
+    words = []
+    for name in names:
+        value, other = of[name], than[name]
+        if isinstance(value, dict) and isinstance(other, dict):
+            value = {key: x for key, x in value.items() if key not in other or other[key] != x}
+        words.append(f"{name} {value}")
+    return ", ".join(words)
+
+
+def _in_words(fates: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {fate}" for fate, count in sorted(fates.items())) or "no answers"

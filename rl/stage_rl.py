@@ -1,0 +1,325 @@
+"""Stage rl from a configuration: what is checked, what is wired together, what is left behind."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from configs.schema import RunConfig
+from data.tokenizer import Tokenizer, load_tokenizer
+from generation.config import Sampling
+from model.recipe import Recipe
+from rl.corpus import configured_task
+from rl.evaluate import Evaluation
+from rl.loop import PolicyLoop
+from rl.plots import plot_rl
+from rl.problems import Problem
+from rl.prompt_files import MAX_SHOWN
+from rl.prompts import (
+    FilePrompts,
+    Prompts,
+    TaskPrompts,
+    encode_prompt,
+    file_prompts,
+    rewards_of,
+    shown,
+)
+from rl.rollout import PolicySampler
+from rl.served_weights import SERVED, export_live
+from rl.server import Server, ServerSampler
+from rl.tasks.characters import character_tokenizer
+from rl.trainer import PolicyTrainer
+from rl.verdict.sandbox import described_isolation
+from rl.verdict.scoring import Scorer, TaskScorer, judge_scorer
+from runtime.processes import connect
+from sharding.partition import Layout
+from training.display import Display
+from training.loop import Checkpoints
+from training.metrics import read_metrics
+from training.step import State, Trainer
+
+Say = Callable[[str], None]
+
+
+def make_trainer(run: RunConfig, recipe: Recipe, layout: Layout) -> PolicyTrainer:
+    """The trainer of stage rl.
+
+    Raises ValueError for a task, a rollout, an answer's length or a mesh that cannot work.
+    """
+    rl, train = run.rl, run.train
+    if bool(run.task.name) == bool(rl.prompts):
+        both = f"both task.name={run.task.name} and rl.prompts" if rl.prompts else "no prompts"
+        raise ValueError(
+            f"stage rl has {both}; give a task, such as --task.name permutations, or a file of "
+            "prompts, --rl.prompts FILE.jsonl with --task.name ''"
+        )
+    rewards_of(rl)
+    task = configured_task(run.task) if run.task.name else None
+    if task is not None and rl.template != "plain":
+        raise ValueError(f"rl.template={rl.template} is for texts of rl.prompts, not for a task")
+    if rl.language_weight and (
+        task is None or "language" not in task.inspect(task.prompt(run.seed, 0), "")
+    ):
+        raise ValueError(
+            f"rl.language_weight is {rl.language_weight}, but {run.task.name or 'the file'} does "
+            "not tell languages apart; for permutations set --task.options scripts=2, for a file "
+            "give --rl.rewards accuracy language, or set the weight to 0"
+        )
+    updates = rl.updates(train.batch_size)
+    if train.steps % updates:
+        raise ValueError(
+            f"a rollout serves {updates} updates, which does not divide train.steps={train.steps}"
+        )
+    if train.batch_ramp_from:
+        raise ValueError(
+            f"train.batch_ramp_from is {train.batch_ramp_from}; stage rl has no ramp, set it to 0"
+        )
+    if rl.max_new_tokens > train.seq_len:
+        raise ValueError(
+            f"rl.max_new_tokens={rl.max_new_tokens} and a prompt do not fit into train.seq_len="
+            f"{train.seq_len}; raise that (model.max_position is {run.model.max_position}), or "
+            "lower max_new_tokens"
+        )
+    if rl.server and jax.process_count() > 1:
+        raise ValueError("rl.server is asked by one process; run with one, or leave it out")
+    if rl.speculate and not run.model.mtp_depth:
+        raise ValueError(
+            "rl.speculate needs an MTP module, and model.mtp_depth is 0; leave speculate off"
+        )
+    return PolicyTrainer(run.model, train, recipe, layout, rl.objective, rl.temperature)
+
+
+def policy_tokenizer(run: RunConfig, init_from: str) -> Tokenizer:
+    """data.tokenizer; else what the run has used before; else what belongs to the weights that it
+    starts from; else the characters of the task. ValueError if it is larger than the model's."""
+    before, given = (Path(f) / "tokenizer.json" for f in (run.run_dir, init_from or run.run_dir))
+    found = next((path for path in (before, given) if path.is_file()), None)
+    if run.data.tokenizer:
+        tokenizer = load_tokenizer(run.data.tokenizer)
+    elif found is not None:
+        tokenizer = load_tokenizer(found)
+    elif run.task.name:
+        tokenizer = character_tokenizer(configured_task(run.task).vocabulary)
+    else:
+        raise ValueError(
+            "there is no tokenizer for the prompts: give --init-from a folder with tokenizer.json, "
+            "or --data.tokenizer FILE"
+        )
+    if tokenizer.vocab_size > run.model.vocab_size:
+        raise ValueError(
+            f"tokenizer has {tokenizer.vocab_size} ids, model.vocab_size is "
+            f"{run.model.vocab_size}; raise the model's to at least that"
+        )
+    return tokenizer
+
+
+def check_prompts(run: RunConfig, prompts: Prompts) -> None:
+    """Raise ValueError that lists the prompts that do not fit or have characters without a token.
+
+    A file is measured whole; of a task what `rl/prompts.py:TaskPrompts.to_measure` says.
+    """
+    rl, evaluated = run.rl, bool(run.train.eval_every)
+    asked = run.train.steps // rl.updates(run.train.batch_size) * rl.prompts_per_step
+    train, held_out = prompts.to_measure(asked, rl.eval_prompts if evaluated else 0)
+    model = {"model.max_position": run.model.max_position}
+    both = {"train.seq_len": run.train.seq_len + 1, **model}
+    known = prompts.tokenizer
+    wrong = misfits(known, train, rl.max_new_tokens, both)
+    wrong += misfits(known, held_out, rl.max_new_tokens, model)
+    refuse(wrong, len(train) + len(held_out))
+
+
+def misfits(
+    tokenizer: Tokenizer, problems: Sequence[Problem], budget: int, rooms: dict[str, int]
+) -> list[str]:
+    """A line about every prompt that cannot be read, or not be answered in `budget` tokens.
+
+    rooms: name of an option -> tokens of prompt and answer that it has room for.
+    """
+    wrong = []
+    name, room = min(rooms.items(), key=lambda item: item[1])
+    for problem in problems:
+        try:
+            count = len(encode_prompt(tokenizer, problem))
+        except ValueError as error:
+            wrong.append(str(error))
+            continue
+        if not count:
+            wrong.append(f"prompt {shown(problem)} has no token")
+        elif count + budget > room:
+            wrong.append(
+                f"prompt {shown(problem)} has {count} tokens, with rl.max_new_tokens={budget} "
+                f"{count + budget}; {name} has room for {room}"
+            )
+    return wrong
+
+
+def refuse(wrong: Sequence[str], count: int) -> None:
+    """Raise ValueError with the lines `wrong` of `misfits`, if there is one, of `count` prompts."""
+    if wrong:
+        more = [f"and {len(wrong) - MAX_SHOWN} more"] if len(wrong) > MAX_SHOWN else []
+        raise ValueError(
+            f"{len(wrong)} of {count} prompts cannot be asked; lower --rl.max-new-tokens, give "
+            "more room, or leave them out\n  " + "\n  ".join([*wrong[:MAX_SHOWN], *more])
+        )
+
+
+def make_prompts(run: RunConfig, tokenizer: Tokenizer) -> Prompts:
+    """Of the task, or of the file; ValueError if they cannot be read, judged or answered."""
+    if run.task.name:
+        prompts = TaskPrompts(configured_task(run.task), tokenizer, run.seed)
+    else:
+        prompts = file_prompts(run.rl, tokenizer, run.seed)
+    check_prompts(run, prompts)
+    return prompts
+
+
+def judges_code(run: RunConfig, prompts: Prompts) -> bool:
+    """Whether answers are programs that a reward runs: `code`, or accuracy of such problems."""
+    names = {name for name, _ in rewards_of(run.rl)}
+    if "code" in names:
+        return True
+    if not isinstance(prompts, FilePrompts) or (names and "accuracy" not in names):
+        return False
+    return any(problem.task == "code" for problem in (*prompts.train, *prompts.kept))
+
+
+@contextlib.contextmanager
+def open_scorer(run: RunConfig) -> Generator[Scorer]:
+    """The task's verifier, or a judge's workers, which end with the context."""
+    task = configured_task(run.task) if run.task.name else None
+    if task is not None and not run.rl.rewards:
+        yield TaskScorer(task, run.rl)
+        return
+    scorer = judge_scorer(run.rl, task)
+    with scorer.judge:
+        yield scorer
+
+
+def make_sampler(trainer: Trainer, run: RunConfig, tokenizer: Tokenizer, greedy: bool, rows: int):
+    """A sampler on the trainer's mesh and in its types, or a server; `greedy` for evaluation."""
+    rl = run.rl
+    temperature = 0.0 if greedy else rl.temperature
+    if rl.server:
+        write = None
+        if rl.server_reload:
+            write = functools.partial(export_live, trainer.model, Path(run.run_dir))
+        return ServerSampler(
+            Server(rl.server, rl.server_model), tokenizer, temperature, rl.max_new_tokens, write,
+            Path(run.run_dir) / SERVED,
+        )  # fmt: skip
+    sampling = Sampling(temperature, top_k=rl.top_k, top_p=rl.top_p)
+    return PolicySampler(
+        trainer.model, trainer.recipe, trainer.layout, sampling,
+        rows=rows, max_new_tokens=rl.max_new_tokens, eos_ids=(tokenizer.eos_id,),
+        speculate=rl.speculate, replay=rl.replay_routing and not greedy,
+    )  # fmt: skip
+
+
+def make_loop(
+    run: RunConfig, trainer: PolicyTrainer, state: State, checkpoints: Checkpoints,
+    prompts: Prompts, scorer: Scorer, started: float, profile: range = range(0),
+) -> PolicyLoop:  # fmt: skip
+    """Wire the parts together; `state` is new or restored."""
+    rl, tokenizer = run.rl, prompts.tokenizer
+    if not int(state["step"]):  # weights may have been loaded since
+        state = trainer.renew_reference(state)
+    rows = rl.rollout_rows or rl.answers
+    sampler = make_sampler(trainer, run, tokenizer, False, rows)
+    evaluation = None
+    held_out = prompts.held_out(rl.eval_prompts) if run.train.eval_every else None
+    if held_out is not None and held_out.ids:
+        drawn = sampler if rl == rl.uncut else make_sampler(
+            trainer, dataclasses.replace(run, rl=rl.uncut), tokenizer, False, rows
+        )  # fmt: skip
+        greedy = make_sampler(trainer, run, tokenizer, True, rows)
+        evaluation = Evaluation(held_out, prompts, scorer, drawn, greedy)
+    return PolicyLoop(
+        trainer=trainer, rl=rl, state=state, run_dir=Path(run.run_dir),
+        config=dataclasses.asdict(run), prompts=prompts, scorer=scorer, sampler=sampler,
+        evaluation=evaluation, checkpoints=checkpoints, save_every=run.checkpoint.every,
+        display=Display(run.train.steps), profile=profile, started=started,
+    )  # fmt: skip
+
+
+def describe(run: RunConfig) -> list[str]:
+    """What follows from the configuration of stage rl, one line each."""
+    rl = run.rl
+    updates = rl.updates(run.train.batch_size)
+    return [
+        f"rollout      {rl.prompts_per_step} prompts x {rl.objective.group_size} answers of at "
+        f"most {rl.max_new_tokens} tokens, for {updates} update{'s' * (updates > 1)} of "
+        f"{run.train.batch_size}",
+        f"task         {configured_task(run.task) if run.task.name else rl.prompts}",
+    ]
+
+
+def run_stage(
+    run: RunConfig, trainer: Any, profile: range, init_from: str,
+    open_state: Callable[..., tuple[Any, State]], started: float, say: Say,
+) -> int:  # fmt: skip
+    """Stage rl to its end, or to a signal; 0, as a process exits.
+
+    Args:
+      trainer: of `make_trainer`.
+      profile: steps to trace, counted from the first that runs; whole rollouts with their updates.
+      init_from: where a new run takes its weights; '' for random ones.
+      open_state: `checkpoints, state = open_state(run, trainer, init_from, say)`.
+      started: when the process started, by time.monotonic.
+      say: takes lines for people.
+    """
+    tokenizer = policy_tokenizer(run, init_from)
+    prompts = make_prompts(run, tokenizer)
+    if judges_code(run, prompts):
+        say(f"code         runs {described_isolation()}")
+    connect(trainer.layout.mesh)
+    with open_scorer(run) as scorer:
+        checkpoints, state = open_state(run, trainer, init_from, say)
+        loop = make_loop(run, trainer, state, checkpoints, prompts, scorer, started, profile)
+        if jax.process_index() == 0:
+            write_settings(run, tokenizer)
+        stopped = ""
+        done = f"{loop.first_step} of {run.train.steps} steps are done"
+        if loop.complete:
+            say(f"the run is complete: {done}")
+        else:
+            if loop.first_step >= run.train.steps:
+                say(f"{done}; the evaluation after them is missing and comes now")
+            elif loop.first_step:
+                say(f"resuming at step {loop.first_step} of {run.train.steps}")
+            stopped = loop.run()
+    checkpoints.wait()
+    if stopped:
+        step = int(loop.state["step"])
+        say(f"{stopped}: stopped and saved at step {step} in {run.run_dir}; run again to go on")
+    elif jax.process_index() == 0:
+        finish(loop.run_dir, say)
+    return 0
+
+
+def finish(run_dir: Path, say: Say) -> None:
+    """The last evaluation in words, and the plot."""
+    lines = [r for r in read_metrics(run_dir) if "eval/accuracy" in r]
+    if lines:
+        start, end = lines[0], lines[-1]
+        say(
+            f"held-out accuracy at temperature 1: {start['eval/accuracy']:.3f} -> "
+            f"{end['eval/accuracy']:.3f}; greedy: {start['eval/accuracy_greedy']:.3f} -> "
+            f"{end['eval/accuracy_greedy']:.3f}; length: {start['eval/length']:.1f} -> "
+            f"{end['eval/length']:.1f} tokens"
+        )
+    plots = ", ".join(path.name for path in plot_rl(run_dir))
+    say(f"plots: {plots}; answers: samples.jsonl; run folder: {run_dir}")
+
+
+def write_settings(run: RunConfig, tokenizer: Tokenizer) -> None:
+    """config.json and tokenizer.json of the run folder."""
+    folder = Path(run.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(run), indent=1))
+    (folder / "tokenizer.json").write_text(tokenizer.json)

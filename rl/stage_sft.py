@@ -1,0 +1,333 @@
+"""Stages sft and distill from a configuration: answers are learned, prompts are not.
+
+Both run the trainer, the loop and the checkpoints of pre-training over rows of packed examples.
+Stage distill has a teacher, whose answers it samples as stage sft does, and whose distribution it
+can learn besides (`rl/examples/teacher.py`).
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from configs.schema import RunConfig
+from data.tokenizer import Tokenizer, load_tokenizer
+from generation.config import Sampling
+from model.costs import train_flops_per_token
+from model.recipe import Recipe
+from rl.corpus import configured_task
+from rl.evaluate import Evaluation
+from rl.examples.conversations import Examples, JoinedExamples
+from rl.examples.demonstrations import read_examples, task_examples
+from rl.examples.packing import PackedExamples, sft_batches
+from rl.examples.rejection import Filter, Selection, sampled_round
+from rl.examples.teacher import StudentTrainer, Teacher, load_policy, policy_version
+from rl.examples.traces import count_rounds, read_traces, write_traces
+from rl.problems import Problem
+from rl.prompts import TaskPrompts
+from rl.rollout import PolicySampler
+from rl.stage_rl import make_sampler, misfits, policy_tokenizer, refuse, write_settings
+from rl.stopping import RolloutStoppedError
+from rl.tasks.task import Task
+from rl.verdict import rules as rewards
+from rl.verdict.scoring import TaskScorer
+from runtime.processes import connect
+from runtime.signals import StopRequest
+from sharding.partition import Layout, local_rows, pipeline_ranks
+from training.display import Display
+from training.loop import Loop, anyone
+from training.metrics import read_metrics
+from training.plots import plot_run
+from training.schedule import BatchPlan
+from training.step import State, Trainer
+from training.throughput import Throughput
+
+Say = Callable[[str], None]
+TRACES = "traces"
+"""Folder of a run that holds the answers it has sampled."""
+
+
+def make_trainer(run: RunConfig, recipe: Recipe, layout: Layout) -> Trainer:
+    """The trainer of stages sft and distill. ValueError for a stage that has nothing to learn."""
+    sft = run.sft
+    if not (sft.examples or sft.demonstrations or sft.policy):
+        raise ValueError(
+            f"stage {run.stage} has nothing to learn; give --sft.examples FILE.jsonl, "
+            "--sft.demonstrations 500 (of a task), or --sft.policy RUN, whose answers are sampled"
+        )
+    if (sft.demonstrations or sft.policy) and not run.task.name:
+        raise ValueError(
+            "sft.demonstrations and sft.policy need a task for their prompts; give one, such as "
+            "--task.name permutations"
+        )
+    if run.task.name:
+        configured_task(run.task)
+    if run.stage == "distill" and not sft.policy:
+        raise ValueError("stage distill has no teacher; give --sft.policy RUN")
+    if run.stage == "sft" and sft.kl_weight:
+        raise ValueError(f"sft.kl_weight is {sft.kl_weight}, which stage distill alone reads")
+    if run.stage == "distill" and sft.kl_weight:
+        return StudentTrainer(run.model, run.train, recipe, layout, sft.kl_weight)
+    return Trainer(run.model, run.train, recipe, layout)
+
+
+def describe(run: RunConfig) -> list[str]:
+    """What stages sft and distill learn, one line each."""
+    sft = run.sft
+    lines = [f"examples     {place}" for place in sft.examples]
+    if sft.demonstrations:
+        lines.append(f"examples     {sft.demonstrations} demonstrations of {run.task.name}")
+    if sft.policy:
+        lines.append(
+            f"examples     correct answers of {sft.policy}, at most {sft.per_prompt or 'all'} of "
+            f"{sft.answers_per_prompt} to each of {sft.rounds * sft.prompts_per_round} prompts"
+        )
+    if run.stage == "distill" and sft.kl_weight:
+        lines.append(f"teacher      {sft.policy}: {sft.kl_weight} KL over {sft.kl_top_k} tokens")
+    return lines
+
+
+def run_stage(
+    run: RunConfig, trainer: Trainer, profile: range, init_from: str,
+    open_state: Callable[..., tuple[Any, State]], started: float, say: Say,
+) -> int:  # fmt: skip
+    """Stage sft or distill to its end, or to a signal; 0. Arguments as
+    `rl/stage_rl.py:run_stage`."""
+    tokenizer = policy_tokenizer(run, init_from or run.sft.policy)
+    check_policy_tokenizer(run.sft.policy, tokenizer)
+    connect(trainer.layout.mesh)
+    evaluate = held_out_accuracy(run, trainer, tokenizer, say)
+    policy = None
+    if run.sft.policy:
+        policy = load_policy(run.sft.policy, run.train, trainer.recipe, trainer.layout)
+    if jax.process_index() == 0:
+        write_settings(run, tokenizer)
+    try:
+        rows = packed_examples(run, trainer, tokenizer, policy, say)
+    except RolloutStoppedError:
+        return 0
+    checkpoints, state = open_state(run, trainer, init_from, say)
+    read_first: Any = lambda batch: batch  # noqa: E731
+    if isinstance(trainer, StudentTrainer):
+        assert policy is not None
+        read_first = make_teacher(run, trainer, policy).read
+    mesh = trainer.layout.mesh
+    flops = train_flops_per_token(run.model, run.train.seq_len)
+    loop = Loop(
+        trainer=trainer, plan=BatchPlan(run.train), state=state, run_dir=Path(run.run_dir),
+        config=dataclasses.asdict(run), checkpoints=checkpoints, save_every=run.checkpoint.every,
+        evaluate=evaluate,
+        throughput=Throughput(flops, mesh.size, mesh.devices.flat[0].device_kind),
+        display=Display(run.train.steps), read_first=read_first, profile=profile, started=started,
+    )  # fmt: skip
+    stopped = run_loop(loop, rows, say)
+    checkpoints.wait()
+    if stopped:
+        step = int(loop.state["step"])
+        say(f"{stopped}: stopped and saved at step {step} in {run.run_dir}; run again to go on")
+    elif jax.process_index() == 0:
+        finish(loop.run_dir, say)
+    return 0
+
+
+def make_teacher(run: RunConfig, trainer: Trainer, policy: Any) -> Teacher:
+    """The policy as the teacher of stage distill, over ids that teacher and student have."""
+    model, params, router_bias = policy
+    shared = min(model.vocab_size, run.model.vocab_size)
+    k = min(run.sft.kl_top_k, shared)
+    return Teacher(model, params, router_bias, trainer.recipe, trainer.layout, k, shared)
+
+
+def run_loop(loop: Loop, rows: PackedExamples, say: Say) -> str:
+    """Train what is left to train; the name of the signal that ended it early, or ''."""
+    train, plan = loop.trainer.train, loop.plan
+    if loop.first_step >= train.steps:
+        say(f"the run is complete: {loop.first_step} of {train.steps} steps are done")
+        return ""
+    if loop.first_step:
+        say(f"resuming at step {loop.first_step} of {train.steps}")
+    local = local_rows(loop.trainer.layout, plan.micro_batch_size)
+
+    def span(step: int) -> tuple[int, int]:
+        batch = plan.at(step)
+        return batch.first_sequence, batch.batch_size
+
+    loader = sft_batches(rows, plan.micro_batch_size, local)
+    return loop.run(loader.batches(span, loop.first_step, train.steps), local)
+
+
+# ---- What is learned -----------------------------------------------------------------------------
+
+
+def check_policy_tokenizer(policy: str, tokenizer: Tokenizer) -> None:
+    """Raise ValueError if the folder `policy` has a tokenizer, and another one."""
+    found = Path(policy) / "tokenizer.json"
+    if policy and found.is_file() and load_tokenizer(found).sha256 != tokenizer.sha256:
+        raise ValueError(
+            f"sft.policy {policy} has another tokenizer than this run; its answers would be other "
+            "tokens here. Take a policy with the same, or give its texts: --sft.examples "
+            "TRACES.jsonl"
+        )
+
+
+def packed_examples(
+    run: RunConfig, trainer: Trainer, tokenizer: Tokenizer, policy: Any, say: Say
+) -> PackedExamples:
+    """All that the run learns, in rows; samples what has to be sampled. Says how much there is.
+
+    RolloutStoppedError as `sampled_traces`.
+    """
+    sft, sources = run.sft, []
+    for place in sft.examples:
+        path = Path(place)
+        folder = "://" in place or path.is_dir()
+        sources.append(
+            read_traces(place, tokenizer).examples if folder else read_examples(path, tokenizer)
+        )
+    if sft.demonstrations:
+        task = configured_task(run.task)
+        shown = task_examples(task, tokenizer, run.seed, sft.demonstrations)
+        say(f"demonstrations: {sft.demonstrations} are right, {shown.wrong} wrong ones left out")
+        sources.append(shown.examples)
+    if policy is not None:
+        sources.append(sampled_traces(run, trainer, tokenizer, policy, say))
+    examples = JoinedExamples(sources)
+    rows = PackedExamples(examples, run.train.seq_len, run.seed, tokenizer.pad_id, sft.too_long)
+    say(
+        f"{len(examples.lengths)} examples of {examples.lengths.mean():.1f} tokens in "
+        f"{rows.rows_per_epoch} rows, {rows.fill:.0%} full: "
+        f"{run.train.steps * run.train.batch_size / rows.rows_per_epoch:.1f} epochs"
+    )
+    if rows.left_out:
+        say(f"left out as longer than a row: {', '.join(rows.left_out[:10])}")
+    return rows
+
+
+def sampled_traces(
+    run: RunConfig, trainer: Trainer, tokenizer: Tokenizer, policy: Any, say: Say
+) -> Examples:
+    """Correct answers of the policy to training prompts, as traces in the run's folder.
+
+    Raises ValueError with several processes, unless all traces are there already, and
+    RolloutStoppedError soon after SIGTERM or SIGINT, when it has said what is kept.
+    """
+    sft, place = run.sft, str(Path(run.run_dir) / TRACES)
+    if jax.process_count() > 1 and count_rounds(place) < sft.rounds:
+        raise ValueError(
+            f"sft.policy is sampled by one process, and {place} has {count_rounds(place)} of "
+            f"sft.rounds={sft.rounds} rounds; start this run with one process, stop it (SIGTERM) "
+            "when training begins, and start it again with all: they read these traces"
+        )
+    model, params, router_bias = policy
+    task = configured_task(run.task)
+    prompts, scorer = TaskPrompts(task, tokenizer, run.seed), TaskScorer(task, run.rl)
+    sampler = PolicySampler(
+        model, trainer.recipe, trainer.layout, Sampling(sft.temperature),
+        rows=min(256, sft.prompts_per_round * sft.answers_per_prompt),
+        max_new_tokens=sft.max_new_tokens, eos_ids=(tokenizer.eos_id,),
+    )  # fmt: skip
+    sampler.publish(params, router_bias)
+    settings = trace_settings(run)
+
+    request = StopRequest()
+
+    def answer(number: int):
+        return sampled_round(
+            number, prompts, sampler, scorer, count=sft.prompts_per_round,
+            group_size=sft.answers_per_prompt, step=settings.get("policy_step", 0),
+            stop=lambda: request.requested,
+        )  # fmt: skip
+
+    selection = Selection(sft.per_prompt)
+    filters = {"language": in_one_language(task, sft.language)} if sft.language else {}
+    with request, contextlib.suppress(RolloutStoppedError):
+        traces = write_traces(
+            place, tokenizer, answer, sft.rounds, selection, filters, settings, say
+        )
+        if not anyone(request.requested):
+            return traces.examples
+    say(
+        f"{request.signal_name or 'a signal to another process'}: stopped before training; "
+        f"{count_rounds(place)} of {sft.rounds} rounds of traces are kept whole in {place}; run "
+        "again to go on after these, to the same traces"
+    )
+    raise RolloutStoppedError
+
+
+def trace_settings(run: RunConfig) -> dict[str, Any]:
+    """What decides which answers `sampled_traces` gets, as traces keep it; JSON values."""
+    sft, task = run.sft, run.task
+    return {
+        "policy": sft.policy, **policy_version(sft.policy), "temperature": sft.temperature,
+        "options": list(task.options), "task_name": task.name, "run_seed": run.seed,
+        "prompts_per_round": sft.prompts_per_round, "answers_per_prompt": sft.answers_per_prompt,
+        "max_new_tokens": sft.max_new_tokens, "language": sft.language,
+    }  # fmt: skip
+
+
+def in_one_language(task: Task, share: float) -> Filter:
+    """Filter: at least this share of the answer is in the prompt's language.
+
+    A task that inspects its language is asked; others are judged by words (`rl/verdict/rules.py`).
+    """
+
+    def keep(problem: Problem, text: str) -> bool:
+        found = task.inspect(problem, text).get("language")
+        return (rewards.language(problem, text) if found is None else found) >= share
+
+    return keep
+
+
+# ---- What comes of it ----------------------------------------------------------------------------
+
+
+def held_out_accuracy(
+    run: RunConfig, trainer: Trainer, tokenizer: Tokenizer, say: Say
+) -> Callable[[State], dict[str, float]] | None:
+    """Accuracy of a state on held-out prompts of the task, drawn and greedy; None without one.
+
+    Raises ValueError if these prompts cannot be read, or not be answered in rl.max_new_tokens.
+    """
+    if not (run.train.eval_every and run.task.name and configured_task(run.task).held_out):
+        return None
+    if pipeline_ranks(trainer.layout) > 1 or trainer.layout.config.context > 1:
+        say("no held-out accuracy: answers are not sampled over the mesh axes pipe and context")
+        return None
+    task = configured_task(run.task)
+    prompts = TaskPrompts(task, tokenizer, run.seed)
+    rl = dataclasses.replace(
+        run.rl.uncut, replay_routing=False, server="", server_model="", server_reload=False
+    )
+    at_one = dataclasses.replace(run, rl=rl)
+    drawn, greedy = (
+        make_sampler(trainer, at_one, tokenizer, is_greedy, min(256, rl.eval_prompts))
+        for is_greedy in (False, True)
+    )
+    _, asked = prompts.to_measure(0, rl.eval_prompts)
+    rooms = {"model.max_position": run.model.max_position}
+    refuse(misfits(tokenizer, asked, rl.max_new_tokens, rooms), len(asked))
+    questions = prompts.held_out(rl.eval_prompts)
+    evaluation = Evaluation(questions, prompts, TaskScorer(task, rl), drawn, greedy)
+
+    def evaluate(state: State) -> dict[str, float]:
+        drawn.publish(state["params"], state["router_bias"])
+        return evaluation(int(state["step"]), drawn)
+
+    return evaluate
+
+
+def finish(run_dir: Path, say: Say) -> None:
+    """The last figures in words, and the plots."""
+    last = read_metrics(run_dir)[-1]
+    words = f"loss: {last['train/loss']:.3f} nats per learned token"
+    if "eval/accuracy" in last:
+        words += (
+            f"; held-out accuracy at temperature 1: {last['eval/accuracy']:.3f}, greedy: "
+            f"{last['eval/accuracy_greedy']:.3f}; length: {last['eval/length']:.1f} tokens"
+        )
+    say(words)
+    plots = ", ".join(path.name for path in plot_run(run_dir))
+    say(f"plots: {plots}; run folder: {run_dir}")

@@ -1,0 +1,320 @@
+r"""Whether an answer is the expected number, or means the expected mathematics.
+
+`expected` comes from the prompt's record, `given` from a model: any text, however long. Texts too
+long for a rule are unequal, unless they are the expected text itself. Unicode is brought to its
+compatibility form (full-width digits are digits, `x²` is `x^2`).
+"""
+
+import re
+from fractions import Fraction
+
+from rl.verdict.mathematics.expressions import (
+    CONSTANTS,
+    MAX_CHARS,
+    ExpressionError,
+    Node,
+    approximate,
+    exact_value,
+    parse,
+)
+from rl.verdict.mathematics.notation import (
+    SPAN,
+    Parts,
+    alone,
+    formula,
+    inequality,
+    mathematical,
+    other_connective,
+    parts,
+    squeezed,
+    unassigned,
+)
+from rl.verdict.mathematics.quantities import Number, core, other_angle, plain, read_number, tidy
+from rl.verdict.mathematics.symbolic import symbolically_equal
+
+_ALMOST = 0.02
+"""Largest relative difference between the sides of `a \approx b`."""
+_CLOSED = frozenset((*CONSTANTS, "e", "i"))
+_ROUNDING = 1e-9
+"""Relative difference up to which values in floating point may be equal; then sympy is asked."""
+
+_ABOUT = re.compile(r"\\(?:approx|simeq|cong)(?![A-Za-z])|≈")
+_EQUALS = re.compile(r"=+|\b(?:is|are|equals|equal to)\b")
+_ORDERED = re.compile(r"[<>≤≥≠]|\\(?:[lg]e|[lg]eq|[lg]eqslant|[lg]t|neq?|notin|pm|mp)(?![A-Za-z])")
+_NAME = re.compile(r"[A-Za-z\\_{}()|',.:;\s∠△\d]*")
+_NO_NAME = re.compile(r"(?<![_({A-Za-z\d])\d|\\[dtc]?frac|\\sqrt|\bnot\b")
+_SYMBOL = re.compile(r"\\?[A-Za-z]{1,10}(?:_(?:\w|\{\w+\}))?")
+_NUMBER_IN_TEXT = re.compile(
+    r"(?<![\w.^{])[-+]?\s?[$€£]?(?:\d{1,3}(?:,\d{3})++(?!\d)|\d++)(?:\.\d++)?"
+    r"(?:\s*/\s*\d++(?!\.))?(?!\s?(?:[eE]|\^|\*\*)[-+{]?\d|\s*[\^}_]|\s*\\[a-z])(?:\s*%)?"
+)
+
+
+# ---- numbers ------------------------------------------------------------------------------------
+
+
+def same_number(expected: str, given: str, marked: bool = True, tolerance: float = 0.0) -> bool:
+    r"""Whether `given` is the expected number, exactly or within an absolute tolerance.
+
+    A number may be written out (see `read_number`) or be the value of an expression such as
+    `\sqrt{16}`, `2^{10}`, `3!`; not of a sum, product or quotient of numbers, which may be the
+    question itself. A unit or words around it do not count, as long as they do not change it (see
+    `rl.quantities.core`); nor does `x =`. A percent sign on one side only may mean the number or
+    its hundredth. Where nothing marks the answer (marked=False), prose ends in it: then the last of
+    several numbers is taken.
+
+    ValueError if `expected` is no number; rl.verdict.mathematics.symbolic.UndecidedError if sympy
+    reaches no verdict.
+    """
+    wanted = read_number(plain(expected))
+    if wanted is None:
+        raise ValueError(f"the expected answer {expected[:80]!r} is no number")
+    if len(given) > MAX_CHARS:
+        return False
+    given = plain(given)
+    if other_angle(plain(expected), given):
+        return False
+    if not marked and re.search("[A-Za-z]", given):
+        given = given.rstrip("!. ")  # the end of a sentence, no factorial
+    same = _has_value(wanted, given, Fraction(tolerance))
+    if same is None and not marked:
+        same = _ends_in(wanted, given, Fraction(tolerance))
+    return bool(same)
+
+
+def _has_value(
+    wanted: Number, text: str, tolerance: Fraction, any_form: bool = False
+) -> bool | None:
+    """Whether a text is one value, and that is wanted; None if it is none that can be read.
+
+    any_form: whether a sum or product of numbers counts, and variables that cancel.
+    """
+    number = read_number(text)
+    if number:
+        return _near(wanted, number, tolerance)
+    text = tidy(SPAN.sub(lambda match: f" {match[1] or match[2] or match[3]} ", text))
+    if _ABOUT.search(text):
+        return _about(wanted, text, tolerance)
+    side = _answered(text)
+    if side is None:
+        return None
+    side, factor = core(side.strip().removeprefix("\\{").removesuffix("\\}"))
+    number = read_number(side)
+    if number:
+        return _near(wanted, Number(number.value * factor, number.percent), tolerance)
+    if factor != 1 or re.search(r"[(\[][^()\[\]]*,", side):  # (1,234) is a pair
+        return None
+    try:
+        node = parse(side)
+        if _is_arithmetic(node) and not any_form:
+            return False
+        return _node_has_value(wanted, side, node, tolerance, any_form)
+    except ExpressionError:
+        return None
+
+
+def _node_has_value(
+    wanted: Number, text: str, node: Node, tolerance: Fraction, any_form: bool
+) -> bool:
+    value = exact_value(node)
+    if value is not None:
+        return _near(wanted, Number(value, False), tolerance)
+    if not any_form and not _names(node) <= _CLOSED:
+        return False
+    guess = approximate(node)
+    targets = [wanted.value, wanted.value / 100] if wanted.percent else [wanted.value]
+    if guess is not None:
+        slack = Fraction(_ROUNDING) * max(1, abs(wanted.value))
+        targets = [v for v in targets if abs(Fraction(guess) - v) <= max(tolerance, slack)]
+        if tolerance or not targets:
+            return any(abs(Fraction(guess) - v) <= tolerance for v in targets)
+    return any(symbolically_equal(str(target), text) for target in targets)
+
+
+def _near(wanted: Number, found: Number, tolerance: Fraction) -> bool:
+    values = [(wanted.value, found.value)]
+    if wanted.percent and not found.percent:
+        values.append((wanted.value / 100, found.value))
+    if found.percent and not wanted.percent:
+        values.append((wanted.value, found.value / 100))
+    return any(abs(a - b) <= tolerance for a, b in values)
+
+
+def _names(node: Node) -> set[str]:
+    if node.kind == "name":
+        return {str(node.value)}
+    return set().union(*(_names(part) for part in node.parts))
+
+
+def _is_arithmetic(node: Node) -> bool:
+    """Whether a sum, product or quotient of numbers is in a tree, other than a fraction or a mixed
+    number as written."""
+    if node.kind in "+*" and not _is_fraction(node):
+        numbers = [part for part in node.parts if not _names(part) and _is_exact(part)]
+        if len(numbers) == len(node.parts):
+            return True
+    return any(_is_arithmetic(part) for part in node.parts if not _is_fraction(part))
+
+
+def _is_exact(node: Node) -> bool:
+    return exact_value(node) is not None
+
+
+def _is_fraction(node: Node) -> bool:
+    """A quotient of two numbers, signs included, or a number and such a quotient."""
+    if node.kind == "+":
+        return node.parts[0].kind == "num" and len(node.parts) == 2 and _is_fraction(node.parts[1])
+    if node.kind != "*" or len(node.parts) != 2 or node.parts[1].kind != "inv":
+        return False
+    return all(
+        (part.parts[0] if part.kind == "neg" else part).kind == "num"
+        for part in (node.parts[0], node.parts[1].parts[0])
+    )
+
+
+def _answered(text: str) -> str | None:
+    """The last side of `x = 2 + 3 = 5`, `the answer is 5`, `5 = x`; None if sides differ in value
+    or one is neither a name nor a value, and for inequalities."""
+    if _ORDERED.search(text):
+        return None
+    sides = [side.strip(" \n\t:,") for side in _EQUALS.split(text)]
+    sides = [side for side in sides if side]
+    if len(sides) == 2 and _SYMBOL.fullmatch(sides[1]) and _value(sides[0]) is not None:
+        sides.pop()
+    while len(sides) > 1 and _NAME.fullmatch(sides[0]) and not _NO_NAME.search(sides[0]):
+        del sides[0]
+    values = [_value(side) for side in sides[:-1]]
+    last = _value(sides[-1]) if values else 0.0
+    if last is None or any(v is None or abs(v - last) > _ROUNDING * abs(last) for v in values):
+        return None
+    return sides[-1] if sides else None
+
+
+def _value(text: str) -> float | None:
+    text, factor = core(text)
+    number = read_number(text)
+    try:
+        value = float(number.value) if number else approximate(parse(text))
+    except (ExpressionError, OverflowError):
+        return None
+    return None if value is None else value * factor
+
+
+def _about(wanted: Number, text: str, tolerance: Fraction) -> bool | None:
+    """`\\frac{22}{7} \\approx 3.14` is either, if they are near each other."""
+    sides = [side for side in (_answered(side) for side in _ABOUT.split(text)) if side]
+    sides = [side for side in sides if not _SYMBOL.fullmatch(side)]
+    values = [_value(side) for side in sides]
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return None
+    if max(known) - min(known) > _ALMOST * max(map(abs, known)):
+        return False
+    return any(_has_value(wanted, side, tolerance) for side in sides)
+
+
+def _ends_in(wanted: Number, text: str, tolerance: Fraction) -> bool:
+    """Whether the last number of a text is the wanted one."""
+    numbers = list(_NUMBER_IN_TEXT.finditer(text))
+    if not numbers:
+        return False
+    found = numbers[-1]
+    unit = re.match(r"[A-Za-z]+|\s+[A-Za-z]+", text[found.end() :])
+    if unit:
+        number, factor = core(found.group().strip() + unit.group())
+        if factor != 1 or not unit.group()[0].isspace():
+            return bool(_has_value(wanted, number + unit.group() * (factor != 1), tolerance))
+    number = read_number(re.sub(r"[$€£]", "", found.group()).replace(" ", ""))
+    return number is not None and _near(wanted, number, tolerance)
+
+
+# ---- mathematics --------------------------------------------------------------------------------
+
+
+def same_maths(expected: str, given: str, marked: bool = True) -> bool:
+    r"""Whether two mathematical texts mean the same: equal text, equal number, or equal by sympy.
+
+    `x = 5` is 5, and equations are equal if the differences of their sides are, up to the sign;
+    inequalities, read from either end, if their sides are. Degrees are not converted to radians.
+    Tuples, intervals and matrices are compared part by part, with their brackets; sets in braces,
+    lists without brackets, unions and \pm without order. From a given text that is prose with one
+    $formula$, or (marked=False) several, the last formula is taken.
+
+    Raises rl.verdict.mathematics.symbolic.UndecidedError if sympy reaches no verdict in time.
+    """
+    if max(len(expected), len(given)) > 2 * MAX_CHARS:
+        return squeezed(expected) == squeezed(given[: 2 * len(expected) + MAX_CHARS]) != ""
+    given = formula(given, marked)
+    if other_angle(plain(expected), plain(given)) or other_connective(expected, given):
+        return False
+    a, b = mathematical(expected), mathematical(given)
+    if squeezed(a) == squeezed(b) or _same_word(a, b):
+        return bool(squeezed(a))
+    if max(len(a), len(b)) > MAX_CHARS:
+        return False
+    parts_a, parts_b = parts(a) or inequality(a), parts(b) or inequality(b)
+    if parts_a or parts_b:
+        return _same_parts(parts_a or alone(a), parts_b or alone(b))
+    if wanted := read_number(a):
+        return bool(_has_value(wanted, b, Fraction(0), any_form=True))
+    if (found := read_number(b)) and not _has_variables(a):
+        return bool(_has_value(found, a, Fraction(0), any_form=True))
+    bare_a, bare_b = unassigned(a), unassigned(b)
+    if (bare_a, bare_b) != (a, b) and same_maths(bare_a, bare_b):
+        return True
+    if "=" in a and "=" in b:
+        return _same_equation(a, b)
+    return _same_expression(a, b)
+
+
+def _same_expression(a: str, b: str) -> bool:
+    try:
+        value_a, value_b = exact_value(parse(a)), exact_value(parse(b))
+    except ExpressionError:
+        return False
+    if value_a is not None and value_b is not None:
+        return value_a == value_b
+    if _only_names(a) and _only_names(b):
+        return False
+    return symbolically_equal(a, b)
+
+
+def _has_variables(text: str) -> bool:
+    # 5m is a product here: in what is expected, a unit stands in \text{}
+    try:
+        return not _names(parse(text)) <= _CLOSED
+    except ExpressionError:
+        return False
+
+
+def _same_equation(a: str, b: str) -> bool:
+    sides_a, sides_b = a.split("="), b.split("=")
+    if len(sides_a) != 2 or len(sides_b) != 2:
+        return False
+    left, right = ("({})-({})".format(*sides) for sides in (sides_a, sides_b))
+    return _same_expression(left, right) or _same_expression(left, f"-({right})")
+
+
+def _only_names(text: str) -> bool:
+    # Words of up to three letters: as products of variables, 'no' would equal 'on'.
+    return re.fullmatch(r"[A-Za-z\s]+", text) is not None
+
+
+def _same_word(a: str, b: str) -> bool:
+    # Yes is yes; A and a are names of two things, and so may be Ab and ab.
+    word = re.fullmatch(r"[A-Za-z][a-z\s]{2,}", a)
+    return word is not None and a[0].lower() + a[1:] == b[:1].lower() + b[1:]
+
+
+def _same_parts(a: Parts, b: Parts) -> bool:
+    if a.brackets != b.brackets or len(a.items) != len(b.items):
+        return False
+    if a.brackets not in ("{}", "{} !=", "cup"):
+        return all(same_maths(x, y) for x, y in zip(a.items, b.items, strict=True))
+    left = list(b.items)
+    for item in a.items:
+        match = next((n for n, other in enumerate(left) if same_maths(item, other)), None)
+        if match is None:
+            return False
+        del left[match]
+    return True

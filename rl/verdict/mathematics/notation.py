@@ -1,0 +1,190 @@
+r"""How a mathematical answer is written: the formula in prose, its parts, its spelling.
+
+Everything here turns text into text; whether parts are equal is for `rl.equivalence`.
+"""
+
+import re
+from typing import NamedTuple
+
+from rl.verdict.mathematics.quantities import TEXT_COMMAND, plain, read_number, tidy
+
+SPAN = re.compile(
+    r"\$\$?(?=\S)([^$]+?)(?<=\S)(?<!\\)\$\$?(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL
+)
+_OPERATOR = re.compile(r"\\operatorname\s*\{([^{}]*)\}")
+_ASSIGNED = re.compile(
+    r"(\\?[A-Za-z]{1,10}(?:_\w|_\{\w+\})?\s*(?:\([A-Za-z,\s]{1,9}\)\s*)?)"
+    r"(?:=|\\in(?![A-Za-z]))([^=]*)"
+)
+_POINT = re.compile(r"(?:\\left\s*)?\(([^()]{1,60}?)(?:\\right\s*)?\)\s*=\s*(?=\(|\\left\s*\()")
+_RELATION = re.compile(
+    r"<=|>=|[<>≤≥≠]|\\(?:le|leq|leqslant|lt|ge|geq|geqslant|gt|ne|neq)(?![A-Za-z])"
+)
+_SIGNS = {
+    r"\lt": "<", r"\le": "<=", r"\leq": "<=", r"\leqslant": "<=", "≤": "<=", r"\ne": "!=",
+    r"\gt": ">", r"\ge": ">=", r"\geq": ">=", r"\geqslant": ">=", "≥": ">=", r"\neq": "!=",
+    "≠": "!=",
+}  # fmt: skip
+_CONNECTED = re.compile(
+    r"(\band\b|\\(?:land|wedge)(?![A-Za-z])|∧)|\bor\b|\\(?:lor|vee)(?![A-Za-z])|∨"
+)
+_AND = re.compile(r",?\s*(?:\\text\s*\{\s*,?\s*(?:and|or)\s*\}|\s(?:and|or)\s)\s*")
+_ANSWER_IS = re.compile(r"[A-Za-z\s,]*\banswer\s*(?:is\b|:)\s*:?", re.IGNORECASE)
+_MATRIX = re.compile(
+    r"\\begin\{([pbvBV]?|small)(?:matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1(?:matrix|array)\}",
+    re.DOTALL,
+)
+_BLANKS = re.compile(
+    r"(\\\\)|(?<=\d)(\s|\\[ ;:]|~)+(?=\d)|\s+|\\[ ,;:!]|~|\\(?:left|right)(?![A-Za-z])"
+)
+_SPELLINGS = (
+    (re.compile(r"\\[dtc](?=frac)"), "\\\\"), (re.compile(r"_\{(\d+|\w)\}"), r"_\1"),
+    (re.compile(r"\^\{(\w)\}"), r"^\1"), (re.compile(r"≤|\\leq(?:slant)?(?![A-Za-z])"), r"\\le"),
+    (re.compile(r"≥|\\geq(?:slant)?(?![A-Za-z])"), r"\\ge"),
+    (re.compile(r"\\varnothing|∅"), r"\\emptyset"), (re.compile("∪"), r"\\cup"),
+)  # fmt: skip
+
+
+class Parts(NamedTuple):
+    """What an answer consists of. Parts with other brackets are never equal."""
+
+    brackets: str
+    """"{}" and "cup": a set, a union, without order. Brackets of a tuple or an interval, "matrix"
+    with the lengths of its rows, "=" with names: in this order."""
+    items: tuple[str, ...]
+
+
+def alone(text: str) -> Parts:
+    """A set of one."""
+    return Parts("{}", (text,))
+
+
+def parts(text: str) -> Parts | None:
+    r"""Rows of a matrix, members of a union, both values of \pm, or items at the commas outside all
+    brackets; None for anything else (a number with thousands separators has no such comma)."""
+    if read_number(text):
+        return None
+    assigned = _ASSIGNED.fullmatch(text)
+    text = assigned[2] if assigned and re.search(r",|\\begin", assigned[2]) else text
+    text = text.replace("\\{", "\\lbrace ").replace("\\}", "\\rbrace ")
+    text = re.sub(r"\\(?:left|right)(?![A-Za-z])", "", text).strip()
+    if "\\begin" in text:
+        return _matrix(text)
+    union = re.split(r"\\cup(?![A-Za-z])|∪", text)
+    if len(union) > 1:
+        return Parts("cup", tuple(map(str.strip, union)))
+    if len(re.findall(r"\\pm(?![A-Za-z])|±", text)) == 1 and "," not in text:
+        return Parts("{}", tuple(re.sub(r"\\pm(?![A-Za-z])|±", sign, text) for sign in "+-"))
+    pairs = {"\\lbrace": "{}", "(": "(", "[": "["}
+    opening = next((sign for sign in pairs if text.startswith(sign)), "")
+    closing = next((sign for sign in ("\\rbrace", ")", "]") if text.endswith(sign)), "")
+    if opening and closing and (opening == "\\lbrace") == (closing == "\\rbrace"):
+        items = _split(text[len(opening) : -len(closing)])
+        if items and (len(items) > 1 or opening == "\\lbrace"):
+            return Parts("{}" if opening == "\\lbrace" else opening + closing, items)
+    items = _split(text)
+    return _by_name(items) if len(items) > 1 else None
+
+
+def _by_name(items: tuple[str, ...]) -> Parts:
+    """A list without brackets: x = 1, x = 2 are values of one name; x = 1, y = 2 have an order."""
+    named = [match for match in map(_ASSIGNED.fullmatch, items) if match]
+    names = sorted({match[1].strip() for match in named})
+    if len(names) < 2 or len(named) < len(items):
+        return Parts("{}", items)
+    ordered = sorted(named, key=lambda match: match[1].strip())
+    return Parts("=" + ",".join(names), tuple(match[2] for match in ordered))
+
+
+def _matrix(text: str) -> Parts | None:
+    if text[:1] + text[-1:] in ("()", "[]"):
+        text = text[1:-1].strip()
+    match = _MATRIX.fullmatch(text)
+    if not match:
+        return None
+    rows = [row.split("&") for row in re.split(r"\\\\", match[2]) if row.strip()]
+    kind = "determinant" if match[1] == "v" else "matrix"
+    shape = ",".join(str(len(row)) for row in rows)
+    return Parts(f"{kind} {shape}", tuple(item.strip() for row in rows for item in row))
+
+
+def _split(text: str) -> tuple[str, ...]:
+    """Items between commas at depth 0; () if brackets do not balance."""
+    items, depth, begin = [], 0, 0
+    for position, character in enumerate(text):
+        depth += (character in "([{") - (character in ")]}")
+        if depth < 0:
+            return ()
+        if character == "," and depth == 0:
+            items.append(text[begin:position].strip())
+            begin = position + 1
+    items.append(text[begin:].strip())
+    return tuple(items) if depth == 0 else ()
+
+
+def inequality(text: str) -> Parts | None:
+    r"""Sides of a chain such as `0 < x \le 5`, the smallest first, with its signs; None if it is
+    none. Sides of `x \ne 5` have no order."""
+    sides = [side.strip() for side in _RELATION.split(text)]
+    if len(sides) < 2 or not all(sides) or "=" in "".join(sides):
+        return None
+    signs = [_SIGNS.get(sign, str(sign)) for sign in _RELATION.findall(text)]
+    if signs == ["!="]:
+        return Parts("{} !=", tuple(sides))
+    if {sign[0] for sign in signs} == {">"}:
+        sides, signs = sides[::-1], [sign.replace(">", "<") for sign in signs[::-1]]
+    return Parts(" ".join(signs), tuple(sides)) if {sign[0] for sign in signs} == {"<"} else None
+
+
+def other_connective(a: str, b: str) -> bool:
+    """Whether one of two answers with inequalities joins them by `and`, the other by `or`."""
+    joined = [
+        {bool(match[1]) for match in _CONNECTED.finditer(text)}
+        for text in (a, b)
+        if _RELATION.search(text)
+    ]
+    return len(joined) == 2 and all(joined) and joined[0] != joined[1]
+
+
+def formula(text: str, marked: bool) -> str:
+    """The formula of prose, see `rl.equivalence.same_maths`; a text without prose is itself."""
+    said = _ANSWER_IS.match(text)
+    text = text[said.end() if said else 0 :].strip()
+    spans = list(SPAN.finditer(text))
+    around = SPAN.sub(" ", text)
+    if not spans or not re.search("[A-Za-z]", around) or (marked and len(spans) > 1):
+        return text
+    return next(part for part in spans[-1].groups() if part)
+
+
+def mathematical(text: str) -> str:
+    r"""Without dollar signs, spacing, degrees, and words in \text{} beside a value."""
+    text = plain(text).lstrip("$ \n").rstrip("$. \n")
+    text = _AND.sub(",", _OPERATOR.sub(r"\\\1 ", text))
+    bare = tidy(text)
+    text = bare if bare else TEXT_COMMAND.sub(r"\1", text)
+    text = text.removeprefix("\\(").removesuffix("\\)").strip()
+    point = _POINT.match(text)
+    if point:  # (x, y) = (1, 2), but not (y, x) = (1, 2)
+        names = [name.strip(" \\") for name in point[1].split(",")]
+        if names == sorted(set(names)) and all(map(str.isalpha, names)):
+            return text[point.end() :]
+    return text
+
+
+def unassigned(text: str) -> str:
+    """What follows `x =`, `f(x) =` or `x in`, if that is all there is before it."""
+    assigned = _ASSIGNED.fullmatch(text)
+    return assigned[2].strip() if assigned else text
+
+
+def squeezed(text: str) -> str:
+    """Without white space, but between digits, and in one spelling where LaTeX has several."""
+
+    def replaced(match: re.Match[str]) -> str:
+        return match[1] or (" " if match[2] else "")
+
+    text = _BLANKS.sub(replaced, text)
+    for pattern, spelling in _SPELLINGS:
+        text = pattern.sub(spelling, text)
+    return text

@@ -1,0 +1,22 @@
+"""Devices of this process: a CPU that appears as several, for meshes without hardware."""
+
+import os
+
+import jax
+
+THREADS_PER_DEVICE = 8
+"""Threads of the common pool per emulated device: several programs may be in flight."""
+
+
+def emulate_devices(count: int) -> None:
+    """Make the CPU appear as `count` devices. Call before JAX is first used."""
+    if count < 1:
+        raise ValueError(f"--emulate {count}: the number of devices must be positive")
+    # A collective blocks its device's thread, which comes from the pool of all programs. Were
+    # products split over threads, or were there only as many threads as devices, the one device
+    # that all others wait for could be left without a thread, for ever.
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false"
+    os.environ["PJRT_NPROC"] = str(max(THREADS_PER_DEVICE * count, os.cpu_count() or 1))
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", count)

@@ -1,0 +1,61 @@
+"""Expert parallelism: every token to the devices that hold its experts, and the results back.
+
+Three ways, all exact (`MeshConfig.exchange`): an all-to-all of padded buffers, one of exact sizes,
+or an all-gather of tokens and a reduce-scatter of results. With `expert_nodes` the all-to-all has
+two levels: a token goes once to each node that holds one of its experts and fans out inside it
+(V3 report, section 3.2.2). With one shard of experts nothing moves.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from sharding.experts.exchange import even_share, level
+from sharding.partition import gather, num_shards, options, scatter_sum, shard_index, sum_over
+
+
+def exchange(
+    x_ND: jax.Array,
+    ids_NK: jax.Array,
+    weights_NK: jax.Array,
+    params: Any,
+    num_local: int,
+    local_experts: Callable[..., tuple[jax.Array, jax.Array]],
+    groups: tuple[int, int] = (1, 1),
+) -> tuple[jax.Array, jax.Array]:
+    """Weighted sum of every token's experts [N, D], wherever they are.
+
+    Args:
+        x_ND: this device's tokens.
+        ids_NK: their experts among all, int; distinct in a row.
+        weights_NK: router weights, fp32.
+        params: weights of this device's experts, a tree.
+        num_local: number of experts here.
+        local_experts: (params, x_RD, ids_RK, weights_RK) to weighted sums [R, D] and the number of
+            choices computed. Ids count from the first expert here; others are computed elsewhere.
+        groups: groups of experts, and how many of them a token chooses from.
+
+    Returns:
+        The sums, and the number of choices computed here, of whichever tokens.
+    """
+    config = options()
+
+    def here(params, x_RD, ids_RK, weights_RK):
+        first = shard_index("experts") * num_local
+        return local_experts(params, x_RD, ids_RK - first, weights_RK)
+
+    if config.exchange == "gather":
+        # x[N_ep, D] -> AllGather_ep -> x[N, D]; y[N, D]{U_ep} -> ReduceScatter_ep -> y[N_ep, D]
+        rows = (gather(a, "experts") for a in (x_ND, ids_NK, weights_NK))
+        y_ND, computed = here(params, *rows)
+        y_ND = scatter_sum(y_ND, "experts")
+    else:
+        (N, K), nodes = ids_NK.shape, num_shards("nodes")
+        of_node = num_local * num_shards("experts_of_node")
+        sent, fanned = (even_share(nodes * of_node, n, K, groups) for n in (of_node, num_local))
+        axis = "experts_of_node"
+        inside = level(axis, axis, num_local, N * nodes * fanned, config, here)
+        across = level("nodes", "experts", of_node, N * sent, config, inside)
+        y_ND, computed = across(params, x_ND, ids_NK, weights_NK)
+    return sum_over(y_ND, "expert_ffn"), computed  # y[N, D]{U_tp} -> AllReduce_tp -> y[N, D]

@@ -1,0 +1,394 @@
+"""Pipeline parallelism: one executor for any table of forward and backward passes.
+
+The layers are cut into stages; a schedule (`sharding/pipeline/schedule.py`) says in which order
+each rank of `pipe` runs the forward and backward passes of its stages for which micro batch, and a
+table (`sharding/pipeline/ticks.py`) lays that out in ticks. Here a table runs inside one jitted
+step: a scan over ticks, on every rank a switch over what the tick asks for, then the messages to
+the neighbours. The program does not grow with layers, micro batches or ticks.
+
+A forward pass keeps what its backward pass needs (what that is decides the layer's own
+recomputation), so a tick costs what the schedule says. Where forward and backward of different
+micro batches share a tick, they are one loop over layers: each step holds a layer forward and a
+layer backward that do not depend on each other.
+
+Letters: L layers, N micro batches.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from sharding.partition import Layout, along_axis
+from sharding.pipeline.entries import add_entries, add_entry, entry, put_entry, zeros_like_shapes
+from sharding.pipeline.stage_weights import (
+    AXIS,
+    Placement,
+    Weights,
+    by_layer,
+    fetch,
+    gather_outer,
+    send_back,
+    sum_outer,
+)
+from sharding.pipeline.ticks import CODES, IDLE, Table
+
+Tree = Any
+
+
+class Stages(NamedTuple):
+    """The model as a pipeline sees it. `micro` is one micro batch, a tree of arrays.
+
+    Objectives are terms of the loss, scalars; what else is returned is added up over micro batches.
+    """
+
+    first: Callable[[Tree, Tree, Tree], jax.Array]
+    """Input of the first layer: x = first(outer, constants, micro)."""
+    layer: Callable[[Tree, Tree, jax.Array, Tree], tuple[tuple[jax.Array, jax.Array], Tree]]
+    """One layer: (x, objective), stats = layer(weights, constants, x, micro)."""
+    last: Callable[[Tree, Tree, jax.Array, Tree], tuple[jax.Array, Tree]]
+    """What follows the layers: objective, parts = last(outer, constants, x, micro)."""
+    place: Callable[[jax.Array], jax.Array]
+    """x, laid out over the other axes as activations between layers are."""
+
+
+class Result(NamedTuple):
+    """Sums over all micro batches; gradients lie as the weights are stored."""
+
+    objective: jax.Array
+    parts: Tree
+    stats: Tree
+    """Of every layer, [L, ...]."""
+    d_outer: Tree
+    d_layers: Tree
+
+
+def run(
+    table: Table, placement: Placement, stages: Stages, weights: Weights, axes: Weights,
+    batch: Tree, shared: Tree, layout: Layout,
+) -> Result:  # fmt: skip
+    """Gradients of the sum of all objectives over the micro batches of `batch` [N, ...].
+
+    `axes` holds the logical axes of every weight; constants outside the layers are whole.
+    `shared` is a tree that all micro batches see; a stage function's `micro` is (batch[n], shared).
+    """
+    held = Weights(
+        gather_outer(weights.outer, axes.outer, layout),
+        fetch(weights.layers, axes.layers, placement, layout),
+        weights.outer_constants,
+        fetch(weights.layer_constants, axes.layer_constants, placement, layout),
+    )
+    full = bool((placement.layer_of >= 0).all())
+
+    def on_rank(held, batch, shared, columns, slots, is_first, is_last):
+        active = slots.reshape(-1) >= 0
+        ends = is_first[0], is_last[0]
+        rank = _Rank(table, stages, held, batch, shared, active, *ends, slots.shape[-1], full)
+        total = rank.run(jax.tree.map(lambda column: column[:, 0], columns))
+        objective, parts = lax.psum((total.objective, total.parts), AXIS)
+        d_outer = jax.tree.map(lambda g: g[None], total.d_outer)
+        return Result(objective, parts, total.stats, d_outer, total.d_layers)
+
+    whole: Any = PartitionSpec()
+    ranks: Any = PartitionSpec(AXIS)
+    ticks = PartitionSpec(None, AXIS)
+    run_on_ranks = along_axis(
+        on_rank,
+        AXIS,
+        (Weights(whole, ranks, whole, ranks), whole, whole, ticks, ranks, ranks, ranks),
+        Result(whole, whole, ranks, ranks, ranks),
+    )
+    columns = {name: jnp.asarray(column) for name, column in table.columns().items()}
+    arrays = (jnp.asarray(x) for x in placement)
+    result = run_on_ranks(held, batch, shared, columns, *arrays)
+    return result._replace(
+        stats=jax.tree.map(lambda x: by_layer(x, placement), result.stats),
+        d_outer=sum_outer(result.d_outer, axes.outer, layout),
+        d_layers=send_back(result.d_layers, axes.layers, placement, layout),
+    )
+
+
+class _Total(NamedTuple):
+    """What a rank adds up over the ticks."""
+
+    objective: jax.Array
+    parts: Tree
+    stats: Tree
+    d_outer: Tree
+    d_layers: Tree
+
+
+class _Out(NamedTuple):
+    """What a tick leaves behind, to be stored where the table says."""
+
+    y: jax.Array
+    dx: jax.Array
+    saved: Tree
+    stats: Tree
+    cotangents: jax.Array
+    """Gradient of every layer's output [slots, ...], which a deferred weight gradient needs."""
+
+
+class _Rank:
+    """The program of one rank; its methods are traced."""
+
+    def __init__(
+        self, table: Table, stages: Stages, held: Weights, batch: Tree, shared: Tree,
+        active: jax.Array, is_first: jax.Array, is_last: jax.Array, slots: int, full: bool,
+    ):  # fmt: skip
+        self.table, self.stages = table, stages
+        self.outer, self.layers, self.outer_constants, self.layer_constants = held
+        self.batch, self.shared = batch, shared
+        self.active, self.is_first, self.is_last = active, is_first, is_last
+        self.slots, self.full = slots, full
+        micro = self._micro(jnp.int32(0))
+        self.x = jax.eval_shape(lambda: self._first(self.outer, micro))
+        self.parts = jax.eval_shape(lambda x: self._last(self.outer, x, micro)[1], self.x)
+        self.one = jax.eval_shape(lambda x: self._run_layer(jnp.int32(0), x, micro), self.x)
+
+    def run(self, columns: dict[str, jax.Array]) -> _Total:
+        """All ticks; the sums of this rank."""
+        t = self.table
+        x, one = self.x, self.one
+        stash = {
+            "x": jnp.zeros((t.num_x + 1, *x.shape), x.dtype),
+            "dy": jnp.zeros((t.num_dy + 1, *x.shape), x.dtype),
+            "saved": jax.tree.map(
+                lambda s: jnp.zeros((t.num_saved + 1, self.slots, *s.shape), s.dtype), one.saved
+            ),
+        }
+        if CODES["I"] in t.codes:
+            shape = (t.num_saved + 1, self.slots, *x.shape)
+            stash["cotangents"] = jnp.zeros(shape, x.dtype)
+        (_, total), _ = lax.scan(self._tick, (stash, self._zero_total()), columns)
+        return total
+
+    def _tick(self, carry, row):
+        stash, total = carry
+        branches = {
+            IDLE: lambda total: (total, self._nothing()),
+            CODES["F"]: lambda total: self._passes(stash, row, total, forward=True),
+            CODES["B"]: lambda total: self._passes(stash, row, total, backward=True),
+            CODES["FB"]: lambda total: self._passes(stash, row, total, forward=True, backward=True),
+            CODES["I"]: lambda total: self._passes(stash, row, total, backward=True, defer=True),
+            CODES["W"]: lambda total: self._weight_gradients(stash, row, total),
+        }
+        used = sorted(self.table.codes | {IDLE})
+        index = jnp.searchsorted(jnp.array(used), row["code"])
+        total, out = lax.switch(index, [branches[code] for code in used], total)
+        first_row = row["f_chunk"] * self.slots
+        total = total._replace(
+            stats=jax.tree.map(lambda a, s: add_entries(a, s, first_row), total.stats, out.stats)
+        )
+        stash = stash | {
+            "x": self._deliver(stash["x"], out.y, row, "x"),
+            "dy": self._deliver(stash["dy"], out.dx, row, "dy"),
+            "saved": jax.tree.map(
+                lambda s, new: put_entry(s, new, row["f_saved"]), stash["saved"], out.saved
+            ),
+        }
+        # The last stage's output waits where other stages' gradients do, for the loss.
+        stash["dy"] = put_entry(stash["dy"], out.y, row["y_kept"])
+        if "cotangents" in stash:
+            stash["cotangents"] = put_entry(stash["cotangents"], out.cotangents, row["i_saved"])
+        return (stash, total), None
+
+    def _deliver(self, slots: jax.Array, message: jax.Array, row, kind: str) -> jax.Array:
+        """Send a tick's message to the neighbours that want it, and store what they sent."""
+        P = self.table.code.shape[1]
+        for way, step in (("up", 1), ("down", -1), ("same", 0)):
+            name = f"{kind}_{way}"
+            if getattr(self.table.channels, name):
+                pairs = [(rank, (rank + step) % P) for rank in range(P)]
+                arrived = lax.ppermute(message, AXIS, pairs) if step else message
+                slots = put_entry(slots, arrived, row[name])
+        return slots
+
+    def _first(self, outer: Tree, micro: Tree) -> jax.Array:
+        return self.stages.place(self.stages.first(outer, self.outer_constants, micro))
+
+    def _last(self, outer: Tree, x: jax.Array, micro: Tree):
+        return self.stages.last(outer, self.outer_constants, x, micro)
+
+    def _stashed(self, stash: jax.Array, slot: jax.Array) -> jax.Array:
+        return self.stages.place(entry(stash, slot))
+
+    def _micro(self, index: jax.Array) -> Tree:
+        return entry(self.batch, index), self.shared
+
+    def _zero_total(self) -> _Total:
+        rows = self.active.shape[0]
+        return _Total(
+            jnp.zeros((), jnp.float32),
+            zeros_like_shapes(self.parts),
+            jax.tree.map(lambda s: jnp.zeros((rows, *s.shape), s.dtype), self.one.stats),
+            zeros_like_shapes(self.outer),
+            zeros_like_shapes(self.layers),
+        )
+
+    def _nothing(self) -> _Out:
+        stacked = lambda s: jnp.zeros((self.slots, *s.shape), s.dtype)  # noqa: E731
+        cotangents = stacked(self.x) if CODES["I"] in self.table.codes else jnp.zeros(())
+        saved, stats = (jax.tree.map(stacked, part) for part in (self.one.saved, self.one.stats))
+        return _Out(zeros_like_shapes(self.x), zeros_like_shapes(self.x), saved, stats, cotangents)
+
+    # -- layers
+
+    def _run_layer(self, row: jax.Array, x: jax.Array, micro: Tree) -> "_Layer":
+        """One layer forward, and what its backward pass needs besides the weights."""
+        weights, constants = entry(self.layers, row), entry(self.layer_constants, row)
+
+        def layer(weights, x):
+            return self.stages.layer(weights, constants, x, micro)
+
+        saveable = (False, True)
+        pulled: Any = jax.vjp(layer, weights, x, has_aux=True, saveable_args=saveable)
+        (y, objective), pull, stats = pulled
+        saved, self._pull_tree = jax.tree.flatten(
+            (pull.opaque_residuals, pull.structured_residuals)
+        )
+        self._pull = pull
+        return _Layer(y, objective, stats, (x, saved))
+
+    def _pull_back(self, row: jax.Array, saved, dy: jax.Array) -> tuple[Tree, jax.Array]:
+        """Gradients of one layer's weights and input."""
+        x, leaves = saved
+        opaque, structured = jax.tree.unflatten(self._pull_tree, leaves)
+        pull = self._pull.replace(
+            args_res=[entry(self.layers, row), x],
+            opaque_residuals=opaque,
+            structured_residuals=structured,
+        )
+        return pull((dy, jnp.float32(1.0)))
+
+    def _step(self, rows, saved, micro: Tree, defer: bool, carry):
+        """One layer forward, one backward, or both; `rows` says which, None for neither.
+
+        Both are in one branch where both slots hold a layer, so that they can overlap.
+        """
+        x, dy, d_layers = carry
+
+        def passes(forward: bool, backward: bool):
+            out: Any = None
+            if rows[0] is not None:
+                empty = zeros_like_shapes((self.one.objective, self.one.stats, self.one.saved))
+                out = self._run_layer(rows[0], x, micro) if forward else _Layer(x, *empty)
+            if not backward:
+                return out, dy, d_layers
+            d_weights, dx = self._pull_back(rows[1], saved, dy)
+            return out, dx, d_layers if defer else add_entry(d_layers, d_weights, rows[1])
+
+        asked = [row is not None for row in rows]
+        if self.full:
+            return passes(*asked)
+        cases = list(itertools.product(*([False, True][: 1 + a] for a in asked)))
+        here = [self.active[row].astype(jnp.int32) for row in rows if row is not None]
+        index = functools.reduce(lambda total, bit: 2 * total + bit, here)
+        return lax.switch(index, [functools.partial(passes, *case) for case in cases])
+
+    # -- ticks
+
+    def _passes(
+        self, stash, row, total: _Total, forward: bool = False, backward: bool = False,
+        defer: bool = False,
+    ):  # fmt: skip
+        """A forward pass, a backward pass, or both in one loop over the layers of a chunk."""
+        x: Any = None
+        dy: Any = None
+        saved, micro = None, self._micro(row["f_micro"])
+        if forward:
+            x = lax.cond(
+                self.is_first[row["f_chunk"]],
+                lambda: self._first(self.outer, micro),
+                lambda: self._stashed(stash["x"], row["f_x"]),
+            )
+        if backward:
+            saved = entry(stash["saved"], row["b_saved"])
+            dy, total = self._output_gradient(stash, row, total)
+
+        def step(carry, i):
+            j = self.slots - 1 - i
+            rows = (
+                row["f_chunk"] * self.slots + i if forward else None,
+                row["b_chunk"] * self.slots + j if backward else None,
+            )
+            kept = entry(saved, j) if backward else None
+            out, dx, d_layers = self._step(rows, kept, micro, defer, carry)
+            y, layer = (out.y, out._replace(y=None)) if forward else (None, None)
+            return (y, dx, d_layers), (layer, carry[1] if defer else None)
+
+        start = (x, dy, total.d_layers)
+        outputs: Any
+        (x, dy, d_layers), outputs = lax.scan(step, start, jnp.arange(self.slots))
+        layers, cotangents = outputs
+        total = total._replace(d_layers=d_layers)
+        out = self._nothing()
+        if forward:
+            total = total._replace(objective=total.objective + layers.objective.sum())
+            out = out._replace(y=x, saved=layers.saved, stats=layers.stats)
+        if backward:
+            out = out._replace(dx=dy)
+            total = self._input_gradient(row, dy, total)
+        if defer:
+            out = out._replace(cotangents=cotangents[::-1])
+        return total, out
+
+    def _output_gradient(self, stash, row, total: _Total) -> tuple[jax.Array, _Total]:
+        """Gradient of the chunk's output: received, or on the last stage that of the loss."""
+        here = self._stashed(stash["dy"], row["b_dy"])
+        micro = self._micro(row["b_micro"])
+
+        def last():
+            objective, pull, parts = jax.vjp(
+                lambda outer, y: self._last(outer, y, micro), self.outer, here, has_aux=True
+            )  # fmt: skip
+            d_outer, dy = pull(jnp.ones_like(objective))
+            return self.stages.place(dy), total._replace(
+                objective=total.objective + objective,
+                parts=jax.tree.map(jnp.add, total.parts, parts),
+                d_outer=jax.tree.map(jnp.add, total.d_outer, d_outer),
+            )
+
+        return lax.cond(self.is_last[row["b_chunk"]], last, lambda: (here, total))
+
+    def _input_gradient(self, row, dx: jax.Array, total: _Total) -> _Total:
+        """On the first stage, the gradient of what comes before the layers."""
+        micro = self._micro(row["b_micro"])
+
+        def first():
+            _, pull = jax.vjp(lambda outer: self._first(outer, micro), self.outer)
+            return total._replace(d_outer=jax.tree.map(jnp.add, total.d_outer, pull(dx)[0]))
+
+        return lax.cond(self.is_first[row["b_chunk"]], first, lambda: total)
+
+    def _weight_gradients(self, stash, row, total: _Total):
+        """The weight gradients that an earlier tick left out."""
+        saved = entry(stash["saved"], row["b_saved"])
+        cotangents = entry(stash["cotangents"], row["b_saved"])
+
+        def step(d_layers, i):
+            at = row["b_chunk"] * self.slots + i
+
+            def add():
+                return add_entry(
+                    d_layers, self._pull_back(at, entry(saved, i), cotangents[i])[0], at
+                )
+
+            return (add() if self.full else lax.cond(self.active[at], add, lambda: d_layers)), None
+
+        d_layers, _ = lax.scan(step, total.d_layers, jnp.arange(self.slots))
+        return total._replace(d_layers=d_layers), self._nothing()
+
+
+class _Layer(NamedTuple):
+    """Result of a layer's forward pass."""
+
+    y: Any
+    objective: jax.Array
+    stats: Tree
+    saved: Tree
