@@ -19,7 +19,7 @@ class Command:
 
     run: Annotated[RunConfig, tyro.conf.arg(name="")]
     """The run; every field of the preset can be overridden."""
-    config: Literal[PRESETS] = "tiny"  # pyright: ignore[reportInvalidTypeForm]
+    config: Literal[tuple(PRESETS)] = "tiny"  # pyright: ignore[reportInvalidTypeForm]
     """Preset; see the list below."""
     layout: Literal[("", *LAYOUTS)] = ""  # pyright: ignore[reportInvalidTypeForm]
     """Layout by name, instead of the preset's; single axes: --mesh.AXIS."""

@@ -5,7 +5,8 @@
 
 import dataclasses
 
-from configs.r1_base2 import PROMPTS, VOCABULARY
+from configs.r1 import PROMPTS
+from configs.r1 import TWO_SCRIPTS_VOCABULARY as VOCABULARY
 
 
 @dataclasses.dataclass(frozen=True)
