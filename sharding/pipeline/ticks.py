@@ -24,7 +24,7 @@ _KINDS: dict[int, Kind] = {code: kind for kind, code in CODES.items()}
 
 
 class Channels(NamedTuple):
-    """Which of the ways between ranks a schedule uses; an executor leaves out the others.
+    """Ways between ranks that a schedule uses; an executor leaves out the others.
 
     `up` goes from a rank to the next (from the last to rank 0), `down` to the one before, `same`
     stays on the rank. Between two ranks both are one way, and all goes `up`.
@@ -39,7 +39,7 @@ class Channels(NamedTuple):
 
 
 class Table(NamedTuple):
-    """What every rank does in every tick: int32 arrays [ticks, ranks].
+    """Work of every rank in every tick: int32 arrays [ticks, ranks].
 
     Entries that a tick does not use are 0 (chunk, micro-batch) or the trash slot.
     """
@@ -252,7 +252,7 @@ def op_at(table: Table, tick: int, rank: int) -> Op | None:
 _Tag = tuple[int, int]
 """(micro-batch, stage) of the stage that reads something."""
 _Held = dict[tuple[str, int], _Tag]
-"""What a rank holds, by (stash, slot). The trash slots are never in it."""
+"""Contents of a rank, by (stash, slot). The trash slots are never in it."""
 
 
 def verify_table(schedule: Schedule, table: Table) -> None:
@@ -306,7 +306,7 @@ def _read(table: Table, tick: int, rank: int, part: Part, stage: int, held: _Hel
 
 
 def _left_behind(part: Part, stage: int, last: int) -> dict[str, _Tag]:
-    """What a part of an op produces, with the tag of who is to read it: `x` and `dy` for other
+    """Products of a part of an op, with the tag of who is to read it: `x` and `dy` for other
     stages, the rest under the name of the column that says where it stays."""
     here = part.micro, stage
     if part.kind == "F":
