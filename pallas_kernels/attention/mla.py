@@ -174,7 +174,7 @@ def spelled(sizes: Sizes) -> str:
 
 
 class _Call(NamedTuple):
-    """Static facts of a call."""
+    """What is known of a call before it runs."""
 
     scale: float
     sizes: Sizes
@@ -248,6 +248,6 @@ def _logits(q_BQNH: Array, k_BSNP: Array, k_rope_BSR: Array) -> Array:
 
 
 def _pairs(start_BQ: Array, first: int, end: int) -> Array:
-    """Mask of the keys [0, end) that the rows [first, end) see [B, 1, Q, S]."""
+    """Which keys [0, end) the rows [first, end) see [B, 1, Q, S]."""
     key_S, row_Q1 = jnp.arange(end), jnp.arange(first, end)[:, None]
     return ((key_S <= row_Q1) & (key_S >= start_BQ[:, :, None]))[:, None]

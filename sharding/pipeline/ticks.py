@@ -252,7 +252,7 @@ def op_at(table: Table, tick: int, rank: int) -> Op | None:
 _Tag = tuple[int, int]
 """(micro-batch, stage) of the stage that reads something."""
 _Held = dict[tuple[str, int], _Tag]
-"""Contents of a rank, by (stash, slot). The trash slots are never in it."""
+"""What a rank holds, by (stash, slot). The trash slots are never in it."""
 
 
 def verify_table(schedule: Schedule, table: Table) -> None:
@@ -306,7 +306,7 @@ def _read(table: Table, tick: int, rank: int, part: Part, stage: int, held: _Hel
 
 
 def _left_behind(part: Part, stage: int, last: int) -> dict[str, _Tag]:
-    """Products of a part of an op, with the tag of who is to read it: `x` and `dy` for other
+    """What a part of an op produces, with the tag of who is to read it: `x` and `dy` for other
     stages, the rest under the name of the column that says where it stays."""
     here = part.micro, stage
     if part.kind == "F":
