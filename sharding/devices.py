@@ -1,4 +1,4 @@
-"""What the devices of a layout can run: kernels for Hopper, the emulator, options of XLA."""
+"""Devices of a layout and what they can run: kernels for Hopper, the emulator, options of XLA."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def schedule_options(config: MeshConfig) -> dict[str, Any]:
 
 
 def not_hopper(layout: Layout) -> str | None:
-    """Why kernels written for NVIDIA's Hopper cannot run on a layout's devices; None: they can."""
+    """Reason why kernels for NVIDIA's Hopper cannot run on a layout's devices; None: they can."""
     device = layout.mesh.devices.flat[0]
     if device.platform not in ("cuda", "gpu"):
         return f"the devices are {device.device_kind}, not NVIDIA Hopper GPUs"
@@ -32,7 +32,7 @@ def not_hopper(layout: Layout) -> str | None:
 
 
 def no_emulator(layout: Layout) -> str | None:
-    """Why kernels cannot be emulated on a layout's devices; None: they can."""
+    """Reason why kernels cannot be emulated on a layout's devices; None: they can."""
     device = layout.mesh.devices.flat[0]
     if device.platform != "cpu":
         return f"the emulator runs on CPU, not on {device.device_kind}"

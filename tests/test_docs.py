@@ -1,7 +1,8 @@
-"""What README.md and docs/ name exists: files, functions, targets, options; and --help answers."""
+"""What the documents name exists: files, functions, targets, modules, options; --help answers."""
 
 import ast
 import functools
+import importlib.util
 import os
 import pathlib
 import re
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 MADE_BY_RUNS = ("runs/", "cache/", ".venv")
 """Paths that docs may name although a fresh checkout has none of them."""
@@ -177,8 +178,19 @@ def help_text(script: str, preset: str = "", command: str = "") -> str:
     return result.stdout
 
 
+def is_installed_or_here(module: str) -> bool:
+    """Whether `python -m module` finds something to run from the root of the checkout."""
+    path = ROOT.joinpath(*module.split("."))
+    if (ROOT / module.split(".")[0]).is_dir():
+        return path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
+    return importlib.util.find_spec(module) is not None
+
+
 def unknown_parts(command: list[str]) -> list[str]:
-    """Targets, files and options of a command that do not exist; only make and python are read."""
+    """Targets, files, modules and options of a command that do not exist.
+
+    Only make and python are read; options are those of entry points.
+    """
     program, arguments = command[0], command[1:]
     if program == "make":
         words = [word for word in arguments if "=" not in word and not word.startswith("-")]
@@ -186,6 +198,9 @@ def unknown_parts(command: list[str]) -> list[str]:
     if not re.fullmatch(r"(.*/)?python[\d.]*", program) or not arguments:
         return []
     script = arguments[0]
+    if script == "-m":
+        module = arguments[1]
+        return [] if is_installed_or_here(module) else [f"python -m {module}"]
     if not script.endswith(".py"):
         return []
     if not (ROOT / script).exists():
@@ -210,9 +225,11 @@ def unknown_parts(command: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("doc", DOCS, ids=lambda path: path.name)
 def test_commands_exist(doc):
+    text = read(doc)
+    quoted = re.findall(r"`(python -m [^`]+)`", text.prose)
     unknown = [
         part
-        for block in read(doc).shell
+        for block in [*text.shell, *quoted]
         for command in commands(block)
         for part in unknown_parts(command)
     ]
@@ -226,6 +243,9 @@ def test_commands_exist(doc):
         ("make train CONFIG=tiny", []),
         ("JAX_PLATFORMS=cpu python no_such.py --help | tail", ["no_such.py"]),
         (".venv/bin/python no_such.py \\\n  --steps 3", ["no_such.py"]),
+        ("python -m bench.step --rounds 5; python -m pip install x", []),
+        ("python -m bench.no_such --rounds 5", ["python -m bench.no_such"]),
+        ("python -m sharding", ["python -m sharding"]),
         ("git clone somewhere; pip install x", []),
     ],
 )

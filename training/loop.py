@@ -21,7 +21,7 @@ from training.trace import Trace
 
 
 class Checkpoints(Protocol):
-    """What the loop asks of checkpoint/manager.py."""
+    """Calls that the loop makes of checkpoint/manager.py."""
 
     def save(self, step: int, state: Any, config: Any, mesh: Any, metrics: Any) -> bool: ...
 
