@@ -19,11 +19,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from rl.advantages import group_advantages
+from rl.advantages import filtered_mask, group_advantages
 from rl.batches import Batch, cut, make_batch
 from rl.config import GRPOConfig, RLConfig
 from rl.evaluate import Evaluation, describe, failed_rewards, lengths
-from rl.filters import filtered_mask
 from rl.metrics import Metrics, merge, numbers
 from rl.prompts import SAMPLE, Prompts, Questions, sampler_seed
 from rl.resample import Asked, choose, differing, reward_arrays

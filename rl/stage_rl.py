@@ -256,6 +256,7 @@ def describe(run: RunConfig) -> list[str]:
         f"most {rl.max_new_tokens} tokens, for {updates} update{'s' * (updates > 1)} of "
         f"{run.train.batch_size}",
         f"task         {configured_task(run.task) if run.task.name else rl.prompts}",
+        f"objective    {rl.objective_of or 'own'}",
     ]
 
 
