@@ -153,7 +153,7 @@ def file_prompts(config: RLConfig, tokenizer: Tokenizer, seed: int) -> FilePromp
             check_tests(problem)
 
     found = read_prompts(Path(config.prompts), need_answers=judged, check=check)
-    problems = [in_template(problem, config.template) for problem in found.problems]
+    problems = [in_template(problem, config.template) for problem in found]
     return FilePrompts(*split_problems(problems, config.held_out), tokenizer, seed)
 
 

@@ -4,15 +4,11 @@ import dataclasses
 import difflib
 from typing import Any
 
-from rl.tasks.arithmetic import Arithmetic
-from rl.tasks.countdown import Countdown
 from rl.tasks.permutations import Permutations
 from rl.tasks.search import Search
 from rl.tasks.task import Task
 
-TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (Permutations, Search, Countdown, Arithmetic)
-}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Permutations, Search)}
 
 
 def make_task(name: str, **options: Any) -> Task:
