@@ -30,7 +30,7 @@ from rl.config import RLConfig, SFTConfig, TaskConfig
 from rl.corpus import configured_task
 from rl.examples.conversations import Example, ListedExamples
 from rl.examples.packing import PackedExamples, sft_batches
-from rl.examples.rejection import Round, Selection, attempt_of_text
+from rl.examples.rejection import Attempt, Round, Selection
 from rl.examples.teacher import TEACHER, StudentTrainer, Teacher, policy_version
 from rl.examples.traces import read_traces, write_traces
 from rl.problems import Problem
@@ -271,7 +271,8 @@ def test_traces_of_other_settings_are_not_taken(change, says, policy, tmp_path):
 
     def write(run):
         settings = tuning.trace_settings(run)
-        made = [attempt_of_text(tokenizer, Problem("a", {}), "b", True, 1.0)]
+        answer = np.append(tokenizer.encode("b"), np.int32(tokenizer.eos_id))
+        made = [Attempt(Problem("a", {}), tokenizer.encode("a"), answer, "b", True, 1.0)]
         return write_traces(
             str(tmp_path), tokenizer, lambda _: Round(made, 0, 0), 1, Selection(), {}, settings
         )
