@@ -254,7 +254,8 @@ class RLConfig:
         patience = "seconds above 0, such as 60 for a reward that asks a model"
         _check(self, "rl.", ("reward_timeout",), lambda x: 0 < x < math.inf, patience)
         _check(self, "rl.", ("held_out",), lambda x: 0 <= x <= 0.9, "a share in 0..0.9")
-        check_choice("rl.objective_of", self.objective_of, ["", *PUBLISHED])
+        if self.objective_of:
+            check_choice("rl.objective_of", self.objective_of, PUBLISHED)
         if self.objective_of and self.objective == GRPOConfig():
             raise ValueError(
                 f"rl.objective_of is {self.objective_of!r}, but rl.objective has the defaults; in "

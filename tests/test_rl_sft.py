@@ -236,9 +236,9 @@ def test_demonstrations_are_correct_and_a_function_of_the_seed():
     assert wrong > 20  # 0.8 ** 10 of the chains have no mistake
     for i in range(20):
         text = letters.decode(examples[i].ids, skip_special=True)
-        record = task.prompt(5, int(examples.name(i).split()[-1]), "train")
-        assert text.startswith(record.prompt)
-        assert task.verify(record, text.removeprefix(record.prompt))
+        problem = task.prompt(5, int(examples.name(i).split()[-1]), "train")
+        assert text.startswith(problem.prompt)
+        assert task.verify(problem, text.removeprefix(problem.prompt))
     again = task_examples(task, letters, 5, 20).examples
     other = task_examples(task, letters, 6, 20).examples
     for same in range(20):

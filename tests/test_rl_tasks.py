@@ -152,9 +152,9 @@ def test_no_answer_is_slow(task):
 
 
 def test_options_are_checked():
-    with pytest.raises(ValueError, match="did you mean search"):
+    with pytest.raises(ValueError, match="did you mean 'search'"):
         make_task("serch")
-    with pytest.raises(ValueError, match="no option 'nois'; did you mean noise"):
+    with pytest.raises(ValueError, match="permutations is 'nois'; did you mean 'noise'"):
         make_task("permutations", nois=0.1)
     for name, wrong in [
         ("permutations", {"noise": 1.5}),
@@ -165,7 +165,7 @@ def test_options_are_checked():
         ("search", {"pick": 5}),
         ("search", {"digits": 11}),
     ]:
-        with pytest.raises(ValueError, match=f"task {name}: {next(iter(wrong))}="):
+        with pytest.raises(ValueError, match=f"task {name}: {next(iter(wrong))}( is |=)"):
             make_task(name, **wrong)
 
 

@@ -235,7 +235,7 @@ def _agreement(
     filters: Mapping[str, Filter],
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What all rounds of a folder have in common, as JSON has it."""
+    """Settings that all rounds of a folder share, as JSON has them."""
     same = {
         "tokenizer": tokenizer.sha256,
         "selection": dataclasses.asdict(selection),
