@@ -32,7 +32,7 @@ from rl.examples.rejection import (
     sampled_round,
     select,
 )
-from rl.examples.traces import LINES, PROMPTS, read_traces, write_traces
+from rl.examples.traces import LINES, PROMPTS, read_traces, transcript, write_traces
 from rl.problems import Problem
 from rl.prompts import Questions, TaskPrompts, encode_prompt
 from rl.rollout import PolicySampler, Rollout
@@ -191,7 +191,7 @@ def test_traces_hold_the_chosen_answers_and_where_they_come_from(tmp_path):
     assert said[0].startswith("traces, round 0: ")
     flat = [(n, one) for n, some in enumerate(chosen) for one in some]
     assert len(traces.examples.lengths) == len(flat)
-    for i, ((number, one), line) in enumerate(zip(flat, traces.lines(), strict=True)):
+    for i, ((number, one), line) in enumerate(zip(flat, transcript(traces.stores), strict=True)):
         example = traces.examples[i]
         np.testing.assert_array_equal(example.ids, [*one.prompt, *one.answer])
         np.testing.assert_array_equal(
@@ -282,7 +282,7 @@ def test_sampled_conversations_keep_their_ids_and_read_as_messages(tmp_path):
         {"any": lambda problem, text: True}, {}, lambda line: None,
     )  # fmt: skip
     np.testing.assert_array_equal(traces.examples[0].ids, [*prompt, *answer])
-    (line,) = traces.lines()
+    (line,) = transcript(traces.stores)
     assert line["messages"] == [
         *messages, {"role": "assistant", "content": "<think>\nwhy</think>so"},
     ]  # fmt: skip
@@ -450,7 +450,7 @@ def test_a_small_student_learns_from_traces_what_its_teacher_does(tmp_path):
     # Greedy answers to one prompt are equal: half of them repeat the other half.
     assert own.fates["repeated"] >= 50
     assert own.fates["repeated"] + own.fates["kept"] + own.fates["wrong"] == 128
-    for i, line in enumerate(own.lines()):
+    for i, line in enumerate(transcript(own.stores)):
         problem = Problem(line["prompt"], task_answer(task, line["prompt"]), task.name)
         assert task.verify(problem, line["completion"]) == 1.0
         text = tokenizer.decode(own.examples[i].ids, skip_special=True)

@@ -32,7 +32,7 @@ from rl.examples.conversations import Example, ListedExamples
 from rl.examples.packing import PackedExamples, sft_batches
 from rl.examples.rejection import Attempt, Round, Selection
 from rl.examples.teacher import TEACHER, StudentTrainer, Teacher, policy_version
-from rl.examples.traces import read_traces, write_traces
+from rl.examples.traces import read_traces, transcript, write_traces
 from rl.problems import Problem
 from rl.recipe import run_recipe, stage_command
 from rl.stopping import never
@@ -521,7 +521,7 @@ def test_fine_tuning_then_distillation(tmp_path):
     last_record(student_run, run_train(student_run, *distil), "train/kl")
     tokenizer = tuning.load_tokenizer(student_run / "tokenizer.json")
     traces = read_traces(str(student_run / "traces"), tokenizer)
-    lines = list(traces.lines())
+    lines = list(transcript(traces.stores))
     assert len(lines) == traces.fates["kept"] == len(traces.examples.lengths) > 0
     assert {line["policy"] for line in lines} == {str(teacher)}
     assert {line["reward"] for line in lines} == {1.0}

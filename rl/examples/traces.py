@@ -48,11 +48,12 @@ class Traces:
         """Number of answers of all rounds by fate (`rl/examples/rejection.py:select`)."""
         return sum((Counter(s.meta["traces"]["fates"]) for s in self.stores), Counter[str]())
 
-    def lines(self) -> Iterator[dict[str, Any]]:
-        """The transcript, a trace after the other, in the order of the examples."""
-        for store in self.stores:
-            for line in _read(store, LINES).decode("utf-8").splitlines():
-                yield json.loads(line)
+
+def transcript(stores: Sequence[TokenStore]) -> Iterator[dict[str, Any]]:
+    """Lines of the stores' transcripts, a trace after the other, in the order of the examples."""
+    for store in stores:
+        for line in _read(store, LINES).decode("utf-8").splitlines():
+            yield json.loads(line)
 
 
 def write_traces(
@@ -202,10 +203,8 @@ def _line(attempt: Attempt) -> dict[str, Any]:
 
 def _kept(stores: Sequence[TokenStore]) -> Kept:
     kept = Kept()
-    for store in stores:
-        for content in _read(store, LINES).decode("utf-8").splitlines():
-            line = json.loads(content)
-            kept.add(line["problem"], line["digest"])
+    for line in transcript(stores):
+        kept.add(line["problem"], line["digest"])
     return kept
 
 
