@@ -10,6 +10,7 @@ import tyro
 
 from configs import PRESETS, preset, summary
 from configs.schema import RunConfig
+from rl.config import PUBLISHED
 from sharding.config import LAYOUTS
 
 
@@ -67,10 +68,11 @@ class Command:
 def parse(arguments: Sequence[str] | None = None) -> Command:
     """Read the command line; exits with near matches on an unknown option."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    # The preset and the layout decide the defaults of everything else, so they are read first.
+    # Preset, layout and published objective decide the defaults of the rest: they are read first.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", default="tiny")
     first.add_argument("--layout", default="")
+    first.add_argument("--rl.objective-of", "--rl.objective_of", dest="objective_of", default="")
     chosen, _ = first.parse_known_args(arguments)
     try:
         run = preset(chosen.config)
@@ -78,6 +80,8 @@ def parse(arguments: Sequence[str] | None = None) -> Command:
         raise SystemExit(f"train.py: {error}") from None
     if chosen.layout in LAYOUTS:
         run = dataclasses.replace(run, mesh=LAYOUTS[chosen.layout])
+    if chosen.objective_of in PUBLISHED:
+        run = dataclasses.replace(run, rl=run.rl.following(chosen.objective_of))
     default = Command(run=run, config=chosen.config, layout=chosen.layout)
     presets = "\n".join(f"  {name:14} {summary(name)}" for name in PRESETS)
     command = tyro.cli(

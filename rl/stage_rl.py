@@ -16,10 +16,10 @@ from generation.config import Sampling
 from model.recipe import Recipe
 from rl.corpus import configured_task
 from rl.evaluate import Evaluation
+from rl.jsonl import MAX_SHOWN
 from rl.loop import PolicyLoop
 from rl.plots import plot_rl
 from rl.problems import Problem
-from rl.prompt_files import MAX_SHOWN
 from rl.prompts import (
     FilePrompts,
     Prompts,
@@ -30,8 +30,7 @@ from rl.prompts import (
     shown,
 )
 from rl.rollout import PolicySampler
-from rl.served_weights import SERVED, export_live
-from rl.server import Server, ServerSampler
+from rl.server import SERVED, Server, ServerSampler, export_live
 from rl.tasks.characters import character_tokenizer
 from rl.trainer import PolicyTrainer
 from rl.verdict.sandbox import described_isolation
@@ -256,6 +255,7 @@ def describe(run: RunConfig) -> list[str]:
         f"most {rl.max_new_tokens} tokens, for {updates} update{'s' * (updates > 1)} of "
         f"{run.train.batch_size}",
         f"task         {configured_task(run.task) if run.task.name else rl.prompts}",
+        f"objective    {rl.objective_of or 'own'}",
     ]
 
 

@@ -30,9 +30,9 @@ from rl.config import RLConfig, SFTConfig, TaskConfig
 from rl.corpus import configured_task
 from rl.examples.conversations import Example, ListedExamples
 from rl.examples.packing import PackedExamples, sft_batches
-from rl.examples.rejection import Round, Selection, attempt_of_text
+from rl.examples.rejection import Attempt, Round, Selection
 from rl.examples.teacher import TEACHER, StudentTrainer, Teacher, policy_version
-from rl.examples.traces import read_traces, write_traces
+from rl.examples.traces import read_traces, transcript, write_traces
 from rl.problems import Problem
 from rl.recipe import run_recipe, stage_command
 from rl.stopping import never
@@ -271,7 +271,8 @@ def test_traces_of_other_settings_are_not_taken(change, says, policy, tmp_path):
 
     def write(run):
         settings = tuning.trace_settings(run)
-        made = [attempt_of_text(tokenizer, Problem("a", {}), "b", True, 1.0)]
+        answer = np.append(tokenizer.encode("b"), np.int32(tokenizer.eos_id))
+        made = [Attempt(Problem("a", {}), tokenizer.encode("a"), answer, "b", True, 1.0)]
         return write_traces(
             str(tmp_path), tokenizer, lambda _: Round(made, 0, 0), 1, Selection(), {}, settings
         )
@@ -520,7 +521,7 @@ def test_fine_tuning_then_distillation(tmp_path):
     last_record(student_run, run_train(student_run, *distil), "train/kl")
     tokenizer = tuning.load_tokenizer(student_run / "tokenizer.json")
     traces = read_traces(str(student_run / "traces"), tokenizer)
-    lines = list(traces.lines())
+    lines = list(transcript(traces.stores))
     assert len(lines) == traces.fates["kept"] == len(traces.examples.lengths) > 0
     assert {line["policy"] for line in lines} == {str(teacher)}
     assert {line["reward"] for line in lines} == {1.0}
