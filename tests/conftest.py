@@ -14,6 +14,8 @@ os.environ["XLA_FLAGS"] = " ".join(
     [
         "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
+        # In one piece: cutting a program for several compiler threads costs a seventh of its time.
+        "--xla_cpu_parallel_codegen_split_count=1",
         "--xla_cpu_multi_thread_eigen=false",
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",

@@ -5,6 +5,7 @@ Attention alone, then whole steps (tolerances: tests/layout_helpers.py), then wh
 
 import dataclasses
 import functools
+import itertools
 import re
 
 import jax
@@ -135,17 +136,21 @@ CUTS = {
     "context 4, gather": MeshConfig(context=4, context_exchange="gather"),
     "context 2 x tensor 2, gather": MeshConfig(context=2, tensor=2, context_exchange="gather"),
 }
-DEFAULT = ("context 4", "context 2 x tensor 2, gather")
+DEFAULT = (("context 4", "packed"), ("context 2 x tensor 2, gather", "packed"))
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
 @pytest.mark.parametrize(
-    "name", [n if n in DEFAULT else pytest.param(n, marks=pytest.mark.slow) for n in CUTS]
+    ("name", "packed"),
+    [
+        case if case in DEFAULT else pytest.param(*case, marks=pytest.mark.slow)
+        for case in itertools.product(CUTS, ("whole", "packed"))
+    ],
 )
 def test_attention_is_the_one_device_attention(name, packed):
     """fp32; the worst measured is 1e-6."""
-    got = results(cut_attention, layout_of(CUTS[name]), SEGMENTS if packed else None)
-    assert_close(got, wanted(packed), 1e-4)
+    segments = SEGMENTS if packed == "packed" else None
+    got = results(cut_attention, layout_of(CUTS[name]), segments)
+    assert_close(got, wanted(segments is not None), 1e-4)
 
 
 @pytest.mark.parametrize("exchange", ["ring", pytest.param("gather", marks=pytest.mark.slow)])

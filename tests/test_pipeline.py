@@ -69,9 +69,7 @@ PIPELINES = {
         4,
     ),
 }
-"""Layout and number of micro batches."""
-DEFAULT = ("1f1b",)
-"""The quickest to compile; the others are slow tests."""
+"""Layout and number of micro batches. The default suite has a pipeline in tests/test_layouts.py."""
 
 
 @functools.cache
@@ -79,9 +77,8 @@ def one_device(model=DEEP) -> Result:
     return take_step(ONE_DEVICE, model=model, train=ROWS)
 
 
-@pytest.mark.parametrize(
-    "name", [n if n in DEFAULT else pytest.param(n, marks=pytest.mark.slow) for n in PIPELINES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PIPELINES)
 def test_a_pipelined_step_is_the_one_device_step(name):
     """Gradients, new parameters, losses, norms; counts and biases to the bit; nothing dropped."""
     layout, micro = PIPELINES[name]
