@@ -39,15 +39,12 @@ from training.step import Trainer
 LAYOUTS = {
     "cube": MeshConfig(fsdp=2, expert=2, tensor=2),
     "hybrid": MeshConfig(data=2, fsdp=2, expert=2),
-    "data 4 x tensor 2": MeshConfig(data=4, tensor=2),
     "expert 4 x tensor 2": MeshConfig(expert=4, tensor=2),
-    "fsdp 4 x tensor 2": MeshConfig(fsdp=4, tensor=2),
     "data 2 x tensor 4": MeshConfig(data=2, tensor=4),
     "data 2 x expert 4, no zero1": MeshConfig(data=2, expert=4, zero1=False),
     "data 8": MeshConfig(data=8),
     "fsdp 8": MeshConfig(fsdp=8),
     "expert 8": MeshConfig(expert=8),
-    "tensor 4": MeshConfig(tensor=4),
 }
 QUICK = {
     "hybrid": (MeshConfig(data=2, fsdp=2, expert=2), 1),
@@ -131,16 +128,9 @@ def test_packed_documents_and_accumulation_on_a_mesh():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("micro", [2, 4])
-def test_accumulation_on_a_mesh(micro):
+def test_accumulation_on_a_mesh():
     config = MeshConfig(fsdp=2, tensor=4)
-    assert_same_step(take_step(config, micro=micro), step_on())
-
-
-@pytest.mark.slow
-def test_selective_recomputation_changes_no_gradient():
-    """Nor does full recomputation: tests/test_regressions.py."""
-    assert_same_step(take_step(recipe=Recipe(remat="selective")), step_on())
+    assert_same_step(take_step(config, micro=4), step_on())
 
 
 @pytest.mark.slow
@@ -262,7 +252,7 @@ def models(draw) -> ModelConfig:
 
 
 @pytest.mark.slow
-@hypothesis.settings(max_examples=6, phases=[hypothesis.Phase.generate])
+@hypothesis.settings(max_examples=4, phases=[hypothesis.Phase.generate])
 @hypothesis.given(layouts(), models(), st.sampled_from([1, 2]), st.booleans())
 def test_any_layout_of_any_model(layout, model, micro, packed):
     """The property behind the lists here and in tests/test_pipeline.py."""
