@@ -11,9 +11,10 @@ GPU_COMPILER ?= .gpu-compiler
 CONFIG ?= tiny
 TRAIN_FLAGS ?= --emulate 8 --layout cube
 BENCH ?= step
-# Compiling dominates the tests, so a worker per core pays; a file stays whole for its fixtures. A
-# worker that crashes ends the run: the others would wait for its tests for ever.
-PYTEST_FLAGS ?= -n logical --dist loadfile --max-worker-restart 0
+# Compiling dominates the tests, so a worker per core pays; a file stays whole for its fixtures, and
+# the longest come first (tests/conftest.py). A worker that crashes ends the run: the others would
+# wait for its tests for ever.
+PYTEST_FLAGS ?= -n logical --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 PY = $(VENV)/bin/python
 PIP_INSTALL = -m pip --disable-pip-version-check install --quiet --progress-bar off

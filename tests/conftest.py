@@ -49,6 +49,19 @@ def few_mappings():
         gc.collect()
 
 
+LONGEST = (
+    "test_pipeline.py", "test_layouts.py", "test_context.py", "test_collectives.py",
+    "test_fp8_model.py", "test_processes.py", "test_redundant_experts.py", "test_regressions.py",
+    "test_generation.py", "test_speculation.py", "test_expert_exchange.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that at the end no worker is alone with one."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
 @pytest.fixture
 def strict_promotion():
     """Arrays of unlike types do not mix: an unintended fp32 or bf16 is an error.

@@ -42,6 +42,8 @@ SHALLOW = dataclasses.replace(MODEL, num_layers=2, num_dense_layers=0)
 """Without the dense layer: a third less to compile, and every term of the loss is still there."""
 LEAN = dataclasses.replace(SHALLOW, mtp_depth=0)
 """Nor with the MTP module: half of what MODEL costs, for layouts that other tests run whole."""
+ONE_LAYER = dataclasses.replace(SHALLOW, num_layers=1)
+"""With its MTP module; for tests of the step on one device."""
 TRAIN = TrainConfig(
     steps=10, seq_len=16, batch_size=8, balance_weight=0.05, optimizer=OptimizerConfig(clip_norm=0)
 )

@@ -95,7 +95,7 @@ def linear_in_float64(x, w, dy):
     ("backend", "rounding"),
     [
         pytest.param("emulated", 1e-5, marks=pytest.mark.slow),
-        ("reference", 1e-5),
+        pytest.param("reference", 1e-5, marks=pytest.mark.slow),
         ("portable", 4e-3),
     ],
 )

@@ -24,8 +24,8 @@ from tests.layout_helpers import (
     LEAN,
     MODEL,
     ONE_DEVICE,
+    ONE_LAYER,
     SCALAR_RTOL,
-    SHALLOW,
     TRAIN,
     assert_same_gradients,
     assert_same_step,
@@ -41,8 +41,6 @@ from training.step import Trainer
 
 CUBE = MeshConfig(fsdp=2, expert=2, tensor=2)
 """The step that is compared here is one that tests/test_layouts.py takes on every layout."""
-ONE_LAYER = dataclasses.replace(SHALLOW, num_layers=1)
-"""And the MTP module's."""
 RATE = KNOBS["bias_update_rate"]
 
 
