@@ -23,7 +23,7 @@ PIP_INSTALL = -m pip --disable-pip-version-check install --quiet --progress-bar 
 CACHED = test slow reference
 $(CACHED): export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/cache/tests
 $(CACHED): export JAX_COMPILATION_CACHE_MAX_SIZE ?= 2000000000
-$(CACHED): export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
+$(CACHED): export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.1
 # Without this, pyright asks the network whether it is the newest.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 # tests/conftest.py finds the reference environment by it.
