@@ -65,7 +65,7 @@ LAYOUTS = {
     "fsdp": ("--mesh fsdp=8", {"all-gather": "fsdp", "reduce-scatter": "fsdp"}),
     "sequence": ("--mesh tensor=4,expert=2,sequence=true", {"reduce-scatter": "tensor"}),
 }
-"""Options, and of the collectives that must be there op and axis. `expert` is left to hand: the cube
+"""Options, and of the collectives that must be there op and axis. `expert` is a slow test: the cube
 has its exchange, and `ragged` its cut."""
 
 
