@@ -370,7 +370,7 @@ def sampled(tmp_path_factory):
 @pytest.mark.parametrize(
     ("owner", "name", "call", "kept"),
     [
-        (tuning.PolicySampler, "__call__", 0, 0),
+        pytest.param(tuning.PolicySampler, "__call__", 0, 0, marks=pytest.mark.slow),
         pytest.param(AllRight, "__call__", 1, 1, marks=pytest.mark.slow),
         pytest.param(rl.examples.traces, "seal_store", 2, 3, marks=pytest.mark.slow),
     ],
