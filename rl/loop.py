@@ -266,7 +266,7 @@ class PolicyLoop:
             knobs = knobs_at(self.trainer.train, self.plan, step + i)
             del knobs["mtp_weight"]
             scalars = {name: np.float32(value) for name, value in knobs.items()}
-            self.state, out = self.trainer.update(self.state, part, scalars)
+            self.state, out = self.trainer.step(self.state, part, scalars)
             out = jax.device_get(out)
             check_skipped(
                 self, step + i, int(out.pop("skipped_in_row")), "or look at samples.jsonl"

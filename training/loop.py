@@ -57,6 +57,11 @@ class Loop:
     def __post_init__(self):
         self.first_step = int(self.state["step"])
 
+    @property
+    def complete(self) -> bool:
+        """Whether `run` has nothing left to do."""
+        return self.first_step >= self.trainer.train.steps
+
     def run(self, batches: Iterator[Mapping[str, np.ndarray]], rows: range) -> str:
         """Train on `batches`, of which this process holds `rows` of every micro batch.
 
