@@ -33,6 +33,7 @@ from rl.trainer import REFERENCE, PolicyTrainer
 from rl.transcripts import Transcripts
 from rl.verdict.scoring import Scorer, Scores
 from runtime.signals import StopRequest
+from sharding.devices import mesh_shape
 from sharding.partition import local_rows, place_rows
 from training.display import Display
 from training.loop import Checkpoints, anyone, check_skipped
@@ -234,7 +235,7 @@ class PolicyLoop:
 
     def save(self) -> bool:
         """Checkpoint the state, which no rollout is under way from."""
-        mesh = dict(self.trainer.layout.mesh.shape)
+        mesh = mesh_shape(self.trainer.layout)
         return self.checkpoints.save(int(self.state["step"]), self.state, self.config, mesh, {})
 
     def _due(self, step: int, every: int) -> bool:

@@ -20,6 +20,11 @@ def num_devices(layout: Layout) -> int:
     return layout.mesh.size
 
 
+def mesh_shape(layout: Layout) -> dict[str, int]:
+    """Devices per mesh axis, as checkpoints record it."""
+    return dict(layout.mesh.shape)
+
+
 def device_kind(layout: Layout) -> str:
     """Kind of the devices in their maker's words, such as NVIDIA H200."""
     return layout.mesh.devices.flat[0].device_kind

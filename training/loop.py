@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from runtime.signals import StopRequest
+from sharding.devices import mesh_shape
 from sharding.partition import place_rows
 from training.display import Display
 from training.metrics import MetricsWriter
@@ -123,7 +124,7 @@ class Loop:
     def save(self, record: Mapping[str, float]) -> bool:
         """Checkpoint the state; a held-out loss in `record` was measured on it."""
         measured = {name: value for name, value in record.items() if name.startswith("eval/")}
-        mesh = dict(self.trainer.layout.mesh.shape)
+        mesh = mesh_shape(self.trainer.layout)
         return self.checkpoints.save(
             int(self.state["step"]), self.state, self.config, mesh, measured
         )
