@@ -11,11 +11,12 @@ import tyro
 from configs import PRESETS, preset, summary
 from configs.schema import RunConfig
 from rl.config import PUBLISHED
+from runtime.config import RuntimeOptions
 from sharding.config import LAYOUTS
 
 
-@dataclasses.dataclass(frozen=True)
-class Command:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command(RuntimeOptions):
     """Train a model of the DeepSeek-V3 family, on one device or a mesh."""
 
     run: Annotated[RunConfig, tyro.conf.arg(name="")]
@@ -24,8 +25,6 @@ class Command:
     """Preset; see the list below."""
     layout: Literal[("", *LAYOUTS)] = ""  # pyright: ignore[reportInvalidTypeForm]
     """Layout by name, instead of the preset's; single axes: --mesh.AXIS."""
-    emulate: int = 0
-    """Run on this many emulated CPU devices; 0 takes the devices that are there."""
     init_from: str = ""
     """Weights that a new run starts from, with fresh optimizer state: a run folder or a Hugging
     Face folder of the same model. A run that has a checkpoint goes on from that."""
@@ -36,21 +35,6 @@ class Command:
     recipe: str = ""
     """Run a chain of stages instead, r1_zero or r1 (configs/recipes.py), each in a folder below
     --run-dir; other options go to every stage."""
-    compilation_cache: str = "cache/xla"
-    """Folder that keeps compiled programs between runs; empty keeps none."""
-    distributed: Literal["auto", "on", "off"] = "auto"
-    """Several processes: auto when Slurm, Open MPI or --coordinator says so; on lets JAX detect the
-    cluster, Kubernetes included."""
-    coordinator: str = ""
-    """HOST:PORT of process 0, where no cluster manager is detected."""
-    num_processes: int = 0
-    """Processes of the run; with --coordinator."""
-    process_id: int = -1
-    """This process, from 0; with --coordinator."""
-    join_within: int = 300
-    """Seconds to wait at the start for all processes to come."""
-    lost_after: int = 20
-    """Seconds without a heartbeat of a process after which the others end."""
 
     @property
     def profile_steps(self) -> range:

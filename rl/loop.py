@@ -31,6 +31,7 @@ from rl.stopping import RolloutStoppedError, Stop, never
 from rl.trainer import REFERENCE, PolicyTrainer
 from rl.verdict.scoring import Scorer, Scores
 from runtime.signals import StopRequest
+from sharding.devices import mesh_shape
 from sharding.partition import local_rows, place_rows
 from training.display import Display
 from training.loop import Checkpoints, anyone, check_skipped
@@ -237,7 +238,7 @@ class PolicyLoop:
 
     def save(self) -> bool:
         """Checkpoint the state, which no rollout is under way from."""
-        mesh = dict(self.trainer.layout.mesh.shape)
+        mesh = mesh_shape(self.trainer.layout)
         return self.checkpoints.save(int(self.state["step"]), self.state, self.config, mesh, {})
 
     def _due(self, step: int, every: int) -> bool:
@@ -268,7 +269,7 @@ class PolicyLoop:
             knobs = knobs_at(self.trainer.train, self.plan, step + i)
             del knobs["mtp_weight"]
             scalars = {name: np.float32(value) for name, value in knobs.items()}
-            self.state, out = self.trainer.update(self.state, part, scalars)
+            self.state, out = self.trainer.step(self.state, part, scalars)
             out = jax.device_get(out)
             check_skipped(
                 self, step + i, int(out.pop("skipped_in_row")), "or look at samples.jsonl"

@@ -1,4 +1,4 @@
-"""Devices of a layout and what they can run: kernels for Hopper, the emulator, options of XLA."""
+"""Devices of a layout: their kind, and what they can run."""
 
 from typing import Any
 
@@ -13,6 +13,26 @@ OVERLAP = {
 operand, such as a weight or a table of angles: products into one product, fusions into one kernel.
 What it joins waits for both micro batches, and no exchange of one can then hide behind the other.
 """
+
+
+def num_devices(layout: Layout) -> int:
+    """Devices of all processes together."""
+    return layout.mesh.size
+
+
+def mesh_shape(layout: Layout) -> dict[str, int]:
+    """Devices per mesh axis, as checkpoints record it."""
+    return dict(layout.mesh.shape)
+
+
+def device_kind(layout: Layout) -> str:
+    """Kind of the devices in their maker's words, such as NVIDIA H200."""
+    return layout.mesh.devices.flat[0].device_kind
+
+
+def on_platform(layout: Layout, *names: str) -> bool:
+    """Whether the devices are of one of these platforms: cpu, cuda, gpu, tpu."""
+    return layout.mesh.devices.flat[0].platform in names
 
 
 def schedule_options(config: MeshConfig) -> dict[str, Any]:

@@ -104,7 +104,8 @@ def _check_platform(config: MeshConfig, platform: str) -> None:
         )
 
 
-def describe(mesh: Mesh) -> str:
+def describe(layout: Layout) -> str:
     """One line: device count, kind, and the axes larger than one."""
+    mesh = layout.mesh
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
     return f"{mesh.size} x {mesh.devices.flat[0].device_kind}" + (f": {axes}" if axes else "")

@@ -284,6 +284,11 @@ def _map_named(fn: Callable, shapes: Any, axes: Any) -> Any:
     return structure.unflatten(placed)
 
 
+def with_shardings(tree: Any, shardings: Any) -> Any:
+    """The tree, traced, with every array placed as the shardings of the same structure say."""
+    return jax.lax.with_sharding_constraint(tree, shardings)
+
+
 def batch_sharding(layout: Layout, names: Names) -> NamedSharding:
     """Placement of a batch array with these logical axes."""
     return NamedSharding(layout.mesh, spec(names, layout.computed))

@@ -41,6 +41,7 @@ from sharding.mesh import make_layout
 from sharding.partition import local_rows, place_rows
 from training.config import OptimizerConfig, Phase, TrainConfig
 from training.metrics import read_metrics
+from training.run import Session
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TASK = TaskConfig("permutations", ("length=2", "held_out=0.3"))
@@ -93,7 +94,9 @@ def make_loop(run: RunConfig, trainer: PolicyTrainer, compiled=None) -> stages.P
     tokenizer = stages.policy_tokenizer(run, "")
     prompts = stages.make_prompts(run, tokenizer)
     with stages.open_scorer(run) as scorer:
-        loop = stages.make_loop(run, trainer, state, checkpoints, prompts, scorer, 0.0)
+        loop = stages.make_loop(
+            run, trainer, state, checkpoints, prompts, scorer, Session(print, 0.0)
+        )
     if compiled is not None:
         loop.sampler, loop.evaluation = compiled.sampler, compiled.evaluation
     return loop
@@ -563,7 +566,7 @@ def test_first_gradient_on_eight_devices():
         rows = local_rows(layout, 8)
         placed = place_rows(layout, {k: x[None] for k, x in batch.items()}, rows, 8)
         knobs = {"learning_rate": np.float32(0.1), "bias_update_rate": np.float32(0)}
-        state, out = trainer.update(state, placed, knobs)
+        state, out = trainer.step(state, placed, knobs)
         results.append((jax.device_get(state["opt"]), out))
     (one, out_one), (many, out_many) = results
     moments = [jax.tree.leaves(opt) for opt in (one, many)]

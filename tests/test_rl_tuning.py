@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from types import SimpleNamespace
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,7 @@ from sharding.partition import place_rows, use_layout
 from tests.small_model import CONFIG, hf_folder, run_folder, tensors, weights
 from training.config import OptimizerConfig, TrainConfig
 from training.metrics import read_metrics
+from training.run import Session
 from training.step import Trainer
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -233,7 +235,7 @@ def test_the_evaluation_is_made_before_the_policy_is_read(monkeypatch, tmp_path)
     trainer = tuning.make_trainer(run, Recipe("float32"), layout())
     monkeypatch.setattr(tuning, "load_policy", lambda *_: pytest.fail("the policy was read"))
     with pytest.raises(ValueError, match=r"--rl\.max-new-tokens"):
-        tuning.run_stage(run, trainer, range(0), "", lambda *_: (None, {}), 0.0, print)
+        tuning.run_stage(run, trainer, Session(print, 0.0))
     assert not list(tmp_path.iterdir())
 
 
@@ -350,7 +352,8 @@ def sample(run: RunConfig, say=lambda line: None) -> int:
         raise LookupError
 
     trainer = tuning.make_trainer(run, Recipe("float32"), layout())
-    return tuning.run_stage(run, trainer, range(0), "", training_begins, 0.0, say)
+    with mock.patch.object(tuning, "open_loop", training_begins):
+        return tuning.run_stage(run, trainer, Session(say, 0.0))
 
 
 @pytest.fixture(scope="module")
