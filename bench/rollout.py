@@ -121,11 +121,7 @@ def main() -> None:
         "",
         "| longest answer | answers | mean length | tokens/s | against one at a time |",
         "|---:|---|---:|---:|---:|",
-        *(
-            row
-            for budget in map(int, options.budgets.split(","))
-            for row in measure(bench, budget, options.rounds)
-        ),
+        *(row for budget in budgets for row in measure(bench, budget, options.rounds)),
     ]
     print("\n".join(lines))
     if options.write:
