@@ -276,7 +276,7 @@ def run_stage(
     tokenizer = policy_tokenizer(run, init_from)
     prompts = make_prompts(run, tokenizer)
     if judges_code(run, prompts):
-        say(f"code         runs {described_isolation()}")
+        say(f"code         runs {described_isolation(run.rl.unsafe_code)}")
     connect(trainer.layout.mesh)
     with open_scorer(run) as scorer:
         checkpoints, state = open_state(run, trainer, init_from, say)
