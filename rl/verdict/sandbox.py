@@ -53,11 +53,12 @@ _KEPT_IN = (
 _FURTHER = tuple(
     (*proc, *nested)
     for proc, nested in itertools.product(
-        (("--proc", "/proc"), ("--dir", "/proc")), (("--disable-userns",), ())
+        (("--proc", "/proc", "--remount-ro", "/proc"), ("--dir", "/proc")),
+        (("--disable-userns",), ()),
     )
 )
 """What older versions of bwrap lack and containers deny, best first: a /proc of the program's own
-processes, or an empty one; no namespaces within."""
+processes (read-only: root may write to /proc/sys), or an empty one; no namespaces within."""
 
 
 @dataclasses.dataclass(frozen=True)
