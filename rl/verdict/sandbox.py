@@ -23,7 +23,6 @@ import contextlib
 import dataclasses
 import functools
 import glob
-import itertools
 import json
 import math
 import os
@@ -50,13 +49,10 @@ _KEPT_IN = (
     "--unshare-all", "--unshare-user", "--uid", "1000", "--gid", "1000", "--cap-drop", "ALL",
     "--new-session", "--die-with-parent", "--as-pid-1", "--dev", "/dev", "--remount-ro", "/dev",
 )  # fmt: skip
-_FURTHER = tuple(
-    (*proc, *nested)
-    for proc, nested in itertools.product(
-        (("--proc", "/proc", "--remount-ro", "/proc"), ("--dir", "/proc")),
-        (("--disable-userns",), ()),
-    )
-)
+_PROC = ("--proc", "/proc", "--remount-ro", "/proc")
+_FURTHER = (
+    (*_PROC, "--disable-userns"), _PROC, ("--dir", "/proc", "--disable-userns"), ("--dir", "/proc"),
+)  # fmt: skip
 """What older versions of bwrap lack and containers deny, best first: a /proc of the program's own
 processes (read-only: root may write to /proc/sys), or an empty one; no namespaces within."""
 
