@@ -229,14 +229,16 @@ class Judge:
     def _outcome(self, number: int, batch: "_Batch", answer: int, reward: int) -> dict[str, Any]:
         """{"value": float} or {"kind", "message"} of one reward for one answer. A worker that gave
         none is ended; the answer's other rewards get another."""
+        failure = {"kind": "not reached", "message": "the batch ran out of time"}
+        if time.monotonic() >= batch.end:
+            return failure
         try:
             worker = self._worker(number, batch)
         except ValueError as error:  # one did start once: memory is short, or a file is gone
+            if time.monotonic() >= batch.end:
+                return failure
             return {"kind": "died", "message": f"a worker did not start: {error}"}
         own, left = self.rewards[reward].seconds, batch.end - time.monotonic()
-        failure = {"kind": "not reached", "message": "the batch ran out of time"}
-        if left <= 0:
-            return failure
         try:
             return worker.ask(batch.message(answer, reward), min(own, left))
         except TimeoutError:
