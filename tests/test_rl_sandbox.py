@@ -10,18 +10,9 @@ import pytest
 
 from rl.problems import Problem
 from rl.verdict import sandbox
+from rl.verdict.code_tests import FunctionTest, ProgramTest, ValueTest, read_tests
 from rl.verdict.rules import accuracy, code
-from rl.verdict.sandbox import (
-    FunctionTest,
-    Limits,
-    ProgramTest,
-    Report,
-    ValueTest,
-    check_isolation,
-    described_isolation,
-    read_tests,
-    run_tests,
-)
+from rl.verdict.sandbox import Limits, Report, check_isolation, described_isolation, run_tests
 from tests.tables import each
 
 KEPT_IN = not sandbox._probed().why

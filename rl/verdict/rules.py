@@ -8,7 +8,7 @@ and its `answer` with what:
     answer     the expected answer: text or number, or a list for sequence and set
     choices    texts of the choices A, B, ... (choice)
     tolerance  largest absolute error (number)
-    tests      what code must pass, see `rl/verdict/sandbox.py:read_tests` (code)
+    tests      what code must pass, see `rl/verdict/code_tests.py:read_tests` (code)
     language   language of the chain of thought, one of LANGUAGES (language); without it `en`
 
 Length in tokens is no function of text: see `rl/verdict/scoring.py:soft_overlong`.
@@ -31,9 +31,10 @@ from rl.verdict.answers import (
     final_answer,
     opened,
 )
+from rl.verdict.code_tests import read_tests
 from rl.verdict.mathematics import equivalence
 from rl.verdict.mathematics.quantities import read_number
-from rl.verdict.sandbox import Limits, read_tests, run_tests
+from rl.verdict.sandbox import Limits, run_tests
 
 Reward = Callable[..., float]
 """(problem, text, **options) -> float."""

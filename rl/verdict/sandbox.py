@@ -38,7 +38,8 @@ import time
 from collections.abc import Sequence
 from typing import IO, Any, Literal, NamedTuple
 
-from rl.verdict.sandbox_values import Unit, is_expression, is_json, units, why_not
+from rl.verdict.code_tests import FunctionTest, ProgramTest, Test, ValueTest
+from rl.verdict.sandbox_values import Unit, units, why_not
 
 GRACE = 0.3
 """Seconds from TERM to KILL."""
@@ -88,33 +89,6 @@ class Limits:
                 raise ValueError(f"limit {field.name} is {value!r}; give a number above 0")
 
 
-class ProgramTest(NamedTuple):
-    """The code is a program: given this standard input, it prints this. White space at the ends of
-    lines and of the text does not count."""
-
-    stdin: str
-    stdout: str
-
-
-class FunctionTest(NamedTuple):
-    """The code defines functions: this Python statement, run after it, raises nothing."""
-
-    check: str
-
-
-class ValueTest(NamedTuple):
-    """The code defines functions: this Python expression, evaluated after it, has this value."""
-
-    call: str
-    value: Any
-    """As JSON has it; `rl/verdict/sandbox_values.py:same_value` says what equals it."""
-    tolerance: float = 0.0
-    """By which every number in it may differ."""
-
-
-Test = ProgramTest | FunctionTest | ValueTest
-
-
 class Report(NamedTuple):
     """What became of each test, in their order."""
 
@@ -129,44 +103,6 @@ class _Outcome(NamedTuple):
     stderr: bytes
     reason: str
     """Why the program counts as failed; '' if it ended by itself with status 0."""
-
-
-def read_tests(entries: object) -> list[Test]:
-    """Tests from JSON: a list of {"stdin": .., "stdout": ..}, {"call": "f(1)", "value": 2} (and
-    "tolerance": a number, 0 or more) and {"check": "assert f(1) == 2"}.
-
-    Raises ValueError that names the first entry which is none of these, or if there is none.
-    """
-    if not isinstance(entries, list) or not entries:
-        raise ValueError(f"tests is {str(entries)[:80]!r}; give a list with at least one test")
-    tests: list[Test] = []
-    for number, entry in enumerate(entries):
-        test = _read_test(entry) if isinstance(entry, dict) else None
-        if test is None:
-            raise ValueError(
-                f"test {number} is {str(entry)[:80]!r}; give {{'stdin': text, 'stdout': text}}, "
-                "{'call': expression, 'value': JSON} (and 'tolerance': a number, 0 or more) or "
-                "{'check': statement}"
-            )
-        tests.append(test)
-    return tests
-
-
-def _read_test(entry: dict) -> Test | None:
-    texts = all(isinstance(entry[key], str) for key in entry.keys() - {"value", "tolerance"})
-    tolerance = entry.get("tolerance", 0.0)
-    right = isinstance(tolerance, int | float) and not isinstance(tolerance, bool)
-    if not texts or not right or not 0 <= tolerance < math.inf:
-        return None
-    match sorted(entry):
-        case ["stdin", "stdout"]:
-            return ProgramTest(entry["stdin"], entry["stdout"])
-        case ["check"]:
-            return FunctionTest(entry["check"])
-        case ["call", "value"] | ["call", "tolerance", "value"]:
-            if is_expression(entry["call"]) and is_json(entry["value"]):
-                return ValueTest(entry["call"], entry["value"], tolerance)
-    return None
 
 
 def run_tests(code: str, tests: Sequence[Test], limits: Limits | None = None) -> Report:
