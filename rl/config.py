@@ -193,7 +193,10 @@ class RLConfig:
     not 1. They add to a task's verifier; for a file of prompts, empty is accuracy."""
     reward_timeout: float = 5.0
     """Seconds that each of rl.rewards has for one answer, after which it has failed there. Rewards
-    that run code have 25 s or more (`rl/verdict/judge.py:CODE_SECONDS`)."""
+    that run code have 25 s or more (`rl/verdict/pool.py:CODE_SECONDS`)."""
+    unsafe_code: bool = False
+    """Run code that the model writes with your rights, limited in time and memory alone, instead of
+    in bubblewrap. Without bubblewrap, a run that judges code is refused unless this is set."""
     prompts_per_step: int = 8
     """Prompts of a rollout."""
     max_new_tokens: int = 256

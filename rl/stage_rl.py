@@ -269,7 +269,7 @@ def run_stage(run: RunConfig, trainer: Trainer, session: Session) -> int:
     tokenizer = policy_tokenizer(run, session.init_from)
     prompts = make_prompts(run, tokenizer)
     if judges_code(run, prompts):
-        say(f"code         runs {described_isolation()}")
+        say(f"code         runs {described_isolation(run.rl.unsafe_code)}")
     connect(trainer.layout.mesh)
     with open_scorer(run) as scorer:
         checkpoints, state = open_state(run, trainer, session)

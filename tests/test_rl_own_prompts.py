@@ -23,7 +23,7 @@ from rl.verdict.sandbox import described_isolation
 from rl.verdict.scoring import judge_scorer
 from sharding.config import MeshConfig
 from sharding.mesh import make_layout
-from tests.test_rl_sandbox import EVERY
+from tests.test_rl_sandbox import KEPT_IN
 from training.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -242,9 +242,8 @@ def test_a_run_that_judges_code_says_what_keeps_it_in(folder):
     assert not judged([plain, code], "format")
     assert not judged([plain])
     assert judged([code], "code=0.5")
-    words = described_isolation()
-    assert words.startswith("in namespaces" if "namespaces" in EVERY else "behind a hook")
-    assert described_isolation("hook").endswith("(chosen)")
+    words = described_isolation(unsafe=not KEPT_IN)
+    assert words.startswith("in bubblewrap" if KEPT_IN else "UNSAFE")
 
 
 # ---- Through train.py ----------------------------------------------------------------------------
@@ -307,7 +306,7 @@ def test_a_run_with_a_reward_that_hangs_stops_on_sigterm(folder):
     command = train_command(
         folder, "hanging_run", "--rl.prompts", str(folder / "tested.jsonl"), "--rl.held-out",
         "0.2", "--rl.rewards", f"{folder}/hangs.py:hangs", "code=0", "--rl.reward-timeout", "500",
-        "--train.eval-every", "0",
+        "--train.eval-every", "0", *["--rl.unsafe-code"] * (not KEPT_IN),
     )  # fmt: skip
     process = subprocess.Popen(
         command, cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, text=True, stdout=subprocess.PIPE
