@@ -11,12 +11,19 @@ GPU_COMPILER ?= .gpu-compiler
 CONFIG ?= tiny
 TRAIN_FLAGS ?= --emulate 8 --layout cube
 BENCH ?= step
-# Compiling dominates the tests, so a worker per core pays; a file stays whole for its fixtures. A
-# worker that crashes ends the run: the others would wait for its tests for ever.
-PYTEST_FLAGS ?= -n logical --dist loadfile --max-worker-restart 0
+# Compiling dominates the tests, so a worker per core pays; a file stays whole for its fixtures, and
+# the longest come first (tests/conftest.py). A worker that crashes ends the run: the others would
+# wait for its tests for ever.
+PYTEST_FLAGS ?= -n logical --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 PY = $(VENV)/bin/python
 PIP_INSTALL = -m pip --disable-pip-version-check install --quiet --progress-bar off
+# What one test has compiled, no other compiles: workers and the processes that tests start share it.
+# Of a stated size, so that it is locked while it is written.
+CACHED = test slow reference
+$(CACHED): export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/cache/tests
+$(CACHED): export JAX_COMPILATION_CACHE_MAX_SIZE ?= 2000000000
+$(CACHED): export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.1
 # Without this, pyright asks the network whether it is the newest.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 # tests/conftest.py finds the reference environment by it.

@@ -9,10 +9,8 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -20,6 +18,7 @@ import tyro
 
 from generation.config import ExpertOptions, Sampling, Speculation
 from generation.text import Answers, TextStream
+from runtime.config import RuntimeOptions
 from sharding.config import LAYOUTS, MeshConfig
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Common:
+class Common(RuntimeOptions):
     """What generation and scoring share."""
 
     checkpoint: Path
@@ -42,24 +41,11 @@ class Common:
     """Layout by name; single axes: --mesh.AXIS."""
     mesh: MeshConfig = MeshConfig(data=-1)
     """Devices per mesh axis; weights are whole over fsdp while generating."""
-    emulate: int = 0
-    """Run on this many emulated CPU devices; 0 takes the devices that are there."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and matrix products."""
-    kernels: Literal["auto", "mosaic", "portable", "reference"] = "auto"
+    kernels: Literal["auto", "mosaic", "emulated", "portable", "reference"] = "auto"
     """Backend of the hot paths. auto: the kernels for Hopper where devices, types and shapes allow
-    them, XLA elsewhere. mosaic: kernels or an error."""
-    compilation_cache: str = "cache/xla"
-    """Folder that keeps compiled programs between runs; empty keeps none."""
-    distributed: Literal["auto", "on", "off"] = "auto"
-    """Several processes: auto when Slurm, Open MPI or --coordinator says so; on lets JAX detect the
-    cluster. Every process is given the same command; the first one writes."""
-    coordinator: str = ""
-    """HOST:PORT of process 0, where no cluster manager is detected."""
-    num_processes: int = 0
-    """Processes in all; with --coordinator."""
-    process_id: int = -1
-    """This process, from 0; with --coordinator."""
+    them, XLA elsewhere. mosaic: kernels or an error. emulated: the kernels on CPU, for tests."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,34 +124,6 @@ def note(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def is_first_process() -> bool:
-    """Whether this process is the one that writes."""
-    import jax
-
-    return jax.process_index() == 0
-
-
-def make_layout(options: Common) -> "Layout":
-    """Devices and mesh."""
-    import jax
-
-    from runtime.devices import emulate_devices
-    from runtime.host_memory import keep_freed_memory
-    from runtime.processes import join_processes
-    from sharding import mesh
-
-    if options.emulate or find_spec("jax_cuda13_plugin") is None:
-        keep_freed_memory()
-    if options.emulate:
-        emulate_devices(options.emulate)
-    if options.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", os.path.abspath(options.compilation_cache))
-    join_processes(
-        options.distributed, options.coordinator, options.num_processes, options.process_id
-    )
-    return mesh.make_layout(options.mesh)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status.
 
@@ -186,9 +144,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: Generate | Score) -> int:
     """Do what the command line asks for."""
-    layout = make_layout(options)
     from checkpoint.weights import open_weights
+    from runtime.start import start
+    from sharding.mesh import make_layout
 
+    start(options)
+    layout = make_layout(options.mesh)
     source = open_weights(options.checkpoint)
     if isinstance(options, Score):
         return score(options, source, layout)
@@ -270,6 +231,7 @@ def generate(options: Generate, source: "Weights", layout: "Layout") -> int:
     """Answer every prompt."""
     from generation import experts
     from generation.engine import Generator
+    from runtime.start import is_first_process
 
     tokenizer = load_tokenizer(source)
     prompts = encode_prompts(options, source, tokenizer)
@@ -321,6 +283,7 @@ def make_recipe(options: Common, config: "ModelConfig", layout: "Layout") -> "Re
     """Types and kernels; says which hot paths go where."""
     from model.kernels import choose
     from model.recipe import Recipe
+    from runtime.start import is_first_process
 
     choice = choose(options.kernels, config, options.dtype, layout)
     if is_first_process():
@@ -342,6 +305,7 @@ def score(options: Score, source: "Weights", layout: "Layout") -> int:
 
     from generation.engine import Generator
     from generation.score import NpyWriter, Scorer, check_ids, nats, output_paths
+    from runtime.start import is_first_process
 
     if options.mtp and not source.config.mtp_depth:
         raise ValueError("the model has no MTP module; score it without --mtp")

@@ -8,7 +8,6 @@ compilation cache, then with the one this left behind. Depth: tracing and compil
 of the tiny widths with 6 and with 60 MoE layers on one device; nothing is run or allocated.
 """
 
-import argparse
 import dataclasses
 import pathlib
 import re
@@ -21,6 +20,7 @@ import time
 import jax
 import numpy as np
 
+from bench.command import Command
 from bench.report import write_section
 from configs import tiny
 from model.recipe import Recipe
@@ -31,15 +31,16 @@ from training.config import TrainConfig
 from training.step import Trainer
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-SHALLOW, DEEP = 6, 60
+SHALLOW = 6
 FIRST_STEP = re.compile(r"first step: ([\d.]+) s after start")
 
 
-def first_step_seconds(cache: str) -> float:
+def first_step_seconds(cache: str, devices: int) -> float:
     """A training run of one step with this compilation cache."""
     with tempfile.TemporaryDirectory() as run_dir:
-        command = [sys.executable, "train.py", "--config", "tiny", "--emulate", "8"]
-        command += ["--layout", "cube", "--train.steps", "1", "--train.eval_every", "0"]
+        command = [sys.executable, "train.py", "--config", "tiny", "--emulate", str(devices)]
+        command += ["--layout", "cube"] * (devices == 8)
+        command += ["--train.steps", "1", "--train.eval_every", "0"]
         command += ["--compilation-cache", cache, "--run_dir", run_dir]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     said = FIRST_STEP.search(done.stdout)
@@ -73,21 +74,22 @@ def compile_time(moe_layers: int) -> CompileTime:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print and, if asked, write a section of the results."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = Command(__doc__, deep=7, emulate=1)
+    parser.add_argument("--emulate", type=int, default=8, help="devices of the first step")
+    parser.add_argument("--deep", type=int, default=60, help="MoE layers of the deep model")
     parser.add_argument("--runs", type=int, default=1, help="repetitions; medians are shown")
-    parser.add_argument("--write", action="store_true", help="write bench/results.md")
     options = parser.parse_args(arguments)
     cold, warm, shallow, deep = [], [], [], []
     for _ in range(options.runs):
         with tempfile.TemporaryDirectory() as cache:
-            cold.append(first_step_seconds(cache))
-            warm.append(first_step_seconds(cache))
+            cold.append(first_step_seconds(cache, options.emulate))
+            warm.append(first_step_seconds(cache, options.emulate))
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
     compile_time(1)  # what only the first compilation of a process does
     for _ in range(options.runs):
         shallow.append(compile_time(SHALLOW))
-        deep.append(compile_time(DEEP))
+        deep.append(compile_time(options.deep))
     median = statistics.median
     lines = [
         "| | seconds |",
@@ -95,9 +97,9 @@ def main(arguments: list[str] | None = None) -> None:
         f"| first step after process start, empty cache | {median(cold):.1f} |",
         f"| first step after process start, warm cache | {median(warm):.1f} |",
         f"| compile, {SHALLOW} MoE layers | {median(t.wall for t in shallow):.1f} |",
-        f"| compile, {DEEP} MoE layers | {median(t.wall for t in deep):.1f} |",
+        f"| compile, {options.deep} MoE layers | {median(t.wall for t in deep):.1f} |",
         "",
-        f"{DEEP} against {SHALLOW} layers: "
+        f"{options.deep} against {SHALLOW} layers: "
         f"{median(d.wall / s.wall for d, s in zip(deep, shallow, strict=True)):.2f} times, by "
         "processor time "
         f"{median(d.processor / s.processor for d, s in zip(deep, shallow, strict=True)):.2f}.",

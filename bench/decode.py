@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bench.command import Command
 from bench.report import write_section
 from checkpoint.hf_config import to_hf_config
 from configs import deepseek, tiny
@@ -41,7 +42,6 @@ from sharding.partition import Layout
 
 HERE = pathlib.Path(__file__).resolve().parent
 GREEDY = Sampling(temperature=0)
-CONTEXT = 1024
 
 
 def cases() -> dict[str, ModelConfig]:
@@ -128,7 +128,6 @@ class Side:
             cwd=HERE.parent,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
             text=True,
             env=os.environ | {"OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"},
         )
@@ -157,7 +156,7 @@ def compare(name: str, config: ModelConfig, options: argparse.Namespace) -> list
     commands = {
         "ours": [sys.executable, "-m", "bench.decode", "--serve", name],
         "theirs": [
-            options.interpreter, str(HERE / "hf_decode.py"), json.dumps(to_hf_config(config)),
+            options.interpreter, "-I", str(HERE / "hf_decode.py"), json.dumps(to_hf_config(config)),
         ],
     }  # fmt: skip
     batches = [int(batch) for batch in options.batches.split(",")]
@@ -167,7 +166,7 @@ def compare(name: str, config: ModelConfig, options: argparse.Namespace) -> list
             process = Side(command)
             print(process.about, flush=True)
             for batch in batches:
-                shape = (batch, CONTEXT, options.tokens)
+                shape = (batch, options.context, options.tokens)
                 process.seconds(*shape)  # compiles
                 times[side, batch].append(process.seconds(*shape))
             process.close()
@@ -176,7 +175,7 @@ def compare(name: str, config: ModelConfig, options: argparse.Namespace) -> list
         ours, theirs = times["ours", batch], times["theirs", batch]
         mine, other = statistics.median(ours), statistics.median(theirs)
         ratios = [t / o for o, t in zip(ours, theirs, strict=True)]
-        read = bytes_per_step(config, batch, CONTEXT) * options.tokens / mine
+        read = bytes_per_step(config, batch, options.context) * options.tokens / mine
         count = batch * options.tokens
         rows.append(
             f"| {name} | {batch} | {count / mine:,.1f} | {count / other:,.1f} "
@@ -190,7 +189,7 @@ def compare(name: str, config: ModelConfig, options: argparse.Namespace) -> list
 def growth(name: str, config: ModelConfig, options: argparse.Namespace) -> list[str]:
     """Cost per token against context, ours."""
     side, lines = Side([sys.executable, "-m", "bench.decode", "--serve", name]), []
-    for context in (256, 1024, 4096):
+    for context in (options.context // 4, options.context, 4 * options.context):
         side.seconds(1, context, options.tokens)
         times = [side.seconds(1, context, options.tokens) for _ in range(options.rounds)]
         step = statistics.median(times) / options.tokens
@@ -204,14 +203,14 @@ def growth(name: str, config: ModelConfig, options: argparse.Namespace) -> list[
 def main(arguments: list[str] | None = None) -> None:
     """Measure every case and print the tables."""
     reference = HERE.parent / ".venv-reference" / "bin" / "python"
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = Command(__doc__, rounds=1, tokens=2, cases="tiny", batches="1", context=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=32, help="tokens per round")
+    parser.add_argument("--context", type=int, default=1024, help="tokens before the first")
     parser.add_argument("--cases", default="tiny,v2_lite")
     parser.add_argument("--batches", default="1,16")
     parser.add_argument("--interpreter", default=str(reference), help="has torch, transformers")
     parser.add_argument("--serve", metavar="CASE", help="be our side; for the script itself")
-    parser.add_argument("--write", action="store_true", help="write bench/results.md")
     options = parser.parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")
     if options.serve:
@@ -219,7 +218,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     chosen = {name: cases()[name] for name in options.cases.split(",")}
     lines = [
-        f"Context {CONTEXT}, fp32, greedy, {options.tokens} tokens a round.",
+        f"Context {options.context}, fp32, greedy, {options.tokens} tokens a round.",
         "",
         "| model | batch | ours, tokens/s | HF, tokens/s | ratio | its rounds | read, GB/s "
         "| reduction, GB/s | share |",

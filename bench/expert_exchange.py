@@ -11,7 +11,6 @@ Shape letters: B batch, T sequence, N tokens of a device, K choices, D width, E 
 width, S shards, C slots of a shard.
 """
 
-import argparse
 import dataclasses
 import math
 import re
@@ -22,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from bench.command import Command
 from bench.report import write_section
 from bench.timing import interleaved
 from configs import preset
@@ -72,12 +72,12 @@ class Traffic:
 
 def main(arguments: list[str] | None = None) -> list[str]:
     """Measure, print, and with `--write` record."""
-    parser = argparse.ArgumentParser(description="Price and traffic of the expert exchange.")
-    parser.add_argument("--write", action="store_true", help="record in bench/results.md")
+    parser = Command(__doc__, repeats=1, ways=2)
+    parser.add_argument("--ways", type=int, default=len(WAYS), help="exchanges, the first so many")
     parser.add_argument("--repeats", type=int, default=40, help="rounds of the timing")
     options = parser.parse_args(arguments)
     emulate_devices(DEVICES)
-    lines = [*price(options.repeats), "", *traffic_table()]
+    lines = [*price(options.repeats), "", *traffic_table(options.ways)]
     print("\n".join(lines))
     if options.write:
         write_section("Expert exchange", lines)
@@ -137,7 +137,7 @@ def layer(config: ModelConfig, shape: tuple[int, int]):
     return MoE(config, nnx.Rngs(0)), jnp.asarray(x_BTD), ids_BTK, weights_BTK
 
 
-def traffic_table() -> list[str]:
+def traffic_table(ways: int) -> list[str]:
     """Markdown rows: bytes by collective, in rows of D fp32 numbers per token."""
     config = dataclasses.replace(
         preset("tiny").model,
@@ -153,7 +153,7 @@ def traffic_table() -> list[str]:
     ids_SNK = np.asarray(inputs[1])
     row = TOKENS * WIDTH * 4
     lines = []
-    for name, nodes, mesh in WAYS:
+    for name, nodes, mesh in WAYS[:ways]:
         rounds = rounds_of(mesh, ids_SNK, config)
         if rounds != 1:
             raise RuntimeError(f"{name} takes {rounds} rounds; bytes are counted for one")

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from bench.command import Command
 from bench.report import ROOT, write_section
 from configs import preset
 from model.config import ModelConfig
@@ -251,7 +252,7 @@ def table(cases: dict[str, str]) -> list[str]:
 
 def parser() -> argparse.ArgumentParser:
     """Options of the command."""
-    found = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    found = Command(__doc__)
     found.add_argument("--config", default="tiny", help="preset")
     found.add_argument("--mesh", default="cube", help="layout: a name or FIELD=VALUE,...")
     found.add_argument("--nodes", type=int, default=1, help="hosts")
@@ -271,7 +272,6 @@ def parser() -> argparse.ArgumentParser:
         choices=TABLES,
         help="all rows of a section of results",
     )
-    found.add_argument("--write", action="store_true", help="with --table: write bench/results.md")
     return found
 
 

@@ -9,13 +9,13 @@ ratio is the price of the groups.
 Shape letters: M rows, E experts, K input width, N output width, D model width, F expert width.
 """
 
-import argparse
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bench.command import Command
 from bench.report import write_section
 from bench.timing import interleaved
 from pallas_kernels.grouped.expert_ffn import expert_ffn
@@ -59,12 +59,12 @@ class Figure:
 
 def main(arguments: list[str] | None = None) -> list[Figure]:
     """Measure, print, and with `--write` record."""
-    parser = argparse.ArgumentParser(description="Grouped matmul and expert FFN against dense.")
-    parser.add_argument("--write", action="store_true", help="record in bench/results.md")
+    parser = Command(__doc__, repeats=1, cases=1)
+    parser.add_argument("--cases", type=int, default=len(CASES), help="shapes, the first so many")
     parser.add_argument("--repeats", type=int, default=20, help="rounds per shape")
     options = parser.parse_args(arguments)
     peak = measure_peak(options.repeats)
-    figures = [f for case in CASES for f in measure(case, options.repeats)]
+    figures = [f for case in CASES[: options.cases] for f in measure(case, options.repeats)]
     lines = table(figures, peak)
     print("\n".join(lines))
     if options.write:

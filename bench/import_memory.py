@@ -7,7 +7,6 @@ is imported by `convert.py` in a process of its own, whose peak resident memory 
 the bytes it wrote before compression. What does not grow with depth does not grow with the model.
 """
 
-import argparse
 import dataclasses
 import os
 import pathlib
@@ -18,6 +17,7 @@ import time
 
 import jax
 
+from bench.command import Command
 from bench.import_share import write_sparse
 from bench.report import write_section
 from checkpoint.weights import total_bytes
@@ -63,9 +63,8 @@ def measure(layers: int) -> tuple[int, float, float]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure every depth and print the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = Command(__doc__, layers="4")
     parser.add_argument("--layers", default="8,16,61,122")
-    parser.add_argument("--write", action="store_true", help="write bench/results.md")
     options = parser.parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")
     lines = ["| layers | arrays, GB | peak resident memory, MiB | seconds |", "|---|---|---|---|"]

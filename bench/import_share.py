@@ -9,7 +9,6 @@ reports the peak of its resident memory. No byte comes from a disk, so the rate 
 dequantising and transposing alone.
 """
 
-import argparse
 import dataclasses
 import json
 import pathlib
@@ -21,6 +20,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from bench.command import Command
 from bench.report import write_section
 from checkpoint import safetensors
 from checkpoint.hf_config import to_hf_config
@@ -127,10 +127,9 @@ def read_share(folder: HuggingFaceFolder, hosts: int) -> Share:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print and, if asked, write a section of the results."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = Command(__doc__, layers=4, hosts=64)
     parser.add_argument("--layers", type=int, default=61, help="of the main model, 4 or more")
     parser.add_argument("--hosts", type=int, default=64, help="of 8 devices each")
-    parser.add_argument("--write", action="store_true", help="write bench/results.md")
     options = parser.parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", DEVICES_PER_HOST * options.hosts)

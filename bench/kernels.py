@@ -10,7 +10,6 @@ run. A kernel whose products the assembler serialises is marked: it waits for th
 each of them.
 """
 
-import argparse
 import contextlib
 import ctypes
 import importlib
@@ -33,6 +32,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import bench.cases
 from bench.cases import Case
+from bench.command import Command
 from bench.kernel_times import roofline, times, tune
 from bench.report import write_section
 from programs.absent_gpus import absent_gpus
@@ -159,14 +159,13 @@ def tune_all(cases: dict[str, Case]) -> None:
 
 def main() -> None:
     """Compile, time or tune the chosen cases and print what was found."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser = Command(__doc__)
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--compile", action="store_true", help="compile for an absent H200")
     mode.add_argument("--time", action="store_true", help="time on this machine's GPU")
     mode.add_argument("--tune", action="store_true", help="find the best blocks on this GPU")
     parser.add_argument("--cases", default="", help="only cases whose name holds this")
     parser.add_argument("--json", default="", help="also write the figures to this file")
-    parser.add_argument("--write", action="store_true", help="replace the section of results.md")
     options = parser.parse_args()
     chosen = {name: case for name, case in all_cases().items() if options.cases in name}
     if not chosen:

@@ -10,10 +10,11 @@ and products modulo ten), and starts RL when the base follows two of three steps
 and a high rate, undo what it knows, and its answers get longer.
 """
 
-import argparse
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
+from bench.command import FEW_STEPS, Command
 from bench.report import write_section
 from bench.runs import train_once
 from training.metrics import read_metrics
@@ -36,11 +37,13 @@ MARKS = (0, 10, 20, 30, 50, 100, 150)
 """Steps whose evaluation goes into the report."""
 
 
-def run(name: str, seed: int, folder: Path) -> tuple[list[dict[str, float]], float]:
+def run(
+    name: str, seed: int, folder: Path, more: Sequence[str] = ()
+) -> tuple[list[dict[str, float]], float]:
     """Records of the RL run, and the seconds that both processes took, now or when they ran."""
     place, seconds = folder / f"{name}-{seed}", 0.0
     for config in BASE:
-        options = ["--seed", str(seed)]
+        options = ["--seed", str(seed), *more]
         options += CONTROLS.get(name, {}).get(config, ())
         if config == "r1_zero":
             options += ["--init-from", str(place / "r1_base")]
@@ -106,11 +109,11 @@ def report(runs: list[tuple[str, int, list[dict[str, float]], float]]) -> list[s
 
 def main() -> None:
     """Run what is asked for, print the report, and with --write put it into results.md."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser = Command(__doc__, seeds="0", controls="", steps=FEW_STEPS)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--controls", default="no_chains,weak_base")
     parser.add_argument("--folder", default="runs/r1_bench")
-    parser.add_argument("--write", action="store_true", help="write bench/results.md")
+    parser.set_defaults(steps=())
     options = parser.parse_args()
     if not re.fullmatch(r"(\d+(,\d+)*)?", options.seeds):
         raise SystemExit(f"--seeds {options.seeds!r}: give numbers with commas, such as 0,1,2")
@@ -125,7 +128,9 @@ def main() -> None:
     ):
         if not wanted:
             continue
-        lines = report([(name, seed, *run(name, seed, folder)) for name, seed in wanted])
+        lines = report(
+            [(name, seed, *run(name, seed, folder, options.steps)) for name, seed in wanted]
+        )
         print("\n".join(lines))
         if options.write:
             write_section(title, lines)

@@ -7,12 +7,12 @@ problems at temperature 1: chains of ten moves, as R1-Zero's are, and of two to 
 scripts.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 
 from bench.answers import inspected
+from bench.command import FEW_STEPS, Command
 from bench.report import write_section
 from bench.runs import train_once
 from configs.recipes import RECIPES
@@ -64,12 +64,12 @@ def report(folder: Path, seconds: float) -> list[str]:
 
 def main() -> None:
     """Run what is missing, print the report, and with --write put it into results.md."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser = Command(__doc__, steps=FEW_STEPS)
+    parser.set_defaults(steps=())
     parser.add_argument("--folder", default="runs/recipe")
-    parser.add_argument("--write", action="store_true", help="write bench/results.md")
     options = parser.parse_args()
     folder = Path(options.folder).absolute()
-    lines = report(folder, train_once(folder, "", "--recipe", "r1")["wall_s"])
+    lines = report(folder, train_once(folder, "", "--recipe", "r1", *options.steps)["wall_s"])
     print("\n".join(lines))
     if options.write:
         write_section("R1's pipeline in small", lines)

@@ -8,7 +8,6 @@ side is what `generate.py` does, one prompt at a time, its compiled programs war
 left out on both sides. The sides take turns, as the speed of these machines changes by the minute.
 """
 
-import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from bench.command import Command
 from bench.report import write_section
 from configs import preset
 from data.tokenizer import Tokenizer, load_tokenizer
@@ -109,19 +109,19 @@ def measure(bench: Bench, budget: int, rounds: int) -> list[str]:
 
 def main() -> None:
     """Measure, print, and with --write put the table into results.md."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser = Command(__doc__, rounds=1, budgets="4")
+    parser.add_argument("--budgets", default="28,128", help="longest answers, in tokens")
     parser.add_argument("--weights", default="", help="a run folder; empty: random weights")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--write", action="store_true", help="write bench/results.md")
     options = parser.parse_args()
-    bench = Bench(options.weights)
+    bench, budgets = Bench(options.weights), map(int, options.budgets.split(","))
     lines = [
         f"128 answers of {'trained' if options.weights else 'random'} weights in `r1_base`'s shape",
         "at temperature 1; medians, of the ratios too, which are taken within each round.",
         "",
         "| longest answer | answers | mean length | tokens/s | against one at a time |",
         "|---:|---|---:|---:|---:|",
-        *(row for budget in (28, 128) for row in measure(bench, budget, options.rounds)),
+        *(row for budget in budgets for row in measure(bench, budget, options.rounds)),
     ]
     print("\n".join(lines))
     if options.write:

@@ -11,7 +11,6 @@ would choose other experts than the sampler did. One model more, made where it i
 Letters: L layers, B answers, T positions, K experts of a token.
 """
 
-import argparse
 import dataclasses
 import json
 from pathlib import Path
@@ -21,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bench.command import FEW_STEPS, Command
 from bench.report import write_section
 from bench.runs import train_once
 from configs import preset
@@ -115,11 +115,11 @@ def row(name: str, tokens: str, free: np.ndarray, held: np.ndarray) -> str:
 
 def main() -> None:
     """Measure, print, and with --write put the table into results.md."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser = Command(__doc__, prompts=1, weights="", steps=FEW_STEPS)
     parser.add_argument("--weights", default="runs/r1_base,runs/search_zero")
     parser.add_argument("--finer", default="runs/r1_base_finer", help="run folder; may be missing")
     parser.add_argument("--prompts", default=16, type=int)
-    parser.add_argument("--write", action="store_true", help="write bench/results.md")
+    parser.set_defaults(steps=())
     options = parser.parse_args()
     lines = [
         f"Answers to {options.prompts} prompts x {GROUP}. Gap in nats, without replay → with it; "
@@ -129,7 +129,7 @@ def main() -> None:
         "| model; sampler, trainer | tokens | mean gap | largest |",
         "|---|---|---|---|",
     ]
-    train_once(Path(options.finer).absolute(), "r1_base", *FINER)
+    train_once(Path(options.finer).absolute(), "r1_base", *FINER, *options.steps)
     for folder in map(Path, [*filter(None, options.weights.split(",")), options.finer]):
         for pair in PAIRS:
             found = gaps(folder, options.prompts, *pair)

@@ -10,16 +10,17 @@ is run or allocated: an emulated device's time says nothing about an accelerator
 Work per device stays the same where an axis can keep it: `GROWTH` says how.
 """
 
-import argparse
 import dataclasses
 import math
 import pathlib
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from bench.command import Command
 from bench.report import write_section
 from model.config import ModelConfig
 from model.recipe import Recipe
@@ -151,8 +152,8 @@ def row(axis: str, count: int, work: Work) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def scaling() -> list[str]:
-    """The section's lines; compiles 20 programs."""
+def scaling(axes: Sequence[str], counts: Sequence[int]) -> list[str]:
+    """The section's lines; compiles a program per axis and number of devices."""
     lines = [
         "One device's part of a train step (AdamW, fp32, nothing recomputed), from the compiled "
         f"program. One device: {TRAIN.batch_size} sequences of {TRAIN.seq_len} tokens, "
@@ -172,8 +173,8 @@ def scaling() -> list[str]:
     ]
     print("\n".join(lines), flush=True)
     alone = measure(case("data", 1))
-    for axis in GROWTH:
-        for count in (1, 2, 4, 8):
+    for axis in axes:
+        for count in counts:
             fresh = count > 1 or axis == "pipe"
             work = measure(case(axis, count)) if fresh else alone
             lines.append(row(axis, count, work))
@@ -207,8 +208,9 @@ def show(text: str, sources: bool) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure and print; with `--write` record in bench/results.md."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--write", action="store_true", help="record in bench/results.md")
+    parser = Command(__doc__, axes="data", counts="1,2")
+    parser.add_argument("--axes", default=",".join(GROWTH), help="axes that grow")
+    parser.add_argument("--counts", default="1,2,4,8", help="devices along the axis")
     parser.add_argument("--cache", type=pathlib.Path, help="folder that keeps compiled programs")
     parser.add_argument("--layout", help="show the collectives of this layout instead")
     parser.add_argument("--sources", action="store_true", help="with --layout: where each is from")
@@ -218,7 +220,7 @@ def main(arguments: list[str] | None = None) -> None:
         jax.config.update("jax_compilation_cache_dir", str(options.cache or folder))
         if options.layout:
             return show(options.layout, options.sources)
-        lines = scaling()
+        lines = scaling(options.axes.split(","), [int(n) for n in options.counts.split(",")])
     if options.write:
         write_section("Weak scaling of the compiled step", lines)
 

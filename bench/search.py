@@ -7,7 +7,6 @@ a run that is complete is read and not repeated. Then both models answer every h
 DRAWS times at temperature 1, and every answer is inspected.
 """
 
-import argparse
 import re
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from bench.answers import inspected
+from bench.command import FEW_STEPS, Command
 from bench.report import write_section
 from bench.runs import train_once
 from configs import preset
@@ -80,10 +80,10 @@ def report(
 
 def main() -> None:
     """Run what is asked for, print the report, draw it, and with --write put it into results.md."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser = Command(__doc__, seeds="0", steps=FEW_STEPS)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--folder", default="runs/search_bench")
-    parser.add_argument("--write", action="store_true", help="write bench/results.md")
+    parser.set_defaults(steps=())
     options = parser.parse_args()
     if not re.fullmatch(r"\d+(,\d+)*", options.seeds):
         raise SystemExit(f"--seeds {options.seeds!r}: give numbers with commas, such as 0,1,2")
@@ -92,7 +92,7 @@ def main() -> None:
     for seed in map(int, options.seeds.split(",")):
         place = folder / f"search-{seed}"
         base, policy = (place / config for config in CONFIGS)
-        more = ("--seed", str(seed))
+        more = ("--seed", str(seed), *options.steps)
         spent = [
             train_once(base, CONFIGS[0], *more),
             train_once(policy, CONFIGS[1], *more, "--init-from", str(base)),

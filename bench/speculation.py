@@ -11,7 +11,6 @@ that other load on the machine meets all three; figures are medians over rounds.
 trial of its own. Compilation, prefill and trials are left out.
 """
 
-import argparse
 import collections
 import dataclasses
 import math
@@ -23,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bench.command import Command
 from bench.decode import GREEDY, cases, random_weights
 from bench.report import write_section
 from generation.config import Speculation
@@ -157,11 +157,10 @@ def table_row(name: str, found: dict[str, list[float]]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure every case and print the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = Command(__doc__, cases="tiny", rounds=1, tokens=2)
     parser.add_argument("--cases", default="tiny,deep,v2_lite")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=128, help="tokens of a session")
-    parser.add_argument("--write", action="store_true", help="write bench/results.md")
     options = parser.parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")
     lines = [

@@ -29,6 +29,7 @@ keep_freed_memory()  # before jax starts threads, as train.py does
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
+from bench.command import Command  # noqa: E402
 from bench.report import write_section  # noqa: E402
 from configs import tiny  # noqa: E402
 from model.config import ModelConfig  # noqa: E402
@@ -108,10 +109,9 @@ class Theirs:
         # Threads that wait must not spin, or they slow each other down on a busy machine.
         environment = os.environ | {"OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
         self._process = subprocess.Popen(
-            [interpreter, str(HERE / "hf_step.py"), options],
+            [interpreter, "-I", str(HERE / "hf_step.py"), options],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
             text=True,
             env=environment,
         )
@@ -206,11 +206,10 @@ def measure(name: str, config: ModelConfig, options: argparse.Namespace) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Measure every case and print the table."""
     reference = HERE.parent / ".venv-reference" / "bin" / "python"
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = Command(__doc__, rounds=1, steps=1)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=3, help="steps per round")
     parser.add_argument("--interpreter", default=str(reference), help="has torch, transformers")
-    parser.add_argument("--write", action="store_true", help="write bench/results.md")
     options = parser.parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")
     lines = [

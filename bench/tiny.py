@@ -5,26 +5,30 @@
 Runs the command of `make train`; a run that is complete is only evaluated again.
 """
 
-import argparse
 import pathlib
 import subprocess
 import sys
 
+from bench.command import Command
 from bench.report import write_section
 from training.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-COMMAND = ["train.py", "--config", "tiny", "--emulate", "8", "--layout", "cube"]
+COMMAND = ["train.py", "--config", "tiny"]
 
 
 def main() -> None:
     """Run, collect, print, and with --write record."""
-    parser = argparse.ArgumentParser(description="What `make train` reaches.")
+    parser = Command(__doc__, steps=1, emulate=1)
+    parser.add_argument("--emulate", type=int, default=8, help="devices, as a cube if 8")
+    parser.add_argument("--steps", type=int, default=0, help="0: the preset's")
     parser.add_argument("--run-dir", default="runs/tiny")
-    parser.add_argument("--write", action="store_true", help="record in bench/results.md")
     options = parser.parse_args()
+    command = [*COMMAND, "--emulate", str(options.emulate)]
+    command += ["--layout", "cube"] * (options.emulate == 8)
+    command += ["--train.steps", str(options.steps)] * (options.steps > 0)
     done = subprocess.run(
-        [sys.executable, *COMMAND, "--run-dir", options.run_dir],
+        [sys.executable, *command, "--run-dir", options.run_dir],
         cwd=ROOT, check=True, capture_output=True, text=True,
     )  # fmt: skip
     held_out = next(line for line in done.stdout.splitlines() if line.startswith("held-out text:"))
@@ -32,7 +36,7 @@ def main() -> None:
     seconds = sum(record["perf/step_s"] for record in records)
     last = records[-1]
     lines = [
-        f"`python {' '.join(COMMAND)}`, the command of `make train`: {held_out}.",
+        f"`python {' '.join(command)}`, the command of `make train`: {held_out}.",
         "",
         f"{len(records)} steps, {last['train/tokens']:,.0f} tokens, {seconds:.0f} s in steps "
         f"(compilation of the first included, evaluation not); busiest expert "

@@ -30,7 +30,7 @@ def checksums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
 
 
 def part_checksum(part: np.ndarray, start: tuple[int, ...]) -> int:
-    """What a part of an array adds to its fingerprint; `start` is its first element's index.
+    """Share of a part of an array in its fingerprint; `start` is its first element's index.
 
     The fingerprint is the sum over all parts modulo 2^32. In main memory, for arrays that never
     are in it whole. Takes four times the part's memory.

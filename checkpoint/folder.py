@@ -1,4 +1,4 @@
-"""What lies in a checkpoint folder: steps, unfinished saves, and reasons not to trust one."""
+"""Contents of a checkpoint folder: steps, unfinished saves, and reasons not to trust one."""
 
 import json
 import re
@@ -33,12 +33,12 @@ def unfinished(folder: Path) -> list[Path]:
 
 
 def read_meta(path: Path) -> Any:
-    """The JSON saved beside the arrays. Errors: OSError, ValueError as the file gives them."""
+    """The JSON saved with the arrays. Errors: OSError, ValueError as the file gives them."""
     return json.loads((path / "meta" / "metadata").read_text(encoding="utf-8"))
 
 
 def unreadable_reason(path: Path) -> str | None:
-    """Why `path` is no checkpoint of this program, from its small files; None when it may be."""
+    """Reason why `path` is no checkpoint of this program, by its small files; None: it may be."""
     try:
         meta = read_meta(path)
     except FileNotFoundError:
@@ -53,7 +53,7 @@ def unreadable_reason(path: Path) -> str | None:
 
 
 def how_to_resume(folder: Path) -> str:
-    """What people are told about `folder` when a run broke off."""
+    """Message about `folder` when a run broke off."""
     good = [step for step, path in find_steps(folder) if unreadable_reason(path) is None]
     if not good:
         return f"there is no checkpoint in {folder} yet; run again to start from the beginning"

@@ -12,7 +12,7 @@ E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 LARGEST = 448.0
 """Largest finite E4M3 value."""
 _VALUES = np.arange(256, dtype=np.uint8).view(E4M3).astype(np.float32)
-"""What each byte stands for: looking it up is five times as fast as a conversion."""
+"""Value of each byte: looking it up is five times as fast as a conversion."""
 
 
 def scale_shape(shape: tuple[int, int]) -> tuple[int, int]:

@@ -168,7 +168,7 @@ def _write_metadata(
 
 
 def _carry(source: HuggingFaceFolder, work: Path, scales: dict[str, safetensors.TensorInfo]):
-    """Tokenizer, configuration and FP8 factors beside the checkpoint."""
+    """Tokenizer, configuration and FP8 factors, next to the checkpoint."""
     (work / "hf").mkdir()
     for file in source.carried:
         shutil.copyfile(file, work / "hf" / file.name)

@@ -1,4 +1,4 @@
-"""Where every tensor of a Hugging Face DeepSeek checkpoint lives in our parameter tree, both ways.
+"""Names of a Hugging Face DeepSeek checkpoint and places in our parameter tree, both ways.
 
 One table (`table`) states, for each array of ours, the tensors it is made of and their layout; both
 directions walk it. Three facts cover all layouts:
@@ -42,9 +42,9 @@ class Entry:
     names: np.ndarray
     """Tensor names, an array of strings whose shape is the array's leading (stacked) axes."""
     out_dims: tuple[int, ...]
-    """What the tensor's first axis is the product of."""
+    """Factors of the tensor's first axis."""
     in_dims: tuple[int, ...] | None
-    """What its second axis is the product of; None: used as stored, with shape out_dims."""
+    """Factors of its second axis; None: used as stored, with shape out_dims."""
 
     @property
     def stored_shape(self) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ from model.config import ModelConfig
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 CARRIED = ("config.json", "generation_config.json", "special_tokens_map.json", "tokenizer*",
            "chat_template*", "added_tokens.json", "vocab.json", "merges.txt")  # fmt: skip
-"""Files beside the weights that an export takes along."""
+"""Files next to the weights that an export copies."""
 _FLOATS = tuple(safetensors.DTYPES[name] for name in ("F32", "BF16", "F16", "F64"))
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 _COPY_SAMPLES = 16
@@ -276,7 +276,7 @@ def _read_headers(path: Path) -> dict[str, TensorInfo]:
 def _match(
     path: Path, infos: Mapping[str, TensorInfo], entries: list[hf_names.Entry], config: ModelConfig
 ) -> dict[str, _Piece]:
-    """Where each tensor of the names table is; ValueError lists all that does not fit."""
+    """Place of each tensor of the names table; ValueError lists all that does not fit."""
     pieces, problems, used = {}, [], set()
     for entry in entries:
         for name in entry.names.flat:

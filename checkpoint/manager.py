@@ -86,7 +86,7 @@ class CheckpointManager:
         return [s for s, path in find_steps(self._folder) if unreadable_reason(path) is None]
 
     def meta(self, step: int) -> dict[str, Any]:
-        """What was saved beside the arrays of `step`: step, config, mesh, metrics, checksums."""
+        """JSON saved with the arrays of `step`: step, config, mesh, metrics, checksums."""
         return read_meta(self._path(step))
 
     def save(
@@ -265,7 +265,7 @@ class CheckpointManager:
 
 
 def _handlers() -> ocp.handlers.DefaultCheckpointHandlerRegistry:
-    """How each item is stored; told up front, so that a fresh process can read the metadata."""
+    """Storage of each item, told up front so that a fresh process can read the metadata."""
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     state, meta = ocp.PyTreeCheckpointHandler(), ocp.JsonCheckpointHandler()
     registry.add("state", ocp.args.PyTreeSave, state)

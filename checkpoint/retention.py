@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the newest, and the best by held-out loss."""
+"""Checkpoints that stay: the newest, and the best by held-out loss."""
 
 import math
 from collections.abc import Sequence

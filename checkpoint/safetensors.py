@@ -38,7 +38,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies."""
+    """Place of one tensor in its file."""
 
     name: str
     dtype: np.dtype
@@ -196,7 +196,7 @@ def _pread(file: int, info: TensorInfo, into: np.ndarray, offset: int) -> None:
 
 
 def header_bytes(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> bytes:
-    """What a file of these tensors begins with; padded, so that the tensors are aligned."""
+    """Header of a file of these tensors, padded so that the tensors are aligned."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, (dtype, shape) in tensors.items():

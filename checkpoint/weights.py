@@ -131,7 +131,7 @@ class RunFolder:
 
 
 def array_spec(step_folder: Path, name: str) -> dict[str, Any]:
-    """Where Orbax keeps the array `name` of a checkpoint, as a tensorstore spec (zarr in OCDBT)."""
+    """Place of the array `name` in Orbax's checkpoint, as a tensorstore spec (zarr in OCDBT)."""
     base = f"file://{(step_folder / 'state').absolute()}"
     return {
         "driver": "zarr",

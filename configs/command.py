@@ -10,11 +10,13 @@ import tyro
 
 from configs import PRESETS, preset, summary
 from configs.schema import RunConfig
+from rl.config import PUBLISHED
+from runtime.config import RuntimeOptions
 from sharding.config import LAYOUTS
 
 
-@dataclasses.dataclass(frozen=True)
-class Command:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command(RuntimeOptions):
     """Train a model of the DeepSeek-V3 family, on one device or a mesh."""
 
     run: Annotated[RunConfig, tyro.conf.arg(name="")]
@@ -23,8 +25,6 @@ class Command:
     """Preset; see the list below."""
     layout: Literal[("", *LAYOUTS)] = ""  # pyright: ignore[reportInvalidTypeForm]
     """Layout by name, instead of the preset's; single axes: --mesh.AXIS."""
-    emulate: int = 0
-    """Run on this many emulated CPU devices; 0 takes the devices that are there."""
     init_from: str = ""
     """Weights that a new run starts from, with fresh optimizer state: a run folder or a Hugging
     Face folder of the same model. A run that has a checkpoint goes on from that."""
@@ -35,21 +35,6 @@ class Command:
     recipe: str = ""
     """Run a chain of stages instead, r1_zero or r1 (configs/recipes.py), each in a folder below
     --run-dir; other options go to every stage."""
-    compilation_cache: str = "cache/xla"
-    """Folder that keeps compiled programs between runs; empty keeps none."""
-    distributed: Literal["auto", "on", "off"] = "auto"
-    """Several processes: auto when Slurm, Open MPI or --coordinator says so; on lets JAX detect the
-    cluster, Kubernetes included."""
-    coordinator: str = ""
-    """HOST:PORT of process 0, where no cluster manager is detected."""
-    num_processes: int = 0
-    """Processes of the run; with --coordinator."""
-    process_id: int = -1
-    """This process, from 0; with --coordinator."""
-    join_within: int = 300
-    """Seconds to wait at the start for all processes to come."""
-    lost_after: int = 20
-    """Seconds without a heartbeat of a process after which the others end."""
 
     @property
     def profile_steps(self) -> range:
@@ -67,10 +52,11 @@ class Command:
 def parse(arguments: Sequence[str] | None = None) -> Command:
     """Read the command line; exits with near matches on an unknown option."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    # The preset and the layout decide the defaults of everything else, so they are read first.
+    # Preset, layout and published objective decide the defaults of the rest: they are read first.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", default="tiny")
     first.add_argument("--layout", default="")
+    first.add_argument("--rl.objective-of", "--rl.objective_of", dest="objective_of", default="")
     chosen, _ = first.parse_known_args(arguments)
     try:
         run = preset(chosen.config)
@@ -78,6 +64,8 @@ def parse(arguments: Sequence[str] | None = None) -> Command:
         raise SystemExit(f"train.py: {error}") from None
     if chosen.layout in LAYOUTS:
         run = dataclasses.replace(run, mesh=LAYOUTS[chosen.layout])
+    if chosen.objective_of in PUBLISHED:
+        run = dataclasses.replace(run, rl=run.rl.following(chosen.objective_of))
     default = Command(run=run, config=chosen.config, layout=chosen.layout)
     presets = "\n".join(f"  {name:14} {summary(name)}" for name in PRESETS)
     command = tyro.cli(

@@ -79,7 +79,7 @@ def v2_model() -> ModelConfig:
 
 
 def v2_lite_model() -> ModelConfig:
-    """DeepSeek-V2-Lite, 16B: V2's kind of layer, queries without a latent, routing without groups."""
+    """DeepSeek-V2-Lite, 16B: V2's layers, queries without a latent, no groups of experts."""
     return dataclasses.replace(
         v2_model(),
         hidden_size=2048,

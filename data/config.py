@@ -1,4 +1,4 @@
-"""Where text comes from and how it becomes batches."""
+"""Sources of text, and the way from text to batches."""
 
 import dataclasses
 

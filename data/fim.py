@@ -40,7 +40,7 @@ def fim_documents(seed: int, epoch: int, documents: int, rate: float) -> np.ndar
 
 
 def fim_cuts(seed: int, epoch: int, document: int, length: int) -> tuple[int, int]:
-    """Where the middle begins and ends in a document of `length` tokens (eos not counted)."""
+    """Start and end of the middle in a document of `length` tokens (eos not counted)."""
     a, b = sorted(
         int(word % (length + 1)) for word in random_words(seed, FIM_CUTS, epoch, document, 2)
     )

@@ -40,7 +40,7 @@ class Prepared:
     stores: tuple[TokenStore, ...]
     """One per source, in the order of the configuration."""
     reports: tuple[SourceReport, ...]
-    """What each source yielded and what was left out, by name."""
+    """Yield of each source and what was left out, by name."""
 
 
 def prepare(
@@ -174,7 +174,7 @@ def _told(
 
 
 def _fingerprint(config: DataConfig, source: Source) -> list:
-    """What decides a source's documents and their split."""
+    """Everything that decides a source's documents and their split."""
     own = [source.config.path, source.config.field, source.fingerprint()]
     return [*own, config.min_file_bytes, config.held_out]
 

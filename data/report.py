@@ -1,4 +1,4 @@
-"""What a source yielded and what was left out of it, by name: nothing is skipped in silence."""
+"""Yield of a source and what was left out of it, by name: nothing is skipped in silence."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Which documents are held out for evaluation: a pure function of a document's name.
+"""Split of documents into training and held-out text: a pure function of a document's name.
 
 A hash, not a draw: adding, removing or reordering files moves no other document between the splits,
 and raising the share only adds documents to the held-out side.

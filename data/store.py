@@ -95,7 +95,7 @@ def build_store(
 ) -> dict:
     """Tokenizes documents into a store, but does not seal it: `seal_store` does, when all is well.
 
-    What a broken-off build left behind is removed first. held_out: share of documents held out.
+    Files of a broken-off build are removed first. held_out: share of documents held out.
     meta: entries to keep in meta.json. Returns all entries, with the counts of each split.
     """
     storage.delete(place)

@@ -121,7 +121,7 @@ class Tokenizer:
         return rows
 
     def _missing(self, texts: Sequence[str]) -> str:
-        """Which character has no token, in words; '' if none is alone to blame."""
+        """The character that has no token, in words; '' if no single one is to blame."""
         for character in dict.fromkeys("".join(texts)):
             try:
                 self._plain.encode(character, add_special_tokens=False)

@@ -35,7 +35,7 @@ class ExpertOptions:
     """Redundant experts, and the load that decides which."""
 
     redundant_experts: int = 0
-    """Copies of busy experts in every MoE layer, beside the experts themselves; a multiple of the
+    """Copies of busy experts in every MoE layer, besides the experts themselves; a multiple of the
     shards of experts. Text stays the same."""
     expert_load: Path | None = None
     """.npy or .json file of tokens per expert [MoE layers, MTP module last, experts], as

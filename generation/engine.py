@@ -31,6 +31,7 @@ from model.config import ModelConfig
 from model.recipe import Recipe
 from model.replicas import Copies
 from sharding.context import whole_sequences
+from sharding.devices import on_platform
 from sharding.experts.eplb import ExpertPlacement
 from sharding.partition import (
     Layout,
@@ -96,7 +97,7 @@ class Generator:
         result is a second copy beside them.
         """
         # A GPU multiplies stacked experts where they lie.
-        apart = self.layout.mesh.devices.flat[0].platform == "cpu"
+        apart = on_platform(self.layout, "cpu")
         return unstack(
             self.config,
             weights["params"],

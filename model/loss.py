@@ -125,8 +125,6 @@ class LossParts(NamedTuple):
     """Tokens per expert and MoE layer."""
     dropped: jax.Array
     """Choices that no expert computed."""
-    kl: jax.Array | None = None
-    """Mean KL from a teacher, nats per target; None without one (distillation alone has it)."""
 
 
 def target_weights(

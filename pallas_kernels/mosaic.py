@@ -1,4 +1,4 @@
-"""What the kernels for Hopper share: the machine they are cut for, and matrix products.
+"""Common ground of the kernels for Hopper: the machine they are cut for, and matrix products.
 
 Kernels are written in Pallas Mosaic GPU with warpgroup semantics. One Pallas thread is a warpgroup
 of 128 CUDA threads. The same body runs on a GPU and, block by block, in JAX's emulator on a CPU,
@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 Backend = Literal["mosaic", "emulated", "portable", "reference"]
-"""How a hot path is computed: "mosaic" by the kernel, on Hopper; "emulated" by the same kernel on
+"""Way to compute a hot path: "mosaic" by the kernel, on Hopper; "emulated" by the same kernel on
 CPU, block by block (for tests: thousands of times slower); "portable" by XLA, anywhere; "reference"
 by its definition in fp32, with no care for cost."""
 

@@ -48,7 +48,7 @@ def device_name() -> str:
 
 
 def file_of(device: str, kernel: str) -> pathlib.Path:
-    """Where the figures of a kernel on a device are kept."""
+    """File of a kernel's figures on a device."""
     return FOLDER / device / f"{kernel}.json"
 
 

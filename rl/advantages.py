@@ -1,10 +1,11 @@
-"""From rewards to advantages, inside the group of answers to one prompt.
+"""Advantages from the rewards of a group of answers to one prompt, and which answers take part.
 
 A reward that is NaN or infinite is unscorable: that answer's advantage is 0 and the others of its
 group are compared without it. Equal rewards give exactly 0, not a rounding error divided by
 another one. Compute advantages once over the whole batch of a rollout, before it is cut.
 
-Letters: B answers, group after group; N groups; G answers of a group; P rewards of an answer.
+Letters: B answers, group after group; N groups; G answers of a group; P rewards of an answer; T
+tokens.
 """
 
 import jax
@@ -82,6 +83,38 @@ def informative_groups(advantages_B: jax.Array, group_size: int) -> jax.Array:
     holds for graded rewards and for groups with unscorable answers too.
     """
     return (advantages_B.reshape(-1, group_size) != 0).any(-1)
+
+
+def filtered_mask(
+    mask_BT: jax.Array, advantages_B: jax.Array, truncated_B: jax.Array, config: GRPOConfig
+) -> tuple[jax.Array, Metrics]:
+    """The mask with rows of zeros for answers that DAPO leaves out, fp32 [B, T], and metrics.
+
+    Args:
+      mask_BT: 1 for tokens of answers, their EOS included; 0 elsewhere.
+      advantages_B: of `group_advantages`. An answer that is left out has counted in its group.
+      truncated_B: bool, answers cut at the length limit, without an EOS.
+      config: `dynamic_sampling` leaves out groups without any difference (DAPO, eq. 11);
+        `overlong_filter` leaves out truncated answers (DAPO, section 3.4).
+
+    An answer left out counts in no mean either, so take the denominator from the mask returned.
+    Metrics: `truncated_answers` and `filtered_answers`, shares of all answers.
+    """
+    if truncated_B.shape != mask_BT.shape[:1] or advantages_B.shape != mask_BT.shape[:1]:
+        raise ValueError(
+            f"the mask has shape {list(mask_BT.shape)}, truncated {list(truncated_B.shape)}, "
+            f"advantages {list(advantages_B.shape)}; give [B, T], [B] and [B]"
+        )
+    kept_B = jnp.ones(mask_BT.shape[0], bool)
+    if config.dynamic_sampling:
+        kept_B &= jnp.repeat(informative_groups(advantages_B, config.group_size), config.group_size)
+    if config.overlong_filter:
+        kept_B &= ~truncated_B
+    metrics: Metrics = {
+        "truncated_answers": _share(truncated_B),
+        "filtered_answers": _share(~kept_B),
+    }
+    return mask_BT.astype(jnp.float32) * kept_B[:, None], metrics
 
 
 def _centred(r_xG: jax.Array, known_xG: jax.Array) -> jax.Array:

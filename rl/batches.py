@@ -1,8 +1,8 @@
-"""From answers of a rollout to arrays of fixed shape.
+"""Arrays of fixed shape from the answers of a rollout.
 
 Row a of a batch is prompt and answer of answer a, then padding. Position t of every array but
-`tokens` and `routes` speaks of token t + 1, which is predicted there; `routes` of token t, which is
-read there.
+`tokens` and `routes` belongs to token t + 1, which is predicted there; `routes` to token t, which
+is read there.
 
 Letters: A answers, group after group; T positions; K tokens that top-k keeps; R experts of a token
 over all layers; n tokens of a prompt and its answer.
@@ -70,9 +70,8 @@ def make_batch(prompts: Sequence[np.ndarray], rollout: Rollout, seq_len: int) ->
 
 def cut(batch: Batch, updates: int, micro_batch_size: int) -> list[Batch]:
     """The batch in equal parts of consecutive rows, each [micro batches, rows, ...]."""
-    parts = {name: np.split(rows, updates) for name, rows in batch.items()}
-    return [
-        {name: rows[i].reshape(-1, micro_batch_size, *rows[i].shape[1:])
-         for name, rows in parts.items()}
-        for i in range(updates)
-    ]  # fmt: skip
+
+    def part(rows: np.ndarray, i: int) -> np.ndarray:
+        return np.split(rows, updates)[i].reshape(-1, micro_batch_size, *rows.shape[1:])
+
+    return [{name: part(rows, i) for name, rows in batch.items()} for i in range(updates)]

@@ -1,4 +1,4 @@
-"""A task by its configuration, and its base corpus as a source of documents for pre-training."""
+"""Tasks by configuration, and their base corpora as documents for pre-training."""
 
 import dataclasses
 import hashlib
@@ -15,7 +15,7 @@ from rl.tasks.characters import character_tokenizer
 from rl.tasks.task import Task
 
 FORMAT = 1
-"""Raised when the same settings would give other documents."""
+"""Version of the documents; goes up when the same settings would give others."""
 
 
 def configured_task(config: TaskConfig) -> Task:
@@ -55,7 +55,7 @@ def corpus_data(
     The documents are written under data.cache_dir once per configuration and seed. A document ends
     with the tokenizer's end token, which the token store puts there. Other fields of `data` stay.
 
-    Raises ValueError for a number of documents below 1, besides `configured_task`'s.
+    Raises ValueError for a number of documents below 1, and as `configured_task`.
     """
     task = configured_task(config)
     if config.documents < 1:
@@ -68,16 +68,16 @@ def corpus_data(
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer.write_text(character_tokenizer(task.vocabulary).json, encoding="utf-8")
         lines = itertools.islice(task.corpus(seed, end=""), config.documents)
-        beside = corpus.with_suffix(".new")
-        beside.write_text("".join(json.dumps({"text": text}) + "\n" for text in lines), "utf-8")
-        beside.replace(corpus)
+        new = corpus.with_suffix(".new")
+        new.write_text("".join(json.dumps({"text": text}) + "\n" for text in lines), "utf-8")
+        new.replace(corpus)
         say(f"task {task.name}: {config.documents} documents in {corpus}")
     source = SourceConfig(str(corpus))
     return dataclasses.replace(data, sources=(source,), tokenizer=str(tokenizer))
 
 
 def sample_prompt(config: TaskConfig, seed: int) -> str:
-    """What a text of the model may begin with: a prompt of the task, or "def " without one."""
+    """Beginning of a sample text: a prompt of the task, or "def " without one."""
     if not config.name:
         return "def "
     prompt = configured_task(config).prompt(seed, 0).prompt

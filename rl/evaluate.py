@@ -1,55 +1,69 @@
-"""Held-out accuracy of a policy, at temperature 1 and greedily: neither alone tells enough."""
+"""Answers of a policy in numbers and as text: held-out accuracy, lengths, samples.jsonl.
+
+Accuracy is measured at temperature 1 and greedily: neither alone tells enough.
+
+Letters: A answers.
+"""
 
 import dataclasses
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
+import jax
 import numpy as np
 
+from rl.problems import Problem
 from rl.prompts import EVALUATE, EVALUATE_GREEDY, Prompts, Questions, sampler_seed
 from rl.rollout import Publishable, Rollout
 from rl.stopping import Stop, never
 from rl.verdict.scoring import Scorer, Scores
+from training.metrics import drop_records_from
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """The same prompts every time, answered once by each sampler.
+    """Accuracy on the same prompts every time, answered once by each sampler.
 
-    Draws at temperature 1 depend on (seed, step), so that a resumed run measures what the other
-    would have measured.
+    Draws at temperature 1 depend on (seed, step): a resumed run measures the same as one that was
+    not stopped.
     """
 
     questions: Questions
     prompts: Prompts
     scorer: Scorer
     drawn: Publishable
-    """At temperature 1."""
+    """Sampler at temperature 1."""
     greedy: Publishable
+    """Greedy sampler."""
 
     def __call__(
-        self, step: int, policy: Publishable, stop: Stop = never,
+        self,
+        step: int,
+        policy: Publishable,
+        stop: Stop = never,
         failed: Callable[[Scores], float] | None = None,
-    ) -> dict[str, float]:  # fmt: skip
+    ) -> dict[str, float]:
         """Metrics of the policy that was published last; see `training/metrics.py`, eval/.
 
-        failed: failed rewards per answer, and says what failed; None only counts.
+        failed: counts failed rewards per answer, and may report them; None: `failed_rewards`.
         RolloutStoppedError soon after `stop()` says true.
         """
-        record = {"eval/failed_rewards": 0.0}
+        metrics = {"eval/failed_rewards": 0.0}
         for sampler, purpose in ((self.drawn, EVALUATE), (self.greedy, EVALUATE_GREEDY)):
             sampler.borrow(policy)
             seed = sampler_seed(self.prompts.seed, purpose, step)
             rollout = sampler(self.questions.ids, 1, seed, stop)
             texts = self.prompts.texts(rollout.tokens)
             scores = self.scorer(self.questions.problems, texts, lengths(rollout), stop)
-            record["eval/failed_rewards"] += (failed or failed_rewards)(scores) / 2
+            metrics["eval/failed_rewards"] += (failed or failed_rewards)(scores) / 2
             if purpose == EVALUATE_GREEDY:
-                record["eval/accuracy_greedy"] = float(scores.correct.mean())
+                metrics["eval/accuracy_greedy"] = float(scores.correct.mean())
             else:
-                record |= {
+                metrics |= {
                     f"eval/{name}": value for name, value in describe(rollout, scores).items()
                 }
-        return record
+        return metrics
 
 
 def failed_rewards(scores: Scores) -> float:
@@ -74,3 +88,34 @@ def describe(rollout: Rollout, scores: Scores) -> dict[str, float]:
         "length_correct": float(tokens_A[correct].mean()) if correct.any() else float("nan"),
         "truncated": float(rollout.truncated.mean()),
     }
+
+
+class Transcripts:
+    """Samples of answers for people to read, in `run_dir`/samples.jsonl; process 0 writes.
+
+    A line: step, prompt, answer, tokens, truncated, reward, correct, advantage. Lines of
+    `resume_step` and later, left by a run that went on after its last checkpoint, are dropped.
+    """
+
+    def __init__(self, run_dir: Path, resume_step: int, count: int):
+        self._count = count if jax.process_index() == 0 else 0
+        self._path = run_dir / "samples.jsonl"
+        if self._count:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            drop_records_from(self._path, resume_step)
+
+    def write(
+        self,
+        step: int,
+        problems: Sequence[Problem],
+        texts: Sequence[str],
+        numbers: dict[str, np.ndarray],
+    ) -> None:
+        """The first answers of a rollout, in its order; `numbers` by answer, [A] each."""
+        if not self._count:
+            return
+        with self._path.open("a", encoding="utf-8") as file:
+            for a in range(min(self._count, len(texts))):
+                line = {"step": step, "prompt": problems[a].prompt, "answer": texts[a]}
+                line |= {name: values[a].item() for name, values in numbers.items()}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")

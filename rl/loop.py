@@ -2,8 +2,8 @@
 
 A rollout serves one update or several; every update is a step. Everything random is a function of
 (seed, step), and the state is saved between rollouts only, so that a run that was stopped goes on
-as if it had not been. What a record says of answers, it says of the policy that wrote them: before
-the updates of its step.
+as if it had not been. Metrics of answers describe the policy that wrote them, before the updates of
+their step.
 
 Letters: A answers of a rollout, T positions, P rewards of an answer.
 """
@@ -19,20 +19,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from rl.advantages import group_advantages
+from rl.advantages import filtered_mask, group_advantages
 from rl.batches import Batch, cut, make_batch
 from rl.config import GRPOConfig, RLConfig
-from rl.evaluate import Evaluation, describe, failed_rewards, lengths
-from rl.filters import filtered_mask
+from rl.evaluate import Evaluation, Transcripts, describe, failed_rewards, lengths
 from rl.metrics import Metrics, merge, numbers
 from rl.prompts import SAMPLE, Prompts, Questions, sampler_seed
 from rl.resample import Asked, choose, differing, reward_arrays
 from rl.rollout import Publishable
 from rl.stopping import RolloutStoppedError, Stop, never
 from rl.trainer import REFERENCE, PolicyTrainer
-from rl.transcripts import Transcripts
 from rl.verdict.scoring import Scorer, Scores
 from runtime.signals import StopRequest
+from sharding.devices import mesh_shape
 from sharding.partition import local_rows, place_rows
 from training.display import Display
 from training.loop import Checkpoints, anyone, check_skipped
@@ -43,14 +42,18 @@ from training.throughput import peak_memory_gib
 from training.trace import Trace
 
 Line = dict[str, float]
+"""Metrics of a step by name, a line of metrics.jsonl."""
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def compare(
-    rewards_PA: jax.Array, weights_P: jax.Array, mask_AT: jax.Array, truncated_A: jax.Array,
+    rewards_PA: jax.Array,
+    weights_P: jax.Array,
+    mask_AT: jax.Array,
+    truncated_A: jax.Array,
     config: GRPOConfig,
-) -> tuple[jax.Array, jax.Array, Metrics]:  # fmt: skip
-    """Advantages [A], the mask of what takes part in the loss [A, T], and metrics of both."""
+) -> tuple[jax.Array, jax.Array, Metrics]:
+    """Advantages [A], the mask of tokens that take part in the loss [A, T], and metrics of both."""
     advantages_A, metrics = group_advantages(rewards_PA, weights_P, config)
     mask_AT, of_filters = filtered_mask(mask_AT, advantages_A, truncated_A, config)
     return advantages_A, mask_AT, metrics | of_filters
@@ -75,7 +78,7 @@ class PolicyLoop:
     """Steps between checkpoints; 0 saves at the end and on a signal only."""
     display: Display
     profile: range = range(0)
-    """Steps to trace, counted from the first that runs: the rollouts that they belong to, whole."""
+    """Steps to trace, counted from the first that runs, with the whole of their rollouts."""
     started: float = dataclasses.field(default_factory=time.monotonic)
     """When the process started, by time.monotonic."""
 
@@ -96,31 +99,30 @@ class PolicyLoop:
 
     @property
     def complete(self) -> bool:
-        """Whether `run` has nothing left to do: the last step was done, and what follows it was
-        measured, which a signal prevents."""
+        """Whether `run` has nothing left to do: the last step was done, and so was the evaluation
+        after it, which a signal prevents."""
         if self.first_step < self.trainer.train.steps:
             return False
         measured = True
         if self.evaluation is not None and jax.process_index() == 0:
             found = (self.run_dir / "metrics.jsonl").is_file()
-            records = read_metrics(self.run_dir) if found else []
-            measured = any("eval/accuracy" in r for r in records if r["step"] >= self.first_step)
+            lines = read_metrics(self.run_dir) if found else []
+            measured = any("eval/accuracy" in x for x in lines if x["step"] >= self.first_step)
         return not anyone(not measured)
 
     def run(self) -> str:
         """Train to the last step, and evaluate; SIGTERM or SIGINT ends it soon, wherever it is.
 
-        A rollout or an evaluation that is interrupted is lost, and nothing else. Saves after the
-        last rollout either way, and before an error leaves. Returns the signal's name, or "" when
-        nothing is left to do.
+        An interrupted rollout or evaluation is lost, and nothing else. Saves after the last rollout
+        either way, and before an error is raised. Returns the signal's name, or "" when nothing is
+        left to do.
         """
         last, stopped, step = self.trainer.train.steps, "", self.first_step
         transcripts = Transcripts(self.run_dir, step, self.rl.transcripts)
         self.sampler.publish(self.state["params"], self.state["router_bias"])
         trace = Trace(self.profile, self.run_dir, self.display)
-        with (
-            MetricsWriter(self.run_dir, step) as writer, StopRequest() as stop, self.display, trace,
-        ):  # fmt: skip
+        writer, stop = MetricsWriter(self.run_dir, step), StopRequest()
+        with writer, stop, self.display, trace:
             # Processes of one run agree between rollouts; one alone need not wait for that.
             alone = jax.process_count() == 1
             asked: Stop = (lambda: stop.requested) if alone else never
@@ -129,13 +131,13 @@ class PolicyLoop:
                 trace.before(range(begun, begun + self.updates), self.state)
                 try:
                     with self._saved():
-                        record = self.advance(step, transcripts, asked)
+                        line = self.advance(step, transcripts, asked)
                 except RolloutStoppedError:
                     stopped = stop.signal_name
                     break
                 step += self.updates
-                writer.write(step - 1, record)
-                self.display.show(step - 1, record)
+                writer.write(step - 1, line)
+                self.display.show(step - 1, line)
                 if self._due(step, self.save_every):
                     self.save()
                 if anyone(stop.requested):
@@ -144,46 +146,48 @@ class PolicyLoop:
             if not stopped and self.evaluation is not None:
                 try:
                     with self._saved():
-                        record = self.evaluation(step, self.sampler, asked, self._failed)
+                        line = self.evaluation(step, self.sampler, asked, self._failed)
                 except RolloutStoppedError:
                     return stop.signal_name
-                writer.write(step, record)
-                self.display.show(step - 1, record)
+                writer.write(step, line)
+                self.display.show(step - 1, line)
         return stopped
 
     def advance(self, step: int, transcripts: Transcripts, stop: Stop) -> Line:
-        """One rollout and its updates; their record. RolloutStoppedError leaves the state alone."""
-        record: Line = {}
+        """One rollout with its updates; the metrics. RolloutStoppedError leaves the state alone."""
+        line: Line = {}
         if self.evaluation is not None and self._due(step, self.trainer.train.eval_every):
-            record |= self.evaluation(step, self.sampler, stop, self._failed)
+            line |= self.evaluation(step, self.sampler, stop, self._failed)
         clock = _Clock()
         rounds = self._ask(step // self.updates, clock, stop)
-        record["policy/rounds"] = len(rounds)
-        record["policy/failed_rewards"] = float(np.mean([self._failed(r.scores) for r in rounds]))
+        line["policy/rounds"] = len(rounds)
+        line["policy/failed_rewards"] = float(np.mean([self._failed(r.scores) for r in rounds]))
         asked, objective = rounds[0], self.rl.objective
         if len(rounds) > 1:
             asked = choose(rounds, objective, self.rl.prompts_per_step)
         batch, metrics = self._batch(asked)
-        record |= self._update(step, batch, metrics)
+        line |= self._update(step, batch, metrics)
         with contextlib.suppress(RolloutStoppedError):  # whoever goes on publishes again
             self.sampler.publish(self.state["params"], self.state["router_bias"], stop)
         clock.lap("update")
         if step == self.first_step:
             self.display.note(f"first step: {time.monotonic() - self.started:.1f} s after start")
         # Chosen groups would say less of the policy than all that it wrote.
-        record |= _described(rounds[0])
-        record |= self._speeds(sum(r.rollout.num_tokens for r in rounds), batch, clock)
+        line |= _described(rounds[0])
+        line |= self._speeds(sum(r.rollout.num_tokens for r in rounds), batch, clock)
         seen = {
-            "tokens": lengths(asked.rollout), "truncated": asked.rollout.truncated,
-            "reward": asked.scores.rewards, "correct": asked.scores.correct,
+            "tokens": lengths(asked.rollout),
+            "truncated": asked.rollout.truncated,
+            "reward": asked.scores.rewards,
+            "correct": asked.scores.correct,
             "advantage": batch["advantages"],
-        }  # fmt: skip
+        }
         transcripts.write(step, _per_answer(asked.questions, asked.group_size), asked.texts, seen)
-        return record
+        return line
 
     def _ask(self, number: int, clock: "_Clock", stop: Stop) -> list[Asked]:
-        """Rollout `number`, scored: a round of prompts, and up to rl.resample more until there are
-        enough groups to learn from. Each round has prompts and draws of its own."""
+        """Scored rounds of rollout `number`: one, and up to rl.resample more until there are enough
+        groups to learn from. Each round has prompts and draws of its own."""
         rounds, useful = [], 0
         size, most = self.rl.objective.group_size, 1 + self.rl.resample
         for place in range(number * most, (number + 1) * most):
@@ -211,10 +215,10 @@ class PolicyLoop:
 
     @contextlib.contextmanager
     def _saved(self) -> Generator[None]:
-        """Save what has been learned before an error leaves, which stays as it is.
+        """Save the rollouts before an error, and raise it again.
 
-        Left out: numbers that are not finite, and one of several processes, which would wait for
-        the others.
+        No save for numbers that are not finite, nor by one of several processes, which would wait
+        for the others.
         """
         try:
             yield
@@ -234,7 +238,7 @@ class PolicyLoop:
 
     def save(self) -> bool:
         """Checkpoint the state, which no rollout is under way from."""
-        mesh = dict(self.trainer.layout.mesh.shape)
+        mesh = mesh_shape(self.trainer.layout)
         return self.checkpoints.save(int(self.state["step"]), self.state, self.config, mesh, {})
 
     def _due(self, step: int, every: int) -> bool:
@@ -248,17 +252,16 @@ class PolicyLoop:
         if np.isnan(batch["sampler_logp"]).any():  # a server that does not tell them
             del batch["sampler_logp"]
         rewards_PA, weights_P = reward_arrays(asked.scores)
-        advantages_A, mask_AT, metrics = jax.device_get(
-            compare(
-                rewards_PA, weights_P, batch["mask"], asked.rollout.truncated,
-                config=self.rl.objective,
-            )
-        )  # fmt: skip
+        compared = compare(
+            rewards_PA, weights_P, batch["mask"], asked.rollout.truncated, config=self.rl.objective
+        )
+        advantages_A, mask_AT, metrics = jax.device_get(compared)
         return batch | {"advantages": advantages_A, "mask": mask_AT}, metrics
 
     def _update(self, step: int, batch: Batch, metrics: Metrics) -> Line:
         """All updates of a rollout; means of their metrics, and the rollout's own."""
-        parts = [self._placed(part) for part in self._cut(batch)]
+        pieces = cut(batch, self.updates, self.plan.micro_batch_size)
+        parts = [self._placed(part) for part in pieces]
         parts = [self._with_logps(part) for part in parts]
         totals: list[Line] = []
         merged: Metrics = {}
@@ -266,7 +269,7 @@ class PolicyLoop:
             knobs = knobs_at(self.trainer.train, self.plan, step + i)
             del knobs["mtp_weight"]
             scalars = {name: np.float32(value) for name, value in knobs.items()}
-            self.state, out = self.trainer.update(self.state, part, scalars)
+            self.state, out = self.trainer.step(self.state, part, scalars)
             out = jax.device_get(out)
             check_skipped(
                 self, step + i, int(out.pop("skipped_in_row")), "or look at samples.jsonl"
@@ -275,18 +278,13 @@ class PolicyLoop:
             merged = merge(merged, objective) if merged else objective
             knobs = {f"train/{name}": value for name, value in knobs.items()}
             totals.append(knobs | {name: float(value) for name, value in out.items()})
-            if self._renews(step + i + 1):
+            every = self.rl.reference_every
+            if every and (step + i + 1) % every == 0:
                 self.state = self.trainer.renew_reference(self.state)
         means = {name: float(np.mean([part[name] for part in totals])) for name in totals[0]}
         return means | {
             f"policy/{name}": value for name, value in numbers({**metrics, **merged}).items()
         }
-
-    def _renews(self, done: int) -> bool:
-        return self.rl.reference_every > 0 and done % self.rl.reference_every == 0
-
-    def _cut(self, batch: Batch) -> list[Batch]:
-        return cut(batch, self.updates, self.plan.micro_batch_size)
 
     def _placed(self, part: Batch) -> dict[str, jax.Array]:
         """The part on the mesh; every process has all rows and places its own."""
@@ -295,7 +293,7 @@ class PolicyLoop:
         return place_rows(self.trainer.layout, own, self._rows, self.plan.micro_batch_size)
 
     def _with_logps(self, part: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Adds what later updates need of the policy as it is now, and of the reference.
+        """The part with log-probabilities of the policy as it is now, and of the reference.
 
         A single update starts from this policy itself: its ratio is 1 without old numbers. The
         reference chooses its own experts.
@@ -334,7 +332,7 @@ class _Clock:
         self._last = time.perf_counter()
 
     def lap(self, name: str, seconds: float | None = None) -> None:
-        """The phase that ends now; `seconds` where it knows better (without compilation)."""
+        """End a phase; `seconds` where it knows its time better (without compilation)."""
         now = time.perf_counter()
         spent = now - self._last if seconds is None else seconds
         self.seconds[name] = self.seconds.get(name, 0.0) + spent
@@ -342,12 +340,12 @@ class _Clock:
 
 
 def _per_answer(questions: Questions, group_size: int) -> list[Any]:
-    return [record for record in questions.problems for _ in range(group_size)]
+    return [problem for problem in questions.problems for _ in range(group_size)]
 
 
 def _described(asked: Asked) -> Line:
     """Length, accuracy and rewards of the answers."""
     scores = asked.scores
-    record = {f"policy/{name}": x for name, x in describe(asked.rollout, scores).items()}
-    record["policy/reward"] = float(np.mean(scores.rewards))
-    return record | {f"policy/reward/{name}": float(x.mean()) for name, x in scores.parts.items()}
+    line = {f"policy/{name}": x for name, x in describe(asked.rollout, scores).items()}
+    line["policy/reward"] = float(np.mean(scores.rewards))
+    return line | {f"policy/reward/{name}": float(x.mean()) for name, x in scores.parts.items()}

@@ -27,8 +27,14 @@ def masked_mean(x: jax.Array, mask: jax.Array) -> Mean:
     return Mean(jnp.where(mask > 0, x, 0.0).sum(), mask.astype(jnp.float32).sum())
 
 
+def answer_mean(x_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
+    """Mean over the tokens of each answer, [B, 1]; 0 for an answer without tokens."""
+    lengths_B1 = jnp.maximum(mask_BT.sum(-1, keepdims=True), 1.0)
+    return (x_BT * mask_BT).sum(-1, keepdims=True) / lengths_B1
+
+
 def merge(left: Metrics, right: Metrics) -> Metrics:
-    """The metrics of two parts of a batch taken together; both have the same names.
+    """The metrics of two parts of a batch together; both parts have the same names.
 
     Zeros are the neutral element, so `jax.lax.scan` can start from them.
     """
@@ -46,7 +52,7 @@ def merge(left: Metrics, right: Metrics) -> Metrics:
 
 
 def numbers(metrics: Metrics) -> dict[str, float]:
-    """What to write down: a number by name; a mean over nothing is NaN."""
+    """A number by name, as metrics.jsonl has it; a mean over nothing is NaN."""
     read = {}
     for name, metric in metrics.items():
         if isinstance(metric, Largest):

@@ -1,7 +1,7 @@
 """rl.png: accuracy, length, correctness of steps and format, to be read together.
 
-Length that rises is no learning by itself: with a base that has not learned the single step,
-answers grow longer while accuracy and steps fall.
+Rising length alone is no learning: with a base that has not learned the single step, answers grow
+longer while accuracy and steps fall.
 """
 
 import os
@@ -13,32 +13,26 @@ from matplotlib.figure import Figure
 
 from training.metrics import read_metrics
 
-_PANELS: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...] = (
-    (
-        "accuracy",
-        (
-            ("policy/accuracy", "#9ecae1", "rollout"),
-            ("eval/accuracy", "#08519c", "held out, T = 1"),
-            ("eval/accuracy_greedy", "#d94801", "held out, greedy"),
-        ),
-    ),
-    (
-        "length (tokens)",
-        (
-            ("policy/length", "#08519c", "all answers"),
-            ("policy/length_correct", "#31a354", "right ones"),
-        ),
-    ),
-    ("steps that are right (share)", (("policy/step_accuracy", "#08519c", "rollout"),)),
-    ("form asked for (share)", (("policy/format", "#08519c", "rollout"),)),
-    ("entropy (nats/token)", (("policy/entropy", "#08519c", "rollout"),)),
-    ("groups without variance (share)", (("policy/zero_variance_groups", "#08519c", "rollout"),)),
-)
+_PANELS = {
+    "accuracy": [
+        ("policy/accuracy", "#9ecae1", "rollout"),
+        ("eval/accuracy", "#08519c", "held out, T = 1"),
+        ("eval/accuracy_greedy", "#d94801", "held out, greedy"),
+    ],
+    "length (tokens)": [
+        ("policy/length", "#08519c", "all answers"),
+        ("policy/length_correct", "#31a354", "right ones"),
+    ],
+    "steps that are right (share)": [("policy/step_accuracy", "#08519c", "rollout")],
+    "form asked for (share)": [("policy/format", "#08519c", "rollout")],
+    "entropy (nats/token)": [("policy/entropy", "#08519c", "rollout")],
+    "groups without variance (share)": [("policy/zero_variance_groups", "#08519c", "rollout")],
+}
 """Title of a panel, and its curves: metric, colour, label."""
 
 
 def plot_rl(run_dir: str | os.PathLike[str]) -> list[Path]:
-    """Draw rl.png into `run_dir`; the paths drawn, none for a run without RL records.
+    """Draw rl.png into `run_dir`; the paths drawn, none for a run without metrics of stage rl.
 
     Errors: FileNotFoundError when the run has no metrics.jsonl.
     """
@@ -51,19 +45,18 @@ def plot_rl(run_dir: str | os.PathLike[str]) -> list[Path]:
     return [path]
 
 
-def rl_figure(records: list[dict[str, float]]) -> Figure | None:
-    """Six panels over steps; None without RL records."""
-    if not any("policy/reward" in record for record in records):
+def rl_figure(lines: list[dict[str, float]]) -> Figure | None:
+    """Six panels over steps; None without metrics of stage rl."""
+    if not any("policy/reward" in line for line in lines):
         return None
     figure = Figure(figsize=(9, 9), layout="constrained")
     axes = figure.subplots(3, 2, sharex=True).ravel()
-    for axis, (title, curves) in zip(axes, _PANELS, strict=True):
+    for axis, (title, curves) in zip(axes, _PANELS.items(), strict=True):
         for name, colour, label in curves:
-            points = [(r["step"], r[name]) for r in records if np.isfinite(r.get(name, np.nan))]
+            points = [(x["step"], x[name]) for x in lines if np.isfinite(x.get(name, np.nan))]
             x, y = np.array(points, float).reshape(-1, 2).T
-            few = name.startswith("eval/")
-            axis.plot(x, y, color=colour, label=label, linewidth=1.6, marker="o" if few else None,
-                      markersize=3.5)  # fmt: skip
+            marker = "o" if name.startswith("eval/") else None
+            axis.plot(x, y, color=colour, label=label, linewidth=1.6, marker=marker, markersize=3.5)
         if "share" in title or title == "accuracy":
             axis.set_ylim(-0.03, 1.03)
         axis.set_title(title)

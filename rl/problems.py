@@ -1,4 +1,4 @@
-"""A prompt with what its verifier needs, and which prompts are held out."""
+"""Problems, each a prompt with the facts that its verifier needs, and the share held out."""
 
 import dataclasses
 import json
@@ -13,11 +13,11 @@ Prompt = str | list[dict[str, str]]
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One prompt and what is known about its answer; `dataclasses.asdict` of it is JSON."""
+    """A prompt with the facts about its answer; `dataclasses.asdict` of it is JSON."""
 
     prompt: Prompt
     answer: dict[str, Any]
-    """What the verifier needs: numbers, texts and lists, as JSON has them."""
+    """Facts that the verifier needs: numbers, texts and lists, as JSON has them."""
     task: str = ""
     """Name of the task, or of the reward that a file of prompts asks for."""
     name: str = ""
@@ -25,14 +25,14 @@ class Problem:
 
     @property
     def key(self) -> str:
-        """What decides the side of the split."""
+        """Text whose hash decides the side of the split."""
         if self.name or isinstance(self.prompt, str):
             return self.name or str(self.prompt)
         return json.dumps(self.prompt, sort_keys=True)
 
 
 def held_out(problem: Problem, share: float) -> bool:
-    """Whether the problem is for evaluation only. A hash of its problem: no seed moves it, and no
+    """Whether the problem is for evaluation only, by a hash of its key: no seed moves it, and no
     problem is on both sides. share: 0..1, share of problems."""
     return is_held_out(problem.key, share)
 
@@ -40,7 +40,7 @@ def held_out(problem: Problem, share: float) -> bool:
 def split_problems(
     problems: Iterable[Problem], share: float
 ) -> tuple[list[Problem], list[Problem]]:
-    """Records to train on and problems held out, both in the order given.
+    """Problems to train on and problems held out, both in the order given.
 
     Raises ValueError if nothing is left to train on, or if share > 0 holds out nothing.
     """

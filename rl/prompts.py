@@ -1,4 +1,4 @@
-"""Prompts of a run as a function of (seed, rollout), and texts to tokens and back."""
+"""Prompts of a run as a function of (seed, rollout), encoded, and answers decoded."""
 
 import abc
 import dataclasses
@@ -14,7 +14,7 @@ from generation.prompts import encode_chat
 from rl.config import RLConfig
 from rl.problems import Problem, Prompt, split_problems
 from rl.prompt_files import read_prompts
-from rl.tasks.task import Side, Task
+from rl.tasks.task import Task
 from rl.verdict.rules import check_problem, check_tests
 
 SAMPLE, EVALUATE, EVALUATE_GREEDY, TRACES = range(4)
@@ -33,7 +33,7 @@ class Questions(NamedTuple):
 
 
 class Prompts(abc.ABC):
-    """Where prompts come from, and how texts become tokens and back."""
+    """Source of prompts, with the tokenizer of prompts and answers."""
 
     tokenizer: Tokenizer
     seed: int
@@ -48,7 +48,7 @@ class Prompts(abc.ABC):
 
     @abc.abstractmethod
     def to_measure(self, train: int, held_out: int) -> tuple[list[Problem], list[Problem]]:
-        """Prompts to train on and prompts held out, whose lengths stand for all that a run asks:
+        """Prompts to train on and prompts held out whose lengths stand for those of a whole run:
         the first `train`, and `held_out` of those for evaluation."""
 
     def texts(self, answers: Sequence[np.ndarray]) -> list[str]:
@@ -107,17 +107,14 @@ class TaskPrompts(Prompts):
         """`count` distinct problems that no training prompt is about."""
         if not self.task.held_out:
             return self._questions([])
-        return self._questions(self._distinct(count))
+        return self._questions(self.task.distinct_prompts(self.seed, count))
 
     def to_measure(self, train: int, held_out: int) -> tuple[list[Problem], list[Problem]]:
-        """At most MEASURED to train on: a task's prompts are endless, and alike."""
+        """MEASURED prompts to train on at most: a task's prompts are endless, and alike."""
         first = range(min(train, MEASURED))
         asked = [self.task.prompt(self.seed, index, "train") for index in first]
-        return asked, self._distinct(held_out) if held_out and self.task.held_out else []
-
-    def _distinct(self, count: int) -> list[Problem]:
-        side: Side = "held_out"
-        return self.task.distinct_prompts(self.seed, count, side)
+        kept = held_out if self.task.held_out else 0
+        return asked, self.task.distinct_prompts(self.seed, kept)
 
 
 ASK = (
@@ -153,7 +150,7 @@ def file_prompts(config: RLConfig, tokenizer: Tokenizer, seed: int) -> FilePromp
             check_tests(problem)
 
     found = read_prompts(Path(config.prompts), need_answers=judged, check=check)
-    problems = [in_template(problem, config.template) for problem in found.problems]
+    problems = [in_template(problem, config.template) for problem in found]
     return FilePrompts(*split_problems(problems, config.held_out), tokenizer, seed)
 
 
@@ -187,7 +184,7 @@ def encode_prompt(tokenizer: Tokenizer, problem: Problem) -> np.ndarray:
 
 
 def shown(problem: Problem) -> str:
-    """The problem as messages name it: quoted, and not all of a long one."""
+    """Name of the problem in messages: quoted, and cut where it is long."""
     return repr(problem.key if len(problem.key) <= _SHOWN else problem.key[:_SHOWN] + "..")
 
 

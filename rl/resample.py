@@ -1,4 +1,4 @@
-"""DAPO's dynamic sampling: more prompts are asked in place of groups that have nothing to compare.
+"""DAPO's dynamic sampling: further prompts in place of groups that have nothing to compare.
 
 A group whose answers all got the same reward has no gradient, and the better a policy gets, the
 more groups are like that (DAPO, section 3.2, eq. 11). The loop asks further rounds of prompts until
@@ -9,7 +9,7 @@ Letters: A answers, P prompts of a round.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from rl.verdict.scoring import Scores
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """Prompts with their answers and what these are worth; groups of equal size, in order."""
+    """Prompts with their answers and scores; groups of equal size, in order."""
 
     questions: Questions
     rollout: Rollout
@@ -52,48 +52,40 @@ def differing(asked: Asked, config: GRPOConfig) -> np.ndarray:
 
 def choose(rounds: Sequence[Asked], config: GRPOConfig, prompts: int) -> Asked:
     """`prompts` groups of these rounds: those that differ first, each kind in its order."""
-    places = [(i, p) for i, asked in enumerate(rounds) for p in range(len(asked.questions.ids))]
+    groups = [(asked, p) for asked in rounds for p in range(len(asked.questions.ids))]
     useful = np.concatenate([differing(asked, config) for asked in rounds])
-    order = np.argsort(~useful, kind="stable")[:prompts]
-    return _take(rounds, [places[at] for at in order])
+    chosen = [groups[at] for at in np.argsort(~useful, kind="stable")[:prompts]]
+    size, first = rounds[0].group_size, rounds[0]
 
+    def answers(field: Callable[[Asked], Any]) -> list:
+        """Values of the chosen groups' answers."""
+        return [x for asked, p in chosen for x in field(asked)[p * size : (p + 1) * size]]
 
-def _take(rounds: Sequence[Asked], places: Sequence[tuple[int, int]]) -> Asked:
-    """The groups at (round, prompt), in this order."""
-    size = rounds[0].group_size
+    def recorded(name: str) -> list | None:
+        """`answers` of a field of the rollout, where it was recorded."""
+        there = getattr(first.rollout, name) is not None
+        return answers(lambda asked: getattr(asked.rollout, name)) if there else None
 
-    def prompts_of(field: Any) -> list:
-        return [field(rounds[i])[p] for i, p in places]
-
-    def answers_of(field: Any) -> list:
-        return [x for i, p in places for x in field(rounds[i])[p * size : (p + 1) * size]]
-
-    def maybe(name: str) -> list | None:
-        values = [getattr(asked.rollout, name) for asked in rounds]
-        return None if values[0] is None else answers_of(lambda asked: getattr(asked.rollout, name))
-
-    first = rounds[0].scores
+    rollout = Rollout(
+        tokens=answers(lambda asked: asked.rollout.tokens),
+        logps=answers(lambda asked: asked.rollout.logps),
+        truncated=np.array(answers(lambda asked: asked.rollout.truncated)),
+        routes=recorded("routes"),
+        seconds=sum(asked.rollout.seconds for asked in rounds),
+        passes=sum(asked.rollout.passes for asked in rounds),
+        kept=recorded("kept"),
+    )
+    parts = {
+        name: np.array(answers(lambda asked, name=name: asked.scores.parts[name]))
+        for name in first.scores.parts
+    }
+    correct = np.array(answers(lambda asked: asked.scores.correct))
     return Asked(
         Questions(
-            prompts_of(lambda asked: asked.questions.problems),
-            prompts_of(lambda asked: asked.questions.ids),
+            [asked.questions.problems[p] for asked, p in chosen],
+            [asked.questions.ids[p] for asked, p in chosen],
         ),
-        Rollout(
-            tokens=answers_of(lambda asked: asked.rollout.tokens),
-            logps=answers_of(lambda asked: asked.rollout.logps),
-            truncated=np.array(answers_of(lambda asked: asked.rollout.truncated)),
-            routes=maybe("routes"),
-            seconds=sum(asked.rollout.seconds for asked in rounds),
-            passes=sum(asked.rollout.passes for asked in rounds),
-            kept=maybe("kept"),
-        ),
-        answers_of(lambda asked: asked.texts),
-        dataclasses.replace(
-            first,
-            parts={
-                name: np.array(answers_of(lambda asked, name=name: asked.scores.parts[name]))
-                for name in first.parts
-            },
-            correct=np.array(answers_of(lambda asked: asked.scores.correct)),
-        ),
+        rollout,
+        answers(lambda asked: asked.texts),
+        dataclasses.replace(first.scores, parts=parts, correct=correct),
     )

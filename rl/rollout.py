@@ -1,10 +1,10 @@
 """Answers to a batch of prompts from the policy itself, on the trainer's devices.
 
-Each prompt is read once and answered `group_size` times; rows whose answer has ended take the next
-one, and when none is left and few go on, these go on in fewer rows. An answer's draws depend on
-(seed, its number) alone, so results do not depend on how many rows there are. Tokens leave with
-what training needs: their log-probabilities under the sampler, the tokens that top-k and top-p left
-to draw from, and the experts that every token went to.
+Each prompt is read once and answered `group_size` times. A row whose answer has ended takes the
+next one; when none is left and few go on, these go on in fewer rows. An answer's draws depend on
+(seed, its number) alone, so results do not depend on the number of rows. Tokens come with what
+training needs: their log-probabilities under the sampler, the tokens that top-k and top-p left to
+draw from, and the experts that every token went to.
 
 Letters: A answers (prompt after prompt, the group of each together), P prompts, T tokens of prompt
 and answer, K tokens that top-k keeps, R experts of a token over all layers.
@@ -31,9 +31,9 @@ from runtime.processes import fetch
 from sharding.partition import Layout, batch_shards, replicated
 
 NARROWER = 4
-"""The last answers go on in so many times fewer rows,"""
+"""Factor by which rows shrink when the answers that go on fit into the smaller number."""
 LONG = 2 * CHUNK
-"""if one of them may have that many tokens to come."""
+"""Tokens that one of these answers may still have to come for the smaller program to pay."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,17 +43,17 @@ class Rollout:
     tokens: list[np.ndarray]
     """int32 [n] of each answer, its EOS included."""
     logps: list[np.ndarray]
-    """Of these tokens, under the distribution that they were drawn from; fp32 [n]."""
+    """Log-probabilities of the tokens in the distribution they were drawn from; fp32 [n]."""
     truncated: np.ndarray
     """True where an answer ended for want of room, bool [A]."""
     routes: list[np.ndarray] | None
     """Experts of the prompt's and the answer's tokens but the last, int16 [n - 1, R]."""
     seconds: float
-    """Spent on it, compilation left out."""
+    """Time of the rollout, compilation left out."""
     passes: int
     """Passes of the model, counted once per row that was writing."""
     kept: list[np.ndarray] | None = None
-    """Where top-k cuts: what each token was drawn from, -1 beyond it, int32 [n, K]."""
+    """Tokens that each token was drawn from, where top-k cuts; -1 beyond them; int32 [n, K]."""
 
     @property
     def num_tokens(self) -> int:
@@ -79,9 +79,8 @@ class Publishable(Protocol):
         ...
 
     def __call__(
-        self, prompts: Sequence[np.ndarray], group_size: int, seed: int,
-        stop: Stop = ..., /,
-    ) -> Rollout: ...  # fmt: skip
+        self, prompts: Sequence[np.ndarray], group_size: int, seed: int, stop: Stop = ..., /
+    ) -> Rollout: ...
 
 
 class PolicySampler:
@@ -89,7 +88,7 @@ class PolicySampler:
 
     Args:
       config, recipe, layout: the model; its recipe may differ from the trainer's.
-      sampling: how tokens are drawn; its seed is not used.
+      sampling: temperature and cuts of the draws; its seed is not used.
       rows: answers written at a time, rounded up to the shards of the batch.
       max_new_tokens: longest answer.
       eos_ids: tokens that end one.
@@ -98,10 +97,18 @@ class PolicySampler:
     """
 
     def __init__(
-        self, config: ModelConfig, recipe: Recipe, layout: Layout, sampling: Sampling, *,
-        rows: int, max_new_tokens: int, eos_ids: Sequence[int],
-        speculate: bool = False, replay: bool = False,
-    ):  # fmt: skip
+        self,
+        config: ModelConfig,
+        recipe: Recipe,
+        layout: Layout,
+        sampling: Sampling,
+        *,
+        rows: int,
+        max_new_tokens: int,
+        eos_ids: Sequence[int],
+        speculate: bool = False,
+        replay: bool = False,
+    ):
         recipe = dataclasses.replace(recipe, routes=replay and config.num_moe_layers > 0)
         self._generator = Generator(config, recipe, layout)
         self._layout, self._speculate = self._generator.layout, speculate
@@ -116,7 +123,7 @@ class PolicySampler:
         self._weights: Tree = {}
 
     def publish(self, params: Tree, router_bias: Tree, _stop: Stop = never) -> None:
-        """Take the trainer's weights as they are now; nothing goes through a disk."""
+        """Take the trainer's weights as they are now, from memory."""
         self._weights = self._generator.prepare({"params": params, "router_bias": router_bias})
 
     def borrow(self, other: "PolicySampler") -> None:
@@ -124,9 +131,8 @@ class PolicySampler:
         self._weights = other._weights
 
     def __call__(
-        self, prompts: Sequence[np.ndarray], group_size: int, seed: int,
-        stop: Stop = never,
-    ) -> Rollout:  # fmt: skip
+        self, prompts: Sequence[np.ndarray], group_size: int, seed: int, stop: Stop = never
+    ) -> Rollout:
         """Answer every prompt `group_size` times.
 
         Raises ValueError for prompts that the model cannot read (`Generator.check`), and
@@ -204,10 +210,8 @@ class _Session:
         source_B[free] = writing[free] // self._group
         streams_B = np.maximum(writing, 0).astype(np.int32)
         budget = place(np.array(self._s._budget, np.int32))
-        state = self._call(
-            self._s._steps.admit, state, prefix, place(source_B), place(streams_B), budget,
-            self._s._eos,
-        )  # fmt: skip
+        rows = place(source_B), place(streams_B)
+        state = self._call(self._s._steps.admit, state, prefix, *rows, budget, self._s._eos)
         names = ("pending_B", "pending_logp_B", "pending_kept_BK")
         first = jax.device_get([state[name] for name in names if name in state])
         for row in free:

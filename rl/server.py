@@ -11,25 +11,35 @@ asks the server to load it (SGLang's `/update_weights_from_disk`); without it th
 grows old, which `policy/sampler_gap` shows.
 """
 
+import contextlib
 import dataclasses
 import functools
 import http.client
 import json
-import queue
+import multiprocessing
 import shutil
 import threading
 import time
+import urllib.error
 import urllib.parse
+import urllib.request
 from collections.abc import Callable, Sequence
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
+from checkpoint.hf_writer import export
 from data.tokenizer import Tokenizer
+from model.blueprint import Tree
+from model.config import ModelConfig
 from rl.rollout import Rollout
 from rl.stopping import POLL_S, RolloutStoppedError, Stop, never
 
+SERVED = "served"
+"""Folder of a run that a server loads."""
 RETRY_STATUS = {408, 429, 500, 502, 503, 504}
 
 
@@ -39,18 +49,18 @@ class ServerError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Server:
-    """Where answers come from."""
+    """A server of OpenAI's completions API."""
 
     url: str
-    """Without /v1, such as http://localhost:8000."""
+    """Address without /v1, such as http://localhost:8000."""
     model: str
     """Name that the server knows the model by."""
     timeout: float = 600.0
-    """Seconds for one request."""
+    """Seconds that a request may take."""
     retries: int = 4
     """Further tries of a request that failed for a passing reason."""
     wait: float = 0.5
-    """Seconds before the first of these; each waits twice as long as the one before."""
+    """Seconds before the first further try; each try waits twice as long as the one before."""
     parallel: int = 32
     """Requests at a time."""
 
@@ -64,37 +74,28 @@ class Server:
     def post(self, path: str, body: dict[str, Any], stop: Stop = never) -> Any:
         """The answer's JSON. ServerError once the tries are used up, or for a request refused;
         RolloutStoppedError, between two tries only, if `stop()` says true."""
+        request = urllib.request.Request(
+            self.url.rstrip("/") + path,
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
         wrong = ""
         for attempt in range(self.retries + 1):
             if attempt:
                 _sleep(self.wait * 2 ** (attempt - 1), stop)
             try:
-                status, content = self._post_once(path, json.dumps(body).encode())
+                with urllib.request.urlopen(request, timeout=self.timeout) as answer:
+                    return self._read(path, answer.read())
+            except urllib.error.HTTPError as error:
+                wrong = f"status {error.code}: {error.read(300).decode('utf-8', 'replace')}"
+                if error.code not in RETRY_STATUS:
+                    raise ServerError(f"{self.url}{path} refused the request, {wrong}") from None
             except (OSError, http.client.HTTPException) as error:
                 wrong = f"{type(error).__name__}: {error}"
-                continue
-            if status == 200:
-                return self._read(path, content)
-            wrong = f"status {status}: {content[:300].decode('utf-8', 'replace')}"
-            if status not in RETRY_STATUS:
-                raise ServerError(f"{self.url}{path} refused the request, {wrong}")
         raise ServerError(
             f"{self.url}{path} gave no answer in {self.retries + 1} tries, the last: {wrong}. Is "
             "the server up, and rl.server its address?"
         )
-
-    def _post_once(self, path: str, body: bytes) -> tuple[int, bytes]:
-        parts = urllib.parse.urlsplit(self.url)
-        secure = parts.scheme == "https"
-        kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        connection = kind(parts.hostname or "", parts.port, timeout=self.timeout)
-        try:
-            headers = {"Content-Type": "application/json"}
-            connection.request("POST", parts.path.rstrip("/") + path, body, headers)
-            answer = connection.getresponse()
-            return answer.status, answer.read()
-        finally:
-            connection.close()
 
     def _read(self, path: str, content: bytes) -> Any:
         try:
@@ -113,35 +114,38 @@ class ServerSampler:
       server, tokenizer: the server's model has this tokenizer.
       temperature: of the draws; 0 is greedy.
       max_new_tokens: longest answer, its end token included.
-      write: writes the weights of `publish` as a Hugging Face folder; None never loads any.
-      folder: where that is, as both sides see it.
+      write: writes the weights of `publish` as a Hugging Face folder; None: no weights are loaded.
+      folder: place of that folder, as both sides see it.
     """
 
     def __init__(
-        self, server: Server, tokenizer: Tokenizer, temperature: float, max_new_tokens: int,
-        write: Callable[[Any, Any, Path], None] | None = None, folder: Path | None = None,
-    ):  # fmt: skip
+        self,
+        server: Server,
+        tokenizer: Tokenizer,
+        temperature: float,
+        max_new_tokens: int,
+        write: Callable[[Any, Any, Path], None] | None = None,
+        folder: Path | None = None,
+    ):
         self._server, self._tokenizer = server, tokenizer
         self._temperature, self._budget = temperature, max_new_tokens
         self._write, self._folder = write, folder
 
     def publish(self, params: Any, router_bias: Any, stop: Stop = never) -> None:
-        """Let the server take these weights, if it is to take any.
+        """Have the server load these weights, if it is to load any.
 
         Raises ServerError, and RolloutStoppedError soon after `stop()` says true.
         """
         if self._write is None or self._folder is None:
             return
-        beside = self._folder.with_name(self._folder.name + ".new")
-        shutil.rmtree(beside, ignore_errors=True)
-        self._write(params, router_bias, beside)
+        new = self._folder.with_name(self._folder.name + ".new")
+        shutil.rmtree(new, ignore_errors=True)
+        self._write(params, router_bias, new)
         shutil.rmtree(self._folder, ignore_errors=True)
-        beside.rename(self._folder)
+        new.rename(self._folder)
         body = {"model_path": str(self._folder.resolve())}
-        (said,) = _all_of(
-            [lambda given_up: self._server.post("/update_weights_from_disk", body, given_up)],
-            1, stop,
-        )  # fmt: skip
+        load = functools.partial(self._server.post, "/update_weights_from_disk", body)
+        (said,) = _all_of([load], 1, stop)
         if isinstance(said, dict) and said.get("success") is False:
             raise ServerError(f"{self._server.url} did not load {self._folder}: {said}")
 
@@ -149,9 +153,8 @@ class ServerSampler:
         """Nothing to take: the weights are at the server."""
 
     def __call__(
-        self, prompts: Sequence[np.ndarray], group_size: int, seed: int,
-        stop: Stop = never,
-    ) -> Rollout:  # fmt: skip
+        self, prompts: Sequence[np.ndarray], group_size: int, seed: int, stop: Stop = never
+    ) -> Rollout:
         """Answer every prompt `group_size` times, `Server.parallel` prompts at a time.
 
         Raises ServerError, and RolloutStoppedError soon after `stop()` says true.
@@ -176,10 +179,17 @@ class ServerSampler:
     def _ask(self, prompt: np.ndarray, count: int, seed: int, stop: Stop):
         """(ids, log-probabilities, truncated) of each answer to one prompt."""
         body = {
-            "model": self._server.model, "prompt": prompt.tolist(), "n": count, "seed": seed,
-            "temperature": self._temperature, "top_p": 1.0, "max_tokens": self._budget,
-            "logprobs": 0, "return_token_ids": True, "skip_special_tokens": False,
-        }  # fmt: skip
+            "model": self._server.model,
+            "prompt": prompt.tolist(),
+            "n": count,
+            "seed": seed,
+            "temperature": self._temperature,
+            "top_p": 1.0,
+            "max_tokens": self._budget,
+            "logprobs": 0,
+            "return_token_ids": True,
+            "skip_special_tokens": False,
+        }
         said = self._server.post("/v1/completions", body, stop)
         try:
             choices = sorted(said["choices"], key=lambda choice: choice.get("index", 0))
@@ -225,42 +235,62 @@ def _sleep(seconds: float, stop: Stop) -> None:
 
 
 def _all_of(calls: Sequence[Callable[[Stop], Any]], parallel: int, stop: Stop) -> list[Any]:
-    """What the calls return, `parallel` at a time; each is given the `Stop` of all of them.
+    """Results of the calls, `parallel` at a time; each call is given the `Stop` of all of them.
 
     The first error ends the wait, and so does `stop()`, with RolloutStoppedError. Calls that are
-    then under way go on in daemon threads, which do not keep the process from ending.
+    then under way go on in the pool's daemon threads, which do not keep the process from ending.
     """
-    waiting: queue.SimpleQueue = queue.SimpleQueue()
-    ended: queue.SimpleQueue = queue.SimpleQueue()
     given_up = threading.Event()
-    for one in enumerate(calls):
-        waiting.put(one)
-
-    def work() -> None:
-        while not given_up.is_set():
-            try:
-                number, call = waiting.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                ended.put((number, call(given_up.is_set), None))
-            except BaseException as error:
-                ended.put((number, None, error))
-
-    for _ in range(min(parallel, len(calls))):
-        threading.Thread(target=work, daemon=True).start()
     found: dict[int, Any] = {}
-    try:
-        while len(found) < len(calls):
-            if stop():
-                raise RolloutStoppedError
-            try:
-                number, value, error = ended.get(timeout=POLL_S)
-            except queue.Empty:
-                continue
-            if error is not None:
-                raise error
-            found[number] = value
-    finally:
-        given_up.set()
-    return [found[number] for number in range(len(calls))]
+    with ThreadPool(min(parallel, len(calls))) as pool:
+        try:
+            ended = pool.imap_unordered(lambda i: (i, calls[i](given_up.is_set)), range(len(calls)))
+            while len(found) < len(calls):
+                if stop():
+                    raise RolloutStoppedError
+                with contextlib.suppress(multiprocessing.TimeoutError):
+                    number, result = ended.next(POLL_S)
+                    found[number] = result
+        finally:
+            given_up.set()
+    return [found[i] for i in range(len(calls))]
+
+
+# ---- Weights for the server ----------------------------------------------------------------------
+
+
+class LiveWeights:
+    """Arrays on devices of this process, read as `checkpoint/weights.py:Weights` are."""
+
+    def __init__(self, config: ModelConfig, run_dir: Path, params: Tree, router_bias: Tree):
+        self.path, self.config = run_dir, config
+        state = {"params": params, "router_bias": router_bias}
+        leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+        self._arrays = {
+            jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves
+        }
+
+    @property
+    def carried(self) -> list[Path]:
+        """The run's tokenizer."""
+        own = self.path / "tokenizer.json"
+        return [own] if own.exists() else []
+
+    def scale_inv(self, name: str) -> np.ndarray | None:
+        """None: these weights were not released in FP8."""
+        del name
+
+    def read(self, tree: str, path: str, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
+        """As `Weights.read`."""
+        return np.asarray(jax.device_get(self._arrays[f"{tree}/{path}"][index])).astype(dtype)
+
+    def load(self, abstract: Any, progress: Any = None) -> Any:
+        """Always a ValueError: these weights are loaded already."""
+        raise ValueError("these weights are in memory already; read them")
+
+
+def export_live(
+    config: ModelConfig, run_dir: Path, params: Tree, router_bias: Tree, folder: Path
+) -> None:
+    """Write a run's weights to `folder`, in bf16, straight from memory, as `convert.py export`."""
+    export(LiveWeights(config, run_dir, params, router_bias), folder, say=lambda line: None)

@@ -1,12 +1,10 @@
-"""Stage rl from a configuration: what is checked, what is wired together, what is left behind."""
+"""Stage rl: its configuration checked, its parts wired together, its result reported."""
 
 import contextlib
 import dataclasses
 import functools
-import json
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -16,10 +14,10 @@ from generation.config import Sampling
 from model.recipe import Recipe
 from rl.corpus import configured_task
 from rl.evaluate import Evaluation
+from rl.jsonl import MAX_SHOWN
 from rl.loop import PolicyLoop
 from rl.plots import plot_rl
 from rl.problems import Problem
-from rl.prompt_files import MAX_SHOWN
 from rl.prompts import (
     FilePrompts,
     Prompts,
@@ -30,20 +28,19 @@ from rl.prompts import (
     shown,
 )
 from rl.rollout import PolicySampler
-from rl.served_weights import SERVED, export_live
-from rl.server import Server, ServerSampler
+from rl.server import SERVED, Server, ServerSampler, export_live
 from rl.tasks.characters import character_tokenizer
 from rl.trainer import PolicyTrainer
 from rl.verdict.sandbox import described_isolation
 from rl.verdict.scoring import Scorer, TaskScorer, judge_scorer
 from runtime.processes import connect
+from runtime.start import is_first_process
 from sharding.partition import Layout
 from training.display import Display
 from training.loop import Checkpoints
 from training.metrics import read_metrics
+from training.run import Say, Session, open_state, to_end, write_settings
 from training.step import State, Trainer
-
-Say = Callable[[str], None]
 
 
 def make_trainer(run: RunConfig, recipe: Recipe, layout: Layout) -> PolicyTrainer:
@@ -223,7 +220,7 @@ def make_sampler(trainer: Trainer, run: RunConfig, tokenizer: Tokenizer, greedy:
 
 def make_loop(
     run: RunConfig, trainer: PolicyTrainer, state: State, checkpoints: Checkpoints,
-    prompts: Prompts, scorer: Scorer, started: float, profile: range = range(0),
+    prompts: Prompts, scorer: Scorer, session: Session,
 ) -> PolicyLoop:  # fmt: skip
     """Wire the parts together; `state` is new or restored."""
     rl, tokenizer = run.rl, prompts.tokenizer
@@ -243,7 +240,7 @@ def make_loop(
         trainer=trainer, rl=rl, state=state, run_dir=Path(run.run_dir),
         config=dataclasses.asdict(run), prompts=prompts, scorer=scorer, sampler=sampler,
         evaluation=evaluation, checkpoints=checkpoints, save_every=run.checkpoint.every,
-        display=Display(run.train.steps), profile=profile, started=started,
+        display=Display(run.train.steps), profile=session.profile, started=session.started,
     )  # fmt: skip
 
 
@@ -256,54 +253,35 @@ def describe(run: RunConfig) -> list[str]:
         f"most {rl.max_new_tokens} tokens, for {updates} update{'s' * (updates > 1)} of "
         f"{run.train.batch_size}",
         f"task         {configured_task(run.task) if run.task.name else rl.prompts}",
+        f"objective    {rl.objective_of or 'own'}",
     ]
 
 
-def run_stage(
-    run: RunConfig, trainer: Any, profile: range, init_from: str,
-    open_state: Callable[..., tuple[Any, State]], started: float, say: Say,
-) -> int:  # fmt: skip
-    """Stage rl to its end, or to a signal; 0, as a process exits.
+def run_stage(run: RunConfig, trainer: Trainer, session: Session) -> int:
+    """Stage rl to its end, or to a signal; the status that a process exits with.
 
     Args:
       trainer: of `make_trainer`.
-      profile: steps to trace, counted from the first that runs; whole rollouts with their updates.
-      init_from: where a new run takes its weights; '' for random ones.
-      open_state: `checkpoints, state = open_state(run, trainer, init_from, say)`.
-      started: when the process started, by time.monotonic.
-      say: takes lines for people.
+      session: its profile counts steps in whole rollouts with their updates.
     """
-    tokenizer = policy_tokenizer(run, init_from)
+    assert isinstance(trainer, PolicyTrainer)
+    say = session.say
+    tokenizer = policy_tokenizer(run, session.init_from)
     prompts = make_prompts(run, tokenizer)
     if judges_code(run, prompts):
-        say(f"code         runs {described_isolation()}")
+        say(f"code         runs {described_isolation(run.rl.unsafe_code)}")
     connect(trainer.layout.mesh)
     with open_scorer(run) as scorer:
-        checkpoints, state = open_state(run, trainer, init_from, say)
-        loop = make_loop(run, trainer, state, checkpoints, prompts, scorer, started, profile)
-        if jax.process_index() == 0:
-            write_settings(run, tokenizer)
-        stopped = ""
-        done = f"{loop.first_step} of {run.train.steps} steps are done"
-        if loop.complete:
-            say(f"the run is complete: {done}")
-        else:
-            if loop.first_step >= run.train.steps:
-                say(f"{done}; the evaluation after them is missing and comes now")
-            elif loop.first_step:
-                say(f"resuming at step {loop.first_step} of {run.train.steps}")
-            stopped = loop.run()
-    checkpoints.wait()
-    if stopped:
-        step = int(loop.state["step"])
-        say(f"{stopped}: stopped and saved at step {step} in {run.run_dir}; run again to go on")
-    elif jax.process_index() == 0:
-        finish(loop.run_dir, say)
-    return 0
+        checkpoints, state = open_state(run, trainer, session)
+        loop = make_loop(run, trainer, state, checkpoints, prompts, scorer, session)
+        write_settings(run, tokenizer.json)
+        return to_end(loop, run, say, loop.run, lambda: finish(loop.run_dir, say))
 
 
 def finish(run_dir: Path, say: Say) -> None:
-    """The last evaluation in words, and the plot."""
+    """The last evaluation in words, and the plot; process 0 alone."""
+    if not is_first_process():
+        return
     lines = [r for r in read_metrics(run_dir) if "eval/accuracy" in r]
     if lines:
         start, end = lines[0], lines[-1]
@@ -315,11 +293,3 @@ def finish(run_dir: Path, say: Say) -> None:
         )
     plots = ", ".join(path.name for path in plot_rl(run_dir))
     say(f"plots: {plots}; answers: samples.jsonl; run folder: {run_dir}")
-
-
-def write_settings(run: RunConfig, tokenizer: Tokenizer) -> None:
-    """config.json and tokenizer.json of the run folder."""
-    folder = Path(run.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(run), indent=1))
-    (folder / "tokenizer.json").write_text(tokenizer.json)

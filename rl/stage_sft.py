@@ -7,6 +7,7 @@ can learn besides (`rl/examples/teacher.py`).
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ import jax
 from configs.schema import RunConfig
 from data.tokenizer import Tokenizer, load_tokenizer
 from generation.config import Sampling
-from model.costs import train_flops_per_token
 from model.recipe import Recipe
 from rl.corpus import configured_task
 from rl.evaluate import Evaluation
@@ -29,23 +29,21 @@ from rl.examples.traces import count_rounds, read_traces, write_traces
 from rl.problems import Problem
 from rl.prompts import TaskPrompts
 from rl.rollout import PolicySampler
-from rl.stage_rl import make_sampler, misfits, policy_tokenizer, refuse, write_settings
+from rl.stage_rl import make_sampler, misfits, policy_tokenizer, refuse
 from rl.stopping import RolloutStoppedError
 from rl.tasks.task import Task
 from rl.verdict import rules as rewards
 from rl.verdict.scoring import TaskScorer
 from runtime.processes import connect
 from runtime.signals import StopRequest
-from sharding.partition import Layout, local_rows, pipeline_ranks
-from training.display import Display
-from training.loop import Loop, anyone
+from runtime.start import is_first_process
+from sharding.partition import Layout, pipeline_ranks
+from training.loop import anyone
 from training.metrics import read_metrics
 from training.plots import plot_run
-from training.schedule import BatchPlan
+from training.run import Say, Session, open_loop, to_end, train_on, write_settings
 from training.step import State, Trainer
-from training.throughput import Throughput
 
-Say = Callable[[str], None]
 TRACES = "traces"
 """Folder of a run that holds the answers it has sampled."""
 
@@ -90,47 +88,31 @@ def describe(run: RunConfig) -> list[str]:
     return lines
 
 
-def run_stage(
-    run: RunConfig, trainer: Trainer, profile: range, init_from: str,
-    open_state: Callable[..., tuple[Any, State]], started: float, say: Say,
-) -> int:  # fmt: skip
-    """Stage sft or distill to its end, or to a signal; 0. Arguments as
-    `rl/stage_rl.py:run_stage`."""
-    tokenizer = policy_tokenizer(run, init_from or run.sft.policy)
+def run_stage(run: RunConfig, trainer: Trainer, session: Session) -> int:
+    """Stage sft or distill to its end, or to a signal; the status that a process exits with."""
+    say = session.say
+    tokenizer = policy_tokenizer(run, session.init_from or run.sft.policy)
     check_policy_tokenizer(run.sft.policy, tokenizer)
     connect(trainer.layout.mesh)
     evaluate = held_out_accuracy(run, trainer, tokenizer, say)
     policy = None
     if run.sft.policy:
         policy = load_policy(run.sft.policy, run.train, trainer.recipe, trainer.layout)
-    if jax.process_index() == 0:
-        write_settings(run, tokenizer)
+    write_settings(run, tokenizer.json)
     try:
-        rows = packed_examples(run, trainer, tokenizer, policy, say)
+        examples = packed_examples(run, trainer, tokenizer, policy, say)
     except RolloutStoppedError:
         return 0
-    checkpoints, state = open_state(run, trainer, init_from, say)
     read_first: Any = lambda batch: batch  # noqa: E731
     if isinstance(trainer, StudentTrainer):
         assert policy is not None
         read_first = make_teacher(run, trainer, policy).read
-    mesh = trainer.layout.mesh
-    flops = train_flops_per_token(run.model, run.train.seq_len)
-    loop = Loop(
-        trainer=trainer, plan=BatchPlan(run.train), state=state, run_dir=Path(run.run_dir),
-        config=dataclasses.asdict(run), checkpoints=checkpoints, save_every=run.checkpoint.every,
-        evaluate=evaluate,
-        throughput=Throughput(flops, mesh.size, mesh.devices.flat[0].device_kind),
-        display=Display(run.train.steps), read_first=read_first, profile=profile, started=started,
-    )  # fmt: skip
-    stopped = run_loop(loop, rows, say)
-    checkpoints.wait()
-    if stopped:
-        step = int(loop.state["step"])
-        say(f"{stopped}: stopped and saved at step {step} in {run.run_dir}; run again to go on")
-    elif jax.process_index() == 0:
-        finish(loop.run_dir, say)
-    return 0
+    loop = open_loop(run, trainer, session, evaluate, read_first)
+
+    def train() -> str:
+        return train_on(loop, functools.partial(sft_batches, examples))
+
+    return to_end(loop, run, say, train, lambda: finish(loop.run_dir, say))
 
 
 def make_teacher(run: RunConfig, trainer: Trainer, policy: Any) -> Teacher:
@@ -139,24 +121,6 @@ def make_teacher(run: RunConfig, trainer: Trainer, policy: Any) -> Teacher:
     shared = min(model.vocab_size, run.model.vocab_size)
     k = min(run.sft.kl_top_k, shared)
     return Teacher(model, params, router_bias, trainer.recipe, trainer.layout, k, shared)
-
-
-def run_loop(loop: Loop, rows: PackedExamples, say: Say) -> str:
-    """Train what is left to train; the name of the signal that ended it early, or ''."""
-    train, plan = loop.trainer.train, loop.plan
-    if loop.first_step >= train.steps:
-        say(f"the run is complete: {loop.first_step} of {train.steps} steps are done")
-        return ""
-    if loop.first_step:
-        say(f"resuming at step {loop.first_step} of {train.steps}")
-    local = local_rows(loop.trainer.layout, plan.micro_batch_size)
-
-    def span(step: int) -> tuple[int, int]:
-        batch = plan.at(step)
-        return batch.first_sequence, batch.batch_size
-
-    loader = sft_batches(rows, plan.micro_batch_size, local)
-    return loop.run(loader.batches(span, loop.first_step, train.steps), local)
 
 
 # ---- What is learned -----------------------------------------------------------------------------
@@ -320,7 +284,9 @@ def held_out_accuracy(
 
 
 def finish(run_dir: Path, say: Say) -> None:
-    """The last figures in words, and the plots."""
+    """The last figures in words, and the plots; process 0 alone."""
+    if not is_first_process():
+        return
     last = read_metrics(run_dir)[-1]
     words = f"loss: {last['train/loss']:.3f} nats per learned token"
     if "eval/accuracy" in last:

@@ -1,15 +1,15 @@
-"""How a rollout under way is given up: whoever waits asks `stop()` from time to time."""
+"""Giving up a rollout under way: code that waits asks `stop()` from time to time."""
 
 from collections.abc import Callable
 
 Stop = Callable[[], bool]
-"""True from the moment on at which somebody asked for it."""
+"""True once a stop was asked for."""
 POLL_S = 0.2
-"""How often a wait for something else asks."""
+"""Seconds between two questions of a wait for something else."""
 
 
 class RolloutStoppedError(Exception):
-    """A rollout was given up because somebody asked for it; its answers are lost."""
+    """A rollout given up because a stop was asked for; its answers are lost."""
 
 
 def never() -> bool:

@@ -1,4 +1,4 @@
-"""The update of a policy: one jitted function, on the trainer's mesh and with its machinery.
+"""The policy trainer: the loss of RL and its gradient, in the step of pre-training.
 
 A batch holds prompts with their answers, padded at the end. Position t of every array but `tokens`
 belongs to the token t + 1: what the model predicts there.
@@ -13,11 +13,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from model.blueprint import Tree, bind
-from model.loss import LossParts
-from model.router import load_max_over_mean
 from model.transformer import Output, Tokens
 from rl.config import GRPOConfig
 from rl.logps import chunked_logps_and_entropy
@@ -25,8 +22,7 @@ from rl.metrics import Metrics, masked_mean, merge
 from rl.objective import Answers, loss_denominator, policy_loss
 from sharding.context import check_sequence
 from sharding.partition import batch_sharding, pipeline_ranks, replicated, use_layout
-from training.optimizer import clip_by_global_norm
-from training.step import State, Trainer
+from training.step import Gradients, Knobs, State, Trainer
 
 Batch = dict[str, jax.Array]
 """tokens int32 [N, B, T+1]; lengths int32 [N, B], tokens of prompt and answer; mask [N, B, T], 1
@@ -64,21 +60,6 @@ class PolicyTrainer(Trainer):
         return {**state, REFERENCE: jax.tree.map(lambda x: x.copy(), policy)}
 
     @functools.cached_property
-    def update(self):
-        """`state, metrics = update(state, batch, knobs)`; the state passed in is consumed.
-
-        knobs: fp32 scalars learning_rate and bias_update_rate. metrics: `Metrics` of the objective,
-        and scalars by name.
-        """
-        rows, whole = batch_sharding(self.layout, (None, "batch")), replicated(self.layout)
-        return jax.jit(
-            self._update,
-            donate_argnums=0,
-            in_shardings=(self.shardings, rows, whole),
-            out_shardings=(self.shardings, whole),
-        )
-
-    @functools.cached_property
     def logps(self):
         """`logp = logps(params, router_bias, batch)` [N, B, T] of the batch's tokens."""
         rows, whole = batch_sharding(self.layout, (None, "batch")), replicated(self.layout)
@@ -86,14 +67,16 @@ class PolicyTrainer(Trainer):
         placements = (state["params"], state["router_bias"], rows)
         return jax.jit(self._logps, in_shardings=placements, out_shardings=whole)
 
-    def _initial_state(self, key: jax.Array) -> State:
-        state = super()._initial_state(key)
+    def initial_state(self, key: jax.Array) -> State:
+        """A new state, with the reference where the objective has one."""
+        state = super().initial_state(key)
         if self.objective.kl_coef:
             state[REFERENCE] = {tree: state[tree] for tree in ("params", "router_bias")}
         return state
 
-    def _shardings(self, shapes: State) -> State:
-        shardings = super()._shardings(shapes)
+    def state_shardings(self, shapes: State) -> State:
+        """Placement of the state; the reference lies as the policy does."""
+        shardings = super().state_shardings(shapes)
         if REFERENCE in shapes:
             shardings[REFERENCE] = {tree: shardings[tree] for tree in shapes[REFERENCE]}
         return shardings
@@ -125,26 +108,10 @@ class PolicyTrainer(Trainer):
         )
         return output, logp_BT, entropy_BT
 
-    def _update(self, state: State, batch: Batch, knobs: dict[str, jax.Array]):
-        with use_layout(self.layout):
-            (loss, (metrics, counts_LE)), grads = self._policy_gradients(state, batch)
-            grads = jax.lax.with_sharding_constraint(grads, self._moment_shardings)
-            grads, norm = clip_by_global_norm(grads, self.train.optimizer.clip_norm)
-            finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-            zero = jnp.zeros((), jnp.float32)
-            parts = LossParts(loss, zero, zero, counts_LE, zero)
-            new, update_norm = self._apply(state, grads, parts, knobs)
-            new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
-            new = self._count(new, state, finite)
-            return new, {
-                "objective": metrics,
-                "skipped_in_row": new["skipped_in_row"],
-                "train/loss": loss,
-                "train/grad_norm": norm,
-                "train/param_norm": optax.tree.norm(new["params"]),
-                "train/update_norm": update_norm,
-                "moe/load_max_over_mean": load_max_over_mean(counts_LE).max(initial=0.0),
-            }
+    def gradients(self, state: State, batch: Batch, knobs: Knobs) -> Gradients:
+        """Gradient of the policy's loss; metrics: `Metrics` of the objective, and the loss."""
+        (loss, (metrics, counts_LE)), grads = self._policy_gradients(state, batch)
+        return Gradients(loss, grads, counts_LE, {"objective": metrics, "train/loss": loss})
 
     def _policy_gradients(self, state: State, batch: Batch):
         """((loss, (metrics, counts)), gradients) over all micro batches, fp32 sums."""

@@ -12,7 +12,7 @@ MESH_AXES = ("pipe", "data", "fsdp", "expert_nodes", "expert", "context", "tenso
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How many devices each axis takes. One axis may be -1: it takes the devices that are left."""
+    """Devices per axis. One axis may be -1: it takes the devices that are left."""
 
     pipe: int = 1
     """Pipeline stages (layers)."""
@@ -31,16 +31,16 @@ class MeshConfig:
     expert_nodes: int = 1
     """Nodes that `expert` spans: a token crosses to a node once and fans out inside it."""
     exchange: Literal["dense", "ragged", "gather"] = "dense"
-    """How tokens reach their experts: all-to-all of padded buffers; of exact sizes (GPU only); or
-    an all-gather and a reduce-scatter."""
+    """Exchange of tokens with their experts. dense: all-to-all of padded buffers; ragged: of exact
+    sizes (GPU only); gather: an all-gather and a reduce-scatter."""
     exchange_capacity: float = 0.0
     """Rows of an all-to-all buffer, as a multiple of the mean under even load; what does not fit
     goes in further rounds. 0: one round that holds everything."""
     exchange_dtype: Literal["", "float8_e4m3fn"] = ""
     """Type that tokens travel to their experts in; empty is that of the activations."""
     context_exchange: Literal["ring", "gather"] = "ring"
-    """How attention sees the sequence's other shards: latents from neighbour to neighbour, or all
-    latents gathered."""
+    """Exchange of latents between shards of the sequence. ring: from neighbour to neighbour;
+    gather: all at once."""
     overlap: bool = False
     """Compute micro batches in pairs, layer by layer, so that one's exchange with the experts can
     overlap the other's compute; without a pipeline (DualPipe does it by itself)."""

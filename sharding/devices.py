@@ -1,4 +1,4 @@
-"""What the devices of a layout can run: kernels for Hopper, the emulator, options of XLA."""
+"""Devices of a layout: their kind, and what they can run."""
 
 from typing import Any
 
@@ -15,6 +15,26 @@ What it joins waits for both micro batches, and no exchange of one can then hide
 """
 
 
+def num_devices(layout: Layout) -> int:
+    """Devices of all processes together."""
+    return layout.mesh.size
+
+
+def mesh_shape(layout: Layout) -> dict[str, int]:
+    """Devices per mesh axis, as checkpoints record it."""
+    return dict(layout.mesh.shape)
+
+
+def device_kind(layout: Layout) -> str:
+    """Kind of the devices in their maker's words, such as NVIDIA H200."""
+    return layout.mesh.devices.flat[0].device_kind
+
+
+def on_platform(layout: Layout, *names: str) -> bool:
+    """Whether the devices are of one of these platforms: cpu, cuda, gpu, tpu."""
+    return layout.mesh.devices.flat[0].platform in names
+
+
 def schedule_options(config: MeshConfig) -> dict[str, Any]:
     """Compiler options that a layout needs on GPUs for its overlap."""
     in_pairs = config.overlap or (config.pipe > 1 and config.schedule.startswith("dualpipe"))
@@ -22,7 +42,7 @@ def schedule_options(config: MeshConfig) -> dict[str, Any]:
 
 
 def not_hopper(layout: Layout) -> str | None:
-    """Why kernels written for NVIDIA's Hopper cannot run on a layout's devices; None: they can."""
+    """Reason why kernels for NVIDIA's Hopper cannot run on a layout's devices; None: they can."""
     device = layout.mesh.devices.flat[0]
     if device.platform not in ("cuda", "gpu"):
         return f"the devices are {device.device_kind}, not NVIDIA Hopper GPUs"
@@ -32,7 +52,7 @@ def not_hopper(layout: Layout) -> str | None:
 
 
 def no_emulator(layout: Layout) -> str | None:
-    """Why kernels cannot be emulated on a layout's devices; None: they can."""
+    """Reason why kernels cannot be emulated on a layout's devices; None: they can."""
     device = layout.mesh.devices.flat[0]
     if device.platform != "cpu":
         return f"the emulator runs on CPU, not on {device.device_kind}"

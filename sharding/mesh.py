@@ -28,7 +28,7 @@ def mesh_sizes(config: MeshConfig) -> dict[str, int]:
 def resolve(config: MeshConfig, num_devices: int) -> MeshConfig:
     """Fill the axis that is -1 and check that the axes use exactly `num_devices` devices.
 
-    Raises ValueError with the equation that fails and what would mend it.
+    Raises ValueError with the equation that fails and the remedy.
     """
     sizes = axis_sizes(config)
     equation = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "1"
@@ -104,7 +104,8 @@ def _check_platform(config: MeshConfig, platform: str) -> None:
         )
 
 
-def describe(mesh: Mesh) -> str:
+def describe(layout: Layout) -> str:
     """One line: device count, kind, and the axes larger than one."""
+    mesh = layout.mesh
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
     return f"{mesh.size} x {mesh.devices.flat[0].device_kind}" + (f": {axes}" if axes else "")

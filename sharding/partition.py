@@ -196,13 +196,13 @@ def bound(fn: Callable) -> Callable[..., Any]:
 
 
 def shard_index(name: str) -> jax.Array | int:
-    """Which shard of logical axis `name` this device holds, counted from 0."""
+    """Number of this device's shard of logical axis `name`, counted from 0."""
     axes = _axes(name)
     return lax.axis_index(axes) if axes else 0
 
 
 def rotate(x: jax.Array, name: str) -> jax.Array:
-    """What the previous shard of `name` holds; the first receives from the last."""
+    """The previous shard's value along `name`; the first receives from the last."""
     axes, count = _axes(name), num_shards(name)
     if not axes or count == 1:
         return x
@@ -232,7 +232,7 @@ def num_shards(name: str) -> int:
 
 
 def options() -> MeshConfig:
-    """How work crosses the axes in the active layout; the defaults without one."""
+    """The active layout's ways across the axes; the defaults without one."""
     layout = _active.get()
     return MeshConfig() if layout is None else layout.config
 
@@ -282,6 +282,11 @@ def _map_named(fn: Callable, shapes: Any, axes: Any) -> Any:
         for (path, leaf), axes in zip(leaves, names, strict=True)
     ]
     return structure.unflatten(placed)
+
+
+def with_shardings(tree: Any, shardings: Any) -> Any:
+    """The tree, traced, with every array placed as the shardings of the same structure say."""
+    return jax.lax.with_sharding_constraint(tree, shardings)
 
 
 def batch_sharding(layout: Layout, names: Names) -> NamedSharding:

@@ -1,4 +1,4 @@
-"""Which mesh axis each logical axis maps to: once as parameters are stored, once as math is done.
+"""Mesh axes of each logical axis: once as parameters are stored, once as math is done.
 
 The difference of the two tables is ZeRO-3: `embed` is stored in shards over `fsdp` but computed
 whole, so XLA all-gathers a weight where it is used and reduce-scatters its gradient.

@@ -107,10 +107,10 @@ def slow(*values):
 
 
 WAYS = {
-    "4 x tensor 2": MeshConfig(expert=4, tensor=2),
     "2 nodes x 4, capacity 1": MeshConfig(expert=8, expert_nodes=2, exchange_capacity=1.0),
 }
 SLOW_WAYS = {
+    "4 x tensor 2": MeshConfig(expert=4, tensor=2),
     "8, capacity 1.25": MeshConfig(expert=8, exchange_capacity=1.25),
     "2": MeshConfig(expert=2),
     "8": MeshConfig(expert=8),

@@ -95,7 +95,7 @@ def linear_in_float64(x, w, dy):
     ("backend", "rounding"),
     [
         pytest.param("emulated", 1e-5, marks=pytest.mark.slow),
-        ("reference", 1e-5),
+        pytest.param("reference", 1e-5, marks=pytest.mark.slow),
         ("portable", 4e-3),
     ],
 )
@@ -313,9 +313,9 @@ def test_every_linear_layer_is_fp8_and_nothing_else(monkeypatch):
 WIDE = dataclasses.replace(
     MODEL, num_layers=2, hidden_size=128, num_heads=16, q_lora_rank=64, kv_lora_rank=32,
     qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16, dense_ffn_size=256,
-    expert_ffn_size=256, init_std=0.08,
+    expert_ffn_size=256, mtp_depth=0, init_std=0.08,
 )  # fmt: skip
-"""A part of a width that `tensor=2` cuts is a multiple of 128."""
+"""A part of a width that `tensor=2` cuts is a multiple of 128. A dense layer and one of experts."""
 WIDE_TRAIN = dataclasses.replace(TRAIN, seq_len=32, dtype="bfloat16")
 
 
@@ -336,8 +336,7 @@ def test_a_step_in_fp8_is_one_in_bf16_within_its_error(remat):
     """Weights and tokens are random, so that close choices of experts can flip: bf16 gradients
     are 9 % (median) from those of fp32, FP8 ones measured 31 % from those of bf16."""
     fp8, bf16 = step_of_wide(dataclasses.replace(FP8, remat=remat)), step_of_wide(BF16)
-    for name in ("train/loss", "train/mtp_loss"):
-        np.testing.assert_allclose(fp8.metrics[name], bf16.metrics[name], rtol=0.01)
+    np.testing.assert_allclose(fp8.metrics["train/loss"], bf16.metrics["train/loss"], rtol=0.01)
     assert 0.02 < gradient_error(fp8, bf16) < 0.5
 
 

@@ -137,6 +137,7 @@ def test_a_layout_gives_the_text_of_one_device(speculate):
     assert texts(GREEDY, mesh=cube, speculate=speculate)[0] == texts(GREEDY)[0]
 
 
+@pytest.mark.slow
 def test_rows_do_not_depend_on_their_neighbours():
     sampling = Sampling(temperature=1.0, seed=3)
     assert texts(sampling)[0][0] == texts(sampling, prompts=PROMPTS[:1])[0][0]
@@ -175,6 +176,7 @@ def good_draft():
     return trees
 
 
+@pytest.mark.slow
 def test_a_good_draft_gives_nearly_two_tokens_a_pass():
     made = generator()
     session = made.start(

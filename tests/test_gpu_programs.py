@@ -65,12 +65,15 @@ LAYOUTS = {
     "fsdp": ("--mesh fsdp=8", {"all-gather": "fsdp", "reduce-scatter": "fsdp"}),
     "sequence": ("--mesh tensor=4,expert=2,sequence=true", {"reduce-scatter": "tensor"}),
 }
-"""Options, and of the collectives that must be there op and axis."""
+"""Options, and of the collectives that must be there op and axis. `expert` is a slow test: the cube
+has its exchange, and `ragged` its cut."""
 
 
 @needs_compiler
 @pytest.mark.gpu_compile
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "expert" else n for n in LAYOUTS]
+)
 def test_compiles_for_eight_gpus(tmp_path, name):
     arguments, expected = LAYOUTS[name]
     report = compiled(tmp_path, arguments)

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from typing import NamedTuple
 
 import hypothesis
 import jax
@@ -18,8 +19,8 @@ from model.blueprint import blueprint
 from model.config import ModelConfig
 from model.recipe import Kernels, Recipe
 from sharding.config import MeshConfig
-from sharding.mesh import axis_sizes
 from tests.layout_helpers import (
+    LEAN,
     MODEL,
     ONE_DEVICE,
     SHALLOW,
@@ -38,50 +39,73 @@ from training.step import Trainer
 LAYOUTS = {
     "cube": MeshConfig(fsdp=2, expert=2, tensor=2),
     "hybrid": MeshConfig(data=2, fsdp=2, expert=2),
-    "data 4 x tensor 2": MeshConfig(data=4, tensor=2),
     "expert 4 x tensor 2": MeshConfig(expert=4, tensor=2),
-    "fsdp 4 x tensor 2": MeshConfig(fsdp=4, tensor=2),
     "data 2 x tensor 4": MeshConfig(data=2, tensor=4),
     "data 2 x expert 4, no zero1": MeshConfig(data=2, expert=4, zero1=False),
     "data 8": MeshConfig(data=8),
     "fsdp 8": MeshConfig(fsdp=8),
     "expert 8": MeshConfig(expert=8),
-    "tensor 4": MeshConfig(tensor=4),
 }
-DEFAULT = ("cube",)
-"""Compiled in the default suite; the others are slow tests."""
+QUICK = {
+    "hybrid": (MeshConfig(data=2, fsdp=2, expert=2), 1),
+    "fsdp 8": (MeshConfig(fsdp=8), 1),
+    "data 4 x tensor 2": (MeshConfig(data=4, tensor=2), 1),
+    "tensor 4 x fsdp 2, sequence": (MeshConfig(tensor=4, fsdp=2, sequence=True), 1),
+    "context 2 x fsdp 2 x tensor 2": (MeshConfig(context=2, fsdp=2, tensor=2), 1),
+    "expert 4 on 2 nodes x data 2": (MeshConfig(data=2, expert=4, expert_nodes=2), 1),
+    "1f1b 2 x expert 2": (MeshConfig(pipe=2, expert=2), 4),
+}
+"""Layout and number of micro batches of a smaller model, so that the default suite has one of every
+kind; slow tests run the whole model on the same axes."""
 
 
-@pytest.fixture(
-    params=[n if n in DEFAULT else pytest.param(n, marks=pytest.mark.slow) for n in LAYOUTS]
-)
-def layout(request) -> MeshConfig:
-    return LAYOUTS[request.param]
+def slow_but(name: str):
+    return name if name == "cube" else pytest.param(name, marks=pytest.mark.slow)
 
 
-def test_a_step_is_the_one_device_step(layout):
+class Case(NamedTuple):
+    """A layout, the model of its step, and the micro batches."""
+
+    mesh: MeshConfig
+    model: ModelConfig
+    micro: int
+
+    def step(self) -> Result:
+        return step_on(*self)
+
+
+@pytest.fixture(params=[*map(slow_but, LAYOUTS), *(f"{name}, small" for name in QUICK)])
+def case(request) -> Case:
+    if request.param in LAYOUTS:
+        return Case(LAYOUTS[request.param], MODEL, 1)
+    mesh, micro = QUICK[request.param.removesuffix(", small")]
+    return Case(mesh, LEAN, micro)
+
+
+def test_a_step_is_the_one_device_step(case):
     """Gradients, new parameters, losses, norms; counts and biases to the bit; nothing dropped."""
-    assert_same_step(step_on(layout), step_on())
+    assert_same_step(case.step(), step_on(model=case.model))
 
 
-def test_parameters_are_held_in_shards(layout):
+def test_parameters_are_held_in_shards(case):
     """A device holds 1/n of every parameter that the rules cut n ways, and nothing else of it."""
-    result = step_on(layout)
-    sizes = axis_sizes(layout)
-    cut_by = {"embed": "fsdp", "embed_pair": "fsdp", "latent": "fsdp", "experts": "expert"}
-    cut_by |= dict.fromkeys(("vocab", "heads", "ffn", "expert_ffn"), "tensor")
-    axes = blueprint(MODEL).params_axes
+    result = case.step()
+    mesh = case.mesh
+    cuts = dict.fromkeys(("embed", "embed_pair", "latent"), mesh.fsdp * mesh.pipe)
+    cuts |= dict.fromkeys(("vocab", "heads", "ffn", "expert_ffn"), mesh.tensor)
+    cuts["experts"] = mesh.expert
+    axes = blueprint(case.model).params_axes
 
     def check(param, names):
-        shards = math.prod(sizes[cut_by[name]] for name in names if name in cut_by)
+        shards = math.prod(cuts.get(name, 1) for name in names)
         assert param.addressable_shards[0].data.size == param.size // shards, names
 
     jax.tree.map(check, result.state["params"], axes)
 
 
-def test_replicas_hold_the_same_values(layout):
+def test_replicas_hold_the_same_values(case):
     """Shards of the same place on several devices are equal to the bit, or runs drift apart."""
-    for array in jax.tree.leaves(step_on(layout).state):
+    for array in jax.tree.leaves(case.step().state):
         by_place = {}
         for shard in array.addressable_shards:
             first = by_place.setdefault(str(shard.index), shard.data)
@@ -104,16 +128,9 @@ def test_packed_documents_and_accumulation_on_a_mesh():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("micro", [2, 4])
-def test_accumulation_on_a_mesh(micro):
+def test_accumulation_on_a_mesh():
     config = MeshConfig(fsdp=2, tensor=4)
-    assert_same_step(take_step(config, micro=micro), step_on())
-
-
-@pytest.mark.slow
-def test_selective_recomputation_changes_no_gradient():
-    """Nor does full recomputation: tests/test_regressions.py."""
-    assert_same_step(take_step(recipe=Recipe(remat="selective")), step_on())
+    assert_same_step(take_step(config, micro=4), step_on())
 
 
 @pytest.mark.slow
@@ -235,7 +252,7 @@ def models(draw) -> ModelConfig:
 
 
 @pytest.mark.slow
-@hypothesis.settings(max_examples=6, phases=[hypothesis.Phase.generate])
+@hypothesis.settings(max_examples=4, phases=[hypothesis.Phase.generate])
 @hypothesis.given(layouts(), models(), st.sampled_from([1, 2]), st.booleans())
 def test_any_layout_of_any_model(layout, model, micro, packed):
     """The property behind the lists here and in tests/test_pipeline.py."""

@@ -39,7 +39,8 @@ import train
 
 victim, step, action, run_dir = *sys.argv[1:4], sys.argv[4]
 index = sys.argv[sys.argv.index("--process-id") + 1] if "--process-id" in sys.argv else "0"
-original = train.run_loop
+import training.run
+original = training.run.train_on
 
 def act():
     saved = os.path.join(run_dir, "checkpoints", "step_00000003")
@@ -49,7 +50,7 @@ def act():
         raise ValueError("row 7 of this host is bad")
     os.kill(os.getpid(), getattr(signal, action))
 
-def run_loop(loop, prepared):
+def train_on(loop, make_loader):
     import data.loader, training.loop
     row, knobs_at, rows = data.loader.Loader._row, training.loop.knobs_at, []
 
@@ -63,12 +64,12 @@ def run_loop(loop, prepared):
         return knobs_at(config, plan, at)
 
     data.loader.Loader._row, training.loop.knobs_at = noted_row, noted_knobs_at
-    result = original(loop, prepared)
+    result = original(loop, make_loader)
     with open(os.path.join(run_dir, f"rows.{index}"), "w") as file:
         json.dump(sorted(rows), file)
     return result
 
-train.run_loop = run_loop
+training.run.train_on = train_on
 sys.exit(train.main(sys.argv[5:]))
 """
 

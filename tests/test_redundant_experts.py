@@ -99,7 +99,7 @@ HERE = pathlib.Path(generate.__file__).parent
 SLOW = pytest.mark.slow
 LAYOUTS = [
     pytest.param(ONE, 3, id="one", marks=SLOW),
-    pytest.param(MeshConfig(expert=2), 4, id="two"),
+    pytest.param(MeshConfig(expert=2), 4, id="two", marks=SLOW),
     pytest.param(MeshConfig(expert=4, expert_nodes=2), 4, id="nodes", marks=SLOW),
     pytest.param(MeshConfig(expert=4), 12, id="four", marks=SLOW),
     pytest.param(MeshConfig(expert=2, tensor=2, data=2), 2, id="cube", marks=SLOW),

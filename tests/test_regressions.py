@@ -21,10 +21,11 @@ from sharding.config import MeshConfig
 from tests.layout_helpers import (
     FP32,
     KNOBS,
+    LEAN,
     MODEL,
     ONE_DEVICE,
+    ONE_LAYER,
     SCALAR_RTOL,
-    SHALLOW,
     TRAIN,
     assert_same_gradients,
     assert_same_step,
@@ -33,14 +34,13 @@ from tests.layout_helpers import (
     random_rows,
     random_segments,
     start,
+    step_on,
     take_step,
 )
-from tests.layout_helpers import step_on as step_of
 from training.step import Trainer
 
-step_on = functools.partial(step_of, model=SHALLOW)
-"""One step of the smaller model on a layout (one device if none is given)."""
-FSDP, EXPERT = MeshConfig(fsdp=8), MeshConfig(expert=8)
+CUBE = MeshConfig(fsdp=2, expert=2, tensor=2)
+"""The step that is compared here is one that tests/test_layouts.py takes on every layout."""
 RATE = KNOBS["bias_update_rate"]
 
 
@@ -57,14 +57,12 @@ def bias_of(tree, part: str):
 # Router bias
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", [FSDP, EXPERT], ids=["fsdp 8", "expert 8"])
-def test_router_bias_is_the_same_on_every_device(layout):
+def test_router_bias_is_the_same_on_every_device():
     """Elsewhere: counts were taken per device without a sum, so each device trained its own router
     while the bias claimed to be replicated, and a checkpoint kept one of 8 different values."""
     one = step_on().state["router_bias"]
     for part in ("moe_layers", "mtp"):
-        bias = bias_of(step_on(layout).state["router_bias"], part)
+        bias = bias_of(step_on(CUBE).state["router_bias"], part)
         assert len(bias.addressable_shards) == 8
         for shard in bias.addressable_shards:
             np.testing.assert_array_equal(shard.data, bias_of(one, part))
@@ -202,13 +200,13 @@ def test_balance_loss_is_1_at_uniform_load(K):
 @functools.cache
 def gradients_of(micro: int):
     """`loss, gradients = f(lambda, alpha, segments)` over the common rows in `micro` batches."""
-    state = start(Trainer(SHALLOW, TRAIN, FP32, layout_of(ONE_DEVICE)))
+    state = start(Trainer(ONE_LAYER, TRAIN, FP32, layout_of(ONE_DEVICE)))
     tokens = micro_batches(random_rows(), micro)
 
     @jax.jit
     def run(mtp_weight, balance_weight, segments):
         train = dataclasses.replace(TRAIN, balance_weight=balance_weight)
-        trainer = Trainer(SHALLOW, train, FP32, layout_of(ONE_DEVICE))
+        trainer = Trainer(ONE_LAYER, train, FP32, layout_of(ONE_DEVICE))
         batch = {"tokens": tokens, "segments": segments}
         loss, parts, grads = trainer._gradients(state, batch, mtp_weight)
         return loss, parts.main, grads
@@ -221,11 +219,10 @@ def gradients_of(micro: int):
     return call
 
 
-@pytest.mark.parametrize("micro", [pytest.param(2, marks=pytest.mark.slow), 4])
-def test_auxiliary_losses_keep_their_gradient_under_accumulation(micro):
+def test_auxiliary_losses_keep_their_gradient_under_accumulation():
     """Elsewhere: the total was divided by the number of tokens, normalised auxiliary terms with it;
     at 4M tokens a step MTP and balance loss were off, and the reported loss unchanged."""
-    whole, cut = gradients_of(1), gradients_of(micro)
+    whole, cut = gradients_of(1), gradients_of(4)
     loss, main, _ = whole(0.3, 0.05)
     np.testing.assert_allclose(cut(0.3, 0.05)[:2], (loss, main), rtol=SCALAR_RTOL)
     assert_same_gradients(cut(0.3, 0.05)[2], whole(0.3, 0.05)[2])
@@ -264,31 +261,25 @@ def test_uneven_documents_count_by_their_tokens():
 def test_expert_parallelism_does_not_scale_expert_gradients():
     """Elsewhere: expert gradients were multiplied by the number of expert shards."""
     for part in ("moe_layers", "mtp"):
-        got, want = (step_on(mesh).state["opt"][part] for mesh in (EXPERT, ONE_DEVICE))
+        got, want = (step_on(mesh).state["opt"][part] for mesh in (CUBE, ONE_DEVICE))
         if part == "mtp":
             got, want = got["block"], want["block"]
         assert_same_gradients(got["moe"], want["moe"])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "layout",
-    [FSDP, EXPERT, MeshConfig(data=8), MeshConfig(data=2, tensor=4)],
-    ids=["fsdp", "expert", "data", "tensor"],
-)
-def test_gradient_norm_is_that_of_all_gradients_on_every_layout(layout):
+def test_gradient_norm_is_that_of_all_gradients():
     """Elsewhere: the norm left out the experts, or was 8 times another layout's."""
     leaves = jax.tree.leaves(jax.device_get(step_on().state["opt"]))
     norm = np.sqrt(sum(np.square(x, dtype=np.float64).sum() for x in leaves))
     moe = step_on().state["opt"]["moe_layers"]["moe"]["w_down"]
     assert norm - np.sqrt(norm**2 - np.square(moe).sum()) > 1e-3 * norm
-    for mesh in (layout, ONE_DEVICE):
+    for mesh in (CUBE, ONE_DEVICE):
         np.testing.assert_allclose(step_on(mesh).metrics["train/grad_norm"], norm, rtol=SCALAR_RTOL)
 
 
 def test_recomputation_does_not_count_tokens_twice():
     """Elsewhere: a counter written in the forward pass was written again by recomputation."""
-    again = take_step(model=SHALLOW, recipe=Recipe(remat="full"))
-    assert_same_step(again, step_on())
-    chosen = TRAIN.batch_size * TRAIN.seq_len * MODEL.experts_per_token
-    np.testing.assert_array_equal(again.metrics["counts_LE"].sum(-1), [chosen] * 3)
+    again = take_step(model=LEAN, recipe=Recipe(remat="full"))
+    assert_same_step(again, step_on(model=LEAN))
+    chosen = TRAIN.batch_size * TRAIN.seq_len * LEAN.experts_per_token
+    np.testing.assert_array_equal(again.metrics["counts_LE"].sum(-1), [chosen] * 2)

@@ -10,14 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from configs.command import parse
 from generation.config import Sampling
 from generation.sampling import kept_tokens, probabilities
-from rl.advantages import group_advantages, informative_groups
-from rl.config import GRPOConfig
-from rl.filters import filtered_mask
+from rl.advantages import filtered_mask, group_advantages, informative_groups
+from rl.config import PUBLISHED, GRPOConfig, RLConfig
 from rl.logps import chunked_logps_and_entropy, logps_and_entropy
 from rl.metrics import numbers
-from rl.published import PUBLISHED, published
 
 G, N = 4, 3
 NAN = float("nan")
@@ -303,10 +302,18 @@ def test_temperatures_without_log_probabilities(temperature):
 # ---- published objectives -----------------------------------------------------------------------
 
 
-def test_published_objectives_are_found_by_name():
-    assert published("r1").clip_high == 10
+def test_a_published_objective_is_chosen_and_options_override_it():
+    chosen = ["--config", "r1_zero", "--rl.objective-of", "r1"]
+    assert parse(chosen).run.rl.objective == PUBLISHED["r1"]
+    found = parse([*chosen, "--rl.objective.kl-coef", "0.01", "--rl.prompts-per-step", "4"]).run.rl
+    assert found.objective == dataclasses.replace(PUBLISHED["r1"], kl_coef=0.01)
+    assert (found.objective_of, found.prompts_per_step) == ("r1", 4)
+    with pytest.raises(SystemExit):
+        parse(["--config", "r1_zero", "--rl.objective-of", "r2"])
     with pytest.raises(ValueError, match="did you mean 'dapo'"):
-        published("dapoo")
+        RLConfig().following("dapoo")
+    with pytest.raises(ValueError, match="has the defaults; in Python"):
+        RLConfig(objective_of="r1")
 
 
 def test_published_objectives_differ_from_r1_only_where_their_papers_do():

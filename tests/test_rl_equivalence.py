@@ -3,12 +3,11 @@ r"""Which answers are right: tables of what models write, in the styles of GSM8K
 In every table: the expected answer, and what a model wrote for it.
 """
 
-import pytest
-
 from rl.problems import Problem
 from rl.verdict.mathematics.equivalence import same_maths, same_number
 from rl.verdict.mathematics.quantities import core, plain
 from rl.verdict.rules import accuracy
+from tests.tables import each
 
 
 def cases(table: dict[str, list[str]]) -> list[tuple[str, str]]:
@@ -128,13 +127,13 @@ WRONG_NUMBERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("expected", "given"), cases(RIGHT_NUMBERS))
+@each(cases(RIGHT_NUMBERS))
 def test_right_numbers(expected, given):
     assert accuracy(Problem("?", {"answer": expected}), rf"So \boxed{{{given}}}.") == 1
     assert accuracy(Problem("?", {"answer": expected}), f"<answer>{given}</answer>") == 1
 
 
-@pytest.mark.parametrize(("expected", "given"), cases(WRONG_NUMBERS))
+@each(cases(WRONG_NUMBERS))
 def test_wrong_numbers(expected, given):
     assert accuracy(Problem("?", {"answer": expected}), rf"So \boxed{{{given}}}.") == 0
     assert accuracy(Problem("?", {"answer": expected}), f"<answer>{given}</answer>") == 0
@@ -179,12 +178,12 @@ WRONG_LINES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("expected", "given"), cases(RIGHT_LINES))
+@each(cases(RIGHT_LINES))
 def test_right_last_lines(expected, given):
     assert accuracy(Problem("?", {"answer": expected}), f"We think.\n{given}\n") == 1
 
 
-@pytest.mark.parametrize(("expected", "given"), cases(WRONG_LINES))
+@each(cases(WRONG_LINES))
 def test_wrong_last_lines(expected, given):
     assert accuracy(Problem("?", {"answer": expected}), f"We think.\n{given}\n") == 0
 
@@ -269,21 +268,19 @@ STYLED = [
 """Fonts, colours and frames change nothing; what they are put on does."""
 
 
-@pytest.mark.parametrize(("expected", "given", "value"), STYLED)
+@each(STYLED)
 def test_style_changes_nothing(expected, given, value):
     assert accuracy(Problem("?", {"answer": expected}), rf"So \boxed{{{given}}}.") == value
 
 
-@pytest.mark.parametrize(
-    "given", [r"\textcolor{red}{B}", r"{\bf (B)}", r"\boxed{\mathbf{B}}", r"\bf B"]
-)
+@each([r"\textcolor{red}{B}", r"{\bf (B)}", r"\boxed{\mathbf{B}}", r"\bf B"])
 def test_a_choice_in_any_style(given):
     for expected in "AB":
         record = Problem("?", {"answer": expected}, "choice")
         assert accuracy(record, rf"So \boxed{{{given}}}.") == (expected == "B")
 
 
-@pytest.mark.parametrize(("expected", "text", "value"), WHOLE)
+@each(WHOLE)
 def test_whole_answers(expected, text, value):
     assert accuracy(Problem("?", {"answer": expected}), text) == value
 
@@ -443,12 +440,12 @@ OTHER_MATHS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("expected", "given"), cases(SAME_MATHS))
+@each(cases(SAME_MATHS))
 def test_same_mathematics(expected, given):
     assert same_maths(expected, given)
 
 
-@pytest.mark.parametrize(("expected", "given"), cases(OTHER_MATHS))
+@each(cases(OTHER_MATHS))
 def test_other_mathematics(expected, given):
     assert not same_maths(expected, given)
 
@@ -487,14 +484,11 @@ def test_huge_expressions_are_wrong_at_once():
         assert not same_number("5", text)
 
 
-@pytest.mark.parametrize(
-    ("text", "left"),
-    [
-        (r"so 5\text{ cm}^2", ("5", 1)), ("5 cm", ("5", 1)), ("5 dollars", ("5", 1)),
-        ("5 million people", ("5", 10**6)), ("3i", ("3i", 1)), ("x-3", ("x-3", 1)),
-        ("5k", ("5k", 1)), ("5 or 6", ("5 or 6", 1)), ("not 5", ("not 5", 1)),
-        ("5 apples!", ("5", 1)), ("5! ways", ("5!", 1)), ("", ("", 1)), ("apples", ("apples", 1)),
-    ],
-)  # fmt: skip
+@each([
+    (r"so 5\text{ cm}^2", ("5", 1)), ("5 cm", ("5", 1)), ("5 dollars", ("5", 1)),
+    ("5 million people", ("5", 10**6)), ("3i", ("3i", 1)), ("x-3", ("x-3", 1)),
+    ("5k", ("5k", 1)), ("5 or 6", ("5 or 6", 1)), ("not 5", ("not 5", 1)),
+    ("5 apples!", ("5", 1)), ("5! ways", ("5!", 1)), ("", ("", 1)), ("apples", ("apples", 1)),
+])  # fmt: skip
 def test_what_may_stand_around_a_number(text, left):
     assert core(plain(text)) == left

@@ -11,10 +11,11 @@ import time
 import numpy as np
 import pytest
 
-import rl.verdict.judge as judge_module
+import rl.verdict.pool as pool_module
 from rl.problems import Problem
 from rl.stopping import RolloutStoppedError
-from rl.verdict.judge import Judge, Pool, WeightedReward, named
+from rl.verdict.child import ChildError
+from rl.verdict.pool import Judge, Pool, WeightedReward, named
 
 MINE = """
 import os, signal, sys, time
@@ -74,13 +75,14 @@ def nothing_is_left_behind(tmp_path, monkeypatch):
     yield
     gc.collect()
     assert children() == before
-    assert not list(tmp_path.glob("judge-*"))
+    assert not list(tmp_path.glob("child-*"))
     assert len(os.listdir("/proc/self/fd")) == files
 
 
-def children() -> str:
-    me = os.getpid()
-    return pathlib.Path(f"/proc/self/task/{me}/children").read_text()
+def children() -> list[str]:
+    """Of every thread."""
+    tasks = pathlib.Path("/proc/self/task").glob("*/children")
+    return sorted(child for task in tasks for child in task.read_text().split())
 
 
 def records(n: int) -> list[Problem]:
@@ -132,7 +134,7 @@ def test_a_worker_that_ended_between_batches_is_replaced(mine):
     with Judge([WeightedReward("process", 1.0, f"{mine}:process")], Pool(workers=1)) as judge:
         (pid,) = judge.score(records(1), [""]).rewards_B
         os.kill(int(pid), 9)
-        assert judge._workers[0].child._process.wait(10) == -9
+        assert judge._workers[0]._process.wait(10) == -9
         judged = judge.score(records(2), ["", ""])
     assert judged.failures == {}
     assert pid not in judged.rewards_B
@@ -140,7 +142,7 @@ def test_a_worker_that_ended_between_batches_is_replaced(mine):
 
 
 def test_a_worker_outlives_a_pause_but_not_a_hang_that_nobody_ends(mine, monkeypatch):
-    monkeypatch.setattr(judge_module, "ORPHAN_SECONDS", 0.0)
+    monkeypatch.setattr(pool_module, "ORPHAN_SECONDS", 0.0)
     rewards = [
         WeightedReward("process", 1.0, f"{mine}:process", seconds=1),
         WeightedReward("moody", 0.0, f"{mine}:moody", seconds=1),
@@ -149,9 +151,9 @@ def test_a_worker_outlives_a_pause_but_not_a_hang_that_nobody_ends(mine, monkeyp
         first = judge.score(records(1), [""]).rewards_B
         time.sleep(2.2)
         assert judge.score(records(1), [""]).rewards_B == first
-        child = judge._workers[0].child
-        child.send({"problem": dataclasses.asdict(*records(1)), "text": "hang", "rewards": [1]})
-        assert child._process.wait(20) == -signal.SIGALRM
+        child = judge._workers[0]
+        with pytest.raises(ChildError, match=f"killed by signal {signal.SIGALRM}"):
+            child.ask({"problem": dataclasses.asdict(*records(1)), "text": "hang", "reward": 1}, 20)
 
 
 def test_a_batch_has_an_end(mine):
@@ -165,16 +167,14 @@ def test_a_batch_has_an_end(mine):
     assert judged.examples["format"] == {"not reached": "the batch ran out of time"}
 
 
-def test_an_interrupted_batch_ends_its_workers(mine, monkeypatch):
+def test_an_interrupted_batch_ends_its_workers(mine):
     judge = Judge([WeightedReward("moody", 1.0, f"{mine}:moody")], Pool(workers=1))
 
-    def interrupt(*_):
+    def interrupt():
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(judge, "_take_in", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            judge.score(records(1), ["hang"])
+    with pytest.raises(KeyboardInterrupt):
+        judge.score(records(1), ["hang"], interrupt)
     assert not judge._workers
     assert judge.score(records(1), ["abc"]).rewards_B == [3]  # and it goes on
     del judge  # without close: the finalizer ends the worker
@@ -225,7 +225,7 @@ def test_deadlines_of_rewards_that_go_by_name():
         ("acuracy", "'acuracy' is not known; choose one of accuracy, code, format, language"),
         ("nowhere.py:f", "reward file .*nowhere.py does not exist"),
         ("MINE:absent", "mine.py has no function 'absent'; it has moody, process, narrow"),
-        ("MINE:narrow", r"narrow' is called with \(record, text\), .*too many positional"),
+        ("MINE:narrow", r"narrow' is called with \(problem, text\), .*too many positional"),
         ("rl.nowhere:f", "importing rl.nowhere failed: ModuleNotFoundError"),
         ("BROKEN:f", "importing .*broken.py failed: ImportError: ValueError: no luck"),
         ("LEAVING:f", "importing .*leaving.py failed: SystemExit: 5"),
@@ -256,7 +256,7 @@ def test_wrong_options_are_told(mine):
         Pool(workers=-1)
     with (
         Judge([named("format")], Pool(workers=1)) as judge,
-        pytest.raises(ValueError, match="2 records for 1 answers"),
+        pytest.raises(ValueError, match="2 problems for 1 answers"),
     ):
         judge.score(records(2), [""])
 

@@ -26,6 +26,7 @@ from rl import stage_rl as stages
 from rl.batches import cut, make_batch
 from rl.config import GRPOConfig, RLConfig, TaskConfig
 from rl.corpus import configured_task, corpus_data
+from rl.evaluate import Transcripts
 from rl.metrics import numbers
 from rl.plots import plot_rl
 from rl.prompts import TaskPrompts, sampler_seed
@@ -34,13 +35,13 @@ from rl.stopping import RolloutStoppedError
 from rl.tasks import make_task
 from rl.tasks.characters import character_tokenizer
 from rl.trainer import REFERENCE, PolicyTrainer
-from rl.transcripts import Transcripts
 from rl.verdict.scoring import Scores, TaskScorer
 from sharding.config import MeshConfig
 from sharding.mesh import make_layout
 from sharding.partition import local_rows, place_rows
 from training.config import OptimizerConfig, Phase, TrainConfig
 from training.metrics import read_metrics
+from training.run import Session
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TASK = TaskConfig("permutations", ("length=2", "held_out=0.3"))
@@ -93,7 +94,9 @@ def make_loop(run: RunConfig, trainer: PolicyTrainer, compiled=None) -> stages.P
     tokenizer = stages.policy_tokenizer(run, "")
     prompts = stages.make_prompts(run, tokenizer)
     with stages.open_scorer(run) as scorer:
-        loop = stages.make_loop(run, trainer, state, checkpoints, prompts, scorer, 0.0)
+        loop = stages.make_loop(
+            run, trainer, state, checkpoints, prompts, scorer, Session(print, 0.0)
+        )
     if compiled is not None:
         loop.sampler, loop.evaluation = compiled.sampler, compiled.evaluation
     return loop
@@ -337,10 +340,10 @@ def test_two_rollouts_of_two_updates(whole):
     assert int(loop.state["step"]) == 4
     assert not same(before["params"], loop.state["params"])
     assert same(loop.state[REFERENCE]["params"], loop.state["params"]), "renewed after step 4"
-    records = read_metrics(run.run_dir)
-    assert [record["step"] for record in records] == [1, 3, 4]
-    assert all("eval/accuracy_greedy" in record for record in records)
-    first, second = records[0], records[1]
+    lines = read_metrics(run.run_dir)
+    assert [line["step"] for line in lines] == [1, 3, 4]
+    assert all("eval/accuracy_greedy" in line for line in lines)
+    first, second = lines[0], lines[1]
     assert first["policy/kl"] >= 0
     assert first["policy/sampler_gap_max"] < 1e-4
     assert first["policy/old_kl"] > 0, "the second update starts from a policy that has moved"
@@ -395,8 +398,8 @@ def test_stopped_and_resumed_is_not_stopped(inside, call, step, whole, tmp_path,
     assert same(resumed.state, uncut.state)
     mine, theirs = read_metrics(run.run_dir), read_metrics(uncut.run_dir)
     timeless = [
-        [{k: v for k, v in r.items() if not k.startswith(("perf/", "mem/"))} for r in records]
-        for records in (mine, theirs)
+        [{k: v for k, v in r.items() if not k.startswith(("perf/", "mem/"))} for r in lines]
+        for lines in (mine, theirs)
     ]
     assert repr(timeless[0]) == repr(timeless[1])
 
@@ -409,18 +412,18 @@ def test_rounds_are_asked_until_groups_differ(whole, tmp_path):
     loop = make_loop(dataclasses.replace(run, rl=rl, run_dir=str(tmp_path)), trainer, uncut)
     asked, worth = [], [[0] * 8, [0, 1, 0, 0, 0, 0, 0, 0], [0] * 8, [0, 1, 0, 0, 1, 0, 0, 0]]
 
-    def scorer(records, texts, lengths, stop):
-        asked.append([record.prompt for record in records[::4]])
+    def scorer(problems, texts, lengths, stop):
+        asked.append([problem.prompt for problem in problems[::4]])
         rewards = np.array(worth[len(asked) - 1], float)
         return Scores({"accuracy": rewards}, {"accuracy": 1.0}, rewards > 0, {"accuracy": 0.1})
 
     loop.scorer, loop.evaluation = scorer, None
     transcripts = Transcripts(tmp_path, 0, 8)
-    records = [loop.advance(step, transcripts, lambda: False) for step in (0, 2)]
-    assert [record["policy/rounds"] for record in records] == [3, 1]
+    lines = [loop.advance(step, transcripts, lambda: False) for step in (0, 2)]
+    assert [line["policy/rounds"] for line in lines] == [3, 1]
     prompts = [p for one in asked for p in one]
     assert prompts == [r.prompt for r in loop.prompts.rollout(0, 8).problems], "one list, in order"
-    assert [record["policy/zero_variance_groups"] for record in records] == [0.5, 0]
+    assert [line["policy/zero_variance_groups"] for line in lines] == [0.5, 0]
     lines = lines_of(str(tmp_path / "samples.jsonl"))
     assert [line["prompt"] for line in lines[0:8:4]] == [asked[1][0], asked[0][0]]
     assert [line["reward"] for line in lines[:8]] == [0, 1, 0, 0, 0, 0, 0, 0]
@@ -437,11 +440,11 @@ def test_a_rollout_can_be_stopped(whole):
 def test_rewards_of_a_task():
     """Format and length count by their weights; the accuracy's is 1."""
     task = make_task("permutations", length=2)
-    record = task.prompt(0, 0)
-    right = task.demonstrate(record, np.random.default_rng(0))
-    texts = [f">{record.answer['final']}", right, "nothing"]
+    problem = task.prompt(0, 0)
+    right = task.demonstrate(problem, np.random.default_rng(0))
+    texts = [f">{problem.answer['final']}", right, "nothing"]
     rl = RLConfig(max_new_tokens=10, format_weight=0.5, overlong_buffer=4)
-    scores = TaskScorer(task, rl)([record] * 3, texts, np.array([3, 8, 11]))
+    scores = TaskScorer(task, rl)([problem] * 3, texts, np.array([3, 8, 11]))
     assert scores.parts["accuracy"][0] == 1
     assert scores.parts["accuracy"][2] == scores.parts["format"][2] == 0
     np.testing.assert_allclose(scores.parts["overlong"], [0, -0.5, -1])
@@ -452,7 +455,7 @@ def test_rewards_of_a_task():
 def test_prompts_of_training_are_not_held_out():
     task = configured_task(TASK)
     prompts = TaskPrompts(task, character_tokenizer(task.vocabulary), seed=0)
-    held = {record.prompt for record in prompts.held_out(8).problems}
+    held = {problem.prompt for problem in prompts.held_out(8).problems}
     seen = {r.prompt for i in range(20) for r in prompts.rollout(i, 4).problems}
     assert len(held) == 8
     assert not held & seen
@@ -487,9 +490,9 @@ def change(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"task": {"name": "permutation"}}, "no task 'permutation'; did you mean permutations"),
+        ({"task": {"name": "permutation"}}, "task is 'permutation'; did you mean 'permutations'"),
         ({"task": {"name": ""}}, "stage rl has no prompts"),
-        ({"task": {"options": ("lenght=3",)}}, "no option 'lenght'; did you mean length"),
+        ({"task": {"options": ("lenght=3",)}}, "is 'lenght'; did you mean 'length'"),
         ({"task": {"options": ("length",)}}, "has no '='"),
         ({"task": {"options": ("length=x",)}}, "'length=x'; give a whole number"),
         ({"task": {"options": ("length=2", "length=3")}}, "given twice"),
@@ -563,7 +566,7 @@ def test_first_gradient_on_eight_devices():
         rows = local_rows(layout, 8)
         placed = place_rows(layout, {k: x[None] for k, x in batch.items()}, rows, 8)
         knobs = {"learning_rate": np.float32(0.1), "bias_update_rate": np.float32(0)}
-        state, out = trainer.update(state, placed, knobs)
+        state, out = trainer.step(state, placed, knobs)
         results.append((jax.device_get(state["opt"]), out))
     (one, out_one), (many, out_many) = results
     moments = [jax.tree.leaves(opt) for opt in (one, many)]
@@ -591,9 +594,9 @@ def test_it_learns(tmp_path):
         ("eight", ("--emulate", "8", "--mesh.expert", "4", "--mesh.fsdp", "2")),
     ):
         train("r1_zero", str(tmp_path / name), *stage_rl, *mesh)
-        records = read_metrics(tmp_path / name)
-        first.append(records[0])
-        before, after = [record for record in records if "eval/accuracy" in record]
+        lines = read_metrics(tmp_path / name)
+        first.append(lines[0])
+        before, after = [line for line in lines if "eval/accuracy" in line]
         assert before["eval/accuracy"] < 0.45
         assert after["eval/accuracy"] >= 0.65
         assert after["eval/accuracy_greedy"] >= 0.65

@@ -14,11 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rl.config import GRPOConfig
-from rl.kl import kl_estimate
+from rl.config import PUBLISHED, GRPOConfig
 from rl.metrics import Largest, merge, numbers
-from rl.objective import Answers, loss_denominator, policy_loss
-from rl.published import PUBLISHED
+from rl.objective import Answers, kl_estimate, loss_denominator, policy_loss
 from sharding.config import MeshConfig
 from sharding.mesh import make_layout
 from sharding.partition import batch_sharding
@@ -392,8 +390,6 @@ def test_kl_estimators_and_their_gradients_in_expectation():
     reverse_V = np.exp(z_V) - np.exp(ref_V)
     np.testing.assert_allclose(found["policy", "k3"][1], reverse_V, atol=1e-6)
     assert np.abs(found["old", "k3"][1] - gradient_V).max() > 1e-2
-    with pytest.raises(ValueError, match="expected gradient is zero"):
-        kl_estimate(z_V, ref_V, z_V, "k1")
 
 
 def test_small_kl_keeps_its_digits():
@@ -499,7 +495,7 @@ def test_what_the_options_need(changes, fields, message):
         ({"ratio": "gpso"}, "ratio is 'gpso'; did you mean 'gspo'"),
         ({"advantage": "drgrpo"}, "did you mean 'dr_grpo'"),
         ({"aggregation": "tokens"}, "It is one of grpo, dapo, dr_grpo"),
-        ({"kl_estimator": "k1"}, "expected gradient is zero"),
+        ({"kl_estimator": "k1"}, "It is one of k2, k3, v3_2"),
         ({"group_size": 1}, "give 2 or more"),
         ({"advantage_eps": 0.0}, "advantage_eps is 0.0"),
         ({"clip_high": -0.1}, "clip_high is -0.1"),

@@ -23,7 +23,7 @@ from rl.verdict.sandbox import described_isolation
 from rl.verdict.scoring import judge_scorer
 from sharding.config import MeshConfig
 from sharding.mesh import make_layout
-from tests.test_rl_sandbox import EVERY
+from tests.test_rl_sandbox import KEPT_IN
 from training.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -35,8 +35,8 @@ QUESTIONS = [
 REWARDS = """
 import math, os, time
 
-def mixed(record, text):
-    kind = record.answer["kind"]
+def mixed(problem, text):
+    kind = problem.answer["kind"]
     if kind == "raises":
         raise KeyError("no such thing")
     if kind == "loops":
@@ -46,11 +46,11 @@ def mixed(record, text):
         os._exit(3)
     return {"nan": math.nan, "text": "one", "none": None}.get(kind, 0.25)
 
-def short(record, text):
+def short(problem, text):
     print("x" * 1_000_000)
     return 1.0 / (1 + len(text))
 
-def raises(record, text):
+def raises(problem, text):
     raise RuntimeError("always")
 """
 
@@ -94,7 +94,7 @@ def test_templates(folder):
         template: file_prompts(RLConfig(prompts=place, template=template), known, 0).train[0]
         for template in ("plain", "r1_zero", "chat")
     }
-    assert len({record.key for record in asked.values()}) == 1  # the split does not move
+    assert len({problem.key for problem in asked.values()}) == 1  # the split does not move
     plain = asked["plain"].prompt
     assert asked["r1_zero"].prompt.endswith(f"User: {plain}\nAssistant:")
     assert asked["chat"].prompt == [{"role": "user", "content": plain}]
@@ -132,12 +132,12 @@ def one_device():
 def test_rewards_that_fail_count_as_nothing(folder):
     """Raised, hung, died, not finite, not a number: named, counted, and the others go on."""
     kinds = ["good", "raises", "nan", "text", "none", "dies", "loops", "good"]
-    records = [Problem("?", {"answer": "2", "kind": kind}) for kind in kinds]
+    problems = [Problem("?", {"answer": "2", "kind": kind}) for kind in kinds]
     texts = ["2"] * 7 + ["9" * 100_000]
     config = RLConfig(rewards=(f"{folder}/rewards.py:mixed=2", f"{folder}/rewards.py:short"))
     scorer = judge_scorer(config, None)
     with scorer.judge:
-        scores = scorer(records, texts, np.array([1] * 8))
+        scores = scorer(problems, texts, np.array([1] * 8))
     np.testing.assert_array_equal(scores.parts["mixed"], [0.25, 0, 0, 0, 0, 0, 0, 0.25])
     np.testing.assert_allclose(scores.rewards[[0, 7]], [0.5 + 0.5, 0.5 + 1 / 100_001])
     assert scores.failures["mixed"] == {
@@ -149,11 +149,11 @@ def test_rewards_that_fail_count_as_nothing(folder):
 
 def test_rewards_beside_a_tasks_verifier(folder):
     task = make_task("permutations", length=2)
-    record = task.prompt(0, 0)
-    right = f">{record.answer['final']}"
+    problem = task.prompt(0, 0)
+    right = f">{problem.answer['final']}"
     scorer = judge_scorer(RLConfig(rewards=(f"{folder}/rewards.py:short=0.5",)), task)
     with scorer.judge:
-        scores = scorer([record] * 2, [right, "nonsense"], np.array([3, 9]))
+        scores = scorer([problem] * 2, [right, "nonsense"], np.array([3, 9]))
     assert scores.correct.tolist() == [True, False]
     np.testing.assert_allclose(scores.rewards, [1 + 0.5 / 3, 0.5 / 9])
     assert scores.weights == {"accuracy": 1.0, "format": 0.0, "short": 0.5}
@@ -165,9 +165,9 @@ def test_accuracy_is_the_rule_for_a_file(folder):
     config = RLConfig(prompts="x", format_weight=0.5, overlong_buffer=4, max_new_tokens=8)
     scorer = judge_scorer(config, None)
     with scorer.judge:
-        record = Problem("What is 1 + 1?", {"answer": "2"})
+        problem = Problem("What is 1 + 1?", {"answer": "2"})
         texts = ["<think>one and one</think> 2", "3"]
-        scores = scorer([record] * 2, texts, np.array([3, 8]))
+        scores = scorer([problem] * 2, texts, np.array([3, 8]))
     assert scores.correct.tolist() == [True, False]
     np.testing.assert_allclose(scores.rewards, [1.5, -1.0])
     assert scores.quality == {"accuracy": 0.5, "format": 0.5}
@@ -206,7 +206,7 @@ def test_code_as_a_reward_needs_tests_in_every_line(tmp_path, folder):
 
 def test_the_deadline_of_a_reward_is_an_option(folder):
     (folder / "slow.py").write_text(
-        "import time\ndef slow(record, text):\n    time.sleep(1)\n    return 1.0\n"
+        "import time\ndef slow(problem, text):\n    time.sleep(1)\n    return 1.0\n"
     )
     found = []
     for seconds in (0.2, 20.0):
@@ -242,9 +242,8 @@ def test_a_run_that_judges_code_says_what_keeps_it_in(folder):
     assert not judged([plain, code], "format")
     assert not judged([plain])
     assert judged([code], "code=0.5")
-    words = described_isolation()
-    assert words.startswith("in namespaces" if "namespaces" in EVERY else "behind a hook")
-    assert described_isolation("hook").endswith("(chosen)")
+    words = described_isolation(unsafe=not KEPT_IN)
+    assert words.startswith("in bubblewrap" if KEPT_IN else "UNSAFE")
 
 
 # ---- Through train.py ----------------------------------------------------------------------------
@@ -280,10 +279,10 @@ def test_own_prompts_and_rewards_train(folder):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "reward raises failed (raised), counted as 0: RuntimeError" in done.stdout + done.stderr
     assert (done.stdout + done.stderr).count("counted as 0") == 1  # named once
-    records = read_metrics(folder / "own")
-    assert [r["policy/failed_rewards"] for r in records if "policy/reward" in r] == [1.0, 1.0]
-    assert all(0 < r["policy/reward/short"] < 1 for r in records if "policy/reward" in r)
-    assert "eval/accuracy" in records[-1]
+    lines = read_metrics(folder / "own")
+    assert [r["policy/failed_rewards"] for r in lines if "policy/reward" in r] == [1.0, 1.0]
+    assert all(0 < r["policy/reward/short"] < 1 for r in lines if "policy/reward" in r)
+    assert "eval/accuracy" in lines[-1]
     lines = (folder / "own" / "samples.jsonl").read_text().splitlines()
     assert all("apples" in json.loads(line)["prompt"] for line in lines)
     assert (folder / "own" / "rl.png").exists()
@@ -291,7 +290,7 @@ def test_own_prompts_and_rewards_train(folder):
 
 HANGS = """
 import pathlib, time
-def hangs(record, text):
+def hangs(problem, text):
     pathlib.Path(__file__).with_name("hanging").touch()
     time.sleep(600)
 """
@@ -307,7 +306,7 @@ def test_a_run_with_a_reward_that_hangs_stops_on_sigterm(folder):
     command = train_command(
         folder, "hanging_run", "--rl.prompts", str(folder / "tested.jsonl"), "--rl.held-out",
         "0.2", "--rl.rewards", f"{folder}/hangs.py:hangs", "code=0", "--rl.reward-timeout", "500",
-        "--train.eval-every", "0",
+        "--train.eval-every", "0", *["--rl.unsafe-code"] * (not KEPT_IN),
     )  # fmt: skip
     process = subprocess.Popen(
         command, cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, text=True, stdout=subprocess.PIPE
@@ -344,7 +343,7 @@ def test_a_run_with_a_reward_that_hangs_stops_on_sigterm(folder):
     ids=["lines", "no file", "syntax", "no function", "no such reward", "too long"],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_before_the_first_rollout(folder, prompts, rewards, says):
-    (folder / "broken.py").write_text("def f(record, text:\n    return 1\n")
+    (folder / "broken.py").write_text("def f(problem, text:\n    return 1\n")
     place = folder / "bad.jsonl"
     place.write_text(prompts or (folder / "prompts.jsonl").read_text())
     reward = str(folder / rewards) if ".py" in rewards else rewards

@@ -19,9 +19,9 @@ def asked(number: int, rewards: list[float]) -> Asked:
     """Two answers to each of two prompts; answer a of round n has a + 1 tokens, all 10 n + a."""
     names = [10 * number + a for a in range(4)]
     tokens = [np.full(a + 1, name, np.int32) for a, name in enumerate(names)]
-    records = [Problem(f"prompt {number}.{p}", p, "test") for p in range(2)]
+    problems = [Problem(f"prompt {number}.{p}", p, "test") for p in range(2)]
     return Asked(
-        Questions(records, [np.array([number, p], np.int32) for p in range(2)]),
+        Questions(problems, [np.array([number, p], np.int32) for p in range(2)]),
         Rollout(
             tokens=tokens,
             logps=[-ids.astype(np.float32) for ids in tokens],

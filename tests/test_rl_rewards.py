@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from rl.problems import Problem
 from rl.verdict.answers import after_thought, boxed, chain_of_thought, code_block, final_answer
-from rl.verdict.length import soft_overlong
 from rl.verdict.mathematics import symbolic
 from rl.verdict.mathematics.equivalence import same_maths
 from rl.verdict.mathematics.symbolic import UndecidedError, symbolically_equal
@@ -25,7 +24,9 @@ from rl.verdict.rules import (
     kind_of,
     language,
 )
-from rl.verdict.wording import read_items, same_choice, same_sequence, same_set, same_text
+from rl.verdict.scoring import soft_overlong
+from rl.verdict.worded_answers import read_items, same_choice, same_sequence, same_set, same_text
+from tests.tables import each
 
 
 def record(answer=None, kind="", prompt="What is it?", **more) -> Problem:
@@ -35,25 +36,22 @@ def record(answer=None, kind="", prompt="What is it?", **more) -> Problem:
 # ---- mathematics --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("expected", "given", "same"),
-    [
-        (r"\frac{\sqrt{2}}{2}", r"\frac{1}{\sqrt2}", True), ("(x+1)^2", "x^2 + 2x + 1", True),
-        ("(x+1)^2", "x^2 + 2x + 1.001", False), ("1", r"\sin^2 x + \cos^2 x", True),
-        (r"\sin 2x", r"2 \sin x \cos x", True), (r"2\pi", "6.283185307", False),
-        (r"\sqrt{3+2\sqrt{2}}", r"1+\sqrt{2}", True), ("-1", r"e^{i\pi}", True),
-        ("3", r"\log_2 8", True),
-        ("3", r"\sqrt[3]{27}", True), ("|x|", r"\sqrt{x^2}", True), ("x", r"\sqrt{x^2}", False),
-        (r"\infty", r"-\infty", False), ("5", "x = 5", True), (r"90^\circ", "90", True),
-        (r"\{1, 2\}", r"\left\{2, 1\right\}", True), (r"\{1,2\}", r"\{1,1\}", False),
-        ("(1,2)", "(2,1)", False), ("(1, 0.5)", r"\left(1, \frac12\right)", True),
-        ("[1,2)", "(1,2)", False), (r"(-\infty, 3]", r"x \in (-\infty,3]", True),
-        ("1,2", "(1,2)", False),
-        ("1234", "(1,234)", False), ("no", "on", False), (r"\text{Paris}", "Paris", True),
-        ("Paris", "London", False),
-        ("", "", False), ("5", "", False), ("5", "9^{9^{9}}", False), ("5", "x" * 2000, False),
-    ],
-)  # fmt: skip
+@each([
+    (r"\frac{\sqrt{2}}{2}", r"\frac{1}{\sqrt2}", True), ("(x+1)^2", "x^2 + 2x + 1", True),
+    ("(x+1)^2", "x^2 + 2x + 1.001", False), ("1", r"\sin^2 x + \cos^2 x", True),
+    (r"\sin 2x", r"2 \sin x \cos x", True), (r"2\pi", "6.283185307", False),
+    (r"\sqrt{3+2\sqrt{2}}", r"1+\sqrt{2}", True), ("-1", r"e^{i\pi}", True),
+    ("3", r"\log_2 8", True),
+    ("3", r"\sqrt[3]{27}", True), ("|x|", r"\sqrt{x^2}", True), ("x", r"\sqrt{x^2}", False),
+    (r"\infty", r"-\infty", False), ("5", "x = 5", True), (r"90^\circ", "90", True),
+    (r"\{1, 2\}", r"\left\{2, 1\right\}", True), (r"\{1,2\}", r"\{1,1\}", False),
+    ("(1,2)", "(2,1)", False), ("(1, 0.5)", r"\left(1, \frac12\right)", True),
+    ("[1,2)", "(1,2)", False), (r"(-\infty, 3]", r"x \in (-\infty,3]", True),
+    ("1,2", "(1,2)", False),
+    ("1234", "(1,234)", False), ("no", "on", False), (r"\text{Paris}", "Paris", True),
+    ("Paris", "London", False),
+    ("", "", False), ("5", "", False), ("5", "9^{9^{9}}", False), ("5", "x" * 2000, False),
+])  # fmt: skip
 def test_mathematics(expected, given, same):
     assert same_maths(expected, given) is same
     assert same_maths(given, expected) is same
@@ -76,16 +74,13 @@ def test_products_equal_their_expansions_and_nothing_beside(roots, place, change
 # ---- choices, lists, words ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("given", "same"),
-    [
-        ("B", True), ("(b)", True), ("**B**", True), (r"\text{(B)}", True), ("B.", True),
-        ("B. Paris", True), ("B) Paris", True), ("The answer is B.", True), ("Answer: (B)", True),
-        ("Option B", True), ("paris", True), ("Paris.", True), ("A", False), ("Because", False),
-        ("A or B", False), ("the answer is A or B", False), ("the answer is B or A", False),
-        ("Answer: A. Answer: B", False), ("", False), ("B" * 5000, False), ("Rome", False),
-    ],
-)  # fmt: skip
+@each([
+    ("B", True), ("(b)", True), ("**B**", True), (r"\text{(B)}", True), ("B.", True),
+    ("B. Paris", True), ("B) Paris", True), ("The answer is B.", True), ("Answer: (B)", True),
+    ("Option B", True), ("paris", True), ("Paris.", True), ("A", False), ("Because", False),
+    ("A or B", False), ("the answer is A or B", False), ("the answer is B or A", False),
+    ("Answer: A. Answer: B", False), ("", False), ("B" * 5000, False), ("Rome", False),
+])  # fmt: skip
 def test_choices(given, same):
     assert same_choice("B", given, ["Rome", "Paris"]) is same
 
@@ -117,42 +112,33 @@ def test_words():
 # ---- where the answer is ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("text", "content"),
-    [
-        (r"\boxed{1} then \boxed{2}", "2"), (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
-        (r"\boxed{a \boxed{b} c}", r"a \boxed{b} c"), (r"\boxed{\{1\}}", r"\{1\}"),
-        (r"\boxed{1} \boxed{2", "1"), (r"\boxed{\boxed{2}", "2"), (r"\boxed {3}", "3"),
-        (r"\boxed{}", ""), (r"\boxed", None), ("{1}", None), (r"\fbox{1} \fboxed{2}", "2"),
-    ],
-)  # fmt: skip
+@each([
+    (r"\boxed{1} then \boxed{2}", "2"), (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+    (r"\boxed{a \boxed{b} c}", r"a \boxed{b} c"), (r"\boxed{\{1\}}", r"\{1\}"),
+    (r"\boxed{1} \boxed{2", "1"), (r"\boxed{\boxed{2}", "2"), (r"\boxed {3}", "3"),
+    (r"\boxed{}", ""), (r"\boxed", None), ("{1}", None), (r"\fbox{1} \fboxed{2}", "2"),
+])  # fmt: skip
 def test_the_last_box_wins_with_its_braces(text, content):
     assert boxed(text) == content
 
 
-@pytest.mark.parametrize(
-    ("text", "answer", "marked"),
-    [
-        (r"<think>\boxed{1}</think> It is \boxed{2}.", "2", True),
-        (r"<think>\boxed{1}</think> It is 2.", "It is 2.", False),
-        (r"<think>\boxed{1}", "", False), (r"so \boxed{3}</think> 4", "4", False),
-        ("<think>x</think> <answer> 5 </answer>", "5", True), ("a\n#### 1,000\n", "1,000", True),
-        (r"<answer>It is \boxed{6}</answer> or \boxed{7}", "6", True),
-        ("<answer>8", "<answer>8", False), ("a\nb\n\n", "b", False), ("", "", False),
-    ],
-)  # fmt: skip
+@each([
+    (r"<think>\boxed{1}</think> It is \boxed{2}.", "2", True),
+    (r"<think>\boxed{1}</think> It is 2.", "It is 2.", False),
+    (r"<think>\boxed{1}", "", False), (r"so \boxed{3}</think> 4", "4", False),
+    ("<think>x</think> <answer> 5 </answer>", "5", True), ("a\n#### 1,000\n", "1,000", True),
+    (r"<answer>It is \boxed{6}</answer> or \boxed{7}", "6", True),
+    ("<answer>8", "<answer>8", False), ("a\nb\n\n", "b", False), ("", "", False),
+])  # fmt: skip
 def test_final_answers(text, answer, marked):
     assert final_answer(text) == (answer, marked)
 
 
-@pytest.mark.parametrize(
-    ("text", "thought", "after"),
-    [
-        ("<think>a</think>b", "a", "b"), ("a</think>b", "a", "b"), ("<think>a", "a", ""),
-        ("a", "a", "a"), ("<answer>a</answer>", "", "<answer>a</answer>"),
-        ("<think>a</think>b</think>c", "a", "c"),
-    ],
-)  # fmt: skip
+@each([
+    ("<think>a</think>b", "a", "b"), ("a</think>b", "a", "b"), ("<think>a", "a", ""),
+    ("a", "a", "a"), ("<answer>a</answer>", "", "<answer>a</answer>"),
+    ("<think>a</think>b</think>c", "a", "c"),
+])  # fmt: skip
 def test_thought_and_what_follows(text, thought, after):
     assert (chain_of_thought(text), after_thought(text)) == (thought, after)
 
@@ -167,23 +153,20 @@ def test_code_is_the_last_python_block():
 # ---- the rewards --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("asked", "text", "value"),
-    [
-        (record("1234"), "so 1,000 + 234 makes 1,234 apples", 1.0),
-        (record(1234), r"\boxed{1235}", 0.0),
-        (record(r"\frac12"), r"<think>\boxed{3}</think>\boxed{0.5}", 1.0),
-        (record("x^2-1"), r"$\boxed{(x-1)(x+1)}$", 1.0),
-        (record("C", "choice"), "<answer>C</answer>", 1.0),
-        (record("C", "choice", choices=["p", "q", "r"]), "<answer>r</answer>", 1.0),
-        (record([3, 1, 2], "sequence"), r"\boxed{3, 1, 2}", 1.0),
-        (record([3, 1, 2], "sequence"), r"\boxed{1, 2, 3}", 0.0),
-        (record([3, 1, 2], "set"), r"\boxed{\{1, 2, 3\}}", 1.0),
-        (record("Ada Lovelace", "text"), "By\nada lovelace", 1.0),
-        (record(2.5, "number", tolerance=0.1), "about 2.6", 1.0),
-        (record(2.5, "number"), "about 2.6", 0.0),
-    ],
-)  # fmt: skip
+@each([
+    (record("1234"), "so 1,000 + 234 makes 1,234 apples", 1.0),
+    (record(1234), r"\boxed{1235}", 0.0),
+    (record(r"\frac12"), r"<think>\boxed{3}</think>\boxed{0.5}", 1.0),
+    (record("x^2-1"), r"$\boxed{(x-1)(x+1)}$", 1.0),
+    (record("C", "choice"), "<answer>C</answer>", 1.0),
+    (record("C", "choice", choices=["p", "q", "r"]), "<answer>r</answer>", 1.0),
+    (record([3, 1, 2], "sequence"), r"\boxed{3, 1, 2}", 1.0),
+    (record([3, 1, 2], "sequence"), r"\boxed{1, 2, 3}", 0.0),
+    (record([3, 1, 2], "set"), r"\boxed{\{1, 2, 3\}}", 1.0),
+    (record("Ada Lovelace", "text"), "By\nada lovelace", 1.0),
+    (record(2.5, "number", tolerance=0.1), "about 2.6", 1.0),
+    (record(2.5, "number"), "about 2.6", 0.0),
+])  # fmt: skip
 def test_accuracy(asked, text, value):
     check_problem(asked)
     assert accuracy(asked, text) == value
@@ -194,24 +177,21 @@ def test_the_kind_of_an_answer():
     assert (kind_of(record("1/2")), kind_of(record("x"))) == ("number", "math")
 
 
-@pytest.mark.parametrize(
-    ("asked", "message"),
-    [
-        (record("a", "maths"), "task 'maths' is no kind of answer; choose one of math, number"),
-        (record(None), "the answer is 'None'; kind math needs a text or a number"),
-        (record(True), "the answer is 'True'"),
-        (record([1]), "kind math needs a text or a number"),
-        (record({}, "set"), "kind set needs a list or a text"),
-        (record("many", "number"), "'many' is no number"),
-        (record("AB", "choice"), "'AB' is no letter"),
-        (record("C", "choice", choices=["a"]), "'C' is no letter among 1 choices"),
-        (record("C", "choice", choices="abc"), "choices is 'abc'; give a list of texts"),
-        (record(1, "number", tolerance=-1), "tolerance is '-1'; give a number, 0 or more"),
-        (record(1, "number", tolerance=math.nan), "tolerance is 'nan'"),
-        (record(kind="code"), "tests is 'None'; give a list with at least one test"),
-        (record(kind="code", tests=[{"stdin": ""}]), "test 0 is .*give {'stdin': text, 'stdout'"),
-    ],
-)  # fmt: skip
+@each([
+    (record("a", "maths"), "task 'maths' is no kind of answer; choose one of math, number"),
+    (record(None), "the answer is 'None'; kind math needs a text or a number"),
+    (record(True), "the answer is 'True'"),
+    (record([1]), "kind math needs a text or a number"),
+    (record({}, "set"), "kind set needs a list or a text"),
+    (record("many", "number"), "'many' is no number"),
+    (record("AB", "choice"), "'AB' is no letter"),
+    (record("C", "choice", choices=["a"]), "'C' is no letter among 1 choices"),
+    (record("C", "choice", choices="abc"), "choices is 'abc'; give a list of texts"),
+    (record(1, "number", tolerance=-1), "tolerance is '-1'; give a number, 0 or more"),
+    (record(1, "number", tolerance=math.nan), "tolerance is 'nan'"),
+    (record(kind="code"), "tests is 'None'; give a list with at least one test"),
+    (record(kind="code", tests=[{"stdin": ""}]), "test 0 is .*give {'stdin': text, 'stdout'"),
+])  # fmt: skip
 def test_records_without_a_judgement_are_told(asked, message):
     with pytest.raises(ValueError, match=message):
         check_problem(asked)
@@ -219,20 +199,17 @@ def test_records_without_a_judgement_are_told(asked, message):
         accuracy(asked, "")
 
 
-@pytest.mark.parametrize(
-    ("text", "plain", "tagged"),
-    [
-        ("<think>a</think>b", 1, 0), ("\n<think>a</think>\n b\n", 1, 0),
-        ("<think>a</think> <answer>b</answer>", 0, 1),
-        ("<think>a</think> <answer>b</answer>c", 0, 0),
-        ("<think>a</think>c <answer>b</answer>", 0, 0),
-        ("<think>a</think><answer> </answer>", 0, 0),
-        ("<think></think>b", 0, 0), ("<think>a</think>", 0, 0), ("a</think>b", 0, 0), ("a", 0, 0),
-        ("<think>a", 0, 0), ("x<think>a</think>b", 0, 0), ("<think>a</think>b</think>", 0, 0),
-        ("</think>a<think>b", 0, 0), ("<think>a<think></think>b", 0, 0), ("", 0, 0),
-        ("<answer>b</answer><think>a</think>", 0, 0),
-    ],
-)  # fmt: skip
+@each([
+    ("<think>a</think>b", 1, 0), ("\n<think>a</think>\n b\n", 1, 0),
+    ("<think>a</think> <answer>b</answer>", 0, 1),
+    ("<think>a</think> <answer>b</answer>c", 0, 0),
+    ("<think>a</think>c <answer>b</answer>", 0, 0),
+    ("<think>a</think><answer> </answer>", 0, 0),
+    ("<think></think>b", 0, 0), ("<think>a</think>", 0, 0), ("a</think>b", 0, 0), ("a", 0, 0),
+    ("<think>a", 0, 0), ("x<think>a</think>b", 0, 0), ("<think>a</think>b</think>", 0, 0),
+    ("</think>a<think>b", 0, 0), ("<think>a<think></think>b", 0, 0), ("", 0, 0),
+    ("<answer>b</answer><think>a</think>", 0, 0),
+])  # fmt: skip
 def test_format(text, plain, tagged):
     assert format(record(), text) == plain
     assert format(record(), text, answer_tags=True) == tagged
@@ -264,20 +241,17 @@ def test_a_thought_that_the_prompt_opened_is_never_searched(prompt):
     assert accuracy(program, "draft</think>" + draft) == 1
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "share"),
-    [
-        ("en", "<think>We add 3 and x, so</think> 答案", 1.0),
-        ("en", "<think>one 二 three 四</think>", 0.5),
-        ("zh", "<think>我们 think 答</think>", 3 / 4),
-        ("zh", "<think>设 x = 3, \\frac{1}{2}</think>", 1.0),
-        ("en", "<think>1 + 2 = 3</think> words outside", 0.0), ("en", "", 0.0),
-        ("ru", "да нет yes", 2 / 3),
-        ("en", "naïve word", 0.5), ("ja", "これは test", 3 / 4),
-        ("en", "a\n```python\nx = 名前\n```\nword", 1.0),
-        ("en", "<answer>deux</answer>", 0.0),
-    ],
-)  # fmt: skip
+@each([
+    ("en", "<think>We add 3 and x, so</think> 答案", 1.0),
+    ("en", "<think>one 二 three 四</think>", 0.5),
+    ("zh", "<think>我们 think 答</think>", 3 / 4),
+    ("zh", "<think>设 x = 3, \\frac{1}{2}</think>", 1.0),
+    ("en", "<think>1 + 2 = 3</think> words outside", 0.0), ("en", "", 0.0),
+    ("ru", "да нет yes", 2 / 3),
+    ("en", "naïve word", 0.5), ("ja", "これは test", 3 / 4),
+    ("en", "a\n```python\nx = 名前\n```\nword", 1.0),
+    ("en", "<answer>deux</answer>", 0.0),
+])  # fmt: skip
 def test_language(name, text, share):
     assert language(record(language=name), text) == pytest.approx(share)
 
@@ -359,5 +333,5 @@ def test_a_comparison_without_end_is_stopped_and_the_next_one_works():
     helper = symbolic._helper
     assert helper is not None
     symbolic.stop()
-    assert helper._process.returncode is not None
+    assert helper.status is not None
     assert symbolic._helper is None

@@ -10,27 +10,29 @@ import pytest
 
 from rl.problems import Problem
 from rl.verdict import sandbox
+from rl.verdict.code_tests import FunctionTest, ProgramTest, ValueTest, read_tests
 from rl.verdict.rules import accuracy, code
-from rl.verdict.sandbox import (
-    FunctionTest,
-    Limits,
-    ProgramTest,
-    ValueTest,
-    chosen_isolation,
-    described_isolation,
-    read_tests,
-    run_tests,
+from rl.verdict.sandbox import Limits, Report, check_isolation, described_isolation, run_tests
+from tests.tables import each
+
+KEPT_IN = not sandbox._probed().why
+"""Whether this system has bubblewrap. Without it the tests run code under limits alone; where
+MESHSEEK_REQUIRE_BWRAP is set, as in CI, that is a failure."""
+assert KEPT_IN or not os.environ.get("MESHSEEK_REQUIRE_BWRAP"), sandbox._probed().why
+
+every_isolation = pytest.mark.parametrize("unsafe", [True] + [False] * KEPT_IN)
+needs_bubblewrap = pytest.mark.skipif(
+    not KEPT_IN, reason=f"code is refused: {sandbox._probed().why}"
 )
 
-EVERY = ["hook"] + ["namespaces"] * (chosen_isolation("auto") == "namespaces")
-"""Kinds of isolation that this system has; namespaces are tested where they are permitted."""
 
-every_isolation = pytest.mark.parametrize("isolation", EVERY)
+def judged(source: str, tests: list, unsafe: bool = not KEPT_IN, **limits) -> Report:
+    return run_tests(source, tests, Limits(unsafe=unsafe, **limits))
 
 
-def reason(source: str, isolation="auto", stdout="", **limits) -> str:
+def reason(source: str, unsafe: bool = not KEPT_IN, stdout="", **limits) -> str:
     """Why a program that should print `stdout` failed; '' if it did not."""
-    report = run_tests(source, [ProgramTest("", stdout)], Limits(isolation=isolation, **limits))
+    report = judged(source, [ProgramTest("", stdout)], unsafe, **limits)
     assert report.passed == (not report.reasons[0],)
     return report.reasons[0]
 
@@ -62,7 +64,7 @@ def running(text: str) -> list[str]:
 
 
 @every_isolation
-def test_programs_and_functions_are_tested_in_order(isolation):
+def test_programs_and_functions_are_tested_in_order(unsafe):
     source = """
 def half(x):
     print("noise")
@@ -78,15 +80,14 @@ if __name__ == "__main__":
         FunctionTest("assert half(4) == 3, 'no'"),
         FunctionTest("assert half(3) == 1.5"),
     ]
-    report = run_tests(source, tests, Limits(isolation=isolation))
+    report = judged(source, tests, unsafe)
     assert report.passed == (True, True, False, False, True)
     assert report.reasons[2] == r"printed 'noise\n2.0  \n\n', not 'noise\n3.0'"
     assert report.reasons[3] == "AssertionError: no"
-    assert report.isolation == isolation
+    assert report.isolation == ("limits alone" if unsafe else "bubblewrap")
 
 
-@pytest.mark.parametrize(
-    ("source", "said"),
+@each(
     [
         ("1 / 0", "exit status 1: ZeroDivisionError: division by zero"),
         ("def f(:", "exit status 1: SyntaxError: invalid syntax"),
@@ -96,37 +97,10 @@ if __name__ == "__main__":
         ("open('a', 'wb').write(bytes(2**25))", "exit status 1: OSError: .* File too large"),
         ("\ud800", "exit status 1: UnicodeEncodeError"),
         ("import numpy", "exit status 1: ModuleNotFoundError"),
-    ],
+    ]
 )
 def test_why_a_program_failed(source, said):
     assert re.match(said, reason(source))
-
-
-SOCKET = "import socket; socket.create_connection(('127.0.0.1', 9), 1)"
-REFUSED = {
-    SOCKET: "socket",
-    "import subprocess; subprocess.run(['true'])": "subprocess.Popen",
-    "import multiprocessing as m; m.Process(target=print).start()": "os.fork",
-    "import ctypes": "import 'ctypes'",
-    "import os; os.kill(os.getppid(), 9)": "os.kill",
-    "open(OUTSIDE, 'w')": "open",
-    "import os; os.remove(OUTSIDE)": "os.remove",
-    "import resource as r; r.setrlimit(r.RLIMIT_CPU, (9, 9))": "resource",
-}
-
-
-@pytest.mark.parametrize(
-    ("source", "isolation"),
-    [(source, "hook") for source in REFUSED] + [(SOCKET, kind) for kind in EVERY[1:]],
-)
-def test_the_hook_refuses(source, isolation, tmp_path):
-    event = REFUSED[source]
-    kept = tmp_path / "kept"
-    kept.write_text("text")
-    said = reason(source.replace("OUTSIDE", repr(str(kept))), isolation)
-    kind = "ImportError" if event.startswith("import") else "PermissionError"
-    assert re.match(f"exit status 1: {kind}: the sandbox refuses {event}", said), said
-    assert kept.read_text() == "text"
 
 
 ACTS = """
@@ -201,41 +175,96 @@ asyncio.run(asyncio.create_subprocess_exec("true"))
 asyncio.run(asyncio.to_thread(open, OUTSIDE, "w"))
 concurrent.futures.ProcessPoolExecutor(1)
 square.__code__.replace(co_code=b"")
+socket.create_connection(('127.0.0.1', 9), 1)
+subprocess.run(['true'])
+multiprocessing.Process(target=int).start()
+os.kill(1, 9)
+open(OUTSIDE, 'w')
+os.remove(OUTSIDE)
+resource.setrlimit(resource.RLIMIT_CPU, (9, 9))
+os.unshare(os.CLONE_NEWNET)
+os.unshare(os.CLONE_NEWUSER)
+socket.create_connection(('192.0.2.1', 9), 1)
+open('/usr/made', 'w')
+open('/proc/sys/kernel/core_pattern', 'w')
+open(KEPT)
+open(f'/proc/{PARENT}/environ')
 """
+CONTAINED = """
+os.killpg(0, 0)
+signal.pthread_kill(0, 9)
+os.nice(1)
+fcntl.flock(0, fcntl.LOCK_SH)
+os.mkfifo("inside")
+os.unshare(0)
+os.setpgid(0, 0)
+os.setsid()
+os.openpty()
+os.sync()
+os.symlink("a", "b")
+sys.activate_stack_trampoline("perf")
+os.posix_spawn("/bin/true", ["true"], {})
+os.fork()
+importlib.import_module("ctypes")
+importlib.import_module("_ctypes")
+importlib.import_module("sqlite3")
+importlib.import_module("tkinter")
+importlib.import_module("termios")
+importlib.import_module("readline")
+importlib.import_module("_xxsubinterpreters")
+importlib.import_module("multiprocessing.shared_memory")
+(sys.modules.pop("posix"), importlib.import_module("posix"))
+importlib.machinery.BuiltinImporter.create_module(importlib.machinery.ModuleSpec("posix", None))
+socket.socket()
+socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)
+socket.socket(fileno=socket.socketpair()[0].detach())
+socket.socket(socket.AF_UNIX).bind("\\0name")
+socket.socket(socket.AF_UNIX).connect_ex(OUTSIDE)
+asyncio.run(asyncio.create_subprocess_exec("true"))
+square.__code__.replace(co_code=b"")
+subprocess.run(['true'])
+multiprocessing.Process(target=int).start()
+os.kill(1, 9)
+"""
+"""Of these, what may succeed: it reaches the program's own processes and folder alone."""
 
 
-@every_isolation
-def test_the_hook_refuses_to_act_on_other_processes_and_outside(isolation, tmp_path):
-    """Every function that could, whether or not the interpreter reports it to hooks."""
+@needs_bubblewrap
+def test_nothing_outside_is_reached(tmp_path):
+    """Every function that acts on other processes, on files outside and on the network."""
     kept = tmp_path / "kept"
     kept.write_text("text")
     made = f"PARENT, OUTSIDE, FOLDER = {os.getpid()}, {str(tmp_path / 'made')!r}, {str(tmp_path)!r}"
     source = f"""
-import asyncio, concurrent.futures, fcntl, importlib.machinery, os, resource, signal, socket, sys
-import time
+import asyncio, concurrent.futures, fcntl, importlib.machinery, multiprocessing, os, resource
+import signal, socket, subprocess, sys, time
 {made}
+KEPT = FOLDER + "/kept"
 def square(x): return x * x
 def native(name, path):
     loader = importlib.machinery.ExtensionFileLoader(name, path)
     loader.create_module(importlib.machinery.ModuleSpec(name, loader, origin=path))
+os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 for line in {ACTS.strip().splitlines()!r}:
-    try:
-        eval(line)
-    except (PermissionError, ImportError) as error:
-        if "the sandbox refuses" not in str(error):
-            print(line, repr(error))
-    except BaseException as error:
-        print(line, repr(error))
-    else:
-        print(line)
+    if (child := os.fork()) == 0:  # some acts change or end the process
+        try:
+            eval(line)
+        except BaseException:
+            os._exit(0)
+        os._exit(1)
+    if os.waitpid(child, 0)[1]:
+        print(line, flush=True)
 """
-    assert reason(source, isolation) == ""
+    priority = os.getpriority(os.PRIO_PROCESS, 0)
+    program = ProgramTest("", CONTAINED.strip())
+    assert judged(source, [program], False, seconds=60, output_kb=999).reasons == ("",)
     assert os.listdir(tmp_path) == ["kept"]
     assert kept.read_text() == "text"
+    assert os.getpriority(os.PRIO_PROCESS, 0) == priority
 
 
 @every_isolation
-def test_the_standard_library_works(isolation):
+def test_the_standard_library_works(unsafe):
     """Modules that an answer may import, and folders made and removed by their descriptors."""
     source = """
 import collections, concurrent.futures, dataclasses, datetime, decimal, fractions
@@ -248,7 +277,7 @@ with tempfile.TemporaryDirectory() as folder:
 shutil.rmtree(tempfile.mkdtemp())
 print(os.listdir() if (os := __import__("os")) else "", open("/proc/self/comm").read() != "")
 """
-    assert reason(source, isolation, "6 ['solution.py'] True") == ""
+    assert reason(source, unsafe, "6 ['solution.py'] True") == ""
 
 
 COMPUTES = """
@@ -318,140 +347,81 @@ Counter({'a': 2, 'b': 1}) 6
 
 
 @every_isolation
-def test_modules_that_answers_import_compute(isolation):
+def test_modules_that_answers_import_compute(unsafe):
     test = ProgramTest("4\n5\n", COMPUTED)
-    assert run_tests(COMPUTES, [test], Limits(isolation=isolation)).reasons == ("",)
+    assert judged(COMPUTES, [test], unsafe).reasons == ("",)
 
 
-def test_without_namespaces_processes_of_the_user_take_no_room():
+def test_unsafe_code_has_room_for_processes_above_those_of_the_user():
     """The kernel counts them all, so the limit is above those that run."""
     source = """
 limit = next(line for line in open("/proc/self/limits") if line.startswith("Max processes"))
 print(int(limit.split()[2]) > 1)
 """
-    assert reason(source, "hook", "True", processes=1) == ""
+    assert reason(source, True, "True", processes=1) == ""
 
 
-needs_namespaces = pytest.mark.skipif(
-    "namespaces" not in EVERY, reason="the system denies user namespaces"
-)
-
-
-def without_hook(tmp_path, monkeypatch) -> None:
-    """Leaves the kernel's isolation alone."""
-    open_program = tmp_path / "program.py"
-    text = pathlib.Path(sandbox._PROGRAM).read_text()
-    for line in ("    _seal(forbidden)\n", "    sys.addaudithook(hook)\n"):
-        assert text.count(line) == 1
-        text = text.replace(line, "    pass\n")
-    open_program.write_text(text)
-    monkeypatch.setattr(sandbox, "_PROGRAM", open_program)
-
-
-@needs_namespaces
-@pytest.mark.parametrize("hook", [True, False])
-def test_in_namespaces_a_program_sees_its_own_processes_only(hook, tmp_path, monkeypatch):
-    """The command and what started it, number 1; without the hook also what they are."""
+@needs_bubblewrap
+def test_a_program_sees_its_own_processes_only():
+    """Itself and number 1, which started it, and what they are."""
     source = """
 import os
 seen = [name for name in os.listdir("/proc") if name.isdigit()]
 print(len(seen), "1" in seen, str(os.getpid()) in seen)
+print(*(open(f"/proc/{name}/cmdline").read().split("\\0")[4] for name in seen))
 """
-    expected = "2 True True"
-    if not hook:
-        without_hook(tmp_path, monkeypatch)
-        source += """
-print(*sorted(open(f"/proc/{name}/cmdline").read().split("\\0")[4].split("/")[-1] for name in seen))
-try:
-    open("/proc/sys/kernel/core_pattern", "w")
-except OSError as error:
-    print(error.errno)
-"""
-        expected += "\nprogram.py sandbox_enter.py\n30"  # 30: read-only file system
-    assert reason(source, "namespaces", expected) == ""
+    assert reason(source, False, "2 True True\n/program.py /program.py") == ""
 
 
-@needs_namespaces
-@pytest.mark.parametrize("refused", ["proc", "proc and tmpfs"])
-def test_where_proc_cannot_be_mounted_it_is_hidden_or_the_hook_is_left(
-    refused, tmp_path, monkeypatch
-):
-    enter = tmp_path / "enter.py"
-    text = pathlib.Path(sandbox._ENTER).read_text()
-    for kind in refused.split(" and "):
-        assert text.count(f'b"{kind}", _MS') == 1
-        text = text.replace(f'b"{kind}", _MS', 'b"none", _MS')
-    enter.write_text(text)
-    monkeypatch.setattr(sandbox, "_ENTER", enter)
-    monkeypatch.setattr(sandbox, "_why_no_namespaces", sandbox._why_no_namespaces.__wrapped__)
-    source = "import os; print(os.listdir('/proc'))"
-    if refused == "proc":
-        assert reason(source, "auto", "[]") == ""
-        assert "namespaces" in described_isolation()
-        return
-    assert reason("print(1)", "auto", "1") == ""
-    assert chosen_isolation("auto") == "hook"
-    assert re.search(r"hook .*denies namespaces: .*mount: No such device", described_isolation())
+@needs_bubblewrap
+def test_where_proc_cannot_be_mounted_it_is_empty_or_code_is_refused(monkeypatch):
+    """As in some containers, and with versions of bwrap that lack an option."""
+    monkeypatch.setattr(sandbox, "_probed", sandbox._probed.__wrapped__)
+    wrong = ("--proc", "/nowhere/"), ("--unknown",)
+    monkeypatch.setattr(sandbox, "_FURTHER", (wrong[1], ("--dir", "/proc")))
+    assert reason("import os; print(os.listdir('/proc'))", False, "[]") == ""
+    monkeypatch.setattr(sandbox, "_FURTHER", wrong[1:])
+    with pytest.raises(ValueError, match="bwrap fails here, exit status 1: bwrap: Unknown option"):
+        run_tests("print(1)", [ProgramTest("", "1")])
+    assert reason("print(1)", True, "1") == ""
 
 
 @every_isolation
-def test_the_folder_is_the_programs_own(isolation):
+def test_the_folder_is_the_programs_own(unsafe):
     source = """
 import os, pathlib, tempfile
 pathlib.Path("a").write_text("x"); os.rename("a", "b"); os.mkdir("c"); os.remove("b")
 tempfile.TemporaryFile().write(b"x")
 print(sorted(os.listdir()), os.environ["HOME"] == os.getcwd(), len(os.environ) < 10)
 """
-    assert reason(source, isolation, "['c', 'solution.py'] True True") == ""
+    assert reason(source, unsafe, "['c', 'solution.py'] True True") == ""
 
 
-@needs_namespaces
-def test_behind_the_hook_namespaces_are_a_wall(tmp_path, monkeypatch):
-    """The same without the hook: the kernel refuses, and what was started is gone afterwards."""
-    without_hook(tmp_path, monkeypatch)
+@needs_bubblewrap
+def test_what_a_program_started_ends_with_it(tmp_path):
     marker = f"{tmp_path}/marker"
     source = f"""
-import os, socket, subprocess, sys, time
-def refused(action):
-    try:
-        action()
-    except OSError as error:
-        return type(error).__name__ + " " + str(error.errno)
-    return "permitted"
-print(refused(lambda: socket.create_connection(("127.0.0.1", 9), 1)))
-print(refused(lambda: socket.create_connection(("192.0.2.1", 9), 1)))
-print(refused(lambda: open({marker!r}, "w")))
-print(refused(lambda: os.kill({os.getpid()}, 0)))
-print(refused(lambda: os.unshare(os.CLONE_NEWNET)))
+import subprocess, sys
 for _ in range(3):
     subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)", {marker!r}],
                      start_new_session=True)
 print("started")
 """
-    expected = "\n".join(
-        [
-            "OSError 101",  # network is unreachable: not even a loopback
-            "OSError 101",
-            "OSError 30",  # read-only file system
-            "ProcessLookupError 3",
-            "PermissionError 1",
-            "started",
-        ]
-    )
-    assert reason(source, "namespaces", expected) == ""
+    assert reason(source, False, "started") == ""
     assert not running(marker)
 
 
 @every_isolation
-def test_a_program_that_ignores_term_is_killed_in_time(isolation):
+def test_a_program_that_ignores_term_is_killed_in_time(unsafe):
     source = "import signal; signal.signal(15, signal.SIG_IGN)\nprint('on', flush=True)\n"
     source += "import time\nwhile True: time.sleep(9)"
     begin = time.monotonic()
-    assert reason(source, isolation, seconds=0.6) == "time limit of 0.6 s"
+    assert reason(source, unsafe, seconds=0.6) == "time limit of 0.6 s"
     assert 0.6 <= time.monotonic() - begin < 0.6 + sandbox.GRACE + 3
 
 
-def test_term_comes_before_kill(tmp_path):
+@every_isolation
+def test_term_comes_before_kill(unsafe):
     """A program may tidy up: its handler runs, in the time between."""
     source = (
         "import signal, time\nsignal.signal(15, lambda *_: (print('bye', flush=True), exit()))\n"
@@ -465,22 +435,22 @@ def test_term_comes_before_kill(tmp_path):
 
     original, sandbox_end = sandbox._collect, sandbox._end
 
-    def end(process):
-        sandbox_end(process)
+    def end(process, first):
+        sandbox_end(process, first)
         seen["after"] = process.stdout.read()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sandbox, "GRACE", 5.0)
         patch.setattr(sandbox, "_collect", collect)
         patch.setattr(sandbox, "_end", end)
-        assert reason(source, seconds=2) == "time limit of 2 s"
+        assert reason(source, unsafe, seconds=2) == "time limit of 2 s"
     assert (seen["output"][0], seen["after"]) == (b"up\n", b"bye\n")
 
 
 @every_isolation
-def test_closed_output_does_not_hide_a_running_program(isolation):
+def test_closed_output_does_not_hide_a_running_program(unsafe):
     source = "import os, time\nos.close(1); os.close(2)\ntime.sleep(9)"
-    assert reason(source, isolation, seconds=0.6) == "time limit of 0.6 s"
+    assert reason(source, unsafe, seconds=0.6) == "time limit of 0.6 s"
 
 
 def test_output_is_cut():
@@ -499,17 +469,15 @@ def test_cpu_time_has_a_limit_of_its_own():
 def test_all_tests_together_have_an_end():
     tests = [ProgramTest("", "")] * 50
     begin = time.monotonic()
-    report = run_tests("import time; time.sleep(9)", tests, Limits(total_seconds=0.6))
+    report = judged("import time; time.sleep(9)", tests, total_seconds=0.6)
     assert time.monotonic() - begin < 6
     assert report.reasons[0] == "time limit of 0.6 s"
     assert report.reasons[-1] == "not run: 0.6 s for all tests had passed"
 
 
-@pytest.mark.parametrize(
-    "source", ["import os; os._exit(0)", "import sys; sys.exit(0)", "print('0')"]
-)
+@each(["import os; os._exit(0)", "import sys; sys.exit(0)", "print('0')"])
 def test_leaving_early_passes_no_check(source):
-    report = run_tests(source, [FunctionTest("assert False"), FunctionTest("undefined")])
+    report = judged(source, [FunctionTest("assert False"), FunctionTest("undefined")])
     assert report.passed == (False, False)
 
 
@@ -527,7 +495,7 @@ def f(x): return {"yes": Yes(), "number": Chameleon(9), "rows": [Row([9])], "in"
 
 
 @every_isolation
-def test_an_object_that_equals_everything_passes_nothing(isolation):
+def test_an_object_that_equals_everything_passes_nothing(unsafe):
     checks = [
         "assert f('yes') == 3",
         "assert 3 == f('yes')",
@@ -541,7 +509,7 @@ def test_an_object_that_equals_everything_passes_nothing(isolation):
     ]
     tests = [FunctionTest(check) for check in checks]
     tests += [ValueTest(f"f({x!r})", 3) for x in ("yes", "number", "rows")]
-    report = run_tests(ALWAYS_EQUAL, tests, Limits(isolation=isolation))
+    report = judged(ALWAYS_EQUAL, tests, unsafe)
     assert not any(report.passed), report
     assert report.reasons[0] == "TypeError: the value is of class Yes, which is not plain data"
     assert report.reasons[3] == "AssertionError: no"
@@ -578,39 +546,36 @@ f = values.get
         "assert f('two') == '2'", "assert f('third') == 0.3", "assert f('vector') == (1, 2)",
         "assert f('two') == 2; assert f('two') == 3", "assert f('two') != 2", "assert",
     ]  # fmt: skip
-    report = run_tests(source, [FunctionTest(check) for check in right + wrong])
+    report = judged(source, [FunctionTest(check) for check in right + wrong])
     passed = dict(zip(right + wrong, report.passed, strict=True))
     assert passed == dict.fromkeys(right, True) | dict.fromkeys(wrong, False), report.reasons
 
 
-@pytest.mark.parametrize(
-    ("returns", "value", "tolerance", "passes"),
-    [
-        ("[1, 'a', None, True]", [1, "a", None, True], 0, True),
-        ("(1, [2.0])", [1, [2]], 0, True),
-        ("{'a': (1,)}", {"a": [1]}, 0, True),
-        ("{1: 'a'}", {"1": "a"}, 0, False),
-        ("[1]", [1, 2], 0, False),
-        ("'1'", 1, 0, False),
-        ("True", 1, 0, False),
-        ("1", True, 0, False),
-        ("0", False, 0, False),
-        ("None", None, 0, True),
-        ("{1}", [1], 0, False),
-        ("1 / 3", 0.333, 1e-3, True),
-        ("[1 / 3]", [0.333], 1e-4, False),
-        ("float('nan')", 1.0, 1, False),
-        ("float('inf')", 1e308, 1, False),
-        ("10 ** 400", 1.5, 1, False),
-        ("10 ** 5000", 1, 0, False),
-        (r"'\ud800'", "\ud800", 0, True),
-        ("object()", 1, 0, False),
-        ("(lambda a: a.append(a) or a)([])", [], 0, False),
-        ("1 / 0", 1, 0, False),
-    ],
-)  # fmt: skip
+@each([
+    ("[1, 'a', None, True]", [1, "a", None, True], 0, True),
+    ("(1, [2.0])", [1, [2]], 0, True),
+    ("{'a': (1,)}", {"a": [1]}, 0, True),
+    ("{1: 'a'}", {"1": "a"}, 0, False),
+    ("[1]", [1, 2], 0, False),
+    ("'1'", 1, 0, False),
+    ("True", 1, 0, False),
+    ("1", True, 0, False),
+    ("0", False, 0, False),
+    ("None", None, 0, True),
+    ("{1}", [1], 0, False),
+    ("1 / 3", 0.333, 1e-3, True),
+    ("[1 / 3]", [0.333], 1e-4, False),
+    ("float('nan')", 1.0, 1, False),
+    ("float('inf')", 1e308, 1, False),
+    ("10 ** 400", 1.5, 1, False),
+    ("10 ** 5000", 1, 0, False),
+    (r"'\ud800'", "\ud800", 0, True),
+    ("object()", 1, 0, False),
+    ("(lambda a: a.append(a) or a)([])", [], 0, False),
+    ("1 / 0", 1, 0, False),
+])  # fmt: skip
 def test_values_are_json(returns, value, tolerance, passes):
-    report = run_tests(f"def f(): return {returns}", [ValueTest(" f()", value, tolerance)])
+    report = judged(f"def f(): return {returns}", [ValueTest(" f()", value, tolerance)])
     assert report.passed == (passes,), report
 
 
@@ -627,13 +592,13 @@ def f():
         os.write(results, f"{nonce} 0 {guess}\n".encode())
     return 0
 """
-    report = run_tests(source, [ValueTest("f()", 3)])
+    report = judged(source, [ValueTest("f()", 3)])
     assert report.reasons[0].startswith("several results arrived")
 
 
 def test_a_check_that_hangs_fails_itself_and_those_after_it():
     checks = ["pass", "import time; time.sleep(9)", "pass"]
-    report = run_tests("", [FunctionTest(check) for check in checks], Limits(seconds=2))
+    report = judged("", [FunctionTest(check) for check in checks], seconds=2)
     assert report.passed == (True, False, False)
     assert report.reasons[1] == "time limit of 2 s"
 
@@ -644,15 +609,15 @@ def test_the_code_reward():
     asked = Problem("Square.", {"tests": tests}, "code")
     right = "```python\ndef square(x): return x * x\nif __name__ == '__main__':"
     right += " print(square(int(input())))\n```\nIt squares."
-    assert accuracy(asked, f"<think>easy</think>\n{right}") == 1.0
-    assert code(asked, right.replace("x * x", "x + x"), seconds=3) == 0.0
+    unsafe = not KEPT_IN
+    assert accuracy(asked, f"<think>easy</think>\n{right}", unsafe) == 1.0
+    assert code(asked, right.replace("x * x", "x + x"), seconds=3, unsafe=unsafe) == 0.0
     assert code(asked, "") == 0.0
     with pytest.raises(TypeError, match="minutes"):
         code(asked, right, minutes=1)
 
 
-@pytest.mark.parametrize(
-    ("entries", "message"),
+@each(
     [
         ([], r"tests is '\[\]'; give a list with at least one test"),
         ("assert", "tests is 'assert'"),
@@ -664,7 +629,7 @@ def test_the_code_reward():
         ([{"call": "f()", "value": 1, "tolerance": -1}], "test 0 is .*a number, 0 or more"),
         ([{"call": "f()", "value": 1, "tolerance": "1"}], "test 0 is"),
         ([{"call": "f()"}], "test 0 is"),
-    ],
+    ]
 )
 def test_wrong_tests_are_told(entries, message):
     with pytest.raises(ValueError, match=message):
@@ -676,12 +641,17 @@ def test_wrong_limits_are_told():
         Limits(seconds=0)
     with pytest.raises(ValueError, match="limit memory_mb is 'all'"):
         Limits(memory_mb="all")
-    with pytest.raises(ValueError, match="isolation is 'docker'; choose auto, namespaces or hook"):
-        Limits(isolation="docker")
 
 
-def test_namespaces_asked_for_and_denied_are_an_error(monkeypatch):
-    monkeypatch.setattr(sandbox, "_why_no_namespaces", lambda: "Operation not permitted")
-    assert chosen_isolation("auto") == "hook"
-    with pytest.raises(ValueError, match=r"denies them \(Operation not permitted\)"):
-        chosen_isolation("namespaces")
+def test_without_bubblewrap_code_is_refused_unless_that_is_accepted(monkeypatch):
+    monkeypatch.setattr(sandbox, "_probed", sandbox._probed.__wrapped__)
+    monkeypatch.setattr(sandbox.shutil, "which", lambda _: None)
+    refusal = r"with your rights: bwrap is not installed\. Install bubblewrap .*--rl\.unsafe-code"
+    for refused in (check_isolation, described_isolation, lambda: run_tests("", [])):
+        with pytest.raises(ValueError, match=refusal):
+            refused()
+    assert described_isolation(True).startswith("UNSAFE")
+    program = Problem("?", {"tests": [{"check": "pass"}]}, "code")
+    with pytest.raises(ValueError, match=refusal):
+        accuracy(program, "```python\n1\n```")
+    assert accuracy(program, "```python\n1\n```", unsafe=True) == 1

@@ -15,8 +15,7 @@ import pytest
 from checkpoint.weights import open_weights
 from data.tokenizer import train_tokenizer
 from rl.config import RLConfig
-from rl.served_weights import export_live
-from rl.server import Server, ServerError, ServerSampler
+from rl.server import Server, ServerError, ServerSampler, export_live
 from rl.stopping import RolloutStoppedError
 from tests.small_model import CONFIG, weights
 from tests.test_rl_loop import make_loop, make_trainer, same, tiny_run

@@ -198,10 +198,6 @@ def test_a_file_gives_its_examples_in_order_with_their_lines(tmp_path):
 
 BROKEN = [
     (b"{", "not JSON"),
-    (b"\xff{}", "not JSON in UTF-8"),
-    (b'{"prompt": "\\ud800", "completion": "b"}', "surrogates not allowed"),
-    (b"[1]", "not an object"),
-    (b"[" * 20_000, "not JSON"),
     (b'{"prompt": "a"}', r"has the fields \['prompt'\]; give either"),
     (b'{"messages": [], "completion": "a"}', "give either"),
     (b'{"prompt": "a", "completion": 5}', "must be texts"),
@@ -240,9 +236,9 @@ def test_demonstrations_are_correct_and_a_function_of_the_seed():
     assert wrong > 20  # 0.8 ** 10 of the chains have no mistake
     for i in range(20):
         text = letters.decode(examples[i].ids, skip_special=True)
-        record = task.prompt(5, int(examples.name(i).split()[-1]), "train")
-        assert text.startswith(record.prompt)
-        assert task.verify(record, text.removeprefix(record.prompt))
+        problem = task.prompt(5, int(examples.name(i).split()[-1]), "train")
+        assert text.startswith(problem.prompt)
+        assert task.verify(problem, text.removeprefix(problem.prompt))
     again = task_examples(task, letters, 5, 20).examples
     other = task_examples(task, letters, 6, 20).examples
     for same in range(20):

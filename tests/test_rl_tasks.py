@@ -1,14 +1,12 @@
 """Tasks with verifiers: what they ask, what their corpus shows, and what no answer may do to them;
 prompts from a user's file."""
 
-import ast
 import dataclasses
 import hashlib
 import itertools
 import json
 import re
 import time
-from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -21,9 +19,7 @@ from rl.corpus import configured_task, sample_prompt
 from rl.problems import Problem, held_out, split_problems
 from rl.prompt_files import final_answer, read_prompts
 from rl.tasks import TASKS, make_task
-from rl.tasks.arithmetic import conclusion, next_step, step_count
 from rl.tasks.characters import character_tokenizer
-from rl.tasks.countdown import evaluate
 from rl.tasks.permutations import MOD10, S5
 from rl.tasks.search import FAILURES, accuracy_by_tries, census
 from rl.tasks.task import END, summary
@@ -34,9 +30,6 @@ VARIANTS = {
     "permutations, mod 10": make_task("permutations", rules="mod10", length=6, share_of_chains=1.0),
     "search": make_task("search"),
     "subset sum": make_task("search", pick=0, digits=6),
-    "countdown": make_task("countdown"),
-    "countdown, in English": make_task("countdown", wording="sentence", use_all=False),
-    "arithmetic": make_task("arithmetic", share_of_chains=0.7),
 }
 every_task = pytest.mark.parametrize("task", VARIANTS.values(), ids=VARIANTS.keys())
 
@@ -47,7 +40,7 @@ def some(task, count, seed=5):
 
 def demonstrated(task, count, seed=5):
     rng = np.random.default_rng(seed)
-    return [(record, task.demonstrate(record, rng)) for record in some(task, count, seed)]
+    return [(problem, task.demonstrate(problem, rng)) for problem in some(task, count, seed)]
 
 
 # ---- every task ---------------------------------------------------------------------------------
@@ -62,7 +55,7 @@ def test_prompts_depend_on_seed_side_and_index_alone(task):
     assert task.prompt(3, 7) == task.prompt(3, 7)
     forward = [task.prompt(3, i) for i in range(6)]
     assert forward == [task.prompt(3, i) for i in reversed(range(6))][::-1]
-    assert len({record.key for record in forward}) > 3
+    assert len({problem.key for problem in forward}) > 3
     assert forward != [task.prompt(4, i) for i in range(6)]
     assert forward != [task.prompt(3, i, "held_out") for i in range(6)]
     lines = list(itertools.islice(task.corpus(3), 6))
@@ -72,31 +65,27 @@ def test_prompts_depend_on_seed_side_and_index_alone(task):
 
 @every_task
 def test_no_problem_is_on_both_sides(task):
-    train = {record.key for record in some(task, 150)}
-    test = {record.key for record in task.distinct_prompts(1, 60)}
+    train = {problem.key for problem in some(task, 150)}
+    test = {problem.key for problem in task.distinct_prompts(1, 60)}
     assert len(test) == 60
     assert not train & test
-    assert {record.key for record in task.distinct_prompts(1, 60, "train")}.isdisjoint(test)
+    assert {problem.key for problem in task.distinct_prompts(1, 60, "train")}.isdisjoint(test)
 
 
 def test_the_corpus_holds_no_held_out_problem():
-    """All problems of two digits are drawn here, in either order."""
-    task = make_task("arithmetic", digits=1, signs="+*", held_out=0.4)
-    lines = list(itertools.islice(task.corpus(0), 2000))
-    asked = [re.match(r"(\d)([+*])(\d):", line).groups() for line in lines]
-    written = {f"{min(a, b)}{sign}{max(a, b)}" for a, sign, b in asked}
-    kept = {name for name in written if held_out(Problem("", {}, name=name), 0.4)}
-    assert not kept
-    everything = {f"{a}{s}{b}" for a in range(10) for b in range(a, 10) for s in "+*"}
-    assert len(written) == sum(not held_out(Problem("", {}, name=n), 0.4) for n in everything)
+    """All problems of one move are drawn here."""
+    task = make_task("permutations", length=1, held_out=0.4)
+    written = {line.partition(":")[0] + ":" for line in itertools.islice(task.corpus(0), 2000)}
+    everything = [f"{state}{move}:" for state in range(5) for move in S5]
+    assert written == {text for text in everything if not held_out(Problem(text, {}), 0.4)}
 
 
 @every_task
-def test_records_are_json_and_pure_data(task):
-    for record in some(task, 5):
-        again = Problem(**json.loads(json.dumps(dataclasses.asdict(record))))
-        assert again == record
-        assert record.task == task.name
+def test_problems_are_json_and_pure_data(task):
+    for problem in some(task, 5):
+        again = Problem(**json.loads(json.dumps(dataclasses.asdict(problem))))
+        assert again == problem
+        assert problem.task == task.name
 
 
 @every_task
@@ -110,7 +99,7 @@ def test_vocabulary_covers_prompts_and_corpus(task):
         assert ids[-1] == tokenizer.vocab_size - 1
         assert line.endswith(END)
         assert line.count(END) == 1
-        assert len(ids) == len(re.sub(r"</?(think|answer)>", "t", line))
+        assert len(ids) == len(line)
 
 
 def test_character_tokenizer_refuses_what_it_does_not_know():
@@ -127,29 +116,29 @@ def test_character_tokenizer_refuses_what_it_does_not_know():
 @every_task
 @given(data=st.data())
 def test_no_answer_breaks_a_verifier(task, data):
-    record = task.prompt(0, data.draw(st.integers(0, 20)))
+    problem = task.prompt(0, data.draw(st.integers(0, 20)))
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
-    shown = task.demonstrate(record, rng)
+    shown = task.demonstrate(problem, rng)
     at = data.draw(st.integers(0, len(shown)))
     own = st.text(st.sampled_from("".join(task.vocabulary)))
     mutated = st.builds(
         lambda new, cut: shown[:at] + new + shown[at + cut :], own, st.integers(0, 3)
     )
     text = data.draw(st.one_of(st.text(), own, mutated))
-    found = task.inspect(record, text)
+    found = task.inspect(problem, text)
     assert isinstance(found["correct"], bool)
     assert isinstance(found["format_ok"], bool)
     assert 0 <= found["steps_right"] <= found["steps"]
-    assert task.verify(record, text) == float(found["correct"])
+    assert task.verify(problem, text) == float(found["correct"])
     if "failure" in found:
         assert bool(found["failure"]) != found["correct"]
     if not text.endswith(END):
-        assert task.verify(record, text + END) == float(found["correct"])
+        assert task.verify(problem, text + END) == float(found["correct"])
 
 
 @every_task
 def test_no_answer_is_slow(task):
-    record, shown = demonstrated(task, 1)[0]
+    problem, shown = demonstrated(task, 1)[0]
     n = 100_000
     pieces = ["1", "(", "-", "9**", ">", "=", ",", "y", "<answer>", "<think>", "a1", "071=08n", END,
               "1+1=2;", "1+1=02,", "١", "(1)", "1*", " ", "</answer>"]  # fmt: skip
@@ -157,15 +146,15 @@ def test_no_answer_is_slow(task):
     texts += ["<think>" + t + "</think><answer>" + t + "</answer>" for t in texts]
     start = time.process_time()
     for text in texts:
-        assert task.verify(record, text) == 0.0
-    task.verify(record, shown * (n // len(shown)))
+        assert task.verify(problem, text) == 0.0
+    task.verify(problem, shown * (n // len(shown)))
     assert time.process_time() - start < 0.1 * len(texts)
 
 
 def test_options_are_checked():
-    with pytest.raises(ValueError, match="did you mean search"):
+    with pytest.raises(ValueError, match="did you mean 'search'"):
         make_task("serch")
-    with pytest.raises(ValueError, match="no option 'nois'; did you mean noise"):
+    with pytest.raises(ValueError, match="permutations is 'nois'; did you mean 'noise'"):
         make_task("permutations", nois=0.1)
     for name, wrong in [
         ("permutations", {"noise": 1.5}),
@@ -175,20 +164,16 @@ def test_options_are_checked():
         ("permutations", {"held_out": 1.0}),
         ("search", {"pick": 5}),
         ("search", {"digits": 11}),
-        ("countdown", {"fewest": 4, "most": 3}),
-        ("countdown", {"wording": "long"}),
-        ("arithmetic", {"signs": "/"}),
-        ("arithmetic", {"signs": "++"}),
     ]:
-        with pytest.raises(ValueError, match=f"task {name}: {list(wrong)[-1]}="):
+        with pytest.raises(ValueError, match=f"task {name}: {next(iter(wrong))}( is |=)"):
             make_task(name, **wrong)
 
 
 def test_an_empty_side_is_an_error():
     with pytest.raises(ValueError, match="side 'held_out'"):
-        make_task("arithmetic", held_out=0.0).prompt(0, 0, "held_out")
+        make_task("search", held_out=0.0).prompt(0, 0, "held_out")
     with pytest.raises(ValueError, match="different problems"):
-        make_task("arithmetic", digits=1, signs="+").distinct_prompts(0, 30)
+        make_task("permutations", length=1).distinct_prompts(0, 30)
 
 
 def test_summary_is_of_all_answers():
@@ -226,21 +211,21 @@ def test_the_answer_is_the_last_state(rules):
     task = make_task("permutations", rules=rules, share_of_chains=0.0)
     table = S5 if rules == "s5" else MOD10
     width = 1 if rules == "s5" else 2
-    for record, shown in demonstrated(task, 50):
-        state, moves = int(record.prompt[0]), record.prompt[1:-1]
+    for problem, shown in demonstrated(task, 50):
+        state, moves = int(problem.prompt[0]), problem.prompt[1:-1]
         for at in range(0, len(moves), width):
             state = table[moves[at : at + width]][state]
         assert shown == f">{state}"
         wrong = [other for other in range(task.states) if other != state]
-        assert task.verify(record, f">{state}") == 1
-        assert not any(task.verify(record, f">{other}") for other in wrong)
+        assert task.verify(problem, f">{state}") == 1
+        assert not any(task.verify(problem, f">{other}") for other in wrong)
 
 
 def test_corpus_of_chains_has_the_shares_asked_for():
     """Shares of 1500 draws; four standard deviations are .047 and .01."""
     task = make_task("permutations")
     shown = demonstrated(task, 1500)
-    found = [task.inspect(record, text) for record, text in shown]
+    found = [task.inspect(problem, text) for problem, text in shown]
     assert all(item["format_ok"] for item in found)
     chains = [(item, text) for item, (_, text) in zip(found, shown, strict=True) if item["steps"]]
     assert abs(len(chains) / 1500 - 0.3) < 0.047
@@ -256,7 +241,7 @@ def test_corpus_of_chains_has_the_shares_asked_for():
 
 def test_steps_are_judged_from_the_state_written_before():
     task = make_task("permutations", length=3)
-    record = Problem("0abc:", {"start": 0, "moves": ["a", "b", "c"], "final": 3}, "permutations")
+    problem = Problem("0abc:", {"start": 0, "moves": ["a", "b", "c"], "final": 3}, "permutations")
     # a: 04123, b: 30142, c: 42031; from 0: a0, b3, c3.
     for text, wanted in {
         "a0b3c3>3": (True, True, 3, 3),
@@ -277,7 +262,7 @@ def test_steps_are_judged_from_the_state_written_before():
         "a٠>3": (True, False, 0, 0),
         "": (False, False, 0, 0),
     }.items():
-        found = task.inspect(record, text)
+        found = task.inspect(problem, text)
         got = (found["correct"], found["format_ok"], found["steps"], found["steps_right"])
         assert got == wanted, text
 
@@ -288,32 +273,30 @@ def test_steps_are_judged_from_the_state_written_before():
 @pytest.mark.parametrize("pick", [3, 0])
 def test_solutions_are_all_choices_with_the_sum(pick):
     task = make_task("search", pick=pick)
-    for record in some(task, 30):
-        digits, target = re.fullmatch(r"(\d{5}),(\d\d):", record.prompt).groups()
+    for problem in some(task, 30):
+        digits, target = re.fullmatch(r"(\d{5}),(\d\d):", problem.prompt).groups()
         sizes = [pick] if pick else [2, 3, 4, 5]
         every = [c for n in sizes for c in itertools.combinations(digits, n)]
         wanted = {"".join(c) for c in every if sum(map(int, c)) == int(target)}
-        assert set(record.answer["solutions"]) == wanted != set()
+        assert set(problem.answer["solutions"]) == wanted != set()
         assert len(set(digits)) == 5
         for choice in map("".join, every):
-            assert task.verify(record, f">{choice[::-1]}") == (choice in wanted)
+            assert task.verify(problem, f">{choice[::-1]}") == (choice in wanted)
 
 
-@pytest.mark.parametrize(("name", "marks"), [("search", r"\d"), ("countdown", r"\d+")])
-def test_another_order_of_the_numbers_is_the_same_problem(name, marks):
+def test_another_order_of_the_digits_is_the_same_problem():
     seen = {}
-    options = {"largest": 6} if name == "countdown" else {}
-    for record in some(make_task(name, held_out=0.0, **options), 600):
-        numbers, target = re.fullmatch(r"(.*)[,=](\d+):", record.prompt).groups()
-        ordered = (sorted(re.findall(marks, numbers)), int(target))
-        assert seen.setdefault(record.key, ordered) == ordered
+    for problem in some(make_task("search", held_out=0.0), 600):
+        digits, _, target = problem.prompt.partition(",")
+        ordered = (sorted(digits), target)
+        assert seen.setdefault(problem.key, ordered) == ordered
     assert len(seen) == len(set(map(str, seen.values()))) < 570
 
 
 def test_failures_of_a_search_by_name():
     task = make_task("search", tries=3)
     answer = {"digits": "30791", "target": 13, "solutions": ["391"]}
-    record = Problem("30791,13:", answer, "search")
+    problem = Problem("30791,13:", answer, "search")
     for text, failure, tries, duplicates in [
         ("391=13y>391", "", 1, 0),
         ("071=08n391=13y>391", "", 2, 0),
@@ -347,10 +330,10 @@ def test_failures_of_a_search_by_name():
         ("391=13y391", "budget", 1, 0),
         ("text", "format", 0, 0),
     ]:
-        found = task.inspect(record, text)
+        found = task.inspect(problem, text)
         assert (found["failure"], found["tries"], found["duplicates"]) == (
             failure, tries, duplicates), text  # fmt: skip
-    found = task.inspect(record, "071=08n079=15n391=13n901=10y>901")
+    found = task.inspect(problem, "071=08n079=15n391=13n901=10y>901")
     assert (found["steps_right"], found["sums_right"], found["checks_right"]) == (1, 3, 2)
 
 
@@ -359,15 +342,15 @@ def test_corpus_of_searches_has_the_shares_asked_for():
     from the prompts."""
     task = make_task("search")
     shown = demonstrated(task, 2500)
-    found = [task.inspect(record, text) for record, text in shown]
+    found = [task.inspect(problem, text) for problem, text in shown]
     tries = sum(item["tries"] for item in found)
     counted = census(found)
     assert abs(counted["sum_accuracy"] - 0.992) < 4 * (0.992 * 0.008 / tries) ** 0.5
     assert abs(counted["check_accuracy"] - 0.966) < 4 * (0.966 * 0.034 / tries) ** 0.5
     assert sum(counted[kind] for kind in ("correct", *FAILURES)) == pytest.approx(1)
     assert counted["duplicate_tries"] == counted["format"] == counted["wrong_answer"] == 0
-    first = [text[:3] in record.answer["solutions"] for record, text in shown]
-    chance = np.mean([0.3 + 0.7 * len(record.answer["solutions"]) / 10 for record, _ in shown])
+    first = [text[:3] in problem.answer["solutions"] for problem, text in shown]
+    chance = np.mean([0.3 + 0.7 * len(problem.answer["solutions"]) / 10 for problem, _ in shown])
     assert abs(np.mean(first) - chance) < 4 * (0.25 / 2500) ** 0.5
     # After a first try that is not accepted, 35% give up.
     missed = [text for _, text in shown if text[6] == "n"]
@@ -387,221 +370,18 @@ def test_accuracy_by_tries_counts_correct_answers():
         census([])
 
 
-# ---- countdown ----------------------------------------------------------------------------------
-
-
-def python_value(text):
-    """Value by Python's own grammar, None where our rules or the arithmetic forbid it."""
-    ways = {ast.Add: lambda a, b: a + b, ast.Sub: lambda a, b: a - b,
-            ast.Mult: lambda a, b: a * b, ast.Div: lambda a, b: a / b}  # fmt: skip
-
-    def walk(node):
-        if isinstance(node, ast.Constant):
-            return Fraction(node.value)
-        if isinstance(node, ast.UnaryOp):
-            return -walk(node.operand) if isinstance(node.op, ast.USub) else walk(node.operand)
-        return ways[type(node.op)](walk(node.left), walk(node.right))
-
-    try:
-        plain = re.sub(r"(?<!\d)0+(?=\d)", "", text)  # Python has no 007
-        return walk(ast.parse(plain.strip(), mode="eval").body)
-    except (SyntaxError, ZeroDivisionError, KeyError, AttributeError):
-        return None
-
-
-@given(st.text(st.sampled_from("0123+-*/() "), max_size=12))
-def test_expressions_have_the_value_that_python_gives_them(text):
-    try:
-        value, numbers = evaluate(text)
-    except ValueError:
-        assert python_value(text) is None
-    else:
-        assert value == python_value(text)
-        assert numbers == [int(part) for part in re.findall(r"\d+", text)]
-
-
-EXPRESSIONS = st.recursive(
-    st.integers(0, 99).map(str),
-    lambda inner: st.tuples(inner, st.sampled_from("+-*/"), inner).map(
-        lambda parts: "({})".format("".join(parts))
-    ),
-    max_leaves=12,
-)
-
-
-@given(EXPRESSIONS)
-def test_nested_expressions(text):
-    wanted = python_value(text)
-    if wanted is None:
-        with pytest.raises(ValueError, match="zero"):
-            evaluate(text)
-    else:
-        assert evaluate(text)[0] == wanted
-
-
-@pytest.mark.parametrize("text", ["9**9**9", "9* *9", "1.5", "1e9", "2(3)", "(1)(2)", "x", "1,2",
-                                  "²", "1=1", "__import__('os')", "(" * 99 + "1" + ")" * 99,
-                                  "1" * 999])  # fmt: skip
-def test_no_expression(text):
-    with pytest.raises(ValueError, match=r"expression|left over|nested|digits|characters"):
-        evaluate(text)
-
-
-@pytest.mark.parametrize("wording", ["short", "sentence"])
-def test_every_countdown_has_its_solution(wording):
-    task = make_task("countdown", wording=wording, largest=99, largest_target=100)
-    sizes = set()
-    for record in some(task, 60):
-        numbers, target = record.answer["numbers"], record.answer["target"]
-        shown = [int(n) for n in re.findall(r"\d+", record.prompt.split("<answer>")[0])]
-        assert shown[: len(numbers) + 1] == [*numbers, target]
-        solution = record.answer["solution"]
-        assert python_value(solution) == target
-        assert sorted(map(int, re.findall(r"\d+", solution))) == sorted(numbers)
-        assert 1 <= target <= 100
-        assert max(numbers) <= 99
-        assert task.verify(record, f"<answer>{solution}</answer>") == 1
-        assert task.verify(record, f"<answer>({solution})+1</answer>") == 0
-        sizes.add(len(numbers))
-    assert sizes == {3, 4}
-
-
-def test_countdown_by_hand():
-    record = Problem("3,8,5=19:", {"numbers": [3, 8, 5], "target": 19, "solution": "3*8-5"})
-    task, loose = make_task("countdown"), make_task("countdown", use_all=False)
-    for text, failure in [
-        ("<answer>3*8-5</answer>", ""),
-        ("<think>8+3=11;3*8=24;</think><answer> (8 * 3) - 5 </answer>\n", ""),
-        ("<answer>1</answer> no, <answer>3*8-5</answer> it is", ""),
-        ("<answer>-5+3*8</answer>", ""),
-        ("<answer>3*8-5=19</answer>", "bad_expression"),
-        ("<answer>3**8-5</answer>", "bad_expression"),
-        ("<answer></answer>", "bad_expression"),
-        ("<answer>3*8-5</answer><answer>", "no_answer"),
-        ("3*8-5", "no_answer"),
-        ("<answer>19</answer>", "wrong_numbers"),
-        ("<answer>3*8-5+5-5</answer>", "wrong_numbers"),
-        ("<answer>8+3</answer>", "wrong_numbers"),
-        ("<answer>8+3+5</answer>", "wrong_value"),
-        ("<answer>8/(3-3)</answer>", "bad_expression"),
-    ]:
-        found = task.inspect(record, text)
-        assert (found["failure"], found["correct"]) == (failure, not failure), text
-    assert loose.inspect(record, "<answer>8+3</answer>")["failure"] == "wrong_value"
-    assert loose.inspect(record, "<answer>8+8</answer>")["failure"] == "wrong_numbers"
-    subset = dataclasses.replace(record, answer={**record.answer, "target": 11})
-    assert loose.verify(subset, "<answer>8+3</answer>") == 1
-    found = task.inspect(record, "<think>8+3=11;3*8=25;5/(3-3)=0;so\n8/3=8/3;</think>")
-    assert (found["steps"], found["steps_right"], found["format_ok"]) == (4, 2, False)
-    assert task.inspect(record, "<think>8+3=11;</think><answer>1</answer>")["format_ok"]
-
-
-def test_corpus_of_countdown():
-    task = make_task("countdown", noise=0.2)
-    found = [task.inspect(record, text) for record, text in demonstrated(task, 600)]
-    assert all(item["correct"] and item["format_ok"] for item in found)
-    assert abs(np.mean([item["steps"] > 0 for item in found]) - 0.3) < 0.075
-    assert 1 <= max(item["steps"] for item in found) <= 4
-    assert 0.8 < summary(found)["step_accuracy"] < 1
-
-
-# ---- arithmetic ---------------------------------------------------------------------------------
-
-
-def arithmetic_record(a, sign, b):
-    value = {"+": a + b, "-": a - b, "*": a * b}[sign]
-    return Problem(f"{a}{sign}{b}:", {"a": a, "sign": sign, "b": b, "value": value})
-
-
-def work(record):
-    written = []
-    while (step := next_step(record, written)) is not None:
-        written.append(step)
-    return written
-
-
-def test_work_on_paper_by_hand():
-    for (a, sign, b), wanted in {
-        (347, "+", 582): "7+2+0=09,4+8+0=12,3+5+1=09>929",
-        (95, "+", 7): "5+7+0=12,9+0+1=10>102",
-        (523, "-", 478): "3-8-0=15,2-7-1=14,5-4-1=00>45",
-        (47, "*", 82): "47*2=94,47*80=3760,94+3760=3854>3854",
-        (6, "*", 105): "6*5=30,6*0=0,30+0=30,6*100=600,30+600=630>630",
-        (0, "*", 0): "0*0=0>0",
-    }.items():
-        record = arithmetic_record(a, sign, b)
-        written = work(record)
-        assert f"{','.join(written)}>{conclusion(record, written)}" == wanted
-        found = make_task("arithmetic").inspect(record, wanted)
-        assert found["correct"]
-        assert found["format_ok"]
-        assert found["steps"] == found["steps_right"] == len(written)
-
-
-@given(st.integers(0, 10**15), st.integers(0, 10**15), st.sampled_from("+-*"))
-def test_work_on_paper_comes_to_the_value(a, b, sign):
-    record = arithmetic_record(max(a, b), sign, min(a, b))
-    written = work(record)
-    assert len(written) == step_count(record)
-    assert conclusion(record, written) == record.answer["value"]
-
-
-def test_arithmetic_problems_are_those_asked_for():
-    task = make_task("arithmetic", digits=4)
-    records = some(task, 200)
-    assert {record.answer["sign"] for record in records} == {*"+-*"}
-    for record in records:
-        assert python_value(record.prompt[:-1]) == record.answer["value"] >= 0
-        assert task.verify(record, f">{record.answer['value']}") == 1
-        assert task.verify(record, f">{record.answer['value'] + 1}") == 0
-    assert max(record.answer["a"] for record in records) > 999
-    assert sum(record.answer["a"] < 100 for record in records) > 50
-
-
-def test_wrong_steps_of_the_corpus_are_carried_on():
-    task = make_task("arithmetic", share_of_chains=1.0, noise=0.2)
-    shown = demonstrated(task, 600)
-    found = [task.inspect(record, text) for record, text in shown]
-    assert all(item["format_ok"] for item in found)
-    steps = sum(item["steps"] for item in found)
-    accuracy = summary(found)["step_accuracy"]
-    assert abs(accuracy - 0.8) < 4 * (0.16 / steps) ** 0.5
-    assert all(item["correct"] for item in found if item["steps_right"] == item["steps"])
-    assert not any(item["correct"] for item in found if item["steps_right"] < item["steps"] == 1)
-    for record, text in shown:
-        body, _, last = text.partition(">")
-        assert int(last) == conclusion(record, body.split(","))
-
-
-def test_arithmetic_steps_by_hand():
-    task, record = make_task("arithmetic"), arithmetic_record(347, "+", 582)
-    for text, wanted in {
-        "7+2+0=09,4+8+0=12,3+5+1=09>929": (True, True, 3, 3),
-        ">929": (True, True, 0, 0),
-        "7+2+0=08,4+8+0=12,3+5+1=09>928": (False, True, 3, 2),
-        "7+2+0=19,4+8+1=13,3+5+1=09>939": (False, True, 3, 2),  # carries on what it wrote
-        "7+2+0=09,4+8+0=12>929": (True, False, 2, 2),
-        "7+2+0=09,nonsense,3+5+1=09>929": (True, False, 3, 1),
-        "7+2+0=09>0929": (False, False, 1, 1),
-        "929": (False, False, 1, 0),
-    }.items():
-        found = task.inspect(record, text)
-        got = (found["correct"], found["format_ok"], found["steps"], found["steps_right"])
-        assert got == wanted, text
-
-
-# ---- splitting records --------------------------------------------------------------------------
+# ---- splitting problems -------------------------------------------------------------------------
 
 
 def test_split_keeps_order_and_grows_with_the_share():
-    records = [Problem(f"prompt {i}", {"answer": "1"}) for i in range(400)]
-    train, kept = split_problems(records, 0.2)
+    problems = [Problem(f"prompt {i}", {"answer": "1"}) for i in range(400)]
+    train, kept = split_problems(problems, 0.2)
     assert 40 < len(kept) < 120
-    assert train == [r for r in records if r not in kept]
-    assert kept == [r for r in records if r in kept]
-    assert {r.prompt for r in kept} < {r.prompt for r in split_problems(records, 0.5)[1]}
-    assert split_problems(records[::-1], 0.2) == (train[::-1], kept[::-1])
-    assert split_problems(records, 0.0) == (records, [])
+    assert train == [r for r in problems if r not in kept]
+    assert kept == [r for r in problems if r in kept]
+    assert {r.prompt for r in kept} < {r.prompt for r in split_problems(problems, 0.5)[1]}
+    assert split_problems(problems[::-1], 0.2) == (train[::-1], kept[::-1])
+    assert split_problems(problems, 0.0) == (problems, [])
     with pytest.raises(ValueError, match="none of 1 prompts"):
         split_problems(train[:1], 0.2)
     with pytest.raises(ValueError, match="all 1 prompts are held out"):
@@ -639,26 +419,24 @@ def test_every_form_of_prompt(write):
         {"prompt": "Primes?", "answer": ["2", 3, 0.5], "kind": "set"},
         end="\r\n",
     )
-    records, repeated = read_prompts(path, rewards=("number", "set"))
-    assert repeated == []
-    assert records == [
+    assert read_prompts(path) == [
         Problem("1+1=", {"answer": "2"}),
         Problem("Eggs?", {"answer": "1018", "solution": "She sells 9 * 2 = <<9*2=18>>18."}),
         Problem(talk, {"answer": "4", "level": 3}, "number"),
         Problem("Primes?", {"answer": ["2", "3", "0.5"]}, "set"),
     ]
     marked = write(b"\xef\xbb\xbf" + b'{"prompt": "x", "answer": "y"}')
-    assert read_prompts(marked).problems == [Problem("x", {"answer": "y"})]
-    assert read_prompts(write({"prompt": "x"}), need_answers=False).problems == [Problem("x", {})]
+    assert read_prompts(marked) == [Problem("x", {"answer": "y"})]
+    assert read_prompts(write({"prompt": "x"}), need_answers=False) == [Problem("x", {})]
     tests = [{"check": "assert f(1) == 2"}]
     path = write({"prompt": "x", "tests": tests, "kind": "code"})
-    assert read_prompts(path).problems == [Problem("x", {"tests": tests}, "code")]
+    assert read_prompts(path) == [Problem("x", {"tests": tests}, "code")]
 
 
-def test_a_check_of_the_records_is_reported_by_line(write):
-    def check(record):
-        if not record.answer["answer"].isdecimal():
-            raise ValueError(f"answer {record.answer['answer']} is no whole number")
+def test_a_check_of_the_problems_is_reported_by_line(write):
+    def check(problem):
+        if not problem.answer["answer"].isdecimal():
+            raise ValueError(f"answer {problem.answer['answer']} is no whole number")
 
     path = write(*({"prompt": p, "answer": a} for p, a in [("a", "1"), ("b", "x"), ("c", "y")]))
     with pytest.raises(ValueError, match=r"2 of 3[^\n]*\n  line 2: answer x is[^\n]*\n  line 3: "):
@@ -712,7 +490,6 @@ BROKEN = {
     '{"messages": [5], "answer": "1"}': "role must be one of",
     '{"messages": [{"role": "user", "content": "", "x": 1}], "answer": "1"}': "a message has the",
     '{"messages": [{"role": "user", "content": ""}], "answer": "1"}': "message is an empty text",
-    '{"prompt": "a", "answer": "1", "reward": "no"}': "\"reward\" is 'no'; choose one of set",
     '{"prompt": "a", "answer": "1", "reward": 1}': '"reward" is a number, not a name',
     '{"prompt": "a", "answer": "1", "reward": ""}': '"reward" is empty',
     '{"prompt": "a", "answer": "1", "reward": "set", "kind": "x"}': "give one of them",
@@ -723,7 +500,7 @@ BROKEN = {
 def test_broken_lines_say_what_is_wrong(write, line):
     path = write({"prompt": "fine", "answer": "1"}, line)
     with pytest.raises(ValueError, match="1 of 2 lines cannot be used") as caught:
-        read_prompts(path, rewards=("set",))
+        read_prompts(path)
     assert f"  line 2: {BROKEN[line]}" in str(caught.value) or (
         str(caught.value).splitlines()[1].startswith("  line 2: ")
         and BROKEN[line] in str(caught.value).splitlines()[1]
@@ -742,9 +519,8 @@ def test_all_broken_lines_are_counted_and_twenty_shown(write):
 
 def test_repeated_prompts(write):
     line = {"prompt": "a", "answer": "1"}
-    records, repeated = read_prompts(write(line, {"prompt": "b", "answer": "1"}, line, line))
-    assert [record.prompt for record in records] == ["a", "b"]
-    assert repeated == [3, 4]
+    problems = read_prompts(write(line, {"prompt": "b", "answer": "1"}, line, line))
+    assert [problem.prompt for problem in problems] == ["a", "b"]
     with pytest.raises(ValueError, match="line 2: has the prompt of line 1, but another answer"):
         read_prompts(write(line, {"prompt": "a", "answer": "2"}))
 
@@ -779,11 +555,11 @@ def test_lines_are_read_or_refused(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("fuzz") / "p.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     try:
-        records, repeated = read_prompts(path)
+        problems = read_prompts(path)
     except ValueError:
         return
-    assert len(records) + len(repeated) == len(rows)
-    assert all(record.answer["answer"] for record in records)
+    assert len(problems) <= len(rows)
+    assert all(problem.answer["answer"] for problem in problems)
 
 
 # ---- Two scripts and mixed lengths ---------------------------------------------------------------
@@ -803,10 +579,10 @@ def test_two_scripts():
     assert set(task.vocabulary) > set("abcdefghijαβγδεζηθικ")
     start, moves, final = 0, ["a", "b"], int("30142"[int("04123"[0])])
     middle = int("04123"[0])
-    record = Problem("0αβ:", {"start": start, "moves": moves, "final": final, "greek": True})
+    problem = Problem("0αβ:", {"start": start, "moves": moves, "final": final, "greek": True})
     for chain, language in ((f"α{middle}β{final}", 1.0), (f"a{middle}β{final}", 0.5),
                             (f"a{middle}b{final}", 0.0), ("", 0.0)):  # fmt: skip
-        found = task.inspect(record, f"{chain}>{final}")
+        found = task.inspect(problem, f"{chain}>{final}")
         assert (found["correct"], found["format_ok"]) == (True, True), chain
         assert found["language"] == language, chain
         assert found["steps_right"] == found["steps"] == len(chain) // 2
@@ -817,7 +593,7 @@ def test_two_scripts():
         prompt = chains.prompt(0, i)
         found = chains.inspect(prompt, chains.demonstrate(prompt, np.random.default_rng(i)))
         assert (found["correct"], found["language"]) == (True, 1.0)
-    assert "language" not in make_task("permutations").inspect(record, ">0")
+    assert "language" not in make_task("permutations").inspect(problem, ">0")
     with pytest.raises(ValueError, match="scripts=2"):
         make_task("permutations", scripts=2, rules="mod10")
 

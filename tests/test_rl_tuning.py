@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from types import SimpleNamespace
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +31,9 @@ from rl.config import RLConfig, SFTConfig, TaskConfig
 from rl.corpus import configured_task
 from rl.examples.conversations import Example, ListedExamples
 from rl.examples.packing import PackedExamples, sft_batches
-from rl.examples.rejection import Round, Selection, attempt_of_text
+from rl.examples.rejection import Attempt, Round, Selection
 from rl.examples.teacher import TEACHER, StudentTrainer, Teacher, policy_version
-from rl.examples.traces import read_traces, write_traces
+from rl.examples.traces import read_traces, transcript, write_traces
 from rl.problems import Problem
 from rl.recipe import run_recipe, stage_command
 from rl.stopping import never
@@ -44,6 +45,7 @@ from sharding.partition import place_rows, use_layout
 from tests.small_model import CONFIG, hf_folder, run_folder, tensors, weights
 from training.config import OptimizerConfig, TrainConfig
 from training.metrics import read_metrics
+from training.run import Session
 from training.step import Trainer
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -233,7 +235,7 @@ def test_the_evaluation_is_made_before_the_policy_is_read(monkeypatch, tmp_path)
     trainer = tuning.make_trainer(run, Recipe("float32"), layout())
     monkeypatch.setattr(tuning, "load_policy", lambda *_: pytest.fail("the policy was read"))
     with pytest.raises(ValueError, match=r"--rl\.max-new-tokens"):
-        tuning.run_stage(run, trainer, range(0), "", lambda *_: (None, {}), 0.0, print)
+        tuning.run_stage(run, trainer, Session(print, 0.0))
     assert not list(tmp_path.iterdir())
 
 
@@ -271,7 +273,8 @@ def test_traces_of_other_settings_are_not_taken(change, says, policy, tmp_path):
 
     def write(run):
         settings = tuning.trace_settings(run)
-        made = [attempt_of_text(tokenizer, Problem("a", {}), "b", True, 1.0)]
+        answer = np.append(tokenizer.encode("b"), np.int32(tokenizer.eos_id))
+        made = [Attempt(Problem("a", {}), tokenizer.encode("a"), answer, "b", True, 1.0)]
         return write_traces(
             str(tmp_path), tokenizer, lambda _: Round(made, 0, 0), 1, Selection(), {}, settings
         )
@@ -349,7 +352,8 @@ def sample(run: RunConfig, say=lambda line: None) -> int:
         raise LookupError
 
     trainer = tuning.make_trainer(run, Recipe("float32"), layout())
-    return tuning.run_stage(run, trainer, range(0), "", training_begins, 0.0, say)
+    with mock.patch.object(tuning, "open_loop", training_begins):
+        return tuning.run_stage(run, trainer, Session(say, 0.0))
 
 
 @pytest.fixture(scope="module")
@@ -369,7 +373,7 @@ def sampled(tmp_path_factory):
 @pytest.mark.parametrize(
     ("owner", "name", "call", "kept"),
     [
-        (tuning.PolicySampler, "__call__", 0, 0),
+        pytest.param(tuning.PolicySampler, "__call__", 0, 0, marks=pytest.mark.slow),
         pytest.param(AllRight, "__call__", 1, 1, marks=pytest.mark.slow),
         pytest.param(rl.examples.traces, "seal_store", 2, 3, marks=pytest.mark.slow),
     ],
@@ -520,7 +524,7 @@ def test_fine_tuning_then_distillation(tmp_path):
     last_record(student_run, run_train(student_run, *distil), "train/kl")
     tokenizer = tuning.load_tokenizer(student_run / "tokenizer.json")
     traces = read_traces(str(student_run / "traces"), tokenizer)
-    lines = list(traces.lines())
+    lines = list(transcript(traces.stores))
     assert len(lines) == traces.fates["kept"] == len(traces.examples.lengths) > 0
     assert {line["policy"] for line in lines} == {str(teacher)}
     assert {line["reward"] for line in lines} == {1.0}

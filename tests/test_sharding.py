@@ -124,8 +124,8 @@ def test_unknown_layout_lists_the_known():
 
 def test_a_mesh_describes_itself():
     mesh = layout(fsdp=2, expert=2, tensor=2).mesh
-    assert describe(mesh) == "8 x cpu: fsdp 2 x expert 2 x tensor 2"
-    assert describe(layout().mesh) == "1 x cpu"
+    assert describe(Layout(mesh)) == "8 x cpu: fsdp 2 x expert 2 x tensor 2"
+    assert describe(layout()) == "1 x cpu"
 
 
 def test_emulation_makes_as_many_devices_as_asked():

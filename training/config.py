@@ -1,4 +1,4 @@
-"""What a training run does: length, batches, optimizer, schedules, loss weights, cadence."""
+"""A training run in numbers: length, batches, optimizer, schedules, loss weights, cadence."""
 
 import dataclasses
 from typing import Literal
@@ -76,7 +76,7 @@ class TrainConfig:
     """Products of linear layers and experts in FP8, with their gradients (V3 report, section 3.3).
     Needs dtype bfloat16. Embedding, head, router, norms and attention stay as they are."""
     remat: Literal["none", "selective", "full"] = "none"
-    """What the backward pass recomputes: nothing; norms, up-projections, SwiGLU; whole layers."""
+    """Work that the backward pass repeats: none; norms, up-projections, SwiGLU; whole layers."""
     ema_decay: float = 0.0
     """Decay of an exponential moving average of the weights; 0 keeps none."""
     max_skipped_in_row: int = 10

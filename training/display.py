@@ -1,4 +1,4 @@
-"""What a person watches: one live line in a terminal, a few plain lines anywhere else."""
+"""Progress for a person: one live line in a terminal, a few plain lines anywhere else."""
 
 import sys
 import time

@@ -29,7 +29,8 @@ from sharding.pipeline.stage_weights import place_layers
 from sharding.pipeline.ticks import tick_table
 
 Batch = dict[str, jax.Array]
-MicroLoss = Callable[[DeepSeekV3, Batch, LossWeights], tuple[jax.Array, LossParts]]
+MicroLoss = Callable[[DeepSeekV3, Batch, LossWeights], tuple[jax.Array, Any]]
+"""`loss, parts = micro_loss(model, micro, weights)`; parts are sums, of any structure."""
 
 
 def loss_weights(batch: Batch, mtp_weight: jax.Array, balance_weight: float) -> LossWeights:
@@ -43,10 +44,10 @@ def loss_weights(batch: Batch, mtp_weight: jax.Array, balance_weight: float) -> 
 def accumulated_gradients(
     config: ModelConfig, recipe: Recipe, params: Tree, router_bias: Tree, batch: Batch,
     weights: LossWeights, in_pairs: bool = False, micro_loss: MicroLoss | None = None,
-) -> tuple[jax.Array, LossParts, Tree]:  # fmt: skip
+) -> tuple[jax.Array, Any, Tree]:  # fmt: skip
     """Loss, its parts and its gradient (fp32 sums), one micro batch at a time or two.
 
-    micro_loss: `loss, parts = micro_loss(model, micro, weights)`, instead of `training_loss`.
+    micro_loss: instead of `training_loss`, whose parts are LossParts.
     """
     if in_pairs:
         batch = {name: rows.reshape(-1, 2, *rows.shape[1:]) for name, rows in batch.items()}

@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from runtime.signals import StopRequest
+from sharding.devices import mesh_shape
 from sharding.partition import place_rows
 from training.display import Display
 from training.metrics import MetricsWriter
@@ -21,7 +22,7 @@ from training.trace import Trace
 
 
 class Checkpoints(Protocol):
-    """What the loop asks of checkpoint/manager.py."""
+    """Calls that the loop makes of checkpoint/manager.py."""
 
     def save(self, step: int, state: Any, config: Any, mesh: Any, metrics: Any) -> bool: ...
 
@@ -56,6 +57,11 @@ class Loop:
 
     def __post_init__(self):
         self.first_step = int(self.state["step"])
+
+    @property
+    def complete(self) -> bool:
+        """Whether `run` has nothing left to do."""
+        return self.first_step >= self.trainer.train.steps
 
     def run(self, batches: Iterator[Mapping[str, np.ndarray]], rows: range) -> str:
         """Train on `batches`, of which this process holds `rows` of every micro batch.
@@ -118,7 +124,7 @@ class Loop:
     def save(self, record: Mapping[str, float]) -> bool:
         """Checkpoint the state; a held-out loss in `record` was measured on it."""
         measured = {name: value for name, value in record.items() if name.startswith("eval/")}
-        mesh = dict(self.trainer.layout.mesh.shape)
+        mesh = mesh_shape(self.trainer.layout)
         return self.checkpoints.save(
             int(self.state["step"]), self.state, self.config, mesh, measured
         )

@@ -29,7 +29,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 
 class Metric(NamedTuple):
-    """What a name stands for."""
+    """Unit and meaning of a name."""
 
     unit: str
     meaning: str
@@ -215,7 +215,7 @@ def read_metrics(run_dir: str | os.PathLike[str]) -> list[dict[str, float]]:
 def drop_records_from(path: Path, step: int) -> None:
     """Remove the records of `step` and later ones, and lines cut short, from a metrics file.
 
-    The new content is written beside the file and takes its place in one rename, so that a crash
+    The new content is written to a second file that takes its place in one rename, so that a crash
     leaves either the old file or the new one.
     """
     if not path.exists():

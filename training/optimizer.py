@@ -188,7 +188,7 @@ def _match_rms(update: jax.Array, dimensions: Any) -> jax.Array:
 
 
 def muon_dimensions(axes: Axes) -> optax.contrib.MuonDimensionNumbers:
-    """Which dimensions are the rows (inputs) and the columns (outputs) of one matrix.
+    """Dimensions that are the rows (inputs) and the columns (outputs) of one matrix.
 
     `heads, head_dim` are one side: outputs when they come last (w_uq, w_ukv: [latent, heads,
     head_dim]), inputs when they come first (w_o: [heads, head_dim, embed]).

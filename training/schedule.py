@@ -13,7 +13,7 @@ from training.config import Phase, TrainConfig
 
 
 class StepBatch(NamedTuple):
-    """What one step trains on."""
+    """Data of one step."""
 
     batch_size: int
     """Sequences of this step, over all devices."""

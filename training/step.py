@@ -7,13 +7,13 @@ not depend on how the batch is cut into micro batches or laid over devices.
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from model.blueprint import bind, blueprint, initialize
+from model.blueprint import Tree, bind, blueprint, initialize
 from model.config import ModelConfig
 from model.loss import (
     LossParts,
@@ -26,7 +26,7 @@ from model.recipe import Recipe
 from model.router import load_max_over_mean, update_bias
 from model.sample import continue_rows
 from sharding.context import check_sequence, restore, whole_sequences
-from sharding.devices import schedule_options
+from sharding.devices import on_platform, schedule_options
 from sharding.partition import (
     Layout,
     batch_sharding,
@@ -36,6 +36,7 @@ from sharding.partition import (
     replicated,
     stored_shardings,
     use_layout,
+    with_shardings,
 )
 from training.config import TrainConfig
 from training.gradients import (
@@ -49,13 +50,32 @@ from training.schedule import BatchPlan
 
 State = dict[str, Any]
 Batch = dict[str, jax.Array]
-ROWS = (None, "batch", None)
-"""Logical axes of a batch array [micro batches, sequences, tokens]."""
+Knobs = dict[str, jax.Array]
+"""Scalars of a step, fp32: learning_rate, bias_update_rate, mtp_weight."""
+ROWS = (None, "batch")
+"""Logical axes of a batch array [micro batches, sequences, ..]."""
+
+
+class Gradients(NamedTuple):
+    """What a loss gives the update, over the whole global batch."""
+
+    loss: jax.Array
+    """The minimised scalar."""
+    grads: Tree
+    """Of the parameters, fp32."""
+    counts_LE: jax.Array
+    """Tokens per expert: main MoE layers, then MTP modules."""
+    metrics: dict[str, Any]
+    """Results of the step by name, in addition to those of `update`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """The functions of one run, all bound to its model, recipe and layout."""
+    """The functions of one run, all bound to its model, recipe and layout.
+
+    Another loss is a subclass that overrides `gradients` and, if its state holds more,
+    `initial_state` and `state_shardings`; the update is the same for all.
+    """
 
     model: ModelConfig
     train: TrainConfig
@@ -78,11 +98,11 @@ class Trainer:
     @functools.cached_property
     def abstract_state(self) -> State:
         """ShapeDtypeStruct with its sharding for every array of the state."""
-        shapes = jax.eval_shape(self._initial_state, jax.random.key(0))
+        shapes = jax.eval_shape(self.initial_state, jax.random.key(0))
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             shapes,
-            self._shardings(shapes),
+            self.state_shardings(shapes),
         )
 
     @property
@@ -94,9 +114,8 @@ class Trainer:
     def init(self):
         """`state = init(key)`, created in place, shard by shard."""
         # It runs once; on CPU, LLVM's optimisation of it takes four times as long as it saves.
-        on_cpu = self.layout.mesh.devices.flat[0].platform == "cpu"
-        options = {"xla_backend_optimization_level": 0} if on_cpu else None
-        return jax.jit(self._initial_state, out_shardings=self.shardings, compiler_options=options)
+        options = {"xla_backend_optimization_level": 0} if on_platform(self.layout, "cpu") else None
+        return jax.jit(self.initial_state, out_shardings=self.shardings, compiler_options=options)
 
     @functools.cached_property
     def step(self):
@@ -108,7 +127,7 @@ class Trainer:
         """
         rows = batch_sharding(self.layout, ROWS)
         whole = replicated(self.layout)
-        on_gpu = self.layout.mesh.devices.flat[0].platform in ("cuda", "gpu")
+        on_gpu = on_platform(self.layout, "cuda", "gpu")
         return jax.jit(
             self._step,
             donate_argnums=0,
@@ -144,7 +163,8 @@ class Trainer:
 
         return jax.jit(run, out_shardings=replicated(self.layout))
 
-    def _shardings(self, shapes: State) -> State:
+    def state_shardings(self, shapes: State) -> State:
+        """Placement of every array of a state; a loss with a larger state adds its own."""
         plan, layout = blueprint(self.model), self.layout
         whole = replicated(layout)
         params = stored_shardings(layout, plan.params, plan.params_axes)
@@ -158,7 +178,8 @@ class Trainer:
             shardings["ema"] = moments
         return shardings
 
-    def _initial_state(self, key: jax.Array) -> State:
+    def initial_state(self, key: jax.Array) -> State:
+        """A new state, traced; a loss with a larger state adds its own."""
         params, router_bias = initialize(self.model, key)
         zero = jnp.zeros((), jnp.int32)
         state = {
@@ -173,65 +194,23 @@ class Trainer:
             state["ema"] = params
         return state
 
-    def _step(self, state: State, batch: Batch, knobs: dict[str, jax.Array]):
-        with use_layout(self.layout):
-            loss, parts, grads = self._gradients(state, batch, knobs["mtp_weight"])
-            grads = jax.lax.with_sharding_constraint(grads, self._moment_shardings)
-            grads, norm = clip_by_global_norm(grads, self.train.optimizer.clip_norm)
-            finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-            new, update_norm = self._apply(state, grads, parts, knobs)
-            new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
-            new = self._count(new, state, finite)
-            return new, {
-                "train/skipped_steps": new["skipped"],
-                "skipped_in_row": new["skipped_in_row"],
-                "train/loss": parts.main,
-                "train/mtp_loss": parts.mtp,
-                "train/balance_loss": parts.balance,
-                "train/grad_norm": norm,
-                "train/param_norm": optax.tree.norm(new["params"]),
-                "train/update_norm": update_norm,
-                "moe/load_max_over_mean": load_max_over_mean(parts.counts_LE).max(initial=0.0),
-                "moe/dropped_tokens": parts.dropped,
-                "counts_LE": parts.counts_LE,
-                **({} if parts.kl is None else {"train/kl": parts.kl}),
-            }
-
-    @property
-    def _moment_shardings(self):
-        plan = blueprint(self.model)
-        return optimizer_shardings(self.layout, plan.params, plan.params_axes)
-
-    def _gradients(self, state: State, batch: Batch, mtp_weight: jax.Array):
-        """Loss, its parts and its gradient over all micro batches (fp32 sums)."""
-        weights = loss_weights(batch, mtp_weight, self.train.balance_weight)
+    def gradients(self, state: State, batch: Batch, knobs: Knobs) -> Gradients:
+        """Gradient of the loss over all micro batches (fp32 sums), traced; a loss overrides it."""
+        weights = loss_weights(batch, knobs["mtp_weight"], self.train.balance_weight)
         inputs = state["params"], state["router_bias"], batch, weights
         if pipeline_ranks(self.layout) > 1:
-            return pipelined_gradients(self.model, self.recipe, self.layout, *inputs)
-        in_pairs = self.layout.config.overlap
-        return accumulated_gradients(self.model, self.recipe, *inputs, in_pairs)
+            found = pipelined_gradients(self.model, self.recipe, self.layout, *inputs)
+        else:
+            in_pairs = self.layout.config.overlap
+            found = accumulated_gradients(self.model, self.recipe, *inputs, in_pairs)
+        loss, parts, grads = found
+        return Gradients(loss, grads, parts.counts_LE, loss_metrics(parts))
 
-    def _apply(self, state: State, grads, parts: LossParts, knobs) -> tuple[State, jax.Array]:
-        """State after the update, and the norm of the change of the parameters."""
-        direction, opt = self.optimizer.update(grads, state["opt"], state["params"])
-        updates = jax.tree.map(lambda d: -knobs["learning_rate"] * d, direction)
-        params = optax.apply_updates(state["params"], updates)
-        bias = _update_router_bias(state["router_bias"], parts.counts_LE, knobs["bias_update_rate"])
-        new = {**state, "step": state["step"] + 1, "params": params, "opt": opt}
-        new["router_bias"] = bias
-        if "ema" in state:
-            new["ema"] = optax.incremental_update(params, state["ema"], 1 - self.train.ema_decay)
-        return new, optax.tree.norm(updates)
-
-    def _count(self, new: State, old: State, finite: jax.Array) -> State:
-        """Advance the step either way; count a skipped update."""
-        skipped = jnp.where(finite, 0, 1)
-        return {
-            **new,
-            "step": old["step"] + 1,
-            "skipped": old["skipped"] + skipped,
-            "skipped_in_row": (old["skipped_in_row"] + skipped) * skipped,
-        }
+    def _step(self, state: State, batch: Batch, knobs: Knobs):
+        with use_layout(self.layout):
+            found = self.gradients(state, batch, knobs)
+            new, metrics = update(self, state, found, knobs)
+            return new, found.metrics | metrics
 
     def _evaluate(self, params, router_bias, batch: Batch) -> dict[str, jax.Array]:
         with use_layout(self.layout):
@@ -253,6 +232,53 @@ class Trainer:
                 agree = (draft_BT[:, :-1] == own_BT[:, 1:]) * draft_weights[:, :-1]
                 sums |= {"accepted": agree.sum(), "drafts": draft_weights[:, :-1].sum()}
             return sums
+
+
+def loss_metrics(parts: LossParts) -> dict[str, jax.Array]:
+    """Metrics of the pre-training loss."""
+    return {
+        "train/loss": parts.main,
+        "train/mtp_loss": parts.mtp,
+        "train/balance_loss": parts.balance,
+        "moe/dropped_tokens": parts.dropped,
+        "counts_LE": parts.counts_LE,
+    }
+
+
+def update(
+    trainer: Trainer, state: State, found: Gradients, knobs: Knobs
+) -> tuple[State, dict[str, jax.Array]]:
+    """The state after one update, and its norms; traced, for every loss.
+
+    Clips, updates parameters, router bias and EMA, or skips all of it where the loss or the norm of
+    its gradient is not finite. The step advances either way.
+    """
+    train, plan = trainer.train, blueprint(trainer.model)
+    moments = optimizer_shardings(trainer.layout, plan.params, plan.params_axes)
+    grads, norm = clip_by_global_norm(
+        with_shardings(found.grads, moments), train.optimizer.clip_norm
+    )
+    finite = jnp.isfinite(found.loss) & jnp.isfinite(norm)
+    direction, opt = trainer.optimizer.update(grads, state["opt"], state["params"])
+    updates = jax.tree.map(lambda d: -knobs["learning_rate"] * d, direction)
+    params = optax.apply_updates(state["params"], updates)
+    bias = _update_router_bias(state["router_bias"], found.counts_LE, knobs["bias_update_rate"])
+    new = {**state, "step": state["step"] + 1, "params": params, "opt": opt, "router_bias": bias}
+    if "ema" in state:
+        new["ema"] = optax.incremental_update(params, state["ema"], 1 - train.ema_decay)
+    new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+    skipped = jnp.where(finite, 0, 1)
+    new["step"] = state["step"] + 1
+    new["skipped"] = state["skipped"] + skipped
+    new["skipped_in_row"] = (state["skipped_in_row"] + skipped) * skipped
+    return new, {
+        "train/skipped_steps": new["skipped"],
+        "skipped_in_row": new["skipped_in_row"],
+        "train/grad_norm": norm,
+        "train/param_norm": optax.tree.norm(new["params"]),
+        "train/update_norm": optax.tree.norm(updates),
+        "moe/load_max_over_mean": load_max_over_mean(found.counts_LE).max(initial=0.0),
+    }
 
 
 def _update_router_bias(router_bias, counts_LE: jax.Array, rate: jax.Array):

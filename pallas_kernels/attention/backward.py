@@ -1,6 +1,6 @@
 """Backward pass of latent attention in its expanded form, by two kernels.
 
-Shape letters: as in `mla_attention.py`; K blocks of keys.
+Shape letters: as in `attention/mla.py`; K blocks of keys.
 """
 
 import jax
@@ -28,7 +28,7 @@ def backward(
     """Gradients of q, kv and k_rope, of their shapes and types.
 
     Args:
-        q_BTNH, kv_BTNW, k_rope_BTR, start_BT: as `mla_attention_forward.forward` takes them.
+        q_BTNH, kv_BTNW, k_rope_BTR, start_BT: as `forward.forward` takes them.
         o_BTNV, lse_BNT: as it returns them.
         do_BTNV: gradient of the outputs, bfloat16.
         dq, dkv: plans of the two kernels.
@@ -44,7 +44,7 @@ def backward(
 
 
 def last_seeing(start_BT: Array) -> Array:
-    """How many rows start early enough to see each block's last key, and its first [B, 2, K]."""
+    """Numbers of rows that may see each block's last key, and its first key, by start [B, 2, K]."""
     first_K = jnp.arange(0, start_BT.shape[1], BLOCK, dtype=start_BT.dtype)
     keys_2K = jnp.stack([first_K + BLOCK - 1, first_K])
     count = jax.vmap(lambda start_T: jnp.searchsorted(start_T, keys_2K, side="right"))

@@ -1,4 +1,4 @@
-"""How the kernels of latent attention cut a call, and which calls they take.
+"""Blocks of the kernels of latent attention, and the calls that they take.
 
 A kernel keeps a tile of 128 rows (queries; for gradients of keys and values, those) and streams the
 other side past it in blocks. Each of two computing warpgroups owns 64 rows of the tile.
@@ -49,7 +49,7 @@ class Tile(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """How the three kernels cut a call: rows of what streams, and steps of it in shared memory."""
+    """Blocks of the three kernels: rows of what streams, and steps of it in shared memory."""
 
     forward_keys: int
     forward_stages: int
@@ -73,7 +73,7 @@ class Blocks(NamedTuple):
 
 
 def unsupported(P: int, R: int, V: int, dtype: Any) -> str | None:
-    """Why the kernels cannot take heads of these widths, as a clause; None if they can."""
+    """Reason why the kernels cannot take heads of these widths, a clause; None if they can."""
     if dtype != jnp.bfloat16:
         return f"attention's operands are {jnp.dtype(dtype)}, and its kernels multiply bfloat16"
     if min(P, R, V) <= 0 or P % 16 or R % 16 or V % 16:

@@ -17,7 +17,7 @@ Schedule, one program per tile of keys, the longest first within sections of hea
    queued behind it. Then the slot is free.
 4. dk's rotary part is written per head, in bfloat16, and summed over heads outside.
 
-Shape letters: as in `mla_attention_tiles.py`.
+Shape letters: as in `attention/tiles.py`.
 """
 
 from functools import partial
@@ -92,7 +92,7 @@ def key_gradients(
     """Gradients of keys and values [B, T, N, P + V], and of rotary keys by head [B, T, N, R].
 
     Args:
-        q_BTNH ... delta_BNT: as `mla_attention_dq.query_gradients` takes them.
+        q_BTNH ... delta_BNT: as `dq.query_gradients` takes them.
         until_B2K: for each block of `BLOCK` keys, how many rows start early enough to see its last
             key, and its first, int32 [B, 2, T / BLOCK].
         plan: its sizes must be those of the arrays.

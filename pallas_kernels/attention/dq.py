@@ -14,7 +14,7 @@ Schedule, one program per SM, the longest tiles first within sections of heads t
 3. dS goes from registers into both parts of dq, in flight together; dq stays in registers, and
    the sums of P * dP, which the kernel for dk takes as its delta.
 
-Shape letters: as in `mla_attention_tiles.py`.
+Shape letters: as in `attention/tiles.py`.
 """
 
 from functools import partial
@@ -88,7 +88,7 @@ def query_gradients(
     rounding of outputs to bfloat16, which would add a tenth to the errors of dk.
 
     Args:
-        q_BTNH, kv_BTNW, k_rope_BTR, start_BT: as `mla_attention_forward.forward` takes them.
+        q_BTNH, kv_BTNW, k_rope_BTR, start_BT: as `forward.forward` takes them.
         do_BTNV: gradient of the outputs, bfloat16.
         lse_BNT: as `forward` returns it, fp32.
         delta_BNT: sum over channels of outputs times their gradient, fp32.

@@ -14,7 +14,7 @@ Schedule (FlashAttention-3, arXiv:2407.08608, sections 3.1 and 3.2), one program
 3. Weights stay in registers as the left operand; the two parts of q k^T sum into one accumulator.
 4. Tiles come longest first within sections of heads that share L2.
 
-Shape letters: as in `mla_attention_tiles.py`.
+Shape letters: as in `attention/tiles.py`.
 """
 
 from functools import partial
@@ -170,7 +170,7 @@ class Rows(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What a step hands on: its successor's logits, outputs, and maximum and sum of each row."""
+    """State after a step: its successor's logits, outputs, and maximum and sum of each row."""
 
     logits_QS: Array
     o_QV: Array

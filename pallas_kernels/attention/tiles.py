@@ -1,10 +1,10 @@
-"""What the kernels of latent attention share: launch, order of tiles, ranges, masks and buffers.
+"""Shared parts of latent attention's kernels: launch, order of tiles, ranges, masks and buffers.
 
 Row t sees the keys s with start[t] <= s <= t. Both ends grow with t, so the keys that a block of
 queries sees are one range, as are the queries that see a block of keys. Only blocks at the two ends
 of a range hold pairs that are not seen: they are computed first, with a mask, the others without.
 
-Shape letters: as in `mla_attention_blocks.py`; Q queries and S keys of one step.
+Shape letters: as in `attention/blocks.py`; Q queries and S keys of one step.
 """
 
 import math
@@ -33,7 +33,7 @@ L2_BYTES = 32 * 2**20
 
 
 class Plan(NamedTuple):
-    """What is known of a kernel before it runs."""
+    """Static facts of a kernel."""
 
     scale: float
     sizes: Sizes
@@ -223,7 +223,7 @@ def ceil_div(x: Array, y: Array) -> Array:
 
 
 def seen(start_Q: Array, query: Array, key: Array, shape: tuple[int, int]) -> Array:
-    """Which pairs of a step [Q, S] count, given the positions of its first query and key."""
+    """Mask of a step's pairs [Q, S] that count, given the positions of its first query and key."""
     # Both bounds are made per row: positions of all pairs would fill registers.
     column_QS = lax.broadcasted_iota(jnp.int32, shape, 1)
     last_Q = lax.iota(jnp.int32, shape[0]) + (query - key)

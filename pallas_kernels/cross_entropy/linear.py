@@ -48,11 +48,11 @@ KERNEL_CHUNK_BYTES = 1 << 30
 
 
 class Parts(NamedTuple):
-    """What cross-entropy needs of a row's logits, over a part of the vocabulary; fp32 [M] each."""
+    """Cross-entropy's three numbers of a row, over a part of the vocabulary; fp32 [M] each."""
 
     largest_M: Array
     sum_M: Array
-    """Of exp(logit - largest)."""
+    """Sum of exp(logit - largest)."""
     target_M: Array
     """Logit of the target; 0 where the target lies elsewhere."""
 

@@ -57,16 +57,16 @@ LOG2E = math.log2(math.e)
 
 
 class Blocks(NamedTuple):
-    """How a product is cut."""
+    """Blocks of a product."""
 
     columns: int
-    """Of a tile: 128 or 256, since its stores take two slots in turn."""
+    """Columns of a tile: 128 or 256, since its stores take two slots in turn."""
     depth: int
-    """Of a step along D."""
+    """Width of a step along D."""
     stages: int
     """Steps in flight."""
     clusters: int
-    """Of two blocks each, that walk the tiles."""
+    """Number of clusters, of two blocks each, that walk the tiles."""
 
 
 def shared_memory(blocks: Blocks) -> int:
@@ -77,7 +77,7 @@ def shared_memory(blocks: Blocks) -> int:
 
 
 def unsupported(D: int, V: int, dtype: Any) -> str | None:
-    """Why the kernels cannot take x [M, D] and w [D, V], as a clause; None if they can."""
+    """Reason why the kernels cannot take x [M, D] and w [D, V], a clause; None if they can."""
     if dtype != jnp.bfloat16:
         return f"the head's operands are {jnp.dtype(dtype)}, and its kernels multiply bfloat16"
     if D % 64:
@@ -135,7 +135,7 @@ class Pipe(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where in the logits a warpgroup stands."""
+    """Place of a warpgroup in the logits."""
 
     row: Array
     """First of its rows."""
@@ -201,7 +201,7 @@ def _multiply(pipe: Pipe, blocks: Blocks, first: Array, steps: int, group: Array
 def _run(
     x_g: Any, w_g: Any, pipe: Pipe, blocks: Blocks, prepare: Callable, finish: Callable
 ) -> None:
-    """What each warpgroup does: `finish(place, group, prepare(place), logits)` ends a tile."""
+    """Work of each warpgroup: `finish(place, group, prepare(place), logits)` ends a tile."""
     (M, D), V = x_g.shape, w_g.shape[1]
     assert D % blocks.depth == 0, (D, blocks)
     assert blocks.columns in (128, 256), blocks
@@ -286,17 +286,17 @@ def _store(part_MN: Array, slots_s: Any, out_g: Any, place: Place) -> None:
 
 
 def _columns(place: Place, shape: tuple[int, int]) -> Array:
-    """Of each element of a tile or part, its column in w."""
+    """Column in w of each element of a tile or part."""
     return lax.broadcasted_iota(jnp.int32, shape, 1) + place.column
 
 
 def _hits(part: Place, target_M: Array) -> Array:
-    """Which elements of a part are the targets of their rows."""
+    """Mask of a part's elements that are the targets of their rows."""
     return _columns(part, PART) == rows(target_M, PART)
 
 
 def _row_values(a_g: Any, place: Place) -> Array:
-    """Of each row of a warpgroup, its value in `a_g` [M]."""
+    """Value in `a_g` [M] of each row of a warpgroup."""
     return plgpu.load(a_g.at[pl.ds(place.row, GROUP_ROWS)], optimized=False)
 
 

@@ -1,4 +1,4 @@
-"""The kernel of `mla_decode.py`: 64 absorbed queries against one split of a row's cache.
+"""The kernel of `decode/mla.py`: 64 absorbed queries against one split of a row's cache.
 
 A block has three warpgroups and two tiles of 64 slots in shared memory, each used both as keys and
 as values. One warpgroup copies. The other two each own a half of the output's channels and every
@@ -49,7 +49,7 @@ LEFT, RIGHT, ROTARY = 0, 1, 2
 
 
 class Sizes(NamedTuple):
-    """What is static in a call."""
+    """Static facts of a call."""
 
     queries: int
     """New tokens; rows of q [B, M, L] beyond queries * heads are padding."""
@@ -291,7 +291,7 @@ def _attend(memory: Memory, work: Work, block, side: int, sizes: Sizes, *, emula
         plgpu.barrier_wait(memory.ready.at[0])
         before_M = memory.peak[0]
         peak_M, p_MT = _softmax(before_M, s_MT, sizes.scale)
-        sum_M = p_MT.sum(axis=1)  # here, so that the next product runs beside p in bf16 only
+        sum_M = p_MT.sum(axis=1)  # here, so that p in bf16 alone lives through the next product
         running = attend(running.rescale(before_M), memory.p, 0)
         _publish(memory, p_MT.astype(dtype), peak_M, 1)
         return attend(running.rescale(peak_M, sum_M), p_MT.astype(dtype), 1)

@@ -5,7 +5,7 @@
 Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1.2: with W_UK absorbed by the queries and W_UV by
 the output, all heads share one key, the cached latent and rotary key, and one value, the latent.
 
-Schedule (`mla_decode_kernel.py` has the inside of a block):
+Schedule (`decode/kernel.py` has the inside of a block):
 1. Queries and heads of a row are one axis, cut in blocks of 64.
 2. A row's slots are cut evenly into splits, so that few rows fill the GPU too (flash-decoding).
 3. A block keeps its queries in shared memory and reads each tile of 64 slots once, as keys and as
@@ -39,11 +39,11 @@ PRODUCTS_PER_SECOND = 550e12
 """FLOP/s that a full GPU is designed to reach."""
 BYTES_PER_SECOND = 4.0e12
 START_SECONDS = 4e-6
-"""Of a block, before its first product and after its last; and of a pass over the outputs."""
+"""Seconds of a block outside of its products; and of a pass over the outputs."""
 
 
 class Blocks(NamedTuple):
-    """How a call is cut."""
+    """Blocks of a call."""
 
     splits: int
     """Parts of a row's slots."""
@@ -111,7 +111,7 @@ def mla_decode(
 def unsupported(
     latent: int, rotary: int, heads: int, dtype: Any, *, slots: int = 0, page: int = 0
 ) -> str | None:
-    """Why the kernel cannot take such a cache, as a clause; None if it can.
+    """Reason why the kernel cannot take such a cache, a clause; None if it can.
 
     Where it is known, `slots` is the length of a cache [B, S, L], or `page` that of pages.
     """

@@ -1,7 +1,7 @@
 """Expert FFN in FP8: SwiGLU of rows sorted by expert, all nine products of it in E4M3.
 
-DeepSeek-V3 report, section 3.3, as in `fp8_linear.py`; groups start at multiples of 128 rows, so
-that no scale along the rows spans two experts (`fp8_grouped_matmul.py`).
+DeepSeek-V3 report, section 3.3, as in `fp8/linear.py`; groups start at multiples of 128 rows, so
+that no scale along the rows spans two experts (`fp8/grouped.py`).
 
     forward    rows padded, quantised both ways; gate, up = x w_gate, x w_up
                h = silu(gate) * up in fp32, quantised at once, never stored; y = h w_down
@@ -97,7 +97,7 @@ def fp8_expert_ffn(
 
 
 def unsupported(D: int, F: int) -> str | None:
-    """Why the kernels cannot compute experts of widths D and F and their gradients, or None."""
+    """Reason why the kernels cannot compute experts of widths D and F, or None if they can."""
     for name, size in (("model", D), ("expert", F)):
         if size != fitting(size):
             return f"the {name} width is {size}; pad the weights to {fitting(size)}"
@@ -105,7 +105,7 @@ def unsupported(D: int, F: int) -> str | None:
 
 
 class _Saved(NamedTuple):
-    """What the backward pass reads."""
+    """Values that the backward pass reads."""
 
     x_transposed: Quantized
     gate: Quantized

@@ -6,9 +6,9 @@ padded buffer: whoever puts rows in order anyway writes them where it says, at n
 `pad_rows` moves rows that already lie close together. The padding costs no product that a
 tile of 128 rows would not make with groups anywhere, and at most 127 rows of memory per expert.
 
-Schedule: `fp8_product`, whose tasks come from tables made outside. Forward and dx: one task per 128
-padded rows and tile of columns, in bands; tiles that no group owns are zeros at no product. dw: one
-task per expert and tile, over the steps of 128 rows of the expert.
+Schedule: `fp8/product.py`, whose tasks come from tables made outside. Forward and dx: one task per
+128 padded rows and tile of columns, in bands; tiles that no group owns are zeros at no product. dw:
+one task per expert and tile, over the steps of 128 rows of the expert.
 
 Roofline: 2 M N K FLOPs at 1979 TFLOP/s. With 8 experts and 65,536 rows of 4096 x 7168, 1.9 ms; with
 256, weights of 7.5 GB alone take 1.6 ms at 4.8 TB/s, so that both bounds are about equal.
@@ -32,7 +32,7 @@ from pallas_kernels.mosaic import Backend
 
 
 class Padding(NamedTuple):
-    """Where rows go between a buffer without and one with padding."""
+    """Places of rows in a buffer without padding and in one with it."""
 
     source_P: Array
     """Row without padding, or M where there is none."""

@@ -72,7 +72,7 @@ def fp8_linear(x_MK: Array, w_KN: Array, *, backend: Backend = "portable") -> Ar
 
 
 def unsupported(dtype: Any) -> str | None:
-    """Why the kernels cannot take activations or weights of this type, or None if they can."""
+    """Reason why the kernels cannot take activations or weights of this type, or None."""
     if dtype not in (jnp.bfloat16, jnp.float32):
         return f"operands are {dtype}; give bfloat16 or float32"
     return None

@@ -11,8 +11,9 @@ Three products of a layer y = x w, with w [K, N]; both operands always have thei
     dw [K, N]   x^T in tiles of M          dy^T in tiles of M             `fp8_matmul_tiles`
 
 The two storages of w hold the same bytes and scales, transposed (`quantize_blocks`). Schedule: see
-`fp8_product`. Roofline: 2 M N K FLOPs at 1979 TFLOP/s; M K + N K bytes in and 2 M N out at 4.8 TB/s
-take less with M = 4096: 86 % of it for (N, K) = (32768, 512), at most a third for other layers.
+`fp8/product.py`. Roofline: 2 M N K FLOPs at 1979 TFLOP/s; M K + N K bytes in and 2 M N out at
+4.8 TB/s take less with M = 4096: 86 % of it for (N, K) = (32768, 512), at most a third for other
+layers.
 
 Shape letters: M rows, N columns, K contraction; k = ceil(K / 128), n = ceil(N / 128).
 """
@@ -86,7 +87,7 @@ def fp8_matmul_tiles(
 
 
 def unsupported(M: int, N: int, K: int, dtype: Any) -> str | None:
-    """Why the kernels cannot make a product [M, K] [K, N] of this type, or None if they can."""
+    """Reason why the kernels cannot make a product [M, K] [K, N] of this type, or None."""
     itemsize = jnp.dtype(dtype).itemsize
     if 0 in (M, N, K):
         return f"the product [{M}, {K}] [{K}, {N}] is empty"
@@ -115,7 +116,7 @@ def choose_blocks(num_row_tiles: int, N: int, *, b_in_tiles: bool) -> Blocks:
 
 
 def candidates(num_row_tiles: int, N: int, *, b_in_tiles: bool) -> list[Blocks]:
-    """What a tuner should time; all of them fit and spill nothing."""
+    """Blocks that a tuner should time; all of them fit and spill nothing."""
     widths = (128,) if b_in_tiles or N <= 128 else (128, 256)
     found = [
         Blocks(width, stages, band)

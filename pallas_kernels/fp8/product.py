@@ -40,14 +40,14 @@ ROWS = 128
 """Rows of a tile, half of them per warpgroup."""
 HALF = ROWS // 2
 COMPUTE_REGISTERS = 208
-"""Of the 232 that there are: given more, the assembler moves so much ahead that it spills."""
+"""Registers that are used of 232: given more, the assembler moves so much ahead that it spills."""
 
 
 class Blocks(NamedTuple):
-    """How a product is cut."""
+    """Blocks of a product."""
 
     columns: int
-    """Of a tile: 128 or 256."""
+    """Columns of a tile: 128 or 256."""
     stages: int
     """Steps of 128 of K in shared memory."""
     band: int
@@ -71,8 +71,8 @@ class Tile(NamedTuple):
     out: Any
     """In device memory [M, N]."""
     count_rows: Callable[[], Array] | None = None
-    """How many rows count, the others being zeros; None: all. Called when the sums are made, since
-    they leave no register for it."""
+    """Number of rows that count, the others being zeros; None: all. Called when the sums are made,
+    since they leave no register for it."""
 
 
 def product_kernel(
@@ -248,7 +248,7 @@ def _compute_tile(
 
 
 def _scale(scale_a_M: Array, scale_b: Array) -> Array:
-    """What an accumulator is multiplied by [64, 128]; scale_b is one number, or one per column."""
+    """Factor of an accumulator [64, 128]; scale_b is one number, or one per column."""
     shape = (HALF, TILE)
     if scale_b.ndim == 0:
         return rows(scale_a_M * scale_b, shape)

@@ -144,7 +144,7 @@ def quantize_blocks_both(
 def unsupported(
     shape: Sequence[int], dtype: Any, *, by_rows: bool = True, by_columns: bool = False
 ) -> str | None:
-    """Why the kernel cannot quantise a matrix [M, K] in these layouts, or None if it can."""
+    """Reason why the kernel cannot quantise a matrix [M, K] in these layouts, or None."""
     M, K = shape
     itemsize = jnp.dtype(dtype).itemsize
     # TMA wants the rows of everything in device memory to start at multiples of 16 bytes.
@@ -235,7 +235,7 @@ def _check(inputs: tuple[Array, ...]) -> None:
 
 
 def _combine(values: Sequence[Array]) -> Array:
-    """What is quantised, from fp32 inputs: x itself, or silu(gate) * up."""
+    """Values to be quantised, from fp32 inputs: x itself, or silu(gate) * up."""
     if len(values) == 1:
         return values[0]
     gate, up = values

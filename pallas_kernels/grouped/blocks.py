@@ -1,4 +1,4 @@
-"""How grouped products are cut for Hopper: tiles, slots, clusters, and which cut is the fastest.
+"""Blocks of grouped products on Hopper: tiles, slots, clusters, and the fastest choice.
 
 A tile has 128 rows, 64 for each of two warpgroups that multiply. Two blocks of a cluster may take
 neighbouring tiles and read what they share once.
@@ -98,7 +98,7 @@ def choose(found: list[Blocks], tiles: Callable[[Blocks], float], side_by_side: 
         waves = -(-tiles(blocks) // (NUM_SMS // blocks.peers))
         return waves * max(4 * columns, 4 * read)
 
-    # A band of about 2048 columns beside 2048 rows: a square of tiles reads the fewest operands.
+    # A band of about 2048 columns by 2048 rows: a square of tiles reads the fewest operands.
     squarest = [b for b in found if b.band * b.pair_columns * b.columns <= 2048]
     return min(squarest, key=lambda b: (cycles(b), -b.columns, -b.band * b.pair_columns))
 

@@ -5,7 +5,7 @@ over tiles. Against three grouped matmuls the rows and their cotangents are then
 pass, and the gate and up activations of a tile are used while they are in cache.
 
 Shape letters: M rows, E experts, D model width, F expert width, T rows of a tile, B tiles of a
-chunk (`tiles.py`).
+chunk (`ragged.py`).
 """
 
 from functools import partial

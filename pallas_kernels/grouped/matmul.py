@@ -1,7 +1,7 @@
 """Grouped matmul: rows sorted by expert, each group multiplied by its expert's weight.
 
 Shape letters: M rows, E experts, K input width, N output width, T rows of a tile, B tiles of a
-chunk (`tiles.py`).
+chunk (`ragged.py`).
 """
 
 from functools import partial
@@ -189,7 +189,7 @@ _portable.defvjp(_portable_fwd, _portable_bwd)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _mosaic(options: tuple[MatmulBlocks, bool], x_MK, w_EKN, group_sizes_E) -> Array:
-    """By the kernels; `options` are their blocks and whether to emulate them."""
+    """The product by the kernels; `options` are their blocks and whether to emulate them."""
     blocks, emulated = options
     return grouped_products(
         [(x_MK, (w_EKN,))],

@@ -19,7 +19,7 @@ from jax import Array, lax
 
 
 class Plan(NamedTuple):
-    """Where choices go when sorted by expert, int32."""
+    """Places of choices when sorted by expert, int32."""
 
     order_M: Array
     """Sorted position to flat choice."""

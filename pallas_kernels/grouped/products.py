@@ -5,8 +5,8 @@ lie) and SwiGLU (two weights side by side, joined before they are stored).
 
 Schedule: a persistent grid takes tiles of 128 rows x 256 columns, down bands of columns, in pairs
 of blocks that share the weight's tile or the rows'. Of a block, one warpgroup copies [128, 64] of
-the rows and [64, 256] of the weight per step by TMA into a ring of 4 slots (`grouped_ring.py`); two
-multiply 64 rows each and store. Tiles come from a table (`grouped_tiles.py`) and start at multiples
+the rows and [64, 256] of the weight per step by TMA into a ring of 4 slots (`ring.py`); two
+multiply 64 rows each and store. Tiles come from a table (`row_tiles.py`) and start at multiples
 of 8 rows, so a tile may hold rows of its neighbours: products of rows are independent, and only its
 own are stored. 64 own rows are one TMA store per 64 columns; fewer go through an unswizzled buffer
 in pieces of 32, 16, 8, 4, 2 and 1 rows, by the bits of their number. No row is written twice.
@@ -55,7 +55,7 @@ Summand = tuple[Array, tuple[Array, ...]]
 
 
 def unsupported(inputs: int, outputs: int, dtype: Any) -> str | None:
-    """Why the kernels cannot multiply rows of `inputs` by weights [E, inputs, outputs], if so."""
+    """Reason why the kernels cannot multiply rows by weights [E, inputs, outputs], or None."""
     if dtype != jnp.bfloat16:
         return f"the kernels multiply bfloat16, not {jnp.dtype(dtype)}"
     for width in (inputs, outputs):
@@ -89,7 +89,7 @@ def choose_blocks(num_rows: int, num_experts: int, outputs: int, side_by_side: i
 
 
 class _Shape(NamedTuple):
-    """What the kernel's body must know of a call besides its blocks."""
+    """Static facts of a call that the kernel's body needs besides its blocks."""
 
     programs: int
     num_experts: int

@@ -2,7 +2,7 @@
 
 Schedule: a persistent grid takes tiles of 128 x 256 of dw, expert by expert, down bands of columns,
 in pairs of blocks that share the tile of dy. Of a block, one warpgroup copies [64, 128] of x and
-[64, 256] of dy per step by TMA into a ring of 4 slots (`grouped_ring.py`); two multiply 64 rows of
+[64, 256] of dy per step by TMA into a ring of 4 slots (`ring.py`); two multiply 64 rows of
 dw each, reading x through a transposed view. The first step starts at a multiple of 8 rows at or
 before the group's first row, the last runs over its end: only there the rows of others are set to
 zero in shared memory, in both operands, since 0 * NaN is NaN. An empty group has no steps: its

@@ -1,7 +1,7 @@
-"""Supervised fine-tuning: from conversations to token ids, and which of them are learned.
+"""Conversations as token ids for supervised fine-tuning, with a mark on those that are learned.
 
-Only what the assistant writes is learned, the end of its turn included: a model that never learns
-to end its turn never ends it. R1's template takes the reasoning out of earlier turns, so a turn
+Text of the assistant alone is learned, the end of its turn included: a model that never learns to
+end its turn never ends it. R1's template takes the reasoning out of earlier turns, so a turn
 with reasoning stands whole only where it is the last. A conversation therefore becomes one example
 that ends with its last turn, and one more that ends with each earlier turn that has reasoning.
 Every turn is learned once, after exactly what stands before it when the model is used.
@@ -21,7 +21,7 @@ from generation.chat import ASSISTANT, END_THINK, EOS, THINK, Piece, chat_pieces
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """Token ids of one document, and which of them are learned."""
+    """Token ids of one document, with a mark on those that are learned."""
 
     ids: np.ndarray
     """int32 [n]."""
@@ -46,7 +46,7 @@ class Examples(Protocol):
     def __getitem__(self, index: int) -> Example: ...
 
     def name(self, index: int) -> str:
-        """Where the example comes from, for messages."""
+        """Place that the example comes from, for messages."""
         ...
 
 
@@ -62,7 +62,7 @@ class ListedExamples:
         return self._examples[index]
 
     def name(self, index: int) -> str:
-        """Where the example comes from."""
+        """Place that the example comes from."""
         return self._names[index]
 
 
@@ -80,7 +80,7 @@ class JoinedExamples:
         return source[number]
 
     def name(self, index: int) -> str:
-        """Where the example comes from."""
+        """Place that the example comes from."""
         source, number = self._find(index)
         return source.name(number)
 
@@ -143,11 +143,8 @@ def _answer_pieces(messages: Sequence[Mapping[str, Any]], at: int) -> list[Piece
     thought, closed, answer = rest.rpartition(END_THINK)
     if opened and not closed:
         raise ValueError(f"message {at} opens {THINK} and never closes it; end the reasoning")
-    pieces = [
-        Piece(before, False), Piece(opened, True), Piece(thought, False),
-        Piece(closed, True), Piece(answer, False), Piece(EOS, True),
-    ]  # fmt: skip
-    return [piece for piece in pieces if piece.text]
+    texts = (before, opened, thought, closed, answer, EOS)  # every other one is a special token
+    return [Piece(text, bool(i % 2)) for i, text in enumerate(texts) if text]
 
 
 def _example(

@@ -1,13 +1,11 @@
-"""Where examples for supervised fine-tuning come from: a JSONL file, or a task's demonstrations.
+"""Sources of examples for supervised fine-tuning: a JSONL file, or a task's demonstrations.
 
 A line of a file is one of
     {"messages": [{"role": "user", "content": ".."}, {"role": "assistant", "content": ".."}, ..]}
     {"prompt": "text", "completion": "text"}
-and may have other fields, which are not read: `rl/examples/traces.py` leaves there where a trace
-comes from.
+and may have other fields, such as the provenance that `rl/examples/traces.py` writes.
 """
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,54 +13,35 @@ import numpy as np
 
 from data.tokenizer import Tokenizer
 from rl.examples.conversations import Example, ListedExamples, encode_conversation, encode_pair
+from rl.jsonl import read_jsonl
 from rl.tasks.task import Task
 
-MAX_SHOWN = 20
-"""Broken lines that an error lists; it counts the others."""
 MAX_DRAWS = 100
-"""Demonstrations drawn per one that is asked for, before a task is said to show nothing right."""
+"""Demonstrations drawn per one that is asked for, before it is an error that none is right."""
 _STREAM = 3
-"""Of random numbers, beside those of `rl/tasks/task.py`."""
+"""Stream of random numbers, apart from those of `rl/tasks/task.py`."""
 
 
 def read_examples(path: Path, tokenizer: Tokenizer) -> ListedExamples:
-    """Examples of a JSONL file, UTF-8, in its order; blank lines are passed over.
-
-    Raises ValueError for a file without examples, and one that lists every line that cannot be
-    used.
-    """
-    if not path.is_file():
-        raise ValueError(f"examples {path} is no file; give a JSONL file, an example in each line")
+    """Examples of a JSONL file in its order. Raises ValueError as `read_jsonl`."""
     examples: list[Example] = []
     names: list[str] = []
-    errors: list[str] = []
-    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    used = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    for number, line in used:
-        try:
-            found = _examples(_fields(line), tokenizer)
-        except ValueError as error:
-            errors.append(f"  line {number}: {error}")
-            continue
-        examples += found
-        names += [f"{path}:{number}"] * len(found)
-    if errors:
-        more = [f"  and {len(errors) - MAX_SHOWN} more"] if len(errors) > MAX_SHOWN else []
-        raise ValueError(
-            f"examples {path}: {len(errors)} of {len(used)} lines cannot be used; correct or "
-            "remove them\n" + "\n".join(errors[:MAX_SHOWN] + more)
-        )
-    if not examples:
-        raise ValueError(f"examples {path} holds no example; every line is empty")
+
+    def use(number: int, fields: dict[str, Any]) -> None:
+        found = _examples(fields, tokenizer)
+        examples.extend(found)
+        names.extend([f"{path}:{number}"] * len(found))
+
+    read_jsonl(path, "example", use)
     return ListedExamples(examples, names)
 
 
 class Demonstrations(NamedTuple):
-    """What a task shows."""
+    """Demonstrations of a task."""
 
     examples: ListedExamples
     wrong: int
-    """Demonstrations drawn whose answer is wrong, and left out."""
+    """Number of demonstrations left out because their answer is wrong."""
 
 
 def task_examples(task: Task, tokenizer: Tokenizer, seed: int, count: int) -> Demonstrations:
@@ -92,17 +71,6 @@ def task_examples(task: Task, tokenizer: Tokenizer, seed: int, count: int) -> De
             wrong += 1
         index += 1
     return Demonstrations(ListedExamples(examples, names), wrong)
-
-
-def _fields(line: bytes) -> dict[str, Any]:
-    try:
-        fields = json.loads(line.decode("utf-8"))
-        json.dumps(fields, ensure_ascii=False).encode("utf-8")  # half a surrogate pair fails here
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON in UTF-8: {error}") from None
-    if not isinstance(fields, dict):
-        raise ValueError("not an object {..}")
-    return fields
 
 
 def _examples(fields: dict[str, Any], tokenizer: Tokenizer) -> list[Example]:

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rl.logps import chunks
+
 
 class TopK(NamedTuple):
     """A distribution over the vocabulary at every position, in K + 1 outcomes."""
@@ -57,7 +59,7 @@ def lumped_kl(teacher: TopK, logits_BTV: jax.Array) -> jax.Array:
 
 def chunked_top_k(hidden_BTD: jax.Array, head_DV: jax.Array, k: int, chunk: int = 128) -> TopK:
     """`top_k` of a teacher's hidden states, with the logits of `chunk` positions at a time."""
-    _, cut, join = _chunks(hidden_BTD, chunk)
+    cut, join = chunks(hidden_BTD.shape[1], chunk)
 
     def one(hidden_BCD: jax.Array) -> TopK:
         return top_k(_logits(hidden_BCD, head_DV), k)
@@ -86,7 +88,7 @@ def distillation_loss(
       chunk: positions whose logits exist at a time, and once more in the backward pass, which
         computes them again; no [B, T, V] array exists.
     """
-    pieces, cut, _ = _chunks(hidden_BTD, chunk)
+    cut, _ = chunks(hidden_BTD.shape[1], chunk)
 
     @jax.checkpoint
     def one(hidden_BCD: jax.Array, teacher_BC: TopK, mask_BC: jax.Array) -> jax.Array:
@@ -99,7 +101,7 @@ def distillation_loss(
     teacher = jax.tree.map(lambda x: _where(learned_BT, x), teacher)
     xs = cut(hidden_BTD), jax.tree.map(cut, teacher), cut(mask_BT.astype(jnp.float32))
     zero = jnp.zeros((), jnp.float32)
-    total, _ = jax.lax.scan(lambda sum_, x: (sum_ + one(*x), None), zero, xs, length=pieces)
+    total, _ = jax.lax.scan(lambda sum_, x: (sum_ + one(*x), None), zero, xs)
     return total / denominator
 
 
@@ -128,20 +130,3 @@ def _where(learned_BT: jax.Array, x: jax.Array) -> jax.Array:
 def _logits(hidden_BCD: jax.Array, head_DV: jax.Array) -> jax.Array:
     head_DV = head_DV.astype(hidden_BCD.dtype)
     return jnp.einsum("BCD,DV->BCV", hidden_BCD, head_DV, preferred_element_type=jnp.float32)
-
-
-def _chunks(hidden_BTD: jax.Array, chunk: int):
-    """Number of chunks, and functions that cut [B, T, ..] into [chunks, B, C, ..] and join it."""
-    if chunk < 1:
-        raise ValueError(f"chunk is {chunk}; give a number of positions, 1 or more")
-    B, T, _ = hidden_BTD.shape
-    pieces = -(-T // chunk)
-
-    def cut(x: jax.Array) -> jax.Array:
-        padded = jnp.pad(x, [(0, 0), (0, pieces * chunk - T)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(padded.reshape(B, pieces, chunk, *x.shape[2:]), 1, 0)
-
-    def join(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x, 0, 1).reshape(B, -1, *x.shape[3:])[:, :T]
-
-    return pieces, cut, join

@@ -91,9 +91,8 @@ class PackedExamples:
             raise ValueError(self._too_long(int(examples.lengths.max())))
         self._numbers = np.flatnonzero(fits)
         if not len(self._numbers):
-            raise ValueError("there is no example to learn from" + (
-                f": all {len(self.left_out)} are longer than a row" if self.left_out else ""
-            ))  # fmt: skip
+            why = f": all {len(self.left_out)} are longer than a row" if self.left_out else ""
+            raise ValueError(f"there is no example to learn from{why}")
         self._lengths = examples.lengths[self._numbers]
         longest_first = np.sort(self._lengths)[::-1]
         rows = best_fit(longest_first, seq_len + 1)

@@ -29,7 +29,7 @@ from rl.examples.distill import TopK, chunked_top_k, distillation_loss
 from sharding.partition import Layout, batch_sharding, pipeline_ranks, use_layout
 from training.config import TrainConfig
 from training.gradients import Batch, accumulated_gradients, loss_weights
-from training.step import State, Trainer
+from training.step import Gradients, Knobs, State, Trainer, loss_metrics
 
 TEACHER = tuple(f"teacher_{name}" for name in TopK._fields)
 """Arrays of a batch that hold the teacher's distribution, as TopK has them."""
@@ -122,18 +122,21 @@ class StudentTrainer(Trainer):
                 "mesh.overlap; use data, fsdp, expert and tensor, or kl_weight 0"
             )
 
-    def _gradients(self, state: State, batch: Batch, mtp_weight: jax.Array):
+    def gradients(self, state: State, batch: Batch, knobs: Knobs) -> Gradients:
+        """Gradient of the loss with its KL term, whose mean is a metric."""
         rows = {name: batch[name] for name in batch if name not in TEACHER}
-        weights = loss_weights(rows, mtp_weight, self.train.balance_weight)
-        return accumulated_gradients(
+        weights = loss_weights(rows, knobs["mtp_weight"], self.train.balance_weight)
+        loss, (parts, kl), grads = accumulated_gradients(
             self.model, self.recipe, state["params"], state["router_bias"], batch, weights,
             micro_loss=self._loss,
         )  # fmt: skip
+        return Gradients(loss, grads, parts.counts_LE, loss_metrics(parts) | {"train/kl": kl})
 
     def _loss(
         self, model: DeepSeekV3, micro: Batch, weights: LossWeights
-    ) -> tuple[jax.Array, LossParts]:
-        """Loss of a micro batch and its parts; KL takes kl_weight of the main loss's place."""
+    ) -> tuple[jax.Array, tuple[LossParts, jax.Array]]:
+        """Loss of a micro batch, its parts and KL; the KL takes the place of kl_weight of the main
+        loss."""
         examples = make_examples(micro, self.model.mtp_depth)
         tokens, targets_KBT, weights_KBT = examples
         output = model.forward(tokens, self.recipe, targets_KBT[:-1])
@@ -142,4 +145,4 @@ class StudentTrainer(Trainer):
             output.hidden_BTD, model.head.kernel[...], TopK(*(micro[name] for name in TEACHER)),
             weights_KBT[0], weights.num_targets,
         )  # fmt: skip
-        return loss + self.kl_weight * (kl - parts.main), parts._replace(kl=kl)
+        return loss + self.kl_weight * (kl - parts.main), (parts, kl)

@@ -4,10 +4,9 @@ A folder (or bucket) holds one token store per round of sampling, 00000, 00001, 
 `data/store.py`: a document is prompt, answer and end token, in the ids that were sampled, and all
 documents are in the split train. Beside tokens and meta.json a store has
 
-    traces.jsonl         a line per document: its text in the form that
-    `rl/examples/demonstrations.py`
-                         reads, and where it comes from: problem, reward, round, seed, step, and the
-                         settings of the run (checkpoint, sampler, ..)
+    traces.jsonl         a line per document: its text as `rl/examples/demonstrations.py` reads it,
+                         and its provenance: problem, reward, round, seed, step, and the settings of
+                         the run (checkpoint, sampler, ..)
     prompt_lengths.npy   int64 [documents], tokens of each prompt
 
 meta.json comes last, so a round is there whole or not at all. A broken-off run goes on after its
@@ -32,12 +31,12 @@ from rl.examples.rejection import Attempt, Filter, Kept, Round, Selection, selec
 
 LINES, PROMPTS = "traces.jsonl", "prompt_lengths.npy"
 _OPENED = "<think>\n"
-"""What the chat template puts before the answer to a conversation (`rl/prompts.py`)."""
+"""Text of the chat template before the answer to a conversation (`rl/prompts.py`)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Traces:
-    """Rounds that are written whole."""
+    """Traces of the rounds that are written whole."""
 
     stores: tuple[TokenStore, ...]
     """One per round; each can be read as a source of pre-training."""
@@ -46,14 +45,15 @@ class Traces:
 
     @property
     def fates(self) -> Counter[str]:
-        """Answers by what became of them (`rl/examples/rejection.py:select`), over all rounds."""
+        """Number of answers of all rounds by fate (`rl/examples/rejection.py:select`)."""
         return sum((Counter(s.meta["traces"]["fates"]) for s in self.stores), Counter[str]())
 
-    def lines(self) -> Iterator[dict[str, Any]]:
-        """The transcript, a trace after the other, in the order of the examples."""
-        for store in self.stores:
-            for line in _read(store, LINES).decode("utf-8").splitlines():
-                yield json.loads(line)
+
+def transcript(stores: Sequence[TokenStore]) -> Iterator[dict[str, Any]]:
+    """Lines of the stores' transcripts, a trace after the other, in the order of the examples."""
+    for store in stores:
+        for line in _read(store, LINES).decode("utf-8").splitlines():
+            yield json.loads(line)
 
 
 def write_traces(
@@ -66,7 +66,7 @@ def write_traces(
     settings: Mapping[str, Any],
     say: Callable[[str], None] = print,
 ) -> Traces:
-    """Samples rounds 0..rounds - 1 and writes what is chosen; rounds already there are kept.
+    """Samples rounds 0..rounds - 1 and writes the chosen answers; rounds already there are kept.
 
     answer: round -> its answers, a function of the round's number. selection, filters: which of
     them are kept. settings: JSON values that say where answers come from (checkpoint, sampler, ..),
@@ -116,7 +116,7 @@ def read_traces(place: str, tokenizer: Tokenizer) -> Traces:
 
 
 def count_rounds(place: str) -> int:
-    """Rounds that are there whole."""
+    """Number of rounds that are there whole."""
     return len(_find_rounds(place))
 
 
@@ -144,7 +144,7 @@ class _StoredExamples:
 
 
 class _Sampled(Tokenizer):
-    """Stands in for a tokenizer where ids are known: those of a new encoding could be others."""
+    """A tokenizer whose ids are known already: those of a new encoding could be others."""
 
     def __init__(self, tokenizer: Tokenizer, documents: Sequence[np.ndarray]):
         vars(self).update(vars(tokenizer))
@@ -156,9 +156,13 @@ class _Sampled(Tokenizer):
 
 
 def _write_round(
-    place: str, number: int, tokenizer: Tokenizer, chosen: Sequence[Attempt], found: Round,
+    place: str,
+    number: int,
+    tokenizer: Tokenizer,
+    chosen: Sequence[Attempt],
+    found: Round,
     meta: dict[str, Any],
-) -> None:  # fmt: skip
+) -> None:
     place = _round_place(place, number)
     ids = [np.concatenate([attempt.prompt, attempt.answer]) for attempt in chosen]
     texts = [tokenizer.decode(row, skip_special=True) for row in ids]
@@ -168,8 +172,12 @@ def _write_round(
     ]
     sampled = _Sampled(tokenizer, [row[:-1] for row in ids])  # the store ends documents itself
     whole = build_store(place, documents, sampled, 0.0, {"source": place, "traces": meta})
-    source = {"round": number, "seed": found.seed, "step": found.step, **meta["settings"]}
-    lines = [json.dumps(_line(attempt) | source, ensure_ascii=False) for attempt in chosen]
+    source = {"round": number, "seed": found.seed, "step": found.step}
+    lines = []
+    for attempt in chosen:
+        own = _line(attempt) | source
+        assert not own.keys() & meta["settings"].keys(), (own, meta["settings"])
+        lines.append(json.dumps(own | meta["settings"], ensure_ascii=False))
     storage.write_bytes(place, LINES, "".join(line + "\n" for line in lines).encode("utf-8"))
     prompts = io.BytesIO()
     np.save(prompts, np.array([len(attempt.prompt) for attempt in chosen], np.int64))
@@ -180,23 +188,23 @@ def _write_round(
 def _line(attempt: Attempt) -> dict[str, Any]:
     problem = attempt.problem
     own = {
-        "problem": problem.key, "task": problem.task, "reward": attempt.reward,
-        "prompt_tokens": len(attempt.prompt), "answer_tokens": len(attempt.answer),
+        "problem": problem.key,
+        "task": problem.task,
+        "reward": attempt.reward,
+        "prompt_tokens": len(attempt.prompt),
+        "answer_tokens": len(attempt.answer),
         "digest": attempt.digest,
-    }  # fmt: skip
+    }
     if isinstance(problem.prompt, str):
         return {"prompt": problem.prompt, "completion": attempt.text, **own}
-    opened = _OPENED if attempt.opened else ""
-    answer = {"role": "assistant", "content": opened + attempt.text}
+    answer = {"role": "assistant", "content": _OPENED + attempt.text}
     return {"messages": [*problem.prompt, answer], **own}
 
 
 def _kept(stores: Sequence[TokenStore]) -> Kept:
     kept = Kept()
-    for store in stores:
-        for content in _read(store, LINES).decode("utf-8").splitlines():
-            line = json.loads(content)
-            kept.add(line["problem"], line["digest"])
+    for line in transcript(stores):
+        kept.add(line["problem"], line["digest"])
     return kept
 
 
@@ -221,13 +229,12 @@ def _read(store: TokenStore, name: str) -> bytes:
 
 
 def _agreement(
-    tokenizer: Tokenizer, selection: Selection, filters: Mapping[str, Filter],
+    tokenizer: Tokenizer,
+    selection: Selection,
+    filters: Mapping[str, Filter],
     settings: Mapping[str, Any],
-) -> dict[str, Any]:  # fmt: skip
-    """What all rounds of a folder have in common, as JSON has it."""
-    taken = sorted(_RESERVED & settings.keys())
-    if taken:
-        raise ValueError(f"settings of traces may not be called {', '.join(taken)}; rename them")
+) -> dict[str, Any]:
+    """Settings that all rounds of a folder share, as JSON has them."""
     same = {
         "tokenizer": tokenizer.sha256,
         "selection": dataclasses.asdict(selection),
@@ -235,13 +242,6 @@ def _agreement(
         "settings": dict(settings),
     }
     return json.loads(json.dumps(same))
-
-
-_RESERVED = {
-    "prompt", "completion", "messages", "problem", "task", "reward", "prompt_tokens",
-    "answer_tokens", "digest", "round", "seed", "step",
-}  # fmt: skip
-"""Fields of a line that are not settings."""
 
 
 def _check_agreement(store: TokenStore, same: Mapping[str, Any]) -> None:
@@ -256,7 +256,7 @@ def _check_agreement(store: TokenStore, same: Mapping[str, Any]) -> None:
 
 
 def _differences(of: Mapping[str, Any], than: Mapping[str, Any], names: Sequence[str]) -> str:
-    """Values of the names; of settings and the like, the entries that the other has otherwise."""
+    """Values of the names in words; of a dict, the entries that differ in the other."""
     words = []
     for name in names:
         value, other = of[name], than[name]

@@ -9,7 +9,7 @@ model that learns to write the chain, and to write it without mistakes, answers 
 
 With `scripts=2` a move has a Latin and a Greek letter. A prompt is in one of them, a chain of the
 base corpus strays into the other with chance `mixing`, and both are right: what R1-Zero does with
-languages, and what a language reward mends (R1 report, 2.3.2).
+languages, and what a language reward ends (R1 report, 2.3.2).
 
 With `rules="mod10"` states are digits and a move is an operation and a digit, `+7`: 300 facts, of
 which a short pre-training learns about half. RL on such a base raises length and not accuracy.
@@ -20,8 +20,9 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
+from rl.config import check_choice
 from rl.problems import Problem
-from rl.tasks.task import END, Inspection, Task, answer_text, check_choice, check_number
+from rl.tasks.task import END, Inspection, Task, answer_text, check_number
 
 _IMAGES = {
     "a": "04123", "b": "30142", "c": "42031", "d": "41032", "e": "40213",
@@ -52,7 +53,7 @@ class Permutations(Task):
     length: int = 10
     """Moves in a prompt (K)."""
     share_of_chains: float = 0.3
-    """Share of the demonstrations that write every state; 0 is the control without chains."""
+    """Share of the demonstrations that write every state; 0: the control without chains."""
     noise: float = 0.06
     """Chance that a state in a demonstration is wrong; the chain goes on from the wrong state."""
     rules: Literal["s5", "mod10"] = "s5"
@@ -60,16 +61,16 @@ class Permutations(Task):
     shortest: int = 0
     """Fewest moves in a prompt, drawn evenly up to length; 0: all have length."""
     scripts: int = 1
-    """1: moves have Latin letters. 2: each has a Greek one too."""
+    """Scripts of the moves. 1: Latin letters. 2: each move has a Greek letter too."""
     mixing: float = 0.3
-    """With two scripts, chance that a demonstration writes a move in the other one."""
+    """Chance, with two scripts, that a demonstration writes a move in the other one."""
 
     def __post_init__(self):
         super().__post_init__()
         check_number(self, "length", 1, 1000)
         check_number(self, "share_of_chains", 0, 1)
         check_number(self, "noise", 0, 1)
-        check_choice(self, "rules", tuple(RULES))
+        check_choice(f"task {self.name}: rules", self.rules, RULES)
         check_number(self, "shortest", 0, self.length)
         check_number(self, "scripts", 1, 2 if self.rules == "s5" else 1)
         check_number(self, "mixing", 0, 1)

@@ -2,8 +2,8 @@
 
 Prompt `30791,13:` (digits, target). A text proposes digits, writes their sum, checks it (y or n),
 and tries again or answers: `071=08n391=13y>391`; `>-` gives up. The base corpus gives up early, so
-what RL can find is patience: more tries. A checker that errs is found too, and made worse. Read the
-census of failures beside the accuracy.
+RL can find patience: more tries. It also finds a checker that errs, and makes it worse: read the
+census of failures together with the accuracy.
 
 With `pick=0` any two or more of the digits may be summed: subset sum.
 """

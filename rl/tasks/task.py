@@ -1,8 +1,9 @@
-"""What every task with a verifier has: prompts, demonstrations for a base corpus, a score.
+"""Tasks with a verifier: prompts, demonstrations for a base corpus, a score.
 
-A task is a frozen dataclass of its options; everything it makes is a function of a random generator
-or of (seed, index). Texts are short and in few characters, so that a model of a million weights can
-learn them. A text ends with END in the corpus; a tokenizer's own end may stand in its place.
+A task is a frozen dataclass of its options; prompts and demonstrations are functions of a random
+generator or of (seed, index). Texts are short and in few characters, so that a model of a million
+weights can learn them. A text ends with END in the corpus; a tokenizer's own end may take its
+place.
 """
 
 import abc
@@ -16,7 +17,7 @@ import numpy as np
 from rl.problems import Problem, held_out
 
 END = "\n"
-"""Ends a text."""
+"""End of a text."""
 
 Side = Literal["train", "held_out"]
 Inspection = dict[str, Any]
@@ -43,8 +44,8 @@ class Task(abc.ABC):
     @property
     @abc.abstractmethod
     def vocabulary(self) -> tuple[str, ...]:
-        """Characters (and tags, as one entry each) that prompts and demonstrations are made of,
-        END last; no entry twice."""
+        """Characters of prompts and demonstrations (a tag is one entry), END last; no entry
+        twice."""
 
     @abc.abstractmethod
     def sample_prompt(self, rng: np.random.Generator) -> Problem:
@@ -52,12 +53,12 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def demonstrate(self, problem: Problem, rng: np.random.Generator) -> str:
-        """What the base corpus writes after the prompt, without END; it may be wrong."""
+        """Answer of the base corpus to the prompt, without END; it may be wrong."""
 
     @abc.abstractmethod
     def inspect(self, problem: Problem, text: str) -> Inspection:
-        """What is right and wrong about an answer. Any text will do: never raises, and takes time
-        in proportion to the text at most."""
+        """Findings on an answer. Takes any text: never raises, in time at most proportional to the
+        text."""
 
     def verify(self, problem: Problem, text: str) -> float:
         """1.0 if the answer in `text` is right, otherwise 0.0."""
@@ -93,17 +94,14 @@ class Task(abc.ABC):
             )
         return list(found.values())
 
-    def corpus_line(self, rng: np.random.Generator, end: str = END) -> str:
-        """A document of the base corpus: a training prompt, a demonstration, the end."""
-        problem = self.draw(rng)
-        assert isinstance(problem.prompt, str)
-        return problem.prompt + self.demonstrate(problem, rng) + end
-
     def corpus(self, seed: int, start: int = 0, end: str = END) -> Iterator[str]:
-        """Documents `start`, `start` + 1, ... of an endless corpus; each depends on its number
-        and the seed alone."""
+        """Documents `start`, `start` + 1, ... of an endless corpus: a training prompt, a
+        demonstration, the end; each depends on its number and the seed alone."""
         for index in itertools.count(start):
-            yield self.corpus_line(np.random.default_rng((seed, _STREAMS["corpus"], index)), end)
+            rng = np.random.default_rng((seed, _STREAMS["corpus"], index))
+            problem = self.draw(rng)
+            assert isinstance(problem.prompt, str)
+            yield problem.prompt + self.demonstrate(problem, rng) + end
 
 
 def answer_text(text: str) -> str:
@@ -115,7 +113,7 @@ def summary(inspections: Sequence[Inspection]) -> dict[str, float]:
     """accuracy, format (shares of the texts), step_accuracy (share of the steps written that are
     right; nan where none is written) and steps (per text).
 
-    Read them together: length may rise while accuracy and steps fall, which is no learning.
+    They belong together: length may rise while accuracy and steps fall, which is no learning.
     """
     if not inspections:
         raise ValueError("a summary needs at least one inspected answer, got none")
@@ -130,17 +128,8 @@ def summary(inspections: Sequence[Inspection]) -> dict[str, float]:
     }
 
 
-def check_number(task: object, field: str, least: float, most: float) -> None:
+def check_number(task: Task, field: str, least: float, most: float) -> None:
     """Raises ValueError unless the option lies in least..most (nan does not)."""
     value = getattr(task, field)
     if not least <= value <= most:
-        name = getattr(task, "name", type(task).__name__)
-        raise ValueError(f"task {name}: {field}={value}; give a number in {least}..{most}")
-
-
-def check_choice(task: object, field: str, choices: Sequence[str]) -> None:
-    """Raises ValueError unless the option is one of the choices."""
-    value = getattr(task, field)
-    if value not in choices:
-        name = getattr(task, "name", type(task).__name__)
-        raise ValueError(f"task {name}: {field}={value!r}; choose one of {', '.join(choices)}")
+        raise ValueError(f"task {task.name}: {field}={value}; give a number in {least}..{most}")

@@ -8,10 +8,10 @@ and its `answer` with what:
     answer     the expected answer: text or number, or a list for sequence and set
     choices    texts of the choices A, B, ... (choice)
     tolerance  largest absolute error (number)
-    tests      what code must pass, see `rl.sandbox.read_tests` (code)
+    tests      what code must pass, see `rl/verdict/code_tests.py:read_tests` (code)
     language   language of the chain of thought, one of LANGUAGES (language); without it `en`
 
-Length in tokens is no function of text: see `rl.length`.
+Length in tokens is no function of text: see `rl/verdict/scoring.py:soft_overlong`.
 """
 
 import math
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rl.problems import Problem
-from rl.verdict import wording
+from rl.verdict import worded_answers
 from rl.verdict.answers import (
     ANSWER_CLOSE,
     ANSWER_OPEN,
@@ -31,9 +31,10 @@ from rl.verdict.answers import (
     final_answer,
     opened,
 )
+from rl.verdict.code_tests import read_tests
 from rl.verdict.mathematics import equivalence
 from rl.verdict.mathematics.quantities import read_number
-from rl.verdict.sandbox import Limits, read_tests, run_tests
+from rl.verdict.sandbox import Limits, run_tests
 
 Reward = Callable[..., float]
 """(problem, text, **options) -> float."""
@@ -58,28 +59,29 @@ _WORD = re.compile(rf"[{_UNSPACED}]|(?:(?![{_UNSPACED}_\d])\w)+")
 _NO_PROSE = re.compile(r"^ {0,3}```.*?(?:^ {0,3}```|\Z)|\\[A-Za-z]+", re.MULTILINE | re.DOTALL)
 
 
-def accuracy(problem: Problem, text: str) -> float:
+def accuracy(problem: Problem, text: str, unsafe: bool = False) -> float:
     """1.0 if the final answer is right, otherwise 0.0 (R1 report, 2.2.2: rule-based accuracy).
 
+    unsafe: of code, see `rl/verdict/sandbox.py:Limits`.
     Raises ValueError if the problem does not say what is right (see `check_problem`), and
     rl.verdict.mathematics.symbolic.UndecidedError if sympy reaches no verdict in time.
     """
     kind = kind_of(problem)
     if kind == "code":
-        return code(problem, text)
+        return code(problem, text, unsafe=unsafe)
     expected = _expected(problem, kind)
     answer, marked = final_answer(text, opened(problem))
     match kind:
         case "number":
             same = equivalence.same_number(expected, answer, marked, _tolerance(problem))
         case "choice":
-            same = wording.same_choice(expected, answer, _choices(problem))
+            same = worded_answers.same_choice(expected, answer, _choices(problem))
         case "sequence":
-            same = wording.same_sequence(expected, answer)
+            same = worded_answers.same_sequence(expected, answer)
         case "set":
-            same = wording.same_set(expected, answer)
+            same = worded_answers.same_set(expected, answer)
         case "text":
-            same = wording.same_text(expected, answer)
+            same = worded_answers.same_text(expected, answer)
         case _:
             same = equivalence.same_maths(expected, answer, marked)
     return float(same)
@@ -88,7 +90,8 @@ def accuracy(problem: Problem, text: str) -> float:
 def code(problem: Problem, text: str, **limits: Any) -> float:
     """1.0 if the last code block passes every test of the problem, otherwise 0.0.
 
-    limits: fields of rl.sandbox.Limits. ValueError for wrong limits or tests.
+    limits: fields of `rl/verdict/sandbox.py:Limits`. ValueError for wrong limits or tests, and
+    where nothing keeps the code in.
     """
     tests = read_tests(problem.answer.get("tests"))
     source = code_block(text, opened(problem))
@@ -166,7 +169,7 @@ def check_problem(problem: Problem) -> None:
     if kind == "number":
         equivalence.same_number(str(expected), "0", tolerance=_tolerance(problem))
     if kind == "choice":
-        wording.same_choice(str(expected), "A", _choices(problem))
+        worded_answers.same_choice(str(expected), "A", _choices(problem))
 
 
 def check_tests(problem: Problem) -> None:

@@ -1,19 +1,17 @@
-"""Runs code that a model wrote against tests, in a process that is limited and then gone.
+"""Runs code that a model wrote against tests, in a process that is kept in, limited and then gone.
 
-R1's code reward compiles and runs tests (R1 report, 2.2.2). What is guaranteed:
+R1's code reward compiles and runs tests (R1 report, 2.2.2). `bubblewrap` keeps the code in: the
+system's `bwrap`, which makes namespaces of the Linux kernel. The code has no network, sees no
+process but its own, reads the interpreter and the system's programs but no file of the user, writes
+to a folder of its own alone, holds no capability, and everything it started ends with it. Limits of
+the kernel stand on CPU time, address space, processes and file size, and this process watches wall
+time and output: TERM, then KILL, and no zombie. The environment is empty, and only the standard
+library can be imported.
 
-Always: limits on CPU and wall time, address space, file size and output, enforced by the kernel and
-by this process; a folder and a process group of its own; an empty environment; the standard library
-only; TERM, then KILL, and no zombie. A hook of the interpreter refuses sockets that leave the
-process, new processes, acts on other processes and writing outside the folder, but code that
-reaches into the interpreter can go around it.
-
-With namespaces (Linux user namespaces, 5.12 or newer; "auto" takes them where they are permitted):
-the kernel keeps the code from every network and from writing anywhere but in its folder, it holds
-no capability and sees no other process, and everything it started dies with it. Never kept from it:
-reading what the user can read, sockets of the file system once it is around the hook, and CPU time
-up to the limits. The kernel does not count processes of root: as root, a fork bomb ends only with
-the time limit.
+Where bwrap is missing or the kernel denies namespaces, code is refused, unless `Limits.unsafe`
+(`--rl.unsafe-code`) asks to run it under the limits alone: it can then do what the user can do.
+Never kept from it: CPU time up to the limits, and disk space in its folder. The kernel does not
+count processes of root: as root, a fork bomb ends only with the time limit.
 
 Tests of standard input and output and values of calls are compared here, out of the code's reach,
 and so are checks of the form `assert CALL == LITERAL` (`rl/verdict/sandbox_values.py`). Other
@@ -24,12 +22,14 @@ objects that define arithmetic or order themselves can please `assert abs(f(1) -
 import contextlib
 import dataclasses
 import functools
+import glob
 import json
 import math
 import os
 import pathlib
 import secrets
 import selectors
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,14 +38,24 @@ import time
 from collections.abc import Sequence
 from typing import IO, Any, Literal, NamedTuple
 
-from rl.verdict.sandbox_enter import NOT_PERMITTED
-from rl.verdict.sandbox_values import Unit, is_expression, is_json, units, why_not
+from rl.verdict.code_tests import FunctionTest, ProgramTest, Test, ValueTest
+from rl.verdict.sandbox_values import Unit, units, why_not
 
-Isolation = Literal["auto", "namespaces", "hook"]
 GRACE = 0.3
 """Seconds from TERM to KILL."""
-_ENTER = pathlib.Path(__file__).with_name("sandbox_enter.py")
 _PROGRAM = pathlib.Path(__file__).with_name("sandbox_program.py")
+_SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/nix/store")
+"""What the interpreter may need to start, where it exists."""
+_KEPT_IN = (
+    "--unshare-all", "--unshare-user", "--uid", "1000", "--gid", "1000", "--cap-drop", "ALL",
+    "--new-session", "--die-with-parent", "--as-pid-1", "--dev", "/dev", "--remount-ro", "/dev",
+)  # fmt: skip
+_PROC = ("--proc", "/proc", "--remount-ro", "/proc")
+_FURTHER = (
+    (*_PROC, "--disable-userns"), _PROC, ("--dir", "/proc", "--disable-userns"), ("--dir", "/proc"),
+)  # fmt: skip
+"""What older versions of bwrap lack and containers deny, best first: a /proc of the program's own
+processes (read-only: root may write to /proc/sys), or an empty one; no namespaces within."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,49 +75,18 @@ class Limits:
     output_kb: int = 64
     """Standard output and standard error together, in 2^10 bytes; more ends the program."""
     processes: int = 16
-    """Processes and threads of the program (without namespaces: of the user, above those that run
-    when it starts); not counted for root."""
-    isolation: Isolation = "auto"
-    """namespaces, hook (without them), or auto: namespaces where the system permits them."""
+    """Processes and threads of the program (if unsafe: of the user, above those that run when it
+    starts); not counted for root."""
+    unsafe: bool = False
+    """Run it under these limits alone, with the user's rights and no bubblewrap."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name == "isolation":
+            if field.name == "unsafe":
                 continue
             if not isinstance(value, int | float) or not 0 < value < float("inf"):
                 raise ValueError(f"limit {field.name} is {value!r}; give a number above 0")
-        if self.isolation not in ("auto", "namespaces", "hook"):
-            raise ValueError(
-                f"isolation is {self.isolation!r}; choose auto, namespaces or hook (without)"
-            )
-
-
-class ProgramTest(NamedTuple):
-    """The code is a program: given this standard input, it prints this. White space at the ends of
-    lines and of the text does not count."""
-
-    stdin: str
-    stdout: str
-
-
-class FunctionTest(NamedTuple):
-    """The code defines functions: this Python statement, run after it, raises nothing."""
-
-    check: str
-
-
-class ValueTest(NamedTuple):
-    """The code defines functions: this Python expression, evaluated after it, has this value."""
-
-    call: str
-    value: Any
-    """As JSON has it; `rl/verdict/sandbox_values.py:same_value` says what equals it."""
-    tolerance: float = 0.0
-    """By which every number in it may differ."""
-
-
-Test = ProgramTest | FunctionTest | ValueTest
 
 
 class Report(NamedTuple):
@@ -116,7 +95,7 @@ class Report(NamedTuple):
     passed: tuple[bool, ...]
     reasons: tuple[str, ...]
     """Why a test failed, at most 200 characters; '' if it passed."""
-    isolation: Literal["namespaces", "hook"]
+    isolation: Literal["bubblewrap", "limits alone"]
 
 
 class _Outcome(NamedTuple):
@@ -126,58 +105,20 @@ class _Outcome(NamedTuple):
     """Why the program counts as failed; '' if it ended by itself with status 0."""
 
 
-def read_tests(entries: object) -> list[Test]:
-    """Tests from JSON: a list of {"stdin": .., "stdout": ..}, {"call": "f(1)", "value": 2} (and
-    "tolerance": a number, 0 or more) and {"check": "assert f(1) == 2"}.
-
-    Raises ValueError that names the first entry which is none of these, or if there is none.
-    """
-    if not isinstance(entries, list) or not entries:
-        raise ValueError(f"tests is {str(entries)[:80]!r}; give a list with at least one test")
-    tests: list[Test] = []
-    for number, entry in enumerate(entries):
-        test = _read_test(entry) if isinstance(entry, dict) else None
-        if test is None:
-            raise ValueError(
-                f"test {number} is {str(entry)[:80]!r}; give {{'stdin': text, 'stdout': text}}, "
-                "{'call': expression, 'value': JSON} (and 'tolerance': a number, 0 or more) or "
-                "{'check': statement}"
-            )
-        tests.append(test)
-    return tests
-
-
-def _read_test(entry: dict) -> Test | None:
-    texts = all(isinstance(entry[key], str) for key in entry.keys() - {"value", "tolerance"})
-    tolerance = entry.get("tolerance", 0.0)
-    right = isinstance(tolerance, int | float) and not isinstance(tolerance, bool)
-    if not texts or not right or not 0 <= tolerance < math.inf:
-        return None
-    match sorted(entry):
-        case ["stdin", "stdout"]:
-            return ProgramTest(entry["stdin"], entry["stdout"])
-        case ["check"]:
-            return FunctionTest(entry["check"])
-        case ["call", "value"] | ["call", "tolerance", "value"]:
-            if is_expression(entry["call"]) and is_json(entry["value"]):
-                return ValueTest(entry["call"], entry["value"], tolerance)
-    return None
-
-
 def run_tests(code: str, tests: Sequence[Test], limits: Limits | None = None) -> Report:
     """Runs every test: one process per ProgramTest, one process for all tests of functions.
 
-    Whatever the code does, the result is a report. Raises ValueError only if namespaces are asked
-    for and the system does not permit them.
+    Whatever the code does, the result is a report. Raises ValueError if nothing keeps the code in
+    and `limits` do not say that this is accepted (see `check_isolation`).
     """
     limits = limits or Limits()
-    isolation = chosen_isolation(limits.isolation)
+    check_isolation(limits.unsafe)
     reasons: dict[int, str] = {}
     end = time.monotonic() + limits.total_seconds
     functions = {n: test for n, test in enumerate(tests) if not isinstance(test, ProgramTest)}
     if functions:
         shorter = dataclasses.replace(limits, seconds=min(limits.seconds, limits.total_seconds))
-        found = _check_functions(code, list(functions.values()), shorter, isolation)
+        found = _check_functions(code, list(functions.values()), shorter)
         reasons.update(zip(functions, found, strict=True))
     for number, test in enumerate(tests):
         if isinstance(test, ProgramTest):
@@ -186,43 +127,95 @@ def run_tests(code: str, tests: Sequence[Test], limits: Limits | None = None) ->
                 reasons[number] = f"not run: {limits.total_seconds:g} s for all tests had passed"
                 continue
             shorter = dataclasses.replace(limits, seconds=min(limits.seconds, left))
-            reasons[number] = _check_program(code, test, shorter, isolation)
+            reasons[number] = _check_program(code, test, shorter)
     ordered = [reasons[number][:200] for number in range(len(tests))]
+    isolation = "limits alone" if limits.unsafe else "bubblewrap"
     return Report(tuple(not reason for reason in ordered), tuple(ordered), isolation)
 
 
-def chosen_isolation(asked: Isolation) -> Literal["namespaces", "hook"]:
-    """What `asked` comes to on this system; ValueError if it is namespaces and they are denied."""
-    denied = "" if asked == "hook" else _why_no_namespaces()
-    if asked == "namespaces" and denied:
-        raise ValueError(
-            f"isolation is 'namespaces', but the system denies them ({denied}). Permit user "
-            "namespaces, or choose 'auto' or 'hook' and know that only a hook keeps the code from "
-            "the network and the file system."
-        )
-    return "hook" if asked == "hook" or denied else "namespaces"
+def check_isolation(unsafe: bool = False) -> None:
+    """Raises ValueError, with the reason and the remedy, if nothing keeps a model's code in.
+
+    unsafe: the limits alone will do.
+    """
+    if unsafe or not (why := _probed().why):
+        return
+    raise ValueError(
+        f"code that the model writes would run with your rights: {why}. Install bubblewrap "
+        "(apt-get install bubblewrap) and permit user namespaces; or set --rl.unsafe-code to run "
+        "the code under limits of time and memory alone, where it can read and delete your files "
+        "and reach the network"
+    )
 
 
-def described_isolation(asked: Isolation = "auto") -> str:
-    """What keeps the code in on this system, in words; ValueError as `chosen_isolation`."""
-    if chosen_isolation(asked) == "namespaces":
-        return "in namespaces: no network, own processes and own folder only"
-    why = "chosen" if asked == "hook" else f"the system denies namespaces: {_why_no_namespaces()}"
-    return f"behind a hook of the interpreter only, which hostile code can go around ({why})"
+def described_isolation(unsafe: bool = False) -> str:
+    """What keeps the code in, in words; ValueError as `check_isolation`."""
+    check_isolation(unsafe)
+    if unsafe:
+        return "UNSAFE (rl.unsafe_code): your rights, your files and the network, limits alone"
+    return "in bubblewrap: no network, own processes and own folder only"
+
+
+class _Probed(NamedTuple):
+    further: tuple[str, ...]
+    """The options of _FURTHER that this system takes."""
+    why: str
+    """Why bubblewrap cannot be used; '' if it can."""
 
 
 @functools.cache
-def _why_no_namespaces() -> str:
-    if sys.platform != "linux":
-        return f"{sys.platform} has none"
-    with tempfile.TemporaryDirectory(prefix="sandbox-") as folder:
-        command = [sys.executable, "-I", "-S", "-c", ""]
-        outcome = _run(command, folder, subprocess.DEVNULL, Limits(seconds=30), "namespaces")
-    return outcome.reason
+def _probed() -> _Probed:
+    """Tries bubblewrap once."""
+    if shutil.which("bwrap") is None:
+        return _Probed((), "bwrap is not installed" if sys.platform == "linux" else "no Linux")
+    why = ""
+    for further in _FURTHER:
+        with tempfile.TemporaryDirectory(prefix="sandbox-") as folder:
+            pathlib.Path(folder, "solution.py").touch()
+            work = _command("program", folder, Limits(seconds=30), further)
+            outcome = _run(work, folder, subprocess.DEVNULL, Limits(seconds=30))
+        if not outcome.reason:
+            return _Probed(further, "")
+        why = why or f"bwrap fails here, {outcome.reason}"
+    return _Probed((), why)
 
 
-def _check_program(code: str, test: ProgramTest, limits: Limits, isolation: str) -> str:
-    outcome = _run_solution(code, "program", test.stdin, limits, isolation)
+def _command(mode: str, folder: str, limits: Limits, further: Sequence[str] = ()) -> list[str]:
+    """The command that runs solution.py of the folder, in bubblewrap unless `limits` are unsafe."""
+    others = _running() if limits.unsafe else 1  # a new user namespace counts from 0
+    options = {
+        "RLIMIT_CORE": 0,
+        "RLIMIT_CPU": math.ceil(limits.cpu_seconds),
+        "RLIMIT_AS": int(limits.memory_mb * 2**20),
+        "RLIMIT_FSIZE": int(limits.file_mb * 2**20),
+        "RLIMIT_NPROC": int(limits.processes) + others,
+    }
+    # The interpreter itself, not the link of a virtual environment: only the standard library.
+    python = [os.path.realpath(sys.executable), "-I", "-S", "-B"]
+    if limits.unsafe:
+        return [*python, str(_PROGRAM), mode, json.dumps(options)]
+    bwrap = shutil.which("bwrap")
+    assert bwrap
+    command = [bwrap, *_KEPT_IN, *further, "--bind", folder, "/tmp", "--chdir", "/tmp"]
+    for place in (*_SYSTEM, os.path.realpath(sys.base_prefix), python[0]):
+        command += ["--ro-bind-try", place, place]
+    command += ["--ro-bind", str(_PROGRAM), "/program.py", "--remount-ro", "/"]
+    return [*command, *python, "/program.py", mode, json.dumps(options)]
+
+
+def _running() -> int:
+    """Processes and threads that the user has now: without a user namespace the kernel counts
+    them all."""
+    count, user = 0, os.getuid()
+    for process in glob.glob("/proc/[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            if os.stat(process).st_uid == user:
+                count += len(os.listdir(f"{process}/task"))
+    return count
+
+
+def _check_program(code: str, test: ProgramTest, limits: Limits) -> str:
+    outcome = _run_solution(code, "program", test.stdin, limits)
     if outcome.reason:
         return outcome.reason
     printed = outcome.stdout.decode("utf-8", "replace")
@@ -235,9 +228,7 @@ def _lines(text: str) -> list[str]:
     return [line.rstrip() for line in text.rstrip().split("\n")]
 
 
-def _check_functions(
-    code: str, tests: list[FunctionTest | ValueTest], limits: Limits, isolation: str
-) -> list[str]:
+def _check_functions(code: str, tests: list[FunctionTest | ValueTest], limits: Limits) -> list[str]:
     nonce = secrets.token_hex(16)
     same = f"same_{nonce}"
     parts = [
@@ -248,7 +239,7 @@ def _check_functions(
     ]
     flat = [[unit.kind, unit.text] for part in parts for unit in part]
     work = json.dumps({"nonce": nonce, "same": same, "tests": flat})
-    outcome = _run_solution(code, "functions", work, limits, isolation)
+    outcome = _run_solution(code, "functions", work, limits)
     results = _Results(outcome, nonce)
     reasons, number = [], 0
     for test, part in zip(tests, parts, strict=True):
@@ -292,7 +283,7 @@ class _Results:
         return values[0], ""
 
 
-def _run_solution(code: str, mode: str, stdin: str, limits: Limits, isolation: str) -> _Outcome:
+def _run_solution(code: str, mode: str, stdin: str, limits: Limits) -> _Outcome:
     with (
         tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as folder,
         tempfile.TemporaryFile() as given,
@@ -302,36 +293,45 @@ def _run_solution(code: str, mode: str, stdin: str, limits: Limits, isolation: s
         pathlib.Path(folder, "solution.py").write_bytes(code.encode("utf-8", "surrogatepass"))
         given.write(stdin.encode("utf-8", "surrogatepass"))
         given.seek(0)
-        command = [sys.executable, "-I", "-S", "-B", str(_PROGRAM), mode]
-        return _run(command, folder, given, limits, isolation)
+        further = () if limits.unsafe else _probed().further
+        return _run(_command(mode, folder, limits, further), folder, given, limits)
 
 
-def _run(
-    command: list[str], folder: str, stdin: IO[bytes] | int, limits: Limits, isolation: str
-) -> _Outcome:
-    options = {
-        "namespaces": isolation == "namespaces",
-        "folder": os.path.realpath(folder),
-        "cpu_seconds": math.ceil(limits.cpu_seconds),
-        "memory_bytes": int(limits.memory_mb * 2**20),
-        "file_bytes": int(limits.file_mb * 2**20),
-        "processes": int(limits.processes),
-    }
-    process = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-B", str(_ENTER), json.dumps(options), *command],
-        stdin=stdin,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        cwd=folder,
-        env={"HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8", "PYTHONUTF8": "1"},
-        start_new_session=True,
-    )
-    with process:
+def _run(command: list[str], folder: str, stdin: IO[bytes] | int, limits: Limits) -> _Outcome:
+    home = folder if limits.unsafe else "/tmp"
+    told, tells = os.pipe()
+    if not limits.unsafe:
+        command = [command[0], "--info-fd", str(tells), *command[1:]]
+    with open(told, "rb") as info:
         try:
-            stdout, stderr, reason = _collect(process, limits)
+            process = subprocess.Popen(
+                command,
+                stdin=stdin,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                cwd=folder,
+                env={"HOME": home, "TMPDIR": home, "LANG": "C.UTF-8", "PYTHONUTF8": "1"},
+                pass_fds=() if limits.unsafe else (tells,),
+                start_new_session=True,
+            )
         finally:
-            _end(process)
+            os.close(tells)
+        with process:
+            first = None
+            try:
+                first = _first_process(info.read())
+                stdout, stderr, reason = _collect(process, limits)
+            finally:
+                _end(process, first)
     return _Outcome(stdout, stderr, reason or _why_failed(process.returncode, stderr))
+
+
+def _first_process(info: bytes) -> int | None:
+    """A descriptor of number 1 of the sandbox's processes, whose end is the end of all of them;
+    None if it has ended, or there is none. info: what bwrap says."""
+    with contextlib.suppress(ValueError, ProcessLookupError):
+        return os.pidfd_open(json.loads(info)["child-pid"])
+    return None
 
 
 def _collect(process: subprocess.Popen, limits: Limits) -> tuple[bytes, bytes, str]:
@@ -363,20 +363,22 @@ def _collect(process: subprocess.Popen, limits: Limits) -> tuple[bytes, bytes, s
     return stdout, stderr, reason
 
 
-def _end(process: subprocess.Popen) -> None:
-    """TERM, then KILL, to the whole group, which is reaped."""
-    if process.poll() is None:
-        _signal_group(process, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE)
-    if process.poll() is None:
-        _signal_group(process, signal.SIGKILL)
-        process.wait()
+def _end(process: subprocess.Popen, first: int | None) -> None:
+    """TERM, then KILL, to the first process in bubblewrap or to the whole group, which is reaped.
 
-
-def _signal_group(process: subprocess.Popen, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, number)
+    bwrap itself gets no signal: it reaps the first process and ends.
+    """
+    for number, seconds in ((signal.SIGTERM, GRACE), (signal.SIGKILL, None)):
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                if first is None:
+                    os.killpg(process.pid, number)
+                else:
+                    signal.pidfd_send_signal(first, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(seconds)
+    if first is not None:
+        os.close(first)
 
 
 def _why_failed(status: int, stderr: bytes) -> str:
@@ -384,8 +386,6 @@ def _why_failed(status: int, stderr: bytes) -> str:
     said = stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
     if status == 0:
         return ""
-    if status == NOT_PERMITTED:
-        return said
     if status in (128 + signal.SIGXCPU, 128 + signal.SIGKILL):
         return "killed: CPU time or memory over the limit"
     if status > 128:

@@ -16,8 +16,7 @@ from rl.problems import Problem
 from rl.prompts import rewards_of
 from rl.stopping import RolloutStoppedError, Stop, never
 from rl.tasks.task import Task, summary
-from rl.verdict.judge import Judge, Pool, named
-from rl.verdict.length import soft_overlong
+from rl.verdict.pool import CODE, Judge, Pool, named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Scores:
     """accuracy, format, step_accuracy (`rl/tasks/task.py:summary`), or fewer of these."""
     failures: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
     """Reward -> kind of failure -> answers, for rewards that ran elsewhere
-    (`rl/verdict/judge.py`)."""
+    (`rl/verdict/pool.py`)."""
     messages: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
     """Reward -> kind of failure -> what the first said."""
 
@@ -163,6 +162,11 @@ def judge_scorer(rl: RLConfig, task: Task | None) -> JudgeScorer:
             dataclasses.replace(one, options=tags) if one.function == "format" else one
             for one in chosen
         ]
+    if rl.unsafe_code:
+        chosen = [
+            dataclasses.replace(one, options={"unsafe": True}) if one.function in CODE else one
+            for one in chosen
+        ]
     patience = max(1.0, rl.reward_timeout / RLConfig.reward_timeout)
     judge = Judge(chosen, Pool(batch_seconds=Pool.batch_seconds * patience))
     return JudgeScorer(judge, {one.name: one.weight for one in chosen}, rl, own)
@@ -190,3 +194,19 @@ def add_overlong(
     if rl.overlong_buffer:
         parts["overlong"] = soft_overlong(lengths, rl.max_new_tokens, rl.overlong_buffer)
         weights["overlong"] = 1.0
+
+
+def soft_overlong(lengths_A: np.ndarray, max_tokens: int, buffer: int) -> np.ndarray:
+    """DAPO's soft over-long punishment (DAPO, eq. 13), float64 [A], -1..0.
+
+    lengths_A: of the answers in tokens, the end token included. 0 up to max_tokens - buffer, then
+    falling by 1/buffer per token, -1 beyond max_tokens. ValueError unless
+    0 < buffer <= max_tokens.
+    """
+    if not 0 < buffer <= max_tokens:
+        raise ValueError(
+            f"buffer is {buffer} and max_tokens is {max_tokens}; give a buffer of 1 to max_tokens "
+            "tokens"
+        )
+    over_A = np.asarray(lengths_A, np.float64) - (max_tokens - buffer)
+    return -np.clip(over_A / buffer, 0.0, 1.0)

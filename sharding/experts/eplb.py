@@ -15,7 +15,7 @@ import numpy as np
 
 
 class ExpertPlacement(NamedTuple):
-    """Where experts lie. Device d holds the R / devices copies from d * R / devices on."""
+    """Places of experts. Device d holds the R / devices copies from d * R / devices on."""
 
     expert_of_LR: np.ndarray
     """Expert of each copy, int [L, R]."""

@@ -27,7 +27,7 @@ choices computed. Ids are global; -1 is no choice, and a row without choices may
 
 
 class Routing(NamedTuple):
-    """Which shards the rows go to, int32."""
+    """Shards that the rows go to, int32."""
 
     shard_RJ: Array
     """Shard of each copy of a row; -1: no copy."""

@@ -10,7 +10,7 @@ from jax import Array
 
 TILE = 128
 LEAST = 1e-4
-"""Of a tile's largest entry, as far as the scale is concerned."""
+"""Least magnitude that a scale is made of, where a tile's largest entry is smaller."""
 
 
 def quantize(x_RD: Array, dtype: Any) -> tuple[Array, Array]:

@@ -63,7 +63,7 @@ class Result(NamedTuple):
     objective: jax.Array
     parts: Tree
     stats: Tree
-    """Of every layer, [L, ...]."""
+    """Constants of every layer, [L, ...]."""
     d_outer: Tree
     d_layers: Tree
 
@@ -114,7 +114,7 @@ def run(
 
 
 class _Total(NamedTuple):
-    """What a rank adds up over the ticks."""
+    """Sums of a rank over the ticks."""
 
     objective: jax.Array
     parts: Tree
@@ -124,7 +124,7 @@ class _Total(NamedTuple):
 
 
 class _Out(NamedTuple):
-    """What a tick leaves behind, to be stored where the table says."""
+    """Results of a tick, to be stored where the table says."""
 
     y: jax.Array
     dx: jax.Array

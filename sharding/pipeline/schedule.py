@@ -309,7 +309,7 @@ def spans(
 
     A forward pass needs that of the stage before; a backward pass needs its own forward pass and
     the backward pass (I or B) of the stage after; W needs its I. Messages take no time.
-    Errors: ValueError when ranks wait for each other for ever, with what each waits for.
+    Errors: ValueError when ranks wait for each other without end, with what each waits for.
     """
     stage_of, last = schedule.stage_of, schedule.num_stages - 1
     ended: dict[tuple[str, int, int], float] = {}
@@ -361,7 +361,7 @@ def check(schedule: Schedule) -> None:
     """Prove that a schedule is complete and can run.
 
     Every micro-batch has, at every stage of its route and on the rank of that stage, exactly one
-    forward and one backward pass, the latter whole or as I and W; and no rank waits for ever.
+    forward and one backward pass, the latter whole or as I and W; and no rank waits without end.
     Errors: ValueError that names the micro-batch and stage, or the ranks that wait.
     """
     done: Counter[tuple[str, int, int, int]] = Counter()

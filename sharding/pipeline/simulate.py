@@ -1,4 +1,4 @@
-"""How long a schedule takes and what it holds, from the durations of its ops.
+"""Time and memory of a schedule, from the durations of its ops.
 
 Table 2 of the V3 report gives, for PP stages, the time that a rank is idle and the activations it
 holds. What is counted, and when it comes out exactly:
@@ -46,7 +46,7 @@ UNIT_COSTS = Costs(F=1, B=2, W=1, FB=3)
 
 
 class Simulation(NamedTuple):
-    """What came of it, per rank where not said otherwise."""
+    """Result of a simulation, per rank where not said otherwise."""
 
     spans: tuple[tuple[tuple[float, float], ...], ...]
     """(start, end) of each op, in the order of `Schedule.orders`."""
@@ -64,7 +64,7 @@ class Simulation(NamedTuple):
 def simulate(schedule: Schedule, costs: Costs = UNIT_COSTS) -> Simulation:
     """Run a schedule with these durations, each op as early as it can. Messages take no time.
 
-    Errors: ValueError for durations that are none, or ranks that wait for each other for ever.
+    Errors: ValueError for durations that are none, or ranks that wait for each other without end.
     """
     if not (costs.F > 0 and 0 < costs.W < costs.B and costs.FB > 0):
         raise ValueError(f"{costs}: F and FB must be above 0, and W between 0 and B, which has it")

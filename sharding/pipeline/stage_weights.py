@@ -38,7 +38,7 @@ class Weights(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """Which layer lies where: numpy arrays."""
+    """Places of the layers: numpy arrays."""
 
     layer_of: np.ndarray
     """Layer in each slot, -1 where it is empty: int [ranks, chunks, slots]."""

@@ -24,7 +24,7 @@ _KINDS: dict[int, Kind] = {code: kind for kind, code in CODES.items()}
 
 
 class Channels(NamedTuple):
-    """Which of the ways between ranks a schedule uses; an executor leaves out the others.
+    """Ways between ranks that a schedule uses; an executor leaves out the others.
 
     `up` goes from a rank to the next (from the last to rank 0), `down` to the one before, `same`
     stays on the rank. Between two ranks both are one way, and all goes `up`.
@@ -39,7 +39,7 @@ class Channels(NamedTuple):
 
 
 class Table(NamedTuple):
-    """What every rank does in every tick: int32 arrays [ticks, ranks].
+    """Work of every rank in every tick: int32 arrays [ticks, ranks].
 
     Entries that a tick does not use are 0 (chunk, micro-batch) or the trash slot.
     """

@@ -1,6 +1,6 @@
 r"""How a mathematical answer is written: the formula in prose, its parts, its spelling.
 
-Everything here turns text into text; whether parts are equal is for `rl.equivalence`.
+Everything here turns text into text; whether parts are equal is for `equivalence.py`.
 """
 
 import re

@@ -1,6 +1,6 @@
 """Whether two expressions are equal, by sympy, in a process that is stopped when it takes too long.
 
-sympy's own parsers evaluate text as Python; the trees here come from `rl.expressions`. Simplifying
+sympy's own parsers evaluate text as Python; the trees here come from `expressions.py`. Simplifying
 has no bound on time or memory, hence the process, the limits and three outcomes: equal, not equal,
 UndecidedError.
 """
@@ -29,7 +29,7 @@ class UndecidedError(Exception):
 
 
 def symbolically_equal(a: str, b: str, seconds: float = SECONDS) -> bool:
-    """Whether two expressions in the notation of `rl.expressions` are equal for all real values of
+    """Whether two expressions in the notation of `expressions.py` are equal for all real values of
     their variables.
 
     Raises ExpressionError if one is none, UndecidedError when the limits end the comparison, and
@@ -51,8 +51,7 @@ def _compared(a: str, b: str, seconds: float) -> bool | str:
         try:
             if _helper is None:
                 _helper = _started()
-            _helper.send([a, b])
-            return _helper.wait(seconds)
+            return _helper.ask([a, b], seconds)
         except (TimeoutError, ChildError) as error:
             stop()
             return str(error) if isinstance(error, TimeoutError) else f"its process {error}"
@@ -70,10 +69,10 @@ def _started() -> Child:
     try:
         missing = helper.wait(START_SECONDS)
     except BaseException:
-        helper.kill()
+        helper.end()
         raise
     if missing:
-        helper.kill()
+        helper.end()
         raise RuntimeError(f"comparing expressions needs sympy: {missing}; pip install '.[rl]'")
     return helper
 
@@ -84,7 +83,7 @@ def stop() -> None:
     global _helper
     with _lock:
         if _helper is not None:
-            _helper.kill()
+            _helper.end()
         _helper = None
 
 
@@ -141,13 +140,13 @@ def equal_trees(a: Node, b: Node) -> bool:
     return bool(verdict)
 
 
-def _answer(work: list[str]) -> list[bool | str]:
+def _answer(work: list[str]) -> bool | str:
     try:
-        return [equal_trees(parse(work[0]), parse(work[1]))]
+        return equal_trees(parse(work[0]), parse(work[1]))
     except (ExpressionError, UndecidedError) as error:
-        return [str(error)]
+        return str(error)
     except Exception as error:
-        return [f"{type(error).__name__}: {error}"[:200]]
+        return f"{type(error).__name__}: {error}"[:200]
 
 
 def _main() -> None:

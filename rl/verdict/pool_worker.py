@@ -1,8 +1,8 @@
 """A judge's worker process: loads reward functions, then scores one answer after another.
 
-Run as `python -m rl.verdict.judge_worker JOB`, JOB as JSON: rewards (list of [function, options]),
+Run as `python -m rl.verdict.pool_worker JOB`, JOB as JSON: rewards (list of [function, options]),
 memory_bytes, seconds. First line out: "" or what is wrong with the functions. Then for each line
-in, {"problem", "text", "rewards": numbers of rewards}, one line per reward: {"value": float} or
+in, {"problem", "text", "reward": number of the reward}, one line out: {"value": float} or
 {"kind": kind of failure, "message": text}.
 """
 
@@ -152,9 +152,8 @@ def _main() -> None:
 
     def score(work: dict):
         problem = Problem(**work["problem"])
-        for number in work["rewards"]:
-            reward, options = rewards[number]
-            yield outcome(reward, options, problem, work["text"])
+        reward, options = rewards[work["reward"]]
+        return outcome(reward, options, problem, work["text"])
 
     serve(score, job["memory_bytes"], job["seconds"])
 

@@ -1,0 +1,37 @@
+"""The first thing that an entry point does: devices, compilation cache, other processes."""
+
+import os
+from importlib.util import find_spec
+
+import jax
+
+from runtime.config import RuntimeOptions
+from runtime.devices import emulate_devices
+from runtime.host_memory import keep_freed_memory
+from runtime.processes import join_processes
+
+
+def start(options: RuntimeOptions) -> None:
+    """Set up JAX as the options say. Call before JAX is first used.
+
+    Raises ValueError for devices or processes that cannot be had.
+    """
+    if options.emulate or find_spec("jax_cuda13_plugin") is None:
+        keep_freed_memory()
+    if options.emulate:
+        emulate_devices(options.emulate)
+    if options.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", os.path.abspath(options.compilation_cache))
+    join_processes(
+        options.distributed,
+        options.coordinator,
+        options.num_processes,
+        options.process_id,
+        options.join_within,
+        options.lost_after,
+    )
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that writes and speaks."""
+    return jax.process_index() == 0

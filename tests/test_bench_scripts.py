@@ -1,0 +1,73 @@
+"""Every bench runs, at its smallest size: a figure that cannot be made again is worth nothing."""
+
+import ast
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+COMPILER = ROOT / os.environ.get("GPU_COMPILER", ".gpu-compiler")
+SECONDS = 600
+"""Limit of one script: far above what it takes on two cores."""
+
+slow = pytest.mark.slow
+SCRIPTS = {
+    "compile": slow,
+    "decode": pytest.mark.reference,
+    "distill": slow,
+    "expert_exchange": slow,
+    "gpu_programs": pytest.mark.gpu_compile,
+    "grouped_matmul": slow,
+    "import_memory": slow,
+    "import_share": slow,
+    "kernels": pytest.mark.gpu_compile,
+    "r1": slow,
+    "recipe": slow,
+    "rollout": slow,
+    "routing_replay": slow,
+    "scaling": slow,
+    "search": slow,
+    "speculation": slow,
+    "step": pytest.mark.reference,
+    "tiny": slow,
+}
+"""Scripts and the suite that runs each."""
+OPTIONS = {
+    "distill": "--folder {} --teacher {}/teachers",
+    "kernels": "--compile --cases decode",
+    "r1": "--folder {}",
+    "recipe": "--folder {}",
+    "routing_replay": "--finer {}/finer",
+    "search": "--folder {}",
+    "tiny": "--run-dir {}",
+}
+SPOKEN_TO = {"hf_step", "hf_decode"}
+"""Scripts that `step` and `decode` run under PyTorch's interpreter."""
+
+
+def test_every_script_has_its_run():
+    def has_main(path: pathlib.Path) -> bool:
+        body = ast.parse(path.read_text()).body
+        return any(isinstance(node, ast.If) and "__main__" in ast.unparse(node) for node in body)
+
+    scripts = {path.stem for path in (ROOT / "bench").glob("*.py") if has_main(path)}
+    assert scripts == SCRIPTS.keys() | SPOKEN_TO
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SCRIPTS[name]) for name in SCRIPTS])
+def test_a_bench_runs_at_its_smallest_size(name, tmp_path, request):
+    options = OPTIONS.get(name, "").format(*[tmp_path] * 2).split()
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PJRT_NPROC")}
+    if SCRIPTS[name].name == "reference":
+        options += ["--interpreter", request.getfixturevalue("reference_python")]
+    if SCRIPTS[name].name == "gpu_compile":
+        environment |= {"PYTHONPATH": str(COMPILER), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-m", f"bench.{name}", "--quick", *options], cwd=ROOT, env=environment,
+        capture_output=True, text=True, check=False, timeout=SECONDS,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert any(line.startswith("|") or "GiB" in line for line in done.stdout.splitlines())
