@@ -33,8 +33,8 @@ class Command(RuntimeOptions):
     profile: str = ""
     """Steps to trace, FIRST:LAST (counted from the step that runs first), into RUN/profile."""
     recipe: str = ""
-    """Run a chain of stages instead, r1_zero or r1 (configs/recipes.py), each in a folder below
-    --run-dir; other options go to every stage."""
+    """Run a chain of stages instead, r1_zero or r1 (runs/NAME.sh), in folders below --run-dir;
+    other options go to every stage."""
 
     @property
     def profile_steps(self) -> range:
