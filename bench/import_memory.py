@@ -21,7 +21,7 @@ from bench.command import Command
 from bench.import_share import write_sparse
 from bench.report import write_section
 from checkpoint.weights import total_bytes
-from configs import deepseek_models
+from configs import deepseek
 from model.config import ModelConfig
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -30,7 +30,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 def narrow(layers: int) -> ModelConfig:
     """V3's structure, small enough to be written in seconds."""
     return dataclasses.replace(
-        deepseek_models.v3_671b(),
+        deepseek.v3_model(),
         num_layers=layers,
         vocab_size=16384,
         hidden_size=1024,

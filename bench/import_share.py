@@ -26,7 +26,7 @@ from checkpoint import safetensors
 from checkpoint.hf_config import to_hf_config
 from checkpoint.hf_reader import INDEX, HuggingFaceFolder
 from checkpoint.hf_writer import QUANTIZATION, layout
-from configs import deepseek_models
+from configs import deepseek
 from model.blueprint import blueprint
 from model.config import ModelConfig
 from sharding.config import MeshConfig
@@ -133,7 +133,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", DEVICES_PER_HOST * options.hosts)
-    config = dataclasses.replace(deepseek_models.v3_671b(), num_layers=options.layers)
+    config = dataclasses.replace(deepseek.v3_model(), num_layers=options.layers)
     with tempfile.TemporaryDirectory() as name:
         path = pathlib.Path(name)
         total = write_sparse(path, config)
