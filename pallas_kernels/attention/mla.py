@@ -57,8 +57,8 @@ def mla_attention(
             decrease with t (run-time values: not checked). None is 0 everywhere.
         scale: factor of the logits.
         backend: see `mosaic.Backend`. Kernels take bfloat16; the others any floating type.
-        kept: name of the output, and of the kernels' log-sums, for policies of recomputation: with
-            both stored, a backward pass does not run the forward kernel again. None: no name.
+        kept: name of outputs and the kernels' log-sums for policies of recomputation: with both
+            stored, a backward pass does not run the forward kernel again.
         blocks: how the kernels cut the call; by default tuned, or from the shapes.
 
     Returns:
@@ -82,19 +82,14 @@ def mla_attention(
         raise ValueError(f"{reason}; use backend='portable'")
     # Rows beyond the last see themselves and each other, and no row sees them.
     rest = -T % BLOCK
-
-    def pad(x, value=0):
-        widths = ((0, 0), (0, rest), *((0, 0),) * (x.ndim - 2))
-        return jnp.pad(x, widths, constant_values=value)
-
     if start_BT is None:
         start_BT = jnp.zeros((B, T), jnp.int32)
     sizes = sizes._replace(T=T + rest)
     blocks = blocks or _blocks(sizes)
     check_blocks(sizes, blocks)
     call = _Call(scale, sizes, blocks, backend == "emulated", kept)
-    operands = pad(q_BTNH), pad(kv_BTNW), pad(k_rope_BTR), pad(start_BT.astype(jnp.int32), T)
-    o_BTNV: Any = _kernels(call, *operands)
+    operands = [_pad(x, rest) for x in (q_BTNH, kv_BTNW, k_rope_BTR)]
+    o_BTNV: Any = _kernels(call, *operands, _pad(start_BT.astype(jnp.int32), rest, T))
     return o_BTNV[:, :T]
 
 
@@ -144,6 +139,12 @@ def _check(q_BTNH: Array, kv_BTNW: Array, k_rope_BTR: Array, start_BT: Array | N
             f"[{B}, {T}]"
         )
     return Sizes(B, T, N, P, R, W - P)
+
+
+def _pad(x: Array, rest: int, value: int = 0) -> Array:
+    """`rest` more positions at the end of axis 1, filled with `value`."""
+    widths = (0, 0), (0, rest), *((0, 0),) * (x.ndim - 2)
+    return jnp.pad(x, widths, constant_values=value)
 
 
 def _named(x: Array, kept: str | None) -> Array:
