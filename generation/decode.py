@@ -9,7 +9,6 @@ V vocabulary, L cached channels (latent and rotary key).
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -146,89 +145,54 @@ class Decoder:
         kernel_DV = self.head.kernel[...].astype(hidden_BD.dtype)
         return jnp.einsum("BD,DV->BV", hidden_BD, kernel_DV, preferred_element_type=jnp.float32)
 
-    def prefill(
+    def read(
         self,
         ids_BT: jax.Array,
         positions_BT: jax.Array,
-        slots: int,
+        cache: Cache | int,
         valid_BT: jax.Array | None = None,
     ) -> Passed:
-        """Prompts from position 0 on; the cache gets room for `slots` tokens.
+        """Tokens through the main model.
 
-        Rows may be padded at the end: attention is causal, and the slots of padding are written
-        again before anything reads them.
+        `cache` holds the tokens before these. For prompts, which start at position 0, it is instead
+        the number of slots to make room for. Prompts may be padded at the end: attention is causal,
+        and the slots of padding are written again before anything reads them.
         """
-        x_BTD, slots_of = self.embed(ids_BT, self.recipe), [slots] * len(self.layers)
-        x_BTD, cache, stats = self._run(
-            self._expanded, self.layers, x_BTD, positions_BT, slots_of, valid_BT
-        )
+        x_BTD = self.embed(ids_BT, self.recipe)
+        x_BTD, cache, stats = self._run(self.layers, x_BTD, positions_BT, cache, valid_BT)
         return Passed(self.final_norm(x_BTD), cache, stats)
 
-    def extend(
-        self,
-        ids_BQ: jax.Array,
-        positions_BQ: jax.Array,
-        cache: Cache,
-        valid_BQ: jax.Array | None = None,
+    def read_ahead(
+        self, hidden_BTD, next_ids_BT, positions_BT, cache: Cache | int, valid_BT=None
     ) -> Passed:
-        """New tokens; the cache comes back with them in."""
-        x_BQD = self.embed(ids_BQ, self.recipe)
-        x_BQD, cache, stats = self._run(
-            self._absorbed, self.layers, x_BQD, positions_BQ, cache, valid_BQ
-        )
-        return Passed(self.final_norm(x_BQD), cache, stats)
-
-    def prefill_mtp(
-        self, hidden_BTD, next_ids_BT, positions_BT, slots: int, valid_BT=None
-    ) -> Passed:
-        """The MTP module on a prompt; `next_ids_BT` is the token after each. As `prefill`."""
-        return self._run_mtp(self._expanded, hidden_BTD, next_ids_BT, positions_BT, slots, valid_BT)
-
-    def extend_mtp(
-        self, hidden_BQD, next_ids_BQ, positions_BQ, entries_BSL: jax.Array, valid_BQ=None
-    ) -> Passed:
-        """The MTP module on new tokens. As `extend`."""
-        return self._run_mtp(
-            self._absorbed, hidden_BQD, next_ids_BQ, positions_BQ, entries_BSL, valid_BQ
-        )
-
-    def _run_mtp(self, attend, hidden_BTD, next_ids_BT, positions_BT, entries, valid_BT) -> Passed:
+        """The same through the MTP module; `next_ids_BT` is the token after each."""
         assert self.mtp is not None
         module, layer = self.mtp
         x_BTD = module.merge(hidden_BTD, self.embed(next_ids_BT, self.recipe), self.recipe)
-        x_BTD, cache, stats = self._run(attend, [layer], x_BTD, positions_BT, [entries], valid_BT)
+        x_BTD, cache, stats = self._run([layer], x_BTD, positions_BT, cache, valid_BT)
         return Passed(module.out_norm(x_BTD), cache, stats)
 
     def _run(
-        self,
-        attend: Callable[..., tuple[jax.Array, jax.Array]],
-        layers: list[Layer],
-        x_BTD: jax.Array,
-        positions_BT: jax.Array,
-        entries: Sequence[Any],
-        valid_BT: jax.Array | None,
+        self, layers: list[Layer], x_BTD, positions_BT, cache: Cache | int, valid_BT
     ) -> tuple[jax.Array, Cache, list[MoEStats]]:
-        """Layers one after the other; `attend` takes one entry each, its cache or the slots."""
+        """Layers one after the other."""
         if valid_BT is None:
             valid_BT = jnp.ones(x_BTD.shape[:2], jnp.float32)
-        cache, stats = [], []
-        for layer, of_layer in zip(layers, entries, strict=True):
-            normed_BTD = layer.block.attn_norm(x_BTD)
-            y_BTD, entries_BSL = attend(layer, normed_BTD, positions_BT, of_layer)
-            x_BTD, found = layer.block.feed_forward(
-                x_BTD + y_BTD, valid_BT, self.recipe, routed=layer.routed
-            )
-            cache.append(entries_BSL)
+        new, stats = [], []
+        for number, (block, halves, routed) in enumerate(layers):
+            normed_BTD = block.attn_norm(x_BTD)
+            if isinstance(cache, int):
+                y_BTD, rows_BTL = block.attn.expanded(normed_BTD, positions_BT, None, self.recipe)
+                spare = cache - rows_BTL.shape[1]
+                entries_BSL = jnp.pad(rows_BTL, ((0, 0), (0, spare), (0, 0)))
+            else:
+                y_BTD, entries_BSL = block.attn.absorbed(
+                    normed_BTD, positions_BT, cache[number], halves, self.recipe
+                )
+            x_BTD, found = block.feed_forward(x_BTD + y_BTD, valid_BT, self.recipe, routed=routed)
+            new.append(entries_BSL)
             stats += [] if found is None else [found]
-        return x_BTD, cache, stats
-
-    def _expanded(self, layer: Layer, x_BTD, positions_BT, slots: int):
-        y_BTD, latents_BTL = layer.block.attn.expanded(x_BTD, positions_BT, None, self.recipe)
-        return y_BTD, jnp.pad(latents_BTL, ((0, 0), (0, slots - latents_BTL.shape[1]), (0, 0)))
-
-    def _absorbed(self, layer: Layer, x_BQD, positions_BQ, entries_BSL: jax.Array):
-        arrays = x_BQD, positions_BQ, entries_BSL, layer.halves
-        return layer.block.attn.absorbed(*arrays, self.recipe)
+        return x_BTD, new, stats
 
 
 def expert_load(stats: list[MoEStats]) -> jax.Array:

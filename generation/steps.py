@@ -119,7 +119,7 @@ class Steps:
             # Experts are counted for tokens of prompts only.
             valid_BT = (positions_BT < lengths_B[:, None]) & (budget_B > 0)[:, None]
             valid_BT = valid_BT.astype(jnp.float32)
-            hidden_BTD, cache, stats = decoder.prefill(ids_BT, positions_BT, slots, valid_BT)
+            hidden_BTD, cache, stats = decoder.read(ids_BT, positions_BT, slots, valid_BT)
             p_BV = self._probabilities(decoder, at_index(hidden_BTD, lengths_B - 1))
             streams_B = jnp.arange(ids_BT.shape[0], dtype=jnp.int32)
             pending_B = draw(row_keys(key, streams_B, lengths_B, MAIN), p_BV, self._sampling)
@@ -137,7 +137,7 @@ class Steps:
                 next_ids_BT = jnp.roll(ids_BT, -1, axis=1)
                 rows_B = jnp.arange(ids_BT.shape[0])
                 next_ids_BT = next_ids_BT.at[rows_B, lengths_B - 1].set(pending_B)
-                mtp_BTD, (state["mtp_cache"],), more = decoder.prefill_mtp(
+                mtp_BTD, (state["mtp_cache"],), more = decoder.read_ahead(
                     hidden_BTD, next_ids_BT, positions_BT, slots, valid_BT
                 )
                 stats = [*stats, *more]
@@ -184,7 +184,7 @@ class Steps:
     def _plain_step(self, decoder: Decoder, state: State, out, eos):
         lengths_B, pending_B = state["lengths_B"], state["pending_B"]
         running_B = ~state["finished_B"]
-        hidden_BQD, cache, stats = decoder.extend(
+        hidden_BQD, cache, stats = decoder.read(
             pending_B[:, None], lengths_B[:, None], state["cache"], _valid(running_B, 1)
         )
         p_BV = self._probabilities(decoder, hidden_BQD[:, 0])
@@ -201,7 +201,7 @@ class Steps:
         positions_B2 = lengths_B[:, None] + jnp.arange(2)
         ids_B2 = jnp.stack([state["pending_B"], state["draft_B"]], axis=1)
         valid_B2 = _valid(running_B, 2)
-        hidden_B2D, cache, stats = decoder.extend(ids_B2, positions_B2, state["cache"], valid_B2)
+        hidden_B2D, cache, stats = decoder.read(ids_B2, positions_B2, state["cache"], valid_B2)
         # One product for both positions: the head is the largest weight that is read.
         rows_BD = hidden_B2D.reshape(-1, hidden_B2D.shape[-1])
         p_B2V = self._probabilities(decoder, rows_BD).reshape(*ids_B2.shape, -1)
@@ -216,8 +216,8 @@ class Steps:
         second_B = draw(keys(lengths_B + 2, MAIN), p_B2V[:, 1], self._sampling)
         # Behind a refused draft the second entry is garbage; the next step writes it again.
         next_ids_B2 = jnp.stack([first_B, second_B], axis=1)
-        mtp_B2D, (mtp_cache,), more = decoder.extend_mtp(
-            hidden_B2D, next_ids_B2, positions_B2, state["mtp_cache"], valid_B2
+        mtp_B2D, (mtp_cache,), more = decoder.read_ahead(
+            hidden_B2D, next_ids_B2, positions_B2, [state["mtp_cache"]], valid_B2
         )
         drafted = self._draft(
             decoder,

@@ -87,8 +87,8 @@ def logits_of(made: Generator, held) -> np.ndarray:
         with use_layout(made.layout):
             decoder = make_decoder(CONFIG, held, RECIPE, mtp=False)
             at_BT = jnp.broadcast_to(jnp.arange(16), ids_BT.shape)
-            first, cache, _ = decoder.prefill(ids_BT[:, :12], at_BT[:, :12], 64)
-            last, _, _ = decoder.extend(ids_BT[:, 12:], at_BT[:, 12:], cache)
+            first, cache, _ = decoder.read(ids_BT[:, :12], at_BT[:, :12], 64)
+            last, _, _ = decoder.read(ids_BT[:, 12:], at_BT[:, 12:], cache)
             hidden = jnp.concatenate([first, last], axis=1)
             return hidden @ decoder.head.kernel[...]
 
@@ -215,7 +215,7 @@ def test_the_busiest_device_has_less_to_do(monkeypatch):
         def run(held, ids_BT):
             seen.clear()
             decoder = make_decoder(CONFIG, held, RECIPE, mtp=False)
-            decoder.prefill(ids_BT, jnp.broadcast_to(jnp.arange(64), ids_BT.shape), 64)
+            decoder.read(ids_BT, jnp.broadcast_to(jnp.arange(64), ids_BT.shape), 64)
             return jnp.stack(seen)
 
         return np.asarray(run(held, ids_BT)).reshape(-1, len(ids_BT), 64, 2)
@@ -262,7 +262,7 @@ def test_counted_load_is_that_of_the_full_forward_pass():
     total = np.zeros((ROWS - 1, E))
     for prompt, row in zip(PROMPTS, rows, strict=True):
         ids = jnp.asarray([*prompt, *row[:-1]])[None]
-        passed = decoder.prefill(ids, jnp.arange(ids.shape[1])[None], 64)
+        passed = decoder.read(ids, jnp.arange(ids.shape[1])[None], 64)
         total += np.asarray(expert_load(passed.stats))
     np.testing.assert_array_equal(session.expert_load, total)
 
