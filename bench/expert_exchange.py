@@ -29,7 +29,7 @@ from model.config import ModelConfig
 from model.moe import MoE
 from model.recipe import Recipe
 from model.router import select
-from pallas_kernels.grouped.expert_ffn import expert_ffn
+from pallas_kernels.grouped import expert_ffn
 from pallas_kernels.grouped.permute import combine_rows, gather_rows, sort_by_expert
 from runtime.devices import emulate_devices
 from sharding.config import MeshConfig

@@ -18,7 +18,7 @@ import numpy as np
 from bench.command import Command
 from bench.report import write_section
 from bench.timing import interleaved
-from pallas_kernels.grouped.expert_ffn import expert_ffn
+from pallas_kernels.grouped import expert_ffn
 from pallas_kernels.grouped.matmul import grouped_matmul
 
 PEAK_SIZE = 2048
