@@ -211,7 +211,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batches", default="1,16")
     parser.add_argument("--interpreter", default=str(reference), help="has torch, transformers")
     parser.add_argument("--serve", metavar="CASE", help="be our side; for the script itself")
-    options = parser.parse_args(arguments)
+    options = parser.options(arguments)
     jax.config.update("jax_platforms", "cpu")
     if options.serve:
         serve(cases()[options.serve])

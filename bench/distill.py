@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--teacher", default="runs/r1_bench")
     parser.add_argument("--folder", default="runs/distill_bench")
     parser.set_defaults(steps=())
-    options = parser.parse_args()
+    options = parser.options()
     if not re.fullmatch(r"\d+(,\d+)*", options.seeds):
         raise SystemExit(f"--seeds {options.seeds!r}: give numbers with commas, such as 0,1,2")
     folder, teachers = Path(options.folder).absolute(), Path(options.teacher).absolute()

@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> list[str]:
     parser = Command(__doc__, repeats=1, ways=2)
     parser.add_argument("--ways", type=int, default=len(WAYS), help="exchanges, the first so many")
     parser.add_argument("--repeats", type=int, default=40, help="rounds of the timing")
-    options = parser.parse_args(arguments)
+    options = parser.options(arguments)
     emulate_devices(DEVICES)
     lines = [*price(options.repeats), "", *traffic_table(options.ways)]
     print("\n".join(lines))

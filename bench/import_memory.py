@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure every depth and print the table."""
     parser = Command(__doc__, layers="4")
     parser.add_argument("--layers", default="8,16,61,122")
-    options = parser.parse_args(arguments)
+    options = parser.options(arguments)
     jax.config.update("jax_platforms", "cpu")
     lines = ["| layers | arrays, GB | peak resident memory, MiB | seconds |", "|---|---|---|---|"]
     for layers in map(int, options.layers.split(",")):

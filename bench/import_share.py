@@ -130,7 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = Command(__doc__, layers=4, hosts=64)
     parser.add_argument("--layers", type=int, default=61, help="of the main model, 4 or more")
     parser.add_argument("--hosts", type=int, default=64, help="of 8 devices each")
-    options = parser.parse_args(arguments)
+    options = parser.options(arguments)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", DEVICES_PER_HOST * options.hosts)
     config = dataclasses.replace(deepseek.v3_model(), num_layers=options.layers)

@@ -68,7 +68,7 @@ def main() -> None:
     parser = Command(__doc__, steps=FEW_STEPS)
     parser.set_defaults(steps=())
     parser.add_argument("--folder", default="runs/recipe")
-    options = parser.parse_args()
+    options = parser.options()
     folder = Path(options.folder).absolute()
     lines = report(folder, train_once(folder, "", "--recipe", "r1", *options.steps)["wall_s"])
     print("\n".join(lines))

@@ -111,9 +111,10 @@ def test_a_students_loss_is_the_closed_form():
     nats = -np.take_along_axis(ours, targets[..., None], -1)[..., 0]
     kl = (np.exp(theirs) * (theirs - ours)).sum(-1)
     want = (nats * mask).sum() / mask.sum(), (kl * mask).sum() / mask.sum()
-    loss, parts, _ = trainer._gradients(state, read, jnp.float32(0))
-    np.testing.assert_allclose((parts.main, parts.kl), want, rtol=2e-5)
-    np.testing.assert_allclose(loss, 0.7 * want[0] + 0.3 * want[1], rtol=2e-5)
+    found = trainer.gradients(state, read, KNOBS)
+    means = found.metrics["train/loss"], found.metrics["train/kl"]
+    np.testing.assert_allclose(means, want, rtol=2e-5)
+    np.testing.assert_allclose(found.loss, 0.7 * want[0] + 0.3 * want[1], rtol=2e-5)
 
 
 @pytest.mark.slow
@@ -121,14 +122,14 @@ def test_a_teacher_that_is_the_student_pulls_nowhere():
     """KL is 0 and has no gradient, so the gradient is (1 - w) that of plain fine-tuning."""
     trainer, state, read = student(0.25, teacher_seed=0)
     plain = {name: x for name, x in read.items() if name not in TEACHER}
-    _, parts, grads = trainer._gradients(state, read, jnp.float32(0))
+    found = trainer.gradients(state, read, KNOBS)
     sft = Trainer(MODEL, TRAIN, trainer.recipe, trainer.layout)
-    _, _, alone = sft._gradients(state, plain, jnp.float32(0))
-    assert abs(float(parts.kl)) < 1e-6
+    alone = sft.gradients(state, plain, KNOBS).grads
+    assert abs(float(found.metrics["train/kl"])) < 1e-6
     largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(alone))
     jax.tree.map(
         lambda got, want: np.testing.assert_allclose(got, 0.75 * want, atol=1e-5 * largest),
-        grads, alone,
+        found.grads, alone,
     )  # fmt: skip
 
 
