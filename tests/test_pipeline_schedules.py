@@ -450,7 +450,8 @@ def test_command_line_refuses_without_a_traceback(capsys, words, message):
 # ---- docs ---------------------------------------------------------------------------------------
 
 FIGURE = re.compile(
-    r"```bash\n[.]venv/bin/python -m sharding[.]pipeline[.]draw ([^\n]*)\n```\n\n```text\n(.*?)\n```",
+    r"```bash\n[.]venv/bin/python -m sharding[.]pipeline[.]draw ([^\n]*)\n```"
+    r"\n\n```text\n(.*?)\n```",
     re.DOTALL,
 )
 
