@@ -36,12 +36,12 @@ class RoutedExperts(NamedTuple):
         ffn = _separate_ffn if separate else expert_ffn
         ffn = functools.partial(ffn, backend=recipe.kernels.experts)
         names = (W_OUT, W_OUT, W_IN) if separate else (W_IN, W_IN, W_OUT)  # apart, output first
-        rows, local = (x_BTD, ids_BTK, weights_BTK), functools.partial(weighted_sums, ffn)
+        local = functools.partial(weighted_sums, ffn)
         params = jax.tree.map(lambda w: w.astype(x_BTD.dtype), self.params)
-        return routed_on_shards(*rows, params, names, local, groups)
+        return routed_on_shards(x_BTD, ids_BTK, weights_BTK, params, names, local, groups)
 
 
 def _separate_ffn(x_MD, w_gate, w_up, w_down, group_sizes_E, backend) -> jax.Array:
     """`separate_expert_ffn` of one device's experts, [1, out, in] each."""
-    apart = ([w[0] for w in ws] for ws in (w_gate, w_up, w_down))
-    return separate_expert_ffn(x_MD, *apart, group_sizes_E, backend=backend)
+    gate, up, down = ([w[0] for w in ws] for ws in (w_gate, w_up, w_down))
+    return separate_expert_ffn(x_MD, gate, up, down, group_sizes_E, backend=backend)
