@@ -203,7 +203,7 @@ def expert_load(stats: list[MoEStats]) -> jax.Array:
 def expert_routes(stats: list[MoEStats]) -> jax.Array:
     """Experts of every token [B, T, R], those of the MoE layers one after the other, R of them in
     all; int16. The recipe must ask for routes."""
-    ids = [layer.ids_BTK for layer in stats]
+    ids: list[Any] = [layer.ids_BTK for layer in stats]
     return jnp.concatenate(ids, axis=-1).astype(jnp.int16)
 
 
@@ -247,5 +247,7 @@ def _bind_layer(
         moe = dict(inside["moe"])
         routed = RoutedExperts(config, tuple(moe.pop(w) for w in EXPERT_WEIGHTS), replicas)
         inside["moe"] = moe
-    module = bind_part(config, name, {**params, "block": inside} if name == "mtp" else inside, bias)
+    module: Any = bind_part(
+        config, name, {**params, "block": inside} if name == "mtp" else inside, bias
+    )
     return module, Layer(module.block if name == "mtp" else module, halves, routed)

@@ -43,5 +43,5 @@ class RoutedExperts(NamedTuple):
 
 def _separate_ffn(x_MD, w_gate, w_up, w_down, group_sizes_E, backend) -> jax.Array:
     """`separate_expert_ffn` of one device's experts, [1, out, in] each."""
-    apart = ([w[0] for w in ws] for ws in (w_gate, w_up, w_down))
-    return separate_expert_ffn(x_MD, *apart, group_sizes_E, backend=backend)
+    gate, up, down = ([w[0] for w in ws] for ws in (w_gate, w_up, w_down))
+    return separate_expert_ffn(x_MD, gate, up, down, group_sizes_E, backend=backend)
