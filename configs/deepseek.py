@@ -284,8 +284,25 @@ def v3_671b() -> RunConfig:
         learning_rate=v3_learning_rate(),
         bias_update_rate=v3_bias_update_rate(),
         mtp_weight=v3_mtp_weight(),
+        fp8=True,
     )
     return _pretraining(v3_model(), 128815, train)
+
+
+def v3_on_its_layout(run: RunConfig) -> RunConfig:
+    """V3's run for `--layout deepseek`: a micro batch is one sequence per device of a stage.
+
+    A stage has 128 devices, so the published ramp begins with 24 micro batches, and DualPipe needs
+    twice its 16 stages. The ramp begins at its third plateau instead, 4608 sequences.
+    """
+    train = dataclasses.replace(
+        run.train,
+        steps=240_630,  # that 14.8 T tokens take
+        batch_ramp_from=4608,
+        batch_ramp_step=6,
+        micro_batch_size=128,
+    )
+    return dataclasses.replace(run, train=train)
 
 
 def kimi_k2() -> RunConfig:
