@@ -10,12 +10,15 @@ import pathlib
 # device, because with few cores collectives and split products can wait for each other for ever.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["PJRT_NPROC"] = "64"
+QUICK_XLA = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    # In one piece: cutting a program for several compiler threads costs a seventh of its time.
+    "--xla_cpu_parallel_codegen_split_count=1"
+)
+"""Flags that compile in half the time; for programs that tests start, too."""
 os.environ["XLA_FLAGS"] = " ".join(
     [
-        "--xla_backend_optimization_level=0",
-        "--xla_llvm_disable_expensive_passes=true",
-        # In one piece: cutting a program for several compiler threads costs a seventh of its time.
-        "--xla_cpu_parallel_codegen_split_count=1",
+        QUICK_XLA,
         "--xla_cpu_multi_thread_eigen=false",
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from tests.conftest import QUICK_XLA
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 COMPILER = ROOT / os.environ.get("GPU_COMPILER", ".gpu-compiler")
 SECONDS = 600
@@ -61,10 +63,11 @@ def test_every_script_has_its_run():
 def test_a_bench_runs_at_its_smallest_size(name, tmp_path, request):
     options = OPTIONS.get(name, "").format(*[tmp_path] * 2).split()
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PJRT_NPROC")}
+    environment["XLA_FLAGS"] = QUICK_XLA
     if SCRIPTS[name].name == "reference":
         options += ["--interpreter", request.getfixturevalue("reference_python")]
     if SCRIPTS[name].name == "gpu_compile":
-        environment |= {"PYTHONPATH": str(COMPILER), "JAX_PLATFORMS": "cpu"}
+        environment |= {"PYTHONPATH": str(COMPILER), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     done = subprocess.run(
         [sys.executable, "-m", f"bench.{name}", "--quick", *options], cwd=ROOT, env=environment,
         capture_output=True, text=True, check=False, timeout=SECONDS,

@@ -23,6 +23,7 @@ from rl.verdict.sandbox import described_isolation
 from rl.verdict.scoring import judge_scorer
 from sharding.config import MeshConfig
 from sharding.mesh import make_layout
+from tests.conftest import QUICK_XLA
 from tests.test_rl_sandbox import KEPT_IN
 from training.metrics import read_metrics
 
@@ -264,7 +265,7 @@ def train_command(folder: pathlib.Path, name: str, *options: str) -> list[str]:
 
 def run_train(folder: pathlib.Path, name: str, *options: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        train_command(folder, name, *options), cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""},
+        train_command(folder, name, *options), cwd=ROOT, env=os.environ | {"XLA_FLAGS": QUICK_XLA},
         text=True, capture_output=True, check=False,
     )  # fmt: skip
 
@@ -309,7 +310,11 @@ def test_a_run_with_a_reward_that_hangs_stops_on_sigterm(folder):
         "--train.eval-every", "0", *["--rl.unsafe-code"] * (not KEPT_IN),
     )  # fmt: skip
     process = subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, text=True, stdout=subprocess.PIPE
+        command,
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": QUICK_XLA},
+        text=True,
+        stdout=subprocess.PIPE,
     )
     with process:
         try:
