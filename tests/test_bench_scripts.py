@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.conftest import QUICK_XLA
+from tests.xla_flags import QUICK_XLA
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 COMPILER = ROOT / os.environ.get("GPU_COMPILER", ".gpu-compiler")

@@ -23,8 +23,8 @@ from rl.verdict.sandbox import described_isolation
 from rl.verdict.scoring import judge_scorer
 from sharding.config import MeshConfig
 from sharding.mesh import make_layout
-from tests.conftest import QUICK_XLA
 from tests.test_rl_sandbox import KEPT_IN
+from tests.xla_flags import QUICK_XLA
 from training.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

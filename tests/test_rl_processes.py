@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from tests.conftest import QUICK_XLA
+from tests.xla_flags import QUICK_XLA
 from training.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

@@ -39,8 +39,8 @@ from rl.verdict.scoring import TaskScorer
 from sharding.config import MeshConfig
 from sharding.mesh import make_layout
 from sharding.partition import place_rows, use_layout
-from tests.conftest import QUICK_XLA
 from tests.small_model import CONFIG, hf_folder, run_folder, tensors, weights
+from tests.xla_flags import QUICK_XLA
 from training.config import OptimizerConfig, TrainConfig
 from training.metrics import read_metrics
 from training.run import Session
@@ -553,8 +553,8 @@ def test_the_whole_recipe(tmp_path):
     command = [sys.executable, "train.py", "--recipe", "r1", "--run-dir", str(tmp_path)]
     for _ in range(2):
         done = subprocess.run(
-            [*command, *SMALL, *short], cwd=ROOT, env=os.environ | {"XLA_FLAGS": QUICK_XLA}, text=True,
-            capture_output=True, check=False,
+            [*command, *SMALL, *short], cwd=ROOT, env=os.environ | {"XLA_FLAGS": QUICK_XLA},
+            text=True, capture_output=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("the run is complete: 24 of 24 steps") == len(stages)
