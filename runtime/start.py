@@ -14,7 +14,8 @@ from runtime.processes import join_processes
 def start(options: RuntimeOptions, idle: bool = False) -> None:
     """Set up JAX as the options say. Call before JAX is first used.
 
-    `idle`: nothing will run on the devices. Raises ValueError for devices or processes that cannot be had.
+    `idle`: nothing will run on the devices.
+    Raises ValueError for devices or processes that cannot be had.
     """
     if options.emulate or find_spec("jax_cuda13_plugin") is None:
         keep_freed_memory()

@@ -214,7 +214,7 @@ def test_v3_on_its_own_layout():
 
 @pytest.mark.slow
 def test_v3_on_its_own_layout_is_printed():
-    words = "--config v3_671b --layout deepseek --emulate 2048 --print-config".split()
+    words = ["--config", "v3_671b", "--layout", "deepseek", "--emulate", "2048", "--print-config"]
     done = subprocess.run(
         [sys.executable, "train.py", *words], cwd=ROOT, capture_output=True, text=True, check=False
     )
