@@ -51,30 +51,24 @@ def v3_model() -> ModelConfig:
 
 
 def v2_model() -> ModelConfig:
-    """DeepSeek-V2, 236B."""
-    return ModelConfig(
+    """DeepSeek-V2, 236B: V3's layers with softmax scores, no bias in the routing, and no MTP."""
+    return dataclasses.replace(
+        v3_model(),
         vocab_size=102400,
         hidden_size=5120,
         num_layers=60,
         num_dense_layers=1,
-        num_heads=128,
-        q_lora_rank=1536,
-        kv_lora_rank=512,
-        qk_nope_head_dim=128,
-        qk_rope_head_dim=64,
-        v_head_dim=128,
         dense_ffn_size=12288,
         expert_ffn_size=1536,
         num_experts=160,
         num_shared_experts=2,
         experts_per_token=6,
-        num_expert_groups=8,
         groups_per_token=3,
         scoring="softmax",
         topk_method="group_limited_greedy",
         normalize_topk=False,
         routed_scaling_factor=16.0,
-        max_position=4096,
+        mtp_depth=0,
     )
 
 
