@@ -19,7 +19,6 @@ slow = pytest.mark.slow
 SCRIPTS = {
     "compile": slow,
     "decode": pytest.mark.reference,
-    "distill": slow,
     "expert_exchange": slow,
     "gpu_programs": pytest.mark.gpu_compile,
     "grouped_matmul": slow,
@@ -27,7 +26,6 @@ SCRIPTS = {
     "import_share": slow,
     "kernels": pytest.mark.gpu_compile,
     "r1": slow,
-    "recipe": slow,
     "rollout": slow,
     "routing_replay": slow,
     "scaling": slow,
@@ -38,14 +36,15 @@ SCRIPTS = {
 }
 """Scripts and the suite that runs each."""
 OPTIONS = {
-    "distill": "--folder {} --teacher {}/teachers",
     "kernels": "--compile --cases decode",
     "r1": "--folder {}",
-    "recipe": "--folder {}",
     "routing_replay": "--finer {}/finer",
     "search": "--folder {}",
     "tiny": "--run-dir {}",
 }
+SCRIPTS_OF_RUNS = ("distill", "recipe")
+"""Scripts whose models must be right now and then, which takes minutes: tests/test_rl_tuning.py
+runs their stages at the smallest size, and here they only start."""
 SPOKEN_TO = {"hf_step", "hf_decode"}
 """Scripts that `step` and `decode` run under PyTorch's interpreter."""
 
@@ -56,7 +55,16 @@ def test_every_script_has_its_run():
         return any(isinstance(node, ast.If) and "__main__" in ast.unparse(node) for node in body)
 
     scripts = {path.stem for path in (ROOT / "bench").glob("*.py") if has_main(path)}
-    assert scripts == SCRIPTS.keys() | SPOKEN_TO
+    assert scripts == SCRIPTS.keys() | SPOKEN_TO | set(SCRIPTS_OF_RUNS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS_OF_RUNS)
+def test_a_bench_of_whole_runs_starts(name):
+    command = [sys.executable, "-m", f"bench.{name}", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--folder" in done.stdout
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=SCRIPTS[name]) for name in SCRIPTS])
