@@ -4,6 +4,10 @@
 set -eum # -m: a stage has a process group of its own, so a terminal's interrupt reaches it once
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 recipe=$(basename "$0" .sh) run=${1:-runs/$(basename "$0" .sh)} stopped=
+if [[ ${1-} == -* ]]; then
+  echo "$recipe: $1 stands where the run folder should; give that first: runs/$recipe.sh FOLDER $*" >&2
+  exit 2
+fi
 options=("${@:2}")
 for option in "${@:2}"; do
   option=${option%%=*}

@@ -203,7 +203,7 @@ def test_v3_on_its_own_layout():
     mesh, train = command.run.mesh, command.run.train
     assert resolve(mesh, 2048) == mesh
     assert (mesh.pipe, mesh.expert, mesh.expert_nodes, mesh.schedule) == (16, 64, 8, "dualpipe")
-    assert train.fp8
+    assert (train.fp8, mesh.exchange_dtype, mesh.zero1) == (True, "float8_e4m3fn", True)
     plan = BatchPlan(train)
     for count in plan.micro_batch_counts():
         make_schedule(mesh.schedule, mesh.pipe, count)

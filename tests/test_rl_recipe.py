@@ -77,6 +77,12 @@ def test_a_recipe_is_never_a_single_run():
         train.train(command)
 
 
+def test_an_option_is_not_taken_for_the_run_folder(scripts):
+    done = run_script(scripts / "r1_zero.sh", "--train.steps", "2")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "give that first: runs/r1_zero.sh FOLDER --train.steps 2" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("option", "named"),
     [
