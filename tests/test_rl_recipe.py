@@ -44,7 +44,7 @@ time.sleep(60)
     ],
 )
 def test_a_recipe_is_recognised_with_an_equals_sign(arguments, capsys, monkeypatch):
-    monkeypatch.setattr(train, "start_devices", lambda _: pytest.fail("a single run was started"))
+    monkeypatch.setattr(train, "train", lambda _: pytest.fail("a single run was started"))
     assert train.main(arguments) == 2
     assert "--recipe 'r1_zer': did you mean r1_zero?" in capsys.readouterr().err
 
@@ -64,7 +64,7 @@ def test_what_a_recipe_names_itself_is_refused_in_every_form(option, named, caps
 
 
 def test_a_recipe_is_never_a_single_run(monkeypatch):
-    monkeypatch.setattr(train, "start_devices", lambda _: pytest.fail("a single run was started"))
+    monkeypatch.setattr("runtime.start.start", lambda _: pytest.fail("a single run was started"))
     command = dataclasses.replace(parse(["--config", "tiny"]), recipe="r1_zero")
     with pytest.raises(ValueError, match="recipe r1_zero is no single run"):
         train.train(command)
