@@ -43,8 +43,7 @@ train: $(VENV)/.base  ## train a preset: CONFIG=tiny TRAIN_FLAGS="--emulate 8 --
 	$(PY) train.py --config $(CONFIG) $(TRAIN_FLAGS)
 
 r1: $(VENV)/.base  ## R1-Zero in small, from random weights to runs/r1_zero/rl.png
-	$(PY) train.py --config r1_base
-	$(PY) train.py --config r1_zero --init-from runs/r1_base
+	PYTHON=$(PY) runs/r1_zero.sh runs
 
 env: $(VENV)/.base  ## environment of a run
 dev-env: $(VENV)/.dev  ## the same with test, lint and type tools
@@ -87,7 +86,8 @@ clean:  ## remove tool caches; environments, data caches and runs stay
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean  ## also remove environments, data caches and runs
-	rm -rf $(VENV) $(REFERENCE_VENV) $(GPU_COMPILER) cache runs
+	rm -rf $(VENV) $(REFERENCE_VENV) $(GPU_COMPILER) cache
+	find runs -mindepth 1 -maxdepth 1 -not -name '*.sh' -exec rm -rf {} +
 
 # A launcher may be on the PATH and still not run (pyenv), so the check runs it. $(1) is the
 # interpreter, $(2) its lowest minor version, $(3) the variable that names another.

@@ -5,6 +5,9 @@ The stage of the configuration decides what is learned: text, examples, rewards,
 answers. `--help` lists every option, `--print-config` shows what a run would be.
 """
 
+import argparse
+import difflib
+import os
 import sys
 import time
 from pathlib import Path
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 
 STARTED = time.monotonic()
 SAMPLE_LENGTH = 128
+RECIPES = Path(__file__).resolve().parent / "runs"
+"""Folder of the scripts that --recipe runs."""
 
 
 class Stage(Protocol):
@@ -213,13 +218,28 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     named = {argument.partition("=")[0] for argument in arguments}
     if "--recipe" in named and not {"-h", "--help"} & named:
-        from rl.recipe import run_recipe
-
         return run_recipe(arguments)
     command = parse(arguments)
     from runtime.processes import together  # --help needs no JAX
 
     return together("train.py", lambda: train(command), (ValueError, OSError, FloatingPointError))
+
+
+def run_recipe(arguments: list[str]) -> int:
+    """Become the script of `--recipe NAME [--run-dir DIR] [options of every stage]`; 2: no such."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--recipe", required=True)
+    parser.add_argument("--run-dir", "--run_dir", default="")
+    ours, others = parser.parse_known_args(arguments)
+    scripts = {path.stem: path for path in sorted(RECIPES.glob("*.sh")) if path.stem != "stage"}
+    if ours.recipe not in scripts:
+        near = difflib.get_close_matches(ours.recipe, scripts, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        print(f"--recipe {ours.recipe!r}: {hint}Known: {', '.join(scripts)}", file=sys.stderr)
+        return 2
+    folder = ours.run_dir or f"runs/{ours.recipe}"
+    words = ["bash", str(scripts[ours.recipe]), folder, *others]
+    os.execvpe("bash", words, os.environ | {"PYTHON": sys.executable})
 
 
 def train(command: Command) -> int:

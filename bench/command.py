@@ -4,7 +4,7 @@ python -m bench.NAME [--quick] [--write] [options of its own]
 """
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 FEW_STEPS = ("--train.steps", "2", "--train.eval-every", "2")
@@ -25,12 +25,11 @@ class Command(argparse.ArgumentParser):
         self.add_argument("--write", action="store_true", help="write the section of results.md")
         self.add_argument("--quick", action="store_true", help="smallest size: does it run?")
 
-    def parse_args(self, args: Iterable[str] | None = None, namespace=None) -> Any:
+    def options(self, arguments: Sequence[str] | None = None) -> argparse.Namespace:
         """Parsed options; exits with a message if figures of the smallest size were to be kept."""
-        args = None if args is None else list(args)
-        if super().parse_known_args(args)[0].quick:
+        if self.parse_known_args(arguments)[0].quick:
             self.set_defaults(**self.quick)
-        options = super().parse_args(args, namespace)
+        options = self.parse_args(arguments)
         if options.quick and options.write:
             self.error("--quick measures nothing worth keeping; leave --write or --quick out")
         return options

@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--emulate", type=int, default=8, help="devices of the first step")
     parser.add_argument("--deep", type=int, default=60, help="MoE layers of the deep model")
     parser.add_argument("--runs", type=int, default=1, help="repetitions; medians are shown")
-    options = parser.parse_args(arguments)
+    options = parser.options(arguments)
     cold, warm, shallow, deep = [], [], [], []
     for _ in range(options.runs):
         with tempfile.TemporaryDirectory() as cache:

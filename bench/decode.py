@@ -30,7 +30,7 @@ import numpy as np
 from bench.command import Command
 from bench.report import write_section
 from checkpoint.hf_config import to_hf_config
-from configs import deepseek_models, tiny
+from configs import deepseek, tiny
 from generation.config import Sampling
 from generation.engine import Generator
 from model.config import ModelConfig
@@ -48,7 +48,7 @@ def cases() -> dict[str, ModelConfig]:
     """Models of the comparison."""
     small = dataclasses.replace(tiny.model(), max_position=8192, mtp_depth=0)
     wide = dataclasses.replace(
-        deepseek_models.v2_lite(), num_layers=4, max_position=8192, yarn=None, init_std=0.02
+        deepseek.v2_lite_model(), num_layers=4, max_position=8192, yarn=None, init_std=0.02
     )
     return {"tiny": small, "v2_lite": wide}
 
@@ -211,7 +211,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batches", default="1,16")
     parser.add_argument("--interpreter", default=str(reference), help="has torch, transformers")
     parser.add_argument("--serve", metavar="CASE", help="be our side; for the script itself")
-    options = parser.parse_args(arguments)
+    options = parser.options(arguments)
     jax.config.update("jax_platforms", "cpu")
     if options.serve:
         serve(cases()[options.serve])

@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 from bench.command import FEW_STEPS, Command
 from bench.report import write_section
 from bench.runs import train_once
-from configs.r1_student import model
+from configs.r1 import student_model
 from training.metrics import read_metrics
 
 FEW_CHAINS = ("--task.options", "share_of_chains=0.1")
@@ -27,7 +27,7 @@ BASE_STEPS, RL_STEPS = ("--train.steps", "200"), ("--train.steps", "1000")
 
 def student_shape() -> list[str]:
     """Options that give another preset the student's shape."""
-    shape = model()
+    shape = student_model()
     fields = ("hidden_size", "num_layers", "expert_ffn_size", "dense_ffn_size", "init_std")
     return [
         part for name in fields
@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--teacher", default="runs/r1_bench")
     parser.add_argument("--folder", default="runs/distill_bench")
     parser.set_defaults(steps=())
-    options = parser.parse_args()
+    options = parser.options()
     if not re.fullmatch(r"\d+(,\d+)*", options.seeds):
         raise SystemExit(f"--seeds {options.seeds!r}: give numbers with commas, such as 0,1,2")
     folder, teachers = Path(options.folder).absolute(), Path(options.teacher).absolute()

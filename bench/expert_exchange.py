@@ -29,7 +29,7 @@ from model.config import ModelConfig
 from model.moe import MoE
 from model.recipe import Recipe
 from model.router import select
-from pallas_kernels.grouped.expert_ffn import expert_ffn
+from pallas_kernels.grouped import expert_ffn
 from pallas_kernels.grouped.permute import combine_rows, gather_rows, sort_by_expert
 from runtime.devices import emulate_devices
 from sharding.config import MeshConfig
@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> list[str]:
     parser = Command(__doc__, repeats=1, ways=2)
     parser.add_argument("--ways", type=int, default=len(WAYS), help="exchanges, the first so many")
     parser.add_argument("--repeats", type=int, default=40, help="rounds of the timing")
-    options = parser.parse_args(arguments)
+    options = parser.options(arguments)
     emulate_devices(DEVICES)
     lines = [*price(options.repeats), "", *traffic_table(options.ways)]
     print("\n".join(lines))

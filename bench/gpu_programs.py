@@ -250,7 +250,7 @@ def table(cases: dict[str, str]) -> list[str]:
     return lines
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Command:
     """Options of the command."""
     found = Command(__doc__)
     found.add_argument("--config", default="tiny", help="preset")
@@ -277,7 +277,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> None:
     """Compile one layout, or those of the table."""
-    options = parser().parse_args(arguments)
+    options = parser().options(arguments)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
     if options.table:

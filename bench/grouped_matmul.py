@@ -18,7 +18,7 @@ import numpy as np
 from bench.command import Command
 from bench.report import write_section
 from bench.timing import interleaved
-from pallas_kernels.grouped.expert_ffn import expert_ffn
+from pallas_kernels.grouped import expert_ffn
 from pallas_kernels.grouped.matmul import grouped_matmul
 
 PEAK_SIZE = 2048
@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> list[Figure]:
     parser = Command(__doc__, repeats=1, cases=1)
     parser.add_argument("--cases", type=int, default=len(CASES), help="shapes, the first so many")
     parser.add_argument("--repeats", type=int, default=20, help="rounds per shape")
-    options = parser.parse_args(arguments)
+    options = parser.options(arguments)
     peak = measure_peak(options.repeats)
     figures = [f for case in CASES[: options.cases] for f in measure(case, options.repeats)]
     lines = table(figures, peak)

@@ -21,7 +21,7 @@ from bench.command import Command
 from bench.import_share import write_sparse
 from bench.report import write_section
 from checkpoint.weights import total_bytes
-from configs import deepseek_models
+from configs import deepseek
 from model.config import ModelConfig
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -30,7 +30,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 def narrow(layers: int) -> ModelConfig:
     """V3's structure, small enough to be written in seconds."""
     return dataclasses.replace(
-        deepseek_models.v3_671b(),
+        deepseek.v3_model(),
         num_layers=layers,
         vocab_size=16384,
         hidden_size=1024,
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure every depth and print the table."""
     parser = Command(__doc__, layers="4")
     parser.add_argument("--layers", default="8,16,61,122")
-    options = parser.parse_args(arguments)
+    options = parser.options(arguments)
     jax.config.update("jax_platforms", "cpu")
     lines = ["| layers | arrays, GB | peak resident memory, MiB | seconds |", "|---|---|---|---|"]
     for layers in map(int, options.layers.split(",")):

@@ -26,7 +26,7 @@ from checkpoint import safetensors
 from checkpoint.hf_config import to_hf_config
 from checkpoint.hf_reader import INDEX, HuggingFaceFolder
 from checkpoint.hf_writer import QUANTIZATION, layout
-from configs import deepseek_models
+from configs import deepseek
 from model.blueprint import blueprint
 from model.config import ModelConfig
 from sharding.config import MeshConfig
@@ -130,10 +130,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = Command(__doc__, layers=4, hosts=64)
     parser.add_argument("--layers", type=int, default=61, help="of the main model, 4 or more")
     parser.add_argument("--hosts", type=int, default=64, help="of 8 devices each")
-    options = parser.parse_args(arguments)
+    options = parser.options(arguments)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", DEVICES_PER_HOST * options.hosts)
-    config = dataclasses.replace(deepseek_models.v3_671b(), num_layers=options.layers)
+    config = dataclasses.replace(deepseek.v3_model(), num_layers=options.layers)
     with tempfile.TemporaryDirectory() as name:
         path = pathlib.Path(name)
         total = write_sparse(path, config)

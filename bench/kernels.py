@@ -166,7 +166,7 @@ def main() -> None:
     mode.add_argument("--tune", action="store_true", help="find the best blocks on this GPU")
     parser.add_argument("--cases", default="", help="only cases whose name holds this")
     parser.add_argument("--json", default="", help="also write the figures to this file")
-    options = parser.parse_args()
+    options = parser.options()
     chosen = {name: case for name, case in all_cases().items() if options.cases in name}
     if not chosen:
         parser.error(f"no case holds {options.cases!r}; there are {', '.join(all_cases())}")

@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--controls", default="no_chains,weak_base")
     parser.add_argument("--folder", default="runs/r1_bench")
     parser.set_defaults(steps=())
-    options = parser.parse_args()
+    options = parser.options()
     if not re.fullmatch(r"(\d+(,\d+)*)?", options.seeds):
         raise SystemExit(f"--seeds {options.seeds!r}: give numbers with commas, such as 0,1,2")
     controls = [name for name in options.controls.split(",") if name]

@@ -15,9 +15,10 @@ from bench.answers import inspected
 from bench.command import FEW_STEPS, Command
 from bench.report import write_section
 from bench.runs import train_once
-from configs.recipes import RECIPES
 from rl.config import TaskConfig
 
+STAGES = "base", "zero", "cold", "reasoning", "sft", "r1", "student"
+"""Of `runs/r1.sh`."""
 PROBLEMS = 512
 BUDGET = 28
 TASKS = {"ten moves": ("scripts=2",), "two to ten": ("scripts=2", "shortest=2")}
@@ -51,11 +52,11 @@ def report(folder: Path, seconds: float) -> list[str]:
         "two to ten moves: right |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for stage in RECIPES["r1"]:
-        found = measure(folder / stage.name)
+    for stage in STAGES:
+        found = measure(folder / stage)
         ten, mixed = found["ten moves"], found["two to ten"]
         lines.append(
-            f"| {stage.name} | {ten['correct']:.3f} | {ten['chains']:.0%} | {ten['language']:.0%} "
+            f"| {stage} | {ten['correct']:.3f} | {ten['chains']:.0%} | {ten['language']:.0%} "
             f"| {ten['steps']:.3f} | {ten['length']:.1f} | {mixed['correct']:.3f} |"
         )
         print(lines[-1], flush=True)
@@ -67,7 +68,7 @@ def main() -> None:
     parser = Command(__doc__, steps=FEW_STEPS)
     parser.set_defaults(steps=())
     parser.add_argument("--folder", default="runs/recipe")
-    options = parser.parse_args()
+    options = parser.options()
     folder = Path(options.folder).absolute()
     lines = report(folder, train_once(folder, "", "--recipe", "r1", *options.steps)["wall_s"])
     print("\n".join(lines))

@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--budgets", default="28,128", help="longest answers, in tokens")
     parser.add_argument("--weights", default="", help="a run folder; empty: random weights")
     parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
+    options = parser.options()
     bench, budgets = Bench(options.weights), map(int, options.budgets.split(","))
     lines = [
         f"128 answers of {'trained' if options.weights else 'random'} weights in `r1_base`'s shape",

@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--finer", default="runs/r1_base_finer", help="run folder; may be missing")
     parser.add_argument("--prompts", default=16, type=int)
     parser.set_defaults(steps=())
-    options = parser.parse_args()
+    options = parser.options()
     lines = [
         f"Answers to {options.prompts} prompts x {GROUP}. Gap in nats, without replay → with it; "
         "flipped: tokens for",

@@ -214,7 +214,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cache", type=pathlib.Path, help="folder that keeps compiled programs")
     parser.add_argument("--layout", help="show the collectives of this layout instead")
     parser.add_argument("--sources", action="store_true", help="with --layout: where each is from")
-    options = parser.parse_args(arguments)
+    options = parser.options(arguments)
     emulate_devices(DEVICES)
     with tempfile.TemporaryDirectory() as folder:
         jax.config.update("jax_compilation_cache_dir", str(options.cache or folder))

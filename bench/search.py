@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--folder", default="runs/search_bench")
     parser.set_defaults(steps=())
-    options = parser.parse_args()
+    options = parser.options()
     if not re.fullmatch(r"\d+(,\d+)*", options.seeds):
         raise SystemExit(f"--seeds {options.seeds!r}: give numbers with commas, such as 0,1,2")
     folder, rows = Path(options.folder).absolute(), []

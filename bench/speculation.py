@@ -161,7 +161,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cases", default="tiny,deep,v2_lite")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=128, help="tokens of a session")
-    options = parser.parse_args(arguments)
+    options = parser.options(arguments)
     jax.config.update("jax_platforms", "cpu")
     lines = [
         "Batch 1, context 64, fp32, greedy.",

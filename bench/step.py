@@ -210,7 +210,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=3, help="steps per round")
     parser.add_argument("--interpreter", default=str(reference), help="has torch, transformers")
-    options = parser.parse_args(arguments)
+    options = parser.options(arguments)
     jax.config.update("jax_platforms", "cpu")
     lines = [
         "| model | ours, tokens/s | HF, tokens/s | ratio | by processor time | MFLOP/token "

@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--emulate", type=int, default=8, help="devices, as a cube if 8")
     parser.add_argument("--steps", type=int, default=0, help="0: the preset's")
     parser.add_argument("--run-dir", default="runs/tiny")
-    options = parser.parse_args()
+    options = parser.options()
     command = [*COMMAND, "--emulate", str(options.emulate)]
     command += ["--layout", "cube"] * (options.emulate == 8)
     command += ["--train.steps", str(options.steps)] * (options.steps > 0)

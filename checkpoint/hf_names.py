@@ -1,32 +1,24 @@
 """Names of a Hugging Face DeepSeek checkpoint and places in our parameter tree, both ways.
 
-One table (`table`) states, for each array of ours, the tensors it is made of and their layout; both
-directions walk it. Three facts cover all layouts:
+One table (`table`) states, for each array of ours, the tensors it is made of and their layout;
+`hf_reader.py`, `hf_import.py` and `hf_writer.py` walk it. Three facts cover all layouts:
   - a checkpoint stores a matrix as [out, in], we store [in..., out...], heads on their own axes.
     Per head, q_b rows are [nope | rope] and kv_b rows [k_nope | v], as in our head_dim axes;
   - we stack equal layers and experts along leading axes, a checkpoint has one tensor for each;
   - MTP module k is the checkpoint's layer `num_hidden_layers + k`.
-
-Pure numpy. A state is a mapping from tensor name to array and is read once per tensor, so it may
-load lazily. Strict both ways: what is missing, left over or of another shape is an error.
 """
 
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 
 from model.config import ModelConfig
 
-Tree = dict[str, Any]
-State = Mapping[str, np.ndarray]
-
 PARAMS, ROUTER_BIAS = "params", "router_bias"
 
-_FUSED = re.compile(r"(.*\.mlp\.experts\.)(gate_up_proj|down_proj)")
 # Old exports store the rotary frequencies, which the configuration determines.
 DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")
 
@@ -69,70 +61,6 @@ class Entry:
         if self.in_dims is None:
             return array
         return np.ascontiguousarray(array.reshape(self.stored_shape[::-1]).T)
-
-
-def from_hf(
-    state: State, config: ModelConfig, trees: Iterable[str] = (PARAMS, ROUTER_BIAS)
-) -> Tree:
-    """{"params": ..., "router_bias": ...} in fp32 from a checkpoint's tensors.
-
-    `trees` limits what is expected: gradients have no router bias. Experts may be one tensor each
-    or fused (`experts.gate_up_proj`, `experts.down_proj`), as transformers 5 holds them in memory.
-
-    Raises ValueError naming tensors that are missing, unknown, or of another shape than `config`
-    says, and MTP copies of the embedding or head that differ from the main model's.
-    """
-    entries = [entry for entry in table(config) if entry.tree in trees]
-    copies = shared_copies(config)
-    state = split_fused_experts(state)
-    expected = {name for entry in entries for name in entry.names.flat}
-    _require_none(expected - state.keys(), "tensors are missing from the checkpoint")
-    extra = {
-        name for name in state.keys() - expected - copies.keys() if not DERIVED.fullmatch(name)
-    }
-    _require_none(extra, "tensors of the checkpoint have no place in this configuration")
-    result: Tree = {tree: {} for tree in trees}
-    for entry in entries:
-        array = np.empty(entry.our_shape, np.float32)
-        for index in np.ndindex(entry.names.shape):
-            name = str(entry.names[index])
-            tensor = np.asarray(state[name])
-            _require_shape(name, tensor.shape, entry.stored_shape)
-            array[index] = entry.load(tensor)
-        _insert(result[entry.tree], entry.path, array)
-    for copy, original in copies.items():
-        if copy in state and not np.array_equal(state[copy], state[original]):
-            raise ValueError(
-                f"{copy} differs from {original}; MTP modules share embedding and head with the "
-                "main model, so the two must be equal"
-            )
-    return result
-
-
-def to_hf(
-    trees: Tree, config: ModelConfig, *, mtp_copies: bool = True, fuse: bool = False
-) -> dict[str, np.ndarray]:
-    """The inverse of `from_hf`: fp32 tensors from {"params": ..., "router_bias": ...}.
-
-    `mtp_copies` repeats embedding and head in every MTP layer, as released checkpoints do; `fuse`
-    writes the experts of a layer as two tensors instead of three per expert.
-
-    Raises ValueError naming arrays of ours that are missing, unknown or of another shape.
-    """
-    entries = [entry for entry in table(config) if entry.tree in trees]
-    ours = {f"{tree}/{path}": a for tree, sub in trees.items() for path, a in _walk(sub)}
-    expected = {f"{entry.tree}/{entry.path}" for entry in entries}
-    _require_none(expected - ours.keys(), "arrays are missing from the parameter tree")
-    _require_none(ours.keys() - expected, "arrays of the parameter tree are not in a checkpoint")
-    state = {}
-    for entry in entries:
-        array = np.asarray(ours[f"{entry.tree}/{entry.path}"], np.float32)
-        _require_shape(entry.path, array.shape, entry.our_shape)
-        for index in np.ndindex(entry.names.shape):
-            state[entry.names[index]] = entry.store(array[index])
-    if mtp_copies:
-        state |= {copy: state[original] for copy, original in shared_copies(config).items()}
-    return fuse_experts(state) if fuse else state
 
 
 def table(config: ModelConfig) -> list[Entry]:
@@ -229,72 +157,3 @@ def shared_copies(config: ModelConfig) -> dict[str, str]:
         copies[f"model.layers.{layer}.embed_tokens.weight"] = "model.embed_tokens.weight"
         copies[f"model.layers.{layer}.shared_head.head.weight"] = "lm_head.weight"
     return copies
-
-
-def split_fused_experts(state: State) -> dict[str, np.ndarray] | State:
-    """One tensor per expert from `gate_up_proj` [E, 2f, d] (gate first) and `down_proj` [E, d, f].
-
-    Views, no copies. A state without fused tensors is returned as it is.
-    """
-    fused = {name: match for name in state if (match := _FUSED.fullmatch(name))}
-    if not fused:
-        return state
-    result = {name: state[name] for name in state if name not in fused}
-    for name, match in fused.items():
-        prefix, kind = match.groups()
-        for expert, matrix in enumerate(state[name]):
-            parts = {"down_proj": matrix}
-            if kind == "gate_up_proj":
-                parts = dict(zip(("gate_proj", "up_proj"), np.split(matrix, 2), strict=True))
-            result |= {f"{prefix}{expert}.{part}.weight": value for part, value in parts.items()}
-    return result
-
-
-def fuse_experts(state: State) -> dict[str, np.ndarray]:
-    """The inverse of `split_fused_experts`."""
-    pattern = re.compile(r"(.*\.mlp\.experts\.)(\d+)\.gate_proj\.weight")
-    experts: dict[str, int] = {}
-    for name in state:
-        if match := pattern.fullmatch(name):
-            experts[match[1]] = max(experts.get(match[1], 0), int(match[2]) + 1)
-    result = dict(state)
-    for prefix, count in experts.items():
-        gate, up, down = (
-            np.stack([result.pop(f"{prefix}{e}.{part}.weight") for e in range(count)])
-            for part in ("gate_proj", "up_proj", "down_proj")
-        )
-        result[f"{prefix}gate_up_proj"] = np.concatenate([gate, up], axis=1)
-        result[f"{prefix}down_proj"] = down
-    return result
-
-
-def _insert(tree: Tree, path: str, value: np.ndarray) -> None:
-    *parents, last = path.split("/")
-    for key in parents:
-        tree = tree.setdefault(key, {})
-    tree[last] = value
-
-
-def _walk(tree: Tree, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _walk(value, f"{prefix}{key}/")
-        else:
-            yield prefix + key, value
-
-
-def _require_none(names: Iterable[str], problem: str) -> None:
-    if ordered := sorted(names):
-        shown = ", ".join(ordered[:8]) + (", ..." if len(ordered) > 8 else "")
-        raise ValueError(
-            f"{len(ordered)} {problem}: {shown}; "
-            "check that the configuration belongs to these weights"
-        )
-
-
-def _require_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
-    if tuple(found) != wanted:
-        raise ValueError(
-            f"{name} has shape {tuple(found)}, the configuration says {wanted}; "
-            "check that the configuration belongs to these weights"
-        )

@@ -1,30 +1,36 @@
 """Presets by name. A preset is a function without arguments that returns a RunConfig."""
 
 import difflib
-import importlib
+from collections.abc import Callable
 
+from configs import deepseek, r1, search, small, tiny
 from configs.schema import RunConfig
 
-PRESETS = (
-    "tiny",
-    "small",
-    "v2_lite",
-    "moonlight_16b",
-    "v2",
-    "v3_671b",
-    "kimi_k2",
-    "r1_base",
-    "r1_zero",
-    "r1_base2",
-    "r1_cold",
-    "r1_reasoning",
-    "r1_sft",
-    "r1",
-    "r1_student",
-    "search_base",
-    "search_zero",
-)
-"""Names of presets; each is the module of that name in this package."""
+PRESETS: dict[str, Callable[[], RunConfig]] = {
+    function.__name__: function
+    for function in (
+        tiny.tiny,
+        small.small,
+        deepseek.v2_lite,
+        deepseek.moonlight_16b,
+        deepseek.v2,
+        deepseek.v3_671b,
+        deepseek.kimi_k2,
+        r1.r1_base,
+        r1.r1_zero,
+        r1.r1_base2,
+        r1.r1_zero2,
+        r1.r1_cold,
+        r1.r1_reasoning,
+        r1.r1_sft,
+        r1.r1,
+        r1.r1_student,
+        r1.r1_student2,
+        search.search_base,
+        search.search_zero,
+    )
+}
+"""Presets in the order of `--help`."""
 
 
 def preset(name: str) -> RunConfig:
@@ -33,9 +39,9 @@ def preset(name: str) -> RunConfig:
         near = difflib.get_close_matches(name, PRESETS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(f"unknown preset {name!r}{hint} Known: {', '.join(PRESETS)}")
-    return importlib.import_module(f"configs.{name}").config()
+    return PRESETS[name]()
 
 
 def summary(name: str) -> str:
     """First line of the preset's docstring."""
-    return (importlib.import_module(f"configs.{name}").__doc__ or "").strip().splitlines()[0]
+    return (PRESETS[name].__doc__ or "").strip().splitlines()[0]

@@ -21,7 +21,7 @@ class Command(RuntimeOptions):
 
     run: Annotated[RunConfig, tyro.conf.arg(name="")]
     """The run; every field of the preset can be overridden."""
-    config: Literal[PRESETS] = "tiny"  # pyright: ignore[reportInvalidTypeForm]
+    config: Literal[tuple(PRESETS)] = "tiny"  # pyright: ignore[reportInvalidTypeForm]
     """Preset; see the list below."""
     layout: Literal[("", *LAYOUTS)] = ""  # pyright: ignore[reportInvalidTypeForm]
     """Layout by name, instead of the preset's; single axes: --mesh.AXIS."""
@@ -33,8 +33,8 @@ class Command(RuntimeOptions):
     profile: str = ""
     """Steps to trace, FIRST:LAST (counted from the step that runs first), into RUN/profile."""
     recipe: str = ""
-    """Run a chain of stages instead, r1_zero or r1 (configs/recipes.py), each in a folder below
-    --run-dir; other options go to every stage."""
+    """Run a chain of stages instead, r1_zero or r1 (runs/NAME.sh), in folders below --run-dir;
+    other options go to every stage."""
 
     @property
     def profile_steps(self) -> range:

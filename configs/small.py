@@ -1,9 +1,4 @@
-"""Small: about 100 M parameters, the V3 recipe for one GPU.
-
-12 layers, 32 experts, 8 heads; bf16 activations. Give it real text:
-
-    python train.py --config small --data.sources.0.path "/data/books/*.jsonl"
-"""
+"""Preset `small`: real text on one GPU."""
 
 from checkpoint.config import CheckpointConfig
 from configs.schema import RunConfig
@@ -42,8 +37,13 @@ def model() -> ModelConfig:
     )
 
 
-def config() -> RunConfig:
-    """The run: 1.3 B tokens."""
+def small() -> RunConfig:
+    """Small: about 100 M parameters, the V3 recipe for one GPU.
+
+    12 layers, 32 experts, 8 heads; bf16 activations; 1.3 B tokens. Give it real text:
+
+        python train.py --config small --data.sources.0.path "/data/books/*.jsonl"
+    """
     return RunConfig(
         model=model(),
         train=TrainConfig(

@@ -1,11 +1,4 @@
-"""Tiny: a whole DeepSeek-V3 that learns Python source text on a laptop's CPU in minutes.
-
-Everything of V3 is there at small size: query and key-value latents, a dense first layer, shared
-and routed experts with group-limited sigmoid routing and loss-free balancing, one MTP module, FIM,
-and packing. 8.4 M parameters, 4.9 M active.
-
-    make train            # 8 emulated devices: fsdp 2 x expert 2 x tensor 2
-"""
+"""Preset `tiny`: the first one to run."""
 
 from checkpoint.config import CheckpointConfig
 from configs.schema import RunConfig
@@ -44,11 +37,18 @@ def model() -> ModelConfig:
     )
 
 
-def config() -> RunConfig:
-    """The run: V3's schedules, shrunk from 243 K steps to 400.
+def tiny() -> RunConfig:
+    """Tiny: a whole DeepSeek-V3 that learns Python source text on a laptop's CPU in minutes.
 
-    Widths are small, so weights start larger (0.02) than V3's 0.006 at width 7168; and steps are
-    few, so the router biases move 20 times faster than V3's 0.001 to balance the experts in time.
+    Everything of V3 is there at small size: query and key-value latents, a dense first layer,
+    shared and routed experts with group-limited sigmoid routing and loss-free balancing, one MTP
+    module, FIM, and packing. 8.4 M parameters, 4.9 M active.
+
+        make train            # 8 emulated devices: fsdp 2 x expert 2 x tensor 2
+
+    V3's schedules are shrunk from 243 K steps to 400. Widths are small, so weights start larger
+    (0.02) than V3's 0.006 at width 7168; and steps are few, so the router biases move 20 times
+    faster than V3's 0.001 to balance the experts in time.
     """
     return RunConfig(
         model=model(),

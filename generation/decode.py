@@ -9,23 +9,24 @@ V vocabulary, L cached channels (latent and rotary key).
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
+from generation.replicas import Copies, Replicas
+from generation.routed import RoutedExperts
 from model.blueprint import Tree, bind_part
 from model.config import ModelConfig
-from model.mla import split_heads_first
-from model.moe import W_IN, W_OUT
+from model.mla import join_halves, split_heads_first
+from model.moe import W_IN, W_OUT, MoEStats
 from model.recipe import Recipe
-from model.replicas import Copies
 from model.transformer import MTP, Block
-from pallas_kernels.grouped.separate import separate_experts
+from pallas_kernels.grouped import separate_experts
 
 STACKS = ("dense_layers", "moe_layers", "mtp")
-EXPERTS = ("/moe/w_gate", "/moe/w_up", "/moe/w_down")
+EXPERT_WEIGHTS = ("w_gate", "w_up", "w_down")
+EXPERTS = tuple(f"/moe/{name}" for name in EXPERT_WEIGHTS)
 Cache = list[jax.Array]
 """Per layer [B, S, L]; the MTP module's own last, if it runs."""
 
@@ -41,10 +42,10 @@ def unstack(
 ) -> Tree:
     """{"params", "router_bias", "replicas"} as decoding reads them: lists of layers, not stacks.
 
-    Matrices become `dtype`; router, biases and norms stay fp32. W_UKV is cut into its halves
-    (`model/mla.py:split_heads_first`). With `expert_shards`, the number of parts that the mesh
-    holds experts in, every expert becomes an array of its own (`separate_experts`). With `copies`
-    they are laid out as those, and "replicas" has what each layer's tokens choose by. With
+    Matrices become `dtype`; router, biases and norms stay fp32. W_UKV becomes the pair of its
+    halves (`model/mla.py:split_heads_first`). With `expert_shards`, the number of parts that the
+    mesh holds experts in, every expert becomes an array of its own (`separate_experts`). With
+    `copies` they are laid out as those, and "replicas" has what each layer's tokens choose by. With
     `consume` every array passed in is freed once its layers exist, so that the peak is one copy and
     the largest stack.
     """
@@ -103,150 +104,151 @@ def _separate_layer(stack_LEKN: jax.Array, layer: int, shards: int, dtype: jnp.d
     return separate_experts(stack_LEKN[layer].astype(dtype), shards)
 
 
+class Layer(NamedTuple):
+    """One layer with what decoding holds in a layout of its own."""
+
+    block: Block
+    """Its `w_ukv` is joined anew from the halves: a program that does not read it never does so."""
+    halves: tuple[jax.Array, jax.Array]
+    """W_UK and W_UV, heads first."""
+    routed: RoutedExperts | None
+    """None in a dense layer."""
+
+
+class Passed(NamedTuple):
+    """Tokens after all layers, or after the MTP module."""
+
+    hidden_BTD: jax.Array
+    """Normed hidden states."""
+    cache: Cache
+    stats: list[MoEStats]
+    """Of every MoE layer that ran, in order."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """The modules of a model whose layers are apart."""
+    """The modules of a model whose layers are apart.
+
+    Tokens count in the statistics by `valid_BT` (1.0 or 0.0; None: all count).
+    """
 
     embed: Any
-    blocks: list[Block]
+    layers: list[Layer]
     final_norm: Any
     head: Any
-    mtp: MTP | None
-    """The first MTP module."""
+    mtp: tuple[MTP, Layer] | None
+    """The first MTP module, and its block."""
     recipe: Recipe
-    counts: list[jax.Array] | None = None
-    """Where layers leave their tokens per expert until `take_counts`; None: nowhere."""
-    routes: list[jax.Array] = dataclasses.field(default_factory=list)
-    """Where layers leave the experts of every token, if the recipe asks for them."""
 
     def logits(self, hidden_BD: jax.Array) -> jax.Array:
         """Main head on normed hidden states, also those of the MTP module; [B, V] fp32."""
         kernel_DV = self.head.kernel[...].astype(hidden_BD.dtype)
         return jnp.einsum("BD,DV->BV", hidden_BD, kernel_DV, preferred_element_type=jnp.float32)
 
-    def prefill(
+    def read(
         self,
         ids_BT: jax.Array,
         positions_BT: jax.Array,
-        slots: int,
+        cache: Cache | int,
         valid_BT: jax.Array | None = None,
-    ) -> tuple[jax.Array, Cache]:
-        """Normed hidden states [B, T, D] of prompts, and their cache with room for `slots` tokens.
+    ) -> Passed:
+        """Tokens through the main model.
 
-        Rows start at position 0 and may be padded at the end: attention is causal, and the slots
-        of padding are written again before anything reads them. `valid_BT` is 1.0 for tokens whose
-        experts are counted; None: all.
+        `cache` holds the tokens before these. For prompts, which start at position 0, it is instead
+        the number of slots to make room for. Prompts may be padded at the end: attention is causal,
+        and the slots of padding are written again before anything reads them.
         """
-        x_BTD, cache = self.embed(ids_BT, self.recipe), []
-        for block in self.blocks:
-            x_BTD, entries_BSL = self._prefill_block(block, x_BTD, positions_BT, slots, valid_BT)
-            cache.append(entries_BSL)
-        return self.final_norm(x_BTD), cache
+        x_BTD = self.embed(ids_BT, self.recipe)
+        x_BTD, cache, stats = self._run(self.layers, x_BTD, positions_BT, cache, valid_BT)
+        return Passed(self.final_norm(x_BTD), cache, stats)
 
-    def extend(
-        self,
-        ids_BQ: jax.Array,
-        positions_BQ: jax.Array,
-        cache: Cache,
-        valid_BQ: jax.Array | None = None,
-    ) -> tuple[jax.Array, Cache]:
-        """Normed hidden states [B, Q, D] of new tokens, and the cache with them in."""
-        x_BQD, new = self.embed(ids_BQ, self.recipe), []
-        for block, entries_BSL in zip(self.blocks, cache, strict=True):
-            x_BQD, entries_BSL = self._extend_block(
-                block, x_BQD, positions_BQ, entries_BSL, valid_BQ
-            )
-            new.append(entries_BSL)
-        return self.final_norm(x_BQD), new
-
-    def prefill_mtp(self, hidden_BTD, next_ids_BT, positions_BT, slots: int, valid_BT=None):
-        """The MTP module on a prompt; `next_ids_BT` is the token after each. As `prefill`."""
+    def read_ahead(
+        self, hidden_BTD, next_ids_BT, positions_BT, cache: Cache | int, valid_BT=None
+    ) -> Passed:
+        """The same through the MTP module; `next_ids_BT` is the token after each."""
         assert self.mtp is not None
-        x_BTD = self.mtp.merge(hidden_BTD, self.embed(next_ids_BT, self.recipe), self.recipe)
-        x_BTD, entries_BSL = self._prefill_block(
-            self.mtp.block, x_BTD, positions_BT, slots, valid_BT
-        )
-        return self.mtp.out_norm(x_BTD), entries_BSL
+        module, layer = self.mtp
+        x_BTD = module.merge(hidden_BTD, self.embed(next_ids_BT, self.recipe), self.recipe)
+        x_BTD, cache, stats = self._run([layer], x_BTD, positions_BT, cache, valid_BT)
+        return Passed(module.out_norm(x_BTD), cache, stats)
 
-    def extend_mtp(self, hidden_BQD, next_ids_BQ, positions_BQ, entries_BSL, valid_BQ=None):
-        """The MTP module on new tokens. As `extend`."""
-        assert self.mtp is not None
-        x_BQD = self.mtp.merge(hidden_BQD, self.embed(next_ids_BQ, self.recipe), self.recipe)
-        x_BQD, entries_BSL = self._extend_block(
-            self.mtp.block, x_BQD, positions_BQ, entries_BSL, valid_BQ
-        )
-        return self.mtp.out_norm(x_BQD), entries_BSL
-
-    def take_counts(self) -> jax.Array:
-        """Tokens routed to each expert [L, E] since this was last called: the MoE layers in order,
-        the MTP module last. Needs `counts`."""
-        assert self.counts is not None
-        taken = jnp.stack(self.counts)
-        self.counts.clear()
-        return taken
-
-    def take_routes(self) -> jax.Array:
-        """Experts of every token [B, T, R] since this was last called: those of the MoE layers of
-        the main model one after the other, R of them in all; int16. The MTP module's are left
-        out."""
-        num_layers = sum(block.has_experts for block in self.blocks)
-        taken_BTR = jnp.concatenate(self.routes[:num_layers], axis=-1).astype(jnp.int16)
-        self.routes.clear()
-        return taken_BTR
-
-    def _prefill_block(self, block: Block, x_BTD, positions_BT, slots: int, valid_BT):
-        y_BTD, latents_BTL = block.attn.expanded(
-            block.attn_norm(x_BTD), positions_BT, None, self.recipe
-        )
-        entries_BSL = jnp.pad(latents_BTL, ((0, 0), (0, slots - latents_BTL.shape[1]), (0, 0)))
-        return self._feed_forward(block, x_BTD + y_BTD, valid_BT), entries_BSL
-
-    def _extend_block(self, block: Block, x_BQD, positions_BQ, entries_BSL, valid_BQ):
-        y_BQD, entries_BSL = block.attn.absorbed(
-            block.attn_norm(x_BQD), positions_BQ, entries_BSL, self.recipe
-        )
-        return self._feed_forward(block, x_BQD + y_BQD, valid_BQ), entries_BSL
-
-    def _feed_forward(self, block: Block, x_BTD, valid_BT):
+    def _run(
+        self, layers: list[Layer], x_BTD, positions_BT, cache: Cache | int, valid_BT
+    ) -> tuple[jax.Array, Cache, list[MoEStats]]:
+        """Layers one after the other."""
         if valid_BT is None:
             valid_BT = jnp.ones(x_BTD.shape[:2], jnp.float32)
-        x_BTD, stats = block.feed_forward(x_BTD, valid_BT, self.recipe)
-        if self.counts is not None and stats is not None:
-            self.counts.append(stats.counts_E)
-        if stats is not None and stats.ids_BTK is not None:
-            self.routes.append(stats.ids_BTK)
-        return x_BTD
+        new, stats = [], []
+        for number, (block, halves, routed) in enumerate(layers):
+            normed_BTD = block.attn_norm(x_BTD)
+            if isinstance(cache, int):
+                y_BTD, rows_BTL = block.attn.expanded(normed_BTD, positions_BT, None, self.recipe)
+                spare = cache - rows_BTL.shape[1]
+                entries_BSL = jnp.pad(rows_BTL, ((0, 0), (0, spare), (0, 0)))
+            else:
+                y_BTD, entries_BSL = block.attn.absorbed(
+                    normed_BTD, positions_BT, cache[number], halves, self.recipe
+                )
+            x_BTD, found = block.feed_forward(x_BTD + y_BTD, valid_BT, self.recipe, routed=routed)
+            new.append(entries_BSL)
+            stats += [] if found is None else [found]
+        return x_BTD, new, stats
 
 
-def make_decoder(
-    config: ModelConfig, weights: Tree, recipe: Recipe, mtp: bool, count: bool = False
-) -> Decoder:
-    """Modules over weights from `unstack`.
+def expert_load(stats: list[MoEStats]) -> jax.Array:
+    """Tokens routed to each expert [L, E] of the MoE layers."""
+    return jnp.stack([layer.counts_E for layer in stats])
 
-    `mtp` binds the first MTP module as well; `count` lets the decoder count the experts' tokens.
+
+def expert_routes(stats: list[MoEStats]) -> jax.Array:
+    """Experts of every token [B, T, R], those of the MoE layers one after the other, R of them in
+    all; int16. The recipe must ask for routes."""
+    ids = [layer.ids_BTK for layer in stats if layer.ids_BTK is not None]
+    assert len(ids) == len(stats)
+    return jnp.concatenate(ids, axis=-1).astype(jnp.int16)
+
+
+def make_decoder(config: ModelConfig, weights: Tree, recipe: Recipe, mtp: bool) -> Decoder:
+    """Modules over weights from `unstack`; `mtp` binds the first MTP module as well.
+
     Products are never in FP8, whatever the recipe says: few tokens at a time would pay for
     quantising every weight.
     """
     params, bias = weights["params"], weights["router_bias"]
 
-    def layers(name: str) -> list[Any]:
-        biases = bias.get(name) or [{}] * len(params.get(name, ()))
-        pairs = zip(params.get(name, ()), biases, strict=True)
-        made: list[Any] = [bind_part(config, name, *pair) for pair in pairs]
-        for layer, replicas in zip(made, weights["replicas"].get(name, ()), strict=False):
-            block = layer.block if name == "mtp" else layer
-            block.moe.replicas = nnx.data(replicas)
-        return made
+    def layers(name: str) -> list[tuple[Any, Layer]]:
+        held = params.get(name, ())
+        biases = bias.get(name) or [{}] * len(held)
+        replicas = weights["replicas"].get(name) or [None] * len(held)
+        parts = zip(held, biases, replicas, strict=True)
+        return [_bind_layer(config, name, *part) for part in parts]
 
     def part(name: str) -> Any:
         return bind_part(config, name, params[name], {})
 
     return Decoder(
         embed=part("embed"),
-        blocks=[*layers("dense_layers"), *layers("moe_layers")],
+        layers=[layer for _, layer in (*layers("dense_layers"), *layers("moe_layers"))],
         final_norm=part("final_norm"),
         head=part("head"),
         mtp=layers("mtp")[0] if mtp else None,
         recipe=dataclasses.replace(recipe, fp8=False),
-        counts=[] if count else None,
     )
+
+
+def _bind_layer(
+    config: ModelConfig, name: str, params: Tree, bias: Tree, replicas: Replicas | None
+) -> tuple[Any, Layer]:
+    """The module of one layer, and the layer; its own block but for the MTP module's."""
+    inside = params["block"] if name == "mtp" else params
+    halves = inside["attn"]["w_ukv"]
+    inside = {**inside, "attn": {**inside["attn"], "w_ukv": join_halves(*halves)}}
+    routed = None
+    if "moe" in inside:
+        moe = dict(inside["moe"])
+        routed = RoutedExperts(config, tuple(moe.pop(w) for w in EXPERT_WEIGHTS), replicas)
+        inside["moe"] = moe
+    module: Any = bind_part(
+        config, name, {**params, "block": inside} if name == "mtp" else inside, bias
+    )
+    return module, Layer(module.block if name == "mtp" else module, halves, routed)

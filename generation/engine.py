@@ -24,12 +24,12 @@ import numpy as np
 from generation.config import Sampling, Speculation
 from generation.decode import unstack
 from generation.payoff import Trial, measure, pays
+from generation.replicas import Copies
 from generation.stats import Stats
 from generation.steps import CHUNK, Program, State, Steps, without_drafts
 from model.blueprint import Tree, blueprint
 from model.config import ModelConfig
 from model.recipe import Recipe
-from model.replicas import Copies
 from sharding.context import whole_sequences
 from sharding.devices import on_platform
 from sharding.experts.eplb import ExpertPlacement

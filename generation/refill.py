@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from generation.decode import expert_routes
 from generation.sampling import draw, kept_tokens, row_keys
 from generation.steps import BY_ROWS, MAIN, Program, State, Steps, at_index, log_p, place
 from model.blueprint import Tree
@@ -71,20 +72,19 @@ class RefillSteps(Steps):
         with use_layout(self._layout):
             decoder = self._decoder(weights)
             positions_PT = jnp.broadcast_to(jnp.arange(ids_PT.shape[1]), ids_PT.shape)
-            hidden_PTD, cache = decoder.prefill(ids_PT, positions_PT, slots)
+            hidden_PTD, cache, stats = decoder.read(ids_PT, positions_PT, slots)
             last_PD = at_index(hidden_PTD, lengths_P - 1)
             prefix: State = {"cache": cache, "lengths_P": lengths_P, "hidden_PD": last_PD}
             prefix["p_PV"] = self._probabilities(decoder, last_PD)
             if self._recipe.routes:
-                routes_PTR = decoder.take_routes()
+                routes_PTR = expert_routes(stats)
                 spare = ((0, 0), (0, slots - routes_PTR.shape[1]), (0, 0))
                 prefix["routes_BSR"] = jnp.pad(routes_PTR, spare, constant_values=-1)
             if self._speculate:
                 # The last token's successor is an answer's first: `admit` writes that entry.
                 next_ids_PT = jnp.roll(ids_PT, -1, axis=1)
-                _, prefix["mtp_cache"] = decoder.prefill_mtp(
-                    hidden_PTD, next_ids_PT, positions_PT, slots
-                )
+                passed = decoder.read_ahead(hidden_PTD, next_ids_PT, positions_PT, slots)
+                (prefix["mtp_cache"],) = passed.cache
             return prefix
 
     def _empty(self, prefix: State, seed, *, rows: int) -> State:
@@ -148,11 +148,11 @@ class RefillSteps(Steps):
     def _first_draft(self, weights: Tree, fresh: State, prefix: State, source_B) -> State:
         """The MTP module's cache with the prompt's last token in, and the first draft."""
         decoder, last_B = self._decoder(weights), fresh["lengths_B"] - 1
-        mtp_B1D, mtp_cache = decoder.extend_mtp(
+        mtp_B1D, (mtp_cache,), _ = decoder.read_ahead(
             prefix["hidden_PD"][source_B][:, None],
             fresh["pending_B"][:, None],
             last_B[:, None],
-            fresh["mtp_cache"],
+            [fresh["mtp_cache"]],
         )
         drafted = self._draft(decoder, mtp_B1D[:, 0], last_B + 2, fresh)
         return {"mtp_cache": mtp_cache, **drafted}

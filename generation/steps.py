@@ -19,12 +19,13 @@ import jax
 import jax.numpy as jnp
 
 from generation.config import Sampling
-from generation.decode import Decoder, make_decoder
+from generation.decode import Decoder, expert_load, expert_routes, make_decoder
 from generation.sampling import draw, kept_tokens, probabilities, row_keys
 from generation.speculate import accept_or_redraw
 from model.blueprint import Tree
 from model.config import ModelConfig
 from model.mla import write_rows
+from model.moe import MoEStats
 from model.recipe import Recipe
 from sharding.partition import Layout, batch_sharding, constrain, replicated, use_layout
 
@@ -108,7 +109,7 @@ class Steps:
         return {name: rows if name in BY_ROWS else whole for name in names}
 
     def _decoder(self, weights: Tree) -> Decoder:
-        return make_decoder(self._config, weights, self._recipe, self._speculate, self._count)
+        return make_decoder(self._config, weights, self._recipe, self._speculate)
 
     def _prefill(self, weights, ids_BT, lengths_B, budget_B, eos, seed, slots: int) -> State:
         key = jax.random.key(seed)
@@ -118,7 +119,7 @@ class Steps:
             # Experts are counted for tokens of prompts only.
             valid_BT = (positions_BT < lengths_B[:, None]) & (budget_B > 0)[:, None]
             valid_BT = valid_BT.astype(jnp.float32)
-            hidden_BTD, cache = decoder.prefill(ids_BT, positions_BT, slots, valid_BT)
+            hidden_BTD, cache, stats = decoder.read(ids_BT, positions_BT, slots, valid_BT)
             p_BV = self._probabilities(decoder, at_index(hidden_BTD, lengths_B - 1))
             streams_B = jnp.arange(ids_BT.shape[0], dtype=jnp.int32)
             pending_B = draw(row_keys(key, streams_B, lengths_B, MAIN), p_BV, self._sampling)
@@ -136,14 +137,15 @@ class Steps:
                 next_ids_BT = jnp.roll(ids_BT, -1, axis=1)
                 rows_B = jnp.arange(ids_BT.shape[0])
                 next_ids_BT = next_ids_BT.at[rows_B, lengths_B - 1].set(pending_B)
-                mtp_BTD, state["mtp_cache"] = decoder.prefill_mtp(
+                mtp_BTD, (state["mtp_cache"],), more = decoder.read_ahead(
                     hidden_BTD, next_ids_BT, positions_BT, slots, valid_BT
                 )
+                stats = [*stats, *more]
                 state |= self._draft(
                     decoder, at_index(mtp_BTD, lengths_B - 1), lengths_B + 1, state
                 )
             if self._count:
-                state["load_LE"] = decoder.take_counts()
+                state["load_LE"] = expert_load(stats)
             return place(state)
 
     def _advance(self, weights: Tree, state: State, eos: jax.Array, steps: jax.Array):
@@ -159,9 +161,6 @@ class Steps:
             def body(carry):
                 i, state, out = carry
                 state, out = step(decoder, state, out, eos)
-                if self._count:
-                    load_LE = out["load_LE"] + decoder.take_counts()
-                    out = {**out, "load_LE": constrain(load_LE, None, None)}
                 return i + 1, place(state), out
 
             _, state, out = jax.lax.while_loop(running, body, (0, state, out))
@@ -185,14 +184,14 @@ class Steps:
     def _plain_step(self, decoder: Decoder, state: State, out, eos):
         lengths_B, pending_B = state["lengths_B"], state["pending_B"]
         running_B = ~state["finished_B"]
-        hidden_BQD, cache = decoder.extend(
+        hidden_BQD, cache, stats = decoder.read(
             pending_B[:, None], lengths_B[:, None], state["cache"], _valid(running_B, 1)
         )
         p_BV = self._probabilities(decoder, hidden_BQD[:, 0])
         keys_B = row_keys(state["key"], state["streams_B"], lengths_B + 1, MAIN)
         next_B = draw(keys_B, p_BV, self._sampling)
-        out = {**out, "passes_B": out["passes_B"] + running_B}
-        state = self._with_routes(decoder, state, lengths_B)
+        out = self._counted({**out, "passes_B": out["passes_B"] + running_B}, stats)
+        state = _with_routes(state, stats, lengths_B)
         state = {**state, "cache": cache, "lengths_B": lengths_B + running_B}
         return _emit(state, out, next_B, p_BV, running_B, eos)
 
@@ -202,7 +201,7 @@ class Steps:
         positions_B2 = lengths_B[:, None] + jnp.arange(2)
         ids_B2 = jnp.stack([state["pending_B"], state["draft_B"]], axis=1)
         valid_B2 = _valid(running_B, 2)
-        hidden_B2D, cache = decoder.extend(ids_B2, positions_B2, state["cache"], valid_B2)
+        hidden_B2D, cache, stats = decoder.read(ids_B2, positions_B2, state["cache"], valid_B2)
         # One product for both positions: the head is the largest weight that is read.
         rows_BD = hidden_B2D.reshape(-1, hidden_B2D.shape[-1])
         p_B2V = self._probabilities(decoder, rows_BD).reshape(*ids_B2.shape, -1)
@@ -217,8 +216,8 @@ class Steps:
         second_B = draw(keys(lengths_B + 2, MAIN), p_B2V[:, 1], self._sampling)
         # Behind a refused draft the second entry is garbage; the next step writes it again.
         next_ids_B2 = jnp.stack([first_B, second_B], axis=1)
-        mtp_B2D, mtp_cache = decoder.extend_mtp(
-            hidden_B2D, next_ids_B2, positions_B2, state["mtp_cache"], valid_B2
+        mtp_B2D, (mtp_cache,), more = decoder.read_ahead(
+            hidden_B2D, next_ids_B2, positions_B2, [state["mtp_cache"]], valid_B2
         )
         drafted = self._draft(
             decoder,
@@ -232,21 +231,18 @@ class Steps:
             "accepted_B": out["accepted_B"] + (running_B & accepted_B),
         }
         moved_B = jnp.where(running_B, 1 + accepted_B, 0)
-        state = self._with_routes(decoder, state, lengths_B)
+        out, state = self._counted(out, stats + more), _with_routes(state, stats, lengths_B)
         state = {**state, "cache": cache, "mtp_cache": mtp_cache, "lengths_B": lengths_B + moved_B}
         state, out = _emit(state, out, first_B, p_B2V[:, 0], running_B, eos)
         give_B = accepted_B & ~state["finished_B"]
         state, out = _emit(state, out, second_B, p_B2V[:, 1], give_B, eos)
         return {**state, **drafted}, out
 
-    def _with_routes(self, decoder: Decoder, state: State, start_B: jax.Array) -> State:
-        """The state with the experts of the tokens just read, if they are recorded."""
-        if "routes_BSR" not in state:
-            return state
-        return {
-            **state,
-            "routes_BSR": write_rows(state["routes_BSR"], decoder.take_routes(), start_B),
-        }
+    def _counted(self, out: dict[str, jax.Array], stats: list[MoEStats]) -> dict[str, jax.Array]:
+        """The outputs with the experts' tokens of a step added, if they are counted."""
+        if not self._count:
+            return out
+        return {**out, "load_LE": constrain(out["load_LE"] + expert_load(stats), None, None)}
 
     def _draft(self, decoder: Decoder, mtp_BD, positions_B, state: State) -> State:
         q_BV = self._probabilities(decoder, mtp_BD)
@@ -292,6 +288,13 @@ def _emit(state: State, out, token_B: jax.Array, p_BV: jax.Array, give_B: jax.Ar
         "finished_B": state["finished_B"] | ended_B,
     }
     return state, out
+
+
+def _with_routes(state: State, stats: list[MoEStats], start_B: jax.Array) -> State:
+    """The state with the experts of the tokens just read, if they are recorded."""
+    if "routes_BSR" not in state:
+        return state
+    return {**state, "routes_BSR": write_rows(state["routes_BSR"], expert_routes(stats), start_B)}
 
 
 def log_p(p_BV: jax.Array, token_B: jax.Array) -> jax.Array:

@@ -11,12 +11,7 @@ import jax.numpy as jnp
 
 from model.config import ModelConfig
 from model.recipe import Kernels
-from pallas_kernels.attention import mla as mla_attention
-from pallas_kernels.cross_entropy import linear as linear_cross_entropy
-from pallas_kernels.decode import mla as mla_decode
-from pallas_kernels.fp8 import expert_ffn as fp8_expert_ffn
-from pallas_kernels.fp8 import linear as fp8_linear
-from pallas_kernels.grouped import expert_ffn
+from pallas_kernels import attention, cross_entropy, decode, fp8, grouped
 from pallas_kernels.mosaic import Backend
 from sharding.devices import no_emulator, not_hopper
 from sharding.partition import Layout, num_shards, use_layout
@@ -86,32 +81,32 @@ def _attention(config: ModelConfig, dtype: str) -> str | None:
     if num_shards("seq") > 1:
         return "sequences are cut over devices, and the ring of keys is XLA's"
     sizes = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
-    return mla_attention.unsupported(*sizes, jnp.dtype(dtype))
+    return attention.unsupported(*sizes, jnp.dtype(dtype))
 
 
 def _decode(config: ModelConfig, dtype: str) -> str | None:
     heads = config.num_heads // num_shards("heads")
     sizes = config.kv_lora_rank, config.qk_rope_head_dim
-    return mla_decode.unsupported(*sizes, heads, jnp.dtype(dtype))
+    return decode.unsupported(*sizes, heads, jnp.dtype(dtype))
 
 
 def _experts(config: ModelConfig, dtype: str) -> str | None:
     width = config.expert_ffn_size // num_shards("expert_ffn")
-    return expert_ffn.unsupported(config.hidden_size, width, jnp.dtype(dtype))
+    return grouped.unsupported(config.hidden_size, width, jnp.dtype(dtype))
 
 
 def _loss(config: ModelConfig, dtype: str) -> str | None:
     vocab = config.vocab_size // num_shards("vocab")
-    return linear_cross_entropy.unsupported(config.hidden_size, vocab, jnp.dtype(dtype))
+    return cross_entropy.unsupported(config.hidden_size, vocab, jnp.dtype(dtype))
 
 
 def _fp8_experts(config: ModelConfig, dtype: str) -> str | None:
     width = config.expert_ffn_size // num_shards("expert_ffn")
-    return fp8_expert_ffn.unsupported(config.hidden_size, width)
+    return fp8.experts_unsupported(config.hidden_size, width)
 
 
 def _linear(config: ModelConfig, dtype: str) -> str | None:
-    return fp8_linear.unsupported(jnp.dtype(dtype))
+    return fp8.linear_unsupported(jnp.dtype(dtype))
 
 
 OBSTACLES: dict[str, Callable[[ModelConfig, str], str | None]] = {

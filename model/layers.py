@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from model.recipe import Recipe
-from pallas_kernels.fp8.linear import fp8_linear
+from pallas_kernels.fp8 import fp8_linear
 from pallas_kernels.mosaic import Backend
 from sharding.partition import constrain, on_shards, sum_over
 

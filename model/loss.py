@@ -14,7 +14,7 @@ from model.config import ModelConfig
 from model.moe import MoEStats
 from model.recipe import Recipe
 from model.transformer import DeepSeekV3, Output, Tokens
-from pallas_kernels.cross_entropy.linear import Parts, loss_and_gradients, loss_sum, merge
+from pallas_kernels.cross_entropy import Parts, loss_and_gradients, loss_sum, merge
 from pallas_kernels.mosaic import Backend
 from sharding.context import balance, sequence_shards
 from sharding.partition import constrain, max_over, on_shards, shard_index, sum_over

@@ -8,6 +8,8 @@ Letters: B batch, T query and S key positions, D hidden width, C latent width, N
 H query/key channels (nope then rope), R rope channels, V value channels, L = C + R cached channels.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -15,17 +17,17 @@ from flax import nnx
 from model.config import ModelConfig
 from model.context_attention import Form, context_attention
 from model.layers import LATENT_EPS, RMSNorm, from_stream, project, to_stream, weight
-from model.recipe import Recipe, keep
+from model.recipe import KEPT, Recipe, keep
 from model.rope import rotate, rotation, softmax_scale
-from pallas_kernels.attention.mla import mla_attention, starts_of_segments
-from pallas_kernels.decode.mla import mla_decode
+from pallas_kernels.attention import mla_attention, starts_of_segments
+from pallas_kernels.decode import mla_decode
 from pallas_kernels.mosaic import Backend
 from sharding.context import sequence_shards
 from sharding.partition import constrain, on_shards
 
 PLAIN = Recipe()
-QUERY_BLOCK = 128
-MAX_BLOCKS = 16
+HEADS = ("batch", "seq", "heads", "head_dim")
+"""Logical axes of what every head has."""
 
 
 class MLA(nnx.Module):
@@ -71,83 +73,49 @@ class MLA(nnx.Module):
         """Causal attention [B, T, D], and what a cache keeps of these tokens [B, T, L]."""
         c = self.config
         cos_sin = rotation(c, positions_BT)
-        q_BTNH = constrain(
-            self.queries(x_BTD, *cos_sin, recipe), "batch", "seq", "heads", "head_dim"
-        )
+        q_BTNH = constrain(self.queries(x_BTD, *cos_sin, recipe), *HEADS)
         latents_BTL = self.latents(x_BTD, *cos_sin, recipe)
         if sequence_shards() > 1:
             w_ukv_CNH = self.w_ukv[...].astype(x_BTD.dtype)
             form = Form(softmax_scale(c), c.qk_nope_head_dim)
             o_BTNV = context_attention(q_BTNH, latents_BTL, w_ukv_CNH, segments_BT, form)
-        elif recipe.kernels.attention != "portable":
-            c_kv_BTC, k_rope_BTR = jnp.split(latents_BTL, [c.kv_lora_rank], axis=-1)
-            kv_BTNW = self.expand_both(c_kv_BTC, recipe)
-            arrays = q_BTNH, kv_BTNW, k_rope_BTR, segments_BT
-            o_BTNV = keep(_attend_on_shards(*arrays, softmax_scale(c), recipe.kernels.attention))
         else:
-            k_BTNH, v_BTNV = self.keys_values(latents_BTL, recipe)
-            o_BTNV = keep(causal_attention(q_BTNH, k_BTNH, v_BTNV, softmax_scale(c), segments_BT))
+            c_kv_BTC, k_rope_BTR = jnp.split(latents_BTL, [c.kv_lora_rank], axis=-1)
+            arrays = q_BTNH, self.keys_values(c_kv_BTC, recipe), k_rope_BTR, segments_BT
+            o_BTNV = _attend_on_shards(*arrays, softmax_scale(c), recipe.kernels.attention)
         return self.output(o_BTNV, recipe), latents_BTL
 
-    def keys_values(self, latents_BTL: jax.Array, recipe: Recipe) -> tuple[jax.Array, jax.Array]:
-        """Keys [B, T, N, H] and values [B, T, N, V] of every head (eq. 2-5)."""
-        c = self.config
-        c_kv_BTC, k_rope_BTR = jnp.split(latents_BTL, [c.kv_lora_rank], axis=-1)
-        k_nope, v_BTNV = self.expand(c_kv_BTC, recipe)
-        k_rope = jnp.broadcast_to(k_rope_BTR[:, :, None], (*k_nope.shape[:3], c.qk_rope_head_dim))
-        k_BTNH = jnp.concatenate([k_nope, k_rope], axis=-1)  # eq. 4
-        heads = ("batch", "seq", "heads", "head_dim")
-        return constrain(k_BTNH, *heads), constrain(v_BTNV, *heads)
+    def keys_values(self, c_kv_BTC: jax.Array, recipe: Recipe) -> jax.Array:
+        """Per head its key without rotation, then its value [B, T, N, W] (eq. 2, 5)."""
+        kv_BTNW = project("BTC,CNH->BTNH", c_kv_BTC, self.w_ukv, recipe)
+        return constrain(kv_BTNW, *HEADS)
 
     def absorbed(
         self,
         x_BTD: jax.Array,
         positions_BT: jax.Array,
         cache_BSL: jax.Array,
+        halves: tuple[jax.Array, jax.Array],
         recipe: Recipe = PLAIN,
     ) -> tuple[jax.Array, jax.Array]:
         """The same attention [B, T, D] for T new tokens over a cache, and the cache with them in.
 
         A token's place in the cache is its position; positions of one row are consecutive. Slots
-        beyond a query's own position may hold anything finite. Source: V2 report, section 2.1.2
-        (W_UK absorbed by the queries, W_UV by the output).
+        beyond a query's own position may hold anything finite. `halves` are those of `w_ukv`
+        (`split_heads_first`): W_UK is absorbed by the queries, W_UV by the output. Source: V2
+        report, section 2.1.2.
         """
         c, nope = self.config, self.config.qk_nope_head_dim
-        cos_sin = rotation(c, positions_BT)
+        cos_sin, (w_uk_NCH, w_uv_NCV) = rotation(c, positions_BT), halves
         q_BTNH = self.queries(x_BTD, *cos_sin, recipe)
         cache_BSL = write_rows(cache_BSL, self.latents(x_BTD, *cos_sin, recipe), positions_BT[:, 0])
-        w_ukv = self.w_ukv.get_value()
-        w_uk_NCH, w_uv_NCV = w_ukv if isinstance(w_ukv, tuple) else split_heads_first(w_ukv, nope)
-        q_BNTC = jnp.einsum("BTNH,NCH->BNTC", q_BTNH[..., :nope], w_uk_NCH.astype(x_BTD.dtype))
-        q_rope = jnp.swapaxes(q_BTNH[..., nope:], 1, 2)
-        q_BNTL = jnp.concatenate([q_BNTC, q_rope], axis=-1)
-        q_BNTL = constrain(q_BNTL, "batch", "heads", "seq", None)
-        if recipe.kernels.decode != "portable":
-            arrays = q_BNTL, cache_BSL, positions_BT[:, -1] + 1
-            sizes = softmax_scale(c), c.kv_lora_rank
-            o_BNTC = _decode_on_shards(*arrays, *sizes, recipe.kernels.decode)
-        else:
-            seen_BTS = jnp.arange(cache_BSL.shape[1]) <= positions_BT[:, :, None]
-            o_BNTL = _attend(q_BNTL, cache_BSL, softmax_scale(c), seen_BTS)
-            o_BNTC = o_BNTL[..., : c.kv_lora_rank]
-        o_BTNV = jnp.einsum("BNTC,NCV->BTNV", o_BNTC, w_uv_NCV.astype(x_BTD.dtype))
+        q_BTNC = jnp.einsum("BTNH,NCH->BTNC", q_BTNH[..., :nope], w_uk_NCH.astype(x_BTD.dtype))
+        q_BTNL = jnp.concatenate([q_BTNC, q_BTNH[..., nope:]], axis=-1)
+        arrays = constrain(q_BTNL, *HEADS), cache_BSL, positions_BT[:, -1] + 1
+        sizes = softmax_scale(c), c.kv_lora_rank
+        o_BTNC = _decode_on_shards(*arrays, *sizes, recipe.kernels.decode)
+        o_BTNV = jnp.einsum("BTNC,NCV->BTNV", o_BTNC, w_uv_NCV.astype(x_BTD.dtype))
         return self.output(o_BTNV, recipe), cache_BSL
-
-    def expand(self, c_kv_BTC: jax.Array, recipe: Recipe) -> tuple[jax.Array, jax.Array]:
-        """Keys without rotation [B, T, N, nope] and values [B, T, N, V] of latents (eq. 2, 5)."""
-        if isinstance(self.w_ukv.get_value(), tuple):
-            w_uk_NCH, w_uv_NCV = (w.astype(c_kv_BTC.dtype) for w in self.w_ukv.get_value())
-            k_nope = jnp.einsum("BTC,NCH->BTNH", c_kv_BTC, w_uk_NCH)
-            return k_nope, jnp.einsum("BTC,NCV->BTNV", c_kv_BTC, w_uv_NCV)
-        kv = project("BTC,CNH->BTNH", c_kv_BTC, self.w_ukv, recipe)  # per head [k_nope | v]
-        return kv[..., : self.config.qk_nope_head_dim], kv[..., self.config.qk_nope_head_dim :]
-
-    def expand_both(self, c_kv_BTC: jax.Array, recipe: Recipe) -> jax.Array:
-        """Per head its key without rotation, then its value [B, T, N, W] (eq. 2, 5)."""
-        if isinstance(self.w_ukv.get_value(), tuple):
-            return jnp.concatenate(self.expand(c_kv_BTC, recipe), axis=-1)
-        kv_BTNW = project("BTC,CNH->BTNH", c_kv_BTC, self.w_ukv, recipe)
-        return constrain(kv_BTNW, "batch", "seq", "heads", "head_dim")
 
     def queries(
         self, x_BTD: jax.Array, cos_BTJ: jax.Array, sin_BTJ: jax.Array, recipe: Recipe
@@ -181,67 +149,41 @@ class MLA(nnx.Module):
 
     def output(self, o_BTNV: jax.Array, recipe: Recipe) -> jax.Array:
         """Outputs of the heads to the residual stream (eq. 11)."""
-        o_BTNV = constrain(o_BTNV, "batch", "seq", "heads", "head_dim")
+        o_BTNV = constrain(o_BTNV, *HEADS)
         return to_stream(project("BTNV,NVD->BTD", o_BTNV, self.w_o, recipe))
 
 
 def _attend_on_shards(q_BTNH, kv_BTNW, k_rope_BTR, segments_BT, scale: float, backend: Backend):
-    """Expanded attention [B, T, N, V] by a kernel, which sees one device's rows and heads."""
-    heads, tokens = ("batch", "seq", "heads", "head_dim"), ("batch", "seq")
-    arrays, names = [q_BTNH, kv_BTNW, k_rope_BTR], [heads, heads, (*tokens, None)]
+    """Expanded attention [B, T, N, V], each device on its own rows and heads."""
+    arrays, names = [q_BTNH, kv_BTNW, k_rope_BTR], [HEADS, HEADS, ("batch", "seq", None)]
     if segments_BT is not None:
-        arrays, names = [*arrays, starts_of_segments(segments_BT)], [*names, tokens]
-
-    def on_shard(q_BTNH, kv_BTNW, k_rope_BTR, start_BT=None):
-        out = mla_attention(q_BTNH, kv_BTNW, k_rope_BTR, start_BT, scale=scale, backend=backend)
-        return (out,)
-
-    return on_shards(on_shard, tuple(names), (heads,))(*arrays)[0]
+        arrays, names = [*arrays, starts_of_segments(segments_BT)], [*names, ("batch", "seq")]
+    attend = functools.partial(mla_attention, scale=scale, backend=backend, kept=KEPT)
+    return on_shards(lambda *shards: (attend(*shards),), tuple(names), (HEADS,))(*arrays)[0]
 
 
 def _decode_on_shards(
-    q_BNTL, cache_BSL, lengths_B, scale: float, latent: int, backend: Backend
+    q_BTNL, cache_BSL, lengths_B, scale: float, latent: int, backend: Backend
 ) -> jax.Array:
-    """Absorbed attention [B, N, T, C] by a kernel, which sees one device's rows and heads."""
-    heads = ("batch", "heads", "seq", None)
-
-    def on_shard(q_BNTL, cache_BSL, lengths_B):
-        q_BTNL = jnp.swapaxes(q_BNTL, 1, 2)
-        o_BTNC = mla_decode(
-            q_BTNL, cache_BSL, lengths_B, scale=scale, latent=latent, backend=backend
-        )
-        return (jnp.swapaxes(o_BTNC, 1, 2),)
-
-    names = heads, ("batch", None, None), ("batch",)
-    return on_shards(on_shard, names, (heads,))(q_BNTL, cache_BSL, lengths_B)[0]
+    """Absorbed attention [B, T, N, C], each device on its own rows and heads."""
+    names = HEADS, ("batch", None, None), ("batch",)
+    attend = functools.partial(mla_decode, scale=scale, latent=latent, backend=backend)
+    on_shard = on_shards(lambda *shards: (attend(*shards),), names, (HEADS,))
+    return on_shard(q_BTNL, cache_BSL, lengths_B)[0]
 
 
 def split_heads_first(w_CNH: jax.Array, nope: int) -> tuple[jax.Array, jax.Array]:
     """W_UK [N, C, nope] and W_UV [N, C, V] of `w_ukv`: as products per head read them.
 
-    `w_ukv` may hold this pair instead of one array, so that decoding copies it once and not at
-    every step.
+    Decoding makes them once and not at every step.
     """
     w_NCH = jnp.moveaxis(w_CNH, 1, 0)
     return w_NCH[..., :nope], w_NCH[..., nope:]
 
 
-def _attend(q_BNTL: jax.Array, cache_BSL: jax.Array, scale: float, seen_BTS: jax.Array):
-    """softmax(q cache^T * scale) cache [B, N, T, L], fp32 softmax over the slots that are seen.
-
-    The rotary key takes part in the sum too: a slice of the cache would be a copy of it. Heads and
-    tokens are one axis in both products, or XLA:CPU transposes the cache for each.
-    """
-    B, N, T, L = q_BNTL.shape
-    logits_BMS = jnp.einsum(
-        "BML,BSL->BMS",
-        q_BNTL.reshape(B, N * T, L),
-        cache_BSL,
-        preferred_element_type=jnp.float32,
-    )
-    logits_BNTS = scale * logits_BMS.reshape(B, N, T, -1)
-    p_BNTS = masked_softmax(logits_BNTS, seen_BTS[:, None]).astype(q_BNTL.dtype)
-    return jnp.einsum("BMS,BSL->BML", p_BNTS.reshape(B, N * T, -1), cache_BSL).reshape(B, N, T, L)
+def join_halves(w_uk_NCH: jax.Array, w_uv_NCV: jax.Array) -> jax.Array:
+    """`w_ukv` [C, N, H] of its halves: the inverse of `split_heads_first`."""
+    return jnp.moveaxis(jnp.concatenate([w_uk_NCH, w_uv_NCV], axis=-1), 0, 1)
 
 
 def write_rows(cache_BSL: jax.Array, new_BTL: jax.Array, start_B: jax.Array) -> jax.Array:
@@ -249,58 +191,3 @@ def write_rows(cache_BSL: jax.Array, new_BTL: jax.Array, start_B: jax.Array) -> 
     put = jax.vmap(lambda row, new, start: jax.lax.dynamic_update_slice(row, new, (start, 0)))
     cache_BSL = put(cache_BSL, new_BTL.astype(cache_BSL.dtype), start_B)
     return constrain(cache_BSL, "batch", None, None)
-
-
-def causal_attention(
-    q_BTNH: jax.Array,
-    k_BTNH: jax.Array,
-    v_BTNV: jax.Array,
-    scale: float,
-    segments_BT: jax.Array | None,
-) -> jax.Array:
-    """softmax(q k^T * scale) v with a causal mask, fp32 softmax -> [B, T, N, V].
-
-    Queries are taken in blocks, each against the keys up to its own end only: about half of the
-    products of the full square are never computed, and no T x T array exists.
-    """
-    T = q_BTNH.shape[1]
-    block = max(QUERY_BLOCK, -(-T // MAX_BLOCKS))
-    outputs = []
-    for start in range(0, T, block):
-        end = min(start + block, T)
-        logits_BNTS = scale * jnp.einsum(
-            "BTNH,BSNH->BNTS",
-            q_BTNH[:, start:end],
-            k_BTNH[:, :end],
-            preferred_element_type=jnp.float32,
-        )
-        mask = (jnp.arange(start, end)[:, None] >= jnp.arange(end)[None, :])[None, None]
-        if segments_BT is not None:
-            same = segments_BT[:, start:end, None] == segments_BT[:, None, :end]
-            mask = mask & same[:, None]
-        p_BNTS = masked_softmax(logits_BNTS, mask).astype(v_BTNV.dtype)
-        outputs.append(jnp.einsum("BNTS,BSNV->BTNV", p_BNTS, v_BTNV[:, :end]))
-    return jnp.concatenate(outputs, axis=1)
-
-
-@jax.custom_vjp
-def masked_softmax(logits_BNTS: jax.Array, mask: jax.Array) -> jax.Array:
-    """Softmax over the last axis of the entries where `mask`, others 0; no row may be all masked.
-
-    For the backward pass it keeps its result and nothing else: logits, mask and exponentials of
-    every layer would be the largest arrays of training at short sequences.
-    """
-    return jax.nn.softmax(jnp.where(mask, logits_BNTS, -jnp.inf), axis=-1)
-
-
-def _masked_softmax_fwd(logits_BNTS, mask):
-    p_BNTS = masked_softmax(logits_BNTS, mask)
-    return p_BNTS, p_BNTS
-
-
-def _masked_softmax_bwd(p_BNTS, dp_BNTS):
-    mean_BNT1 = jnp.sum(p_BNTS * dp_BNTS, axis=-1, keepdims=True)
-    return p_BNTS * (dp_BNTS - mean_BNT1), None
-
-
-masked_softmax.defvjp(_masked_softmax_fwd, _masked_softmax_bwd)

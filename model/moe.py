@@ -5,7 +5,8 @@ M rows sorted by expert, D hidden width, E experts, F inner width of one expert.
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,19 +15,19 @@ from flax import nnx
 from model.config import ModelConfig
 from model.layers import SwiGLU, as_computed, from_stream, router_bias, to_stream, weight
 from model.recipe import Recipe, keep
-from model.replicas import Replicas
 from model.router import affinities, balance_loss, expert_counts, select
-from pallas_kernels.fp8.expert_ffn import fp8_expert_ffn
-from pallas_kernels.grouped.expert_ffn import expert_ffn
-from pallas_kernels.grouped.permute import combine_rows, gather_rows, sort_by_expert
-from pallas_kernels.grouped.separate import separate_expert_ffn
-from sharding.experts import dispatch as expert
-from sharding.partition import constrain, max_over, on_shards, sum_over, vary
+from pallas_kernels.fp8 import fp8_expert_ffn
+from pallas_kernels.grouped import combine_rows, expert_ffn, gather_rows, sort_by_expert
+from sharding.experts.dispatch import exchange
+from sharding.partition import Names, constrain, max_over, on_shards, sum_over, vary
 
 W_IN = ("experts", "embed", "expert_ffn")
 """Logical axes of the experts' gate and up weights."""
 W_OUT = ("experts", "expert_ffn", "embed")
 """Logical axes of their down weights."""
+
+Routed = Callable[..., tuple[jax.Array, jax.Array]]
+"""(x_BTD, ids_BTK, weights_BTK, recipe) to weighted sums [B, T, D] and the choices missed."""
 
 
 class MoEStats(NamedTuple):
@@ -71,8 +72,6 @@ class MoE(nnx.Module):
         self.w_down = weight(rngs, (E, F, D), W_OUT, std)
         shared_width = c.num_shared_experts * F
         self.shared = SwiGLU(rngs, D, shared_width, std) if shared_width else None
-        self.replicas: Replicas | None = None
-        """Copies that the weights hold in place of experts, while serving."""
         self.config = config
 
     def __call__(
@@ -81,10 +80,12 @@ class MoE(nnx.Module):
         valid_BT: jax.Array,
         recipe: Recipe,
         replayed_BTK: jax.Array | None = None,
+        routed: Routed | None = None,
     ) -> tuple[jax.Array, MoEStats]:
         """Output [B, T, D] and the layer's statistics over valid tokens.
 
-        `replayed_BTK` are experts chosen before (`model/router.py:select`).
+        `replayed_BTK` are experts chosen before (`model/router.py:select`). `routed` stands in for
+        the method of this name where the experts' weights are held elsewhere (`generation`).
         """
         c, bias = self.config, self.router.bias
         x_BTD = from_stream(x_BTD)
@@ -93,7 +94,7 @@ class MoE(nnx.Module):
             scores_BTE, None if bias is None else bias[...], c, replayed_BTK
         )
         ids_BTK, weights_BTK = keep(ids_BTK), keep(weights_BTK)
-        y_BTD, dropped = self.routed(x_BTD, ids_BTK, weights_BTK, recipe)
+        y_BTD, dropped = (routed or self.routed)(x_BTD, ids_BTK, weights_BTK, recipe)
         y_BTD = to_stream(y_BTD)
         if self.shared is not None:
             y_BTD = y_BTD + self.shared(x_BTD, recipe)
@@ -103,37 +104,41 @@ class MoE(nnx.Module):
 
     def routed(self, x_BTD, ids_BTK, weights_BTK, recipe: Recipe) -> tuple[jax.Array, jax.Array]:
         """Weighted sum of the chosen experts' outputs [B, T, D], and the choices missed."""
-        tokens, choices = ("batch", "seq", "embed"), ("batch", "seq", "choices")
-        w_in, w_out = W_IN, W_OUT
-        weights = [w.get_value() for w in (self.w_gate, self.w_up, self.w_down)]
-        if isinstance(weights[0], tuple):  # apart, output first: see pallas_kernels
-            w_in, w_out = w_out, w_in
-
-        groups = self.config.num_expert_groups, self.config.groups_per_token
-        if self.replicas is not None:
-            ids_BTK = self.replicas.choose(ids_BTK)
-            groups = 1, 1  # their copies are spread over a node's devices
-
-        def region(*arrays):
-            return _experts_on_shard(*arrays, groups=groups, recipe=recipe)
-
-        run = on_shards(region, (tokens, choices, choices, w_in, w_in, w_out), (tokens, ()))
+        params = tuple(w.get_value() for w in (self.w_gate, self.w_up, self.w_down))
         if not recipe.fp8:  # FP8 is made of the master weights, and gives fp32 gradients
-            weights = jax.tree.map(lambda w: w.astype(x_BTD.dtype), weights)
-        return run(x_BTD, ids_BTK, weights_BTK, *weights)
+            params = tuple(w.astype(x_BTD.dtype) for w in params)
+        groups = self.config.num_expert_groups, self.config.groups_per_token
+        local = functools.partial(_local_experts, recipe)
+        rows = x_BTD, ids_BTK, weights_BTK
+        return routed_on_shards(*rows, params, (W_IN, W_IN, W_OUT), local, groups)
 
 
-def _experts_on_shard(x_BTD, ids_BTK, weights_BTK, *params, groups, recipe: Recipe):
-    """One device's part: its tokens to their experts, the weighted sums back.
+def routed_on_shards(
+    x_BTD: jax.Array,
+    ids_BTK: jax.Array,
+    weights_BTK: jax.Array,
+    params: tuple[Any, Any, Any],
+    names: tuple[Names, ...],
+    local: Callable[..., tuple[jax.Array, jax.Array]],
+    groups: tuple[int, int],
+) -> tuple[jax.Array, jax.Array]:
+    """Tokens to the devices of their experts: weighted sums [B, T, D], and the choices missed.
 
-    `params` are gate, up and down. Stacked, gate and up are [E, D, F], down [E, F, D]; or E arrays
-    each, [1, F, D] and [1, D, F].
+    `params` are gate, up and down, each with one entry per expert, laid out by the logical axes
+    `names`. `local` and `groups` are those of `sharding/experts/dispatch.py:exchange`.
     """
+    tokens, choices = ("batch", "seq", "embed"), ("batch", "seq", "choices")
+    region = functools.partial(_experts_on_shard, local=local, groups=groups)
+    run = on_shards(region, (tokens, choices, choices, *names), (tokens, ()))
+    return run(x_BTD, ids_BTK, weights_BTK, *params)
+
+
+def _experts_on_shard(x_BTD, ids_BTK, weights_BTK, *params, local, groups):
+    """One device's part: its tokens to their experts, the weighted sums back."""
     B, T, D = x_BTD.shape
     K = ids_BTK.shape[-1]
     rows = x_BTD.reshape(B * T, D), ids_BTK.reshape(B * T, K), weights_BTK.reshape(B * T, K)
-    experts = functools.partial(_local_experts, recipe)
-    y_ND, computed = expert.exchange(*rows, params, len(params[0]), experts, groups)
+    y_ND, computed = exchange(*rows, params, len(params[0]), local, groups)
     # Over all devices, choices made minus choices that some expert computed.
     missed = vary(B * T * K - computed)
     dropped = max_over(sum_over(missed, "batch", "seq"), "expert_ffn")
@@ -141,20 +146,20 @@ def _experts_on_shard(x_BTD, ids_BTK, weights_BTK, *params, groups, recipe: Reci
 
 
 def _local_experts(recipe: Recipe, params, x_ND, ids_NK, weights_NK):
+    """`weighted_sums` over stacked weights: gate and up [E, D, F], down [E, F, D]."""
+    ffn = fp8_expert_ffn if recipe.fp8 else expert_ffn
+    ffn = functools.partial(ffn, backend=recipe.kernels.experts)
+    return weighted_sums(ffn, params, x_ND, ids_NK, weights_NK)
+
+
+def weighted_sums(ffn: Callable[..., jax.Array], params, x_ND, ids_NK, weights_NK):
     """Weighted sums [N, D] over the experts held here, and how many choices they are.
 
-    Rows are sorted by expert, computed, weighed and summed. Ids outside of [0, E) add nothing.
+    Rows are sorted by expert, computed by `ffn(rows, gate, up, down, rows of each expert)`, weighed
+    and summed. Ids outside of [0, E) add nothing.
     """
-    w_gate, w_up, w_down = params
-    backend = recipe.kernels.experts
-    num_experts, (N, K) = len(w_gate), ids_NK.shape
+    num_experts, (N, K) = len(params[0]), ids_NK.shape
     # A token chooses an expert at most once.
     plan = sort_by_expert(ids_NK, num_experts, N * min(K, num_experts))
-    x_MD = gather_rows(x_ND, plan)
-    if isinstance(w_gate, tuple):
-        gate, up, down = ([w[0] for w in ws] for ws in params)
-        y_MD = separate_expert_ffn(x_MD, gate, up, down, plan.group_sizes_E, backend=backend)
-    else:
-        ffn = fp8_expert_ffn if recipe.fp8 else expert_ffn
-        y_MD = ffn(x_MD, w_gate, w_up, w_down, plan.group_sizes_E, backend=backend)
+    y_MD = ffn(gather_rows(x_ND, plan), *params, plan.group_sizes_E)
     return combine_rows(y_MD, weights_NK, plan), jnp.sum(plan.group_sizes_E)

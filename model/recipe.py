@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.attention.mla import KEPT
 from pallas_kernels.mosaic import Backend
+
+KEPT = "kept"
+"""Name of the values that selective recomputation stores."""
 
 
 class Kernels(NamedTuple):

@@ -12,7 +12,7 @@ from flax import nnx
 from model.config import ModelConfig
 from model.layers import RMSNorm, SwiGLU, project, scan_layers, stack, weight
 from model.mla import MLA
-from model.moe import MoE, MoEStats
+from model.moe import MoE, MoEStats, Routed
 from model.recipe import Recipe
 from sharding.context import balance, restore
 from sharding.partition import constrain, on_shards, shard_index, sum_over
@@ -79,12 +79,13 @@ class Block(nnx.Module):
         valid_BT: jax.Array,
         recipe: Recipe,
         replayed_BTK: jax.Array | None = None,
+        routed: Routed | None = None,
     ):
         """The block's second half: MLP or experts on the residual stream after attention."""
         normed_BTD = self.ffn_norm(x_BTD)
         if not self.has_experts:
             return x_BTD + self.mlp(normed_BTD, recipe), None
-        y_BTD, stats = self.moe(normed_BTD, valid_BT, recipe, replayed_BTK)
+        y_BTD, stats = self.moe(normed_BTD, valid_BT, recipe, replayed_BTK, routed)
         return x_BTD + y_BTD, stats
 
 

@@ -11,10 +11,10 @@ import numpy as np
 
 from checkpoint.config import CheckpointConfig
 from checkpoint.hf_config import to_hf_config
-from checkpoint.hf_names import to_hf
 from checkpoint.manager import CheckpointManager
 from model.blueprint import initialize
 from model.config import ModelConfig
+from tests.hf_state import to_hf
 
 CONFIG = ModelConfig(
     vocab_size=320, hidden_size=32, num_layers=3, num_dense_layers=1, num_heads=4,

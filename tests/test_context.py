@@ -20,9 +20,9 @@ from generation.config import Sampling
 from generation.engine import Generator
 from generation.score import Scorer
 from model.context_attention import Form, context_attention
-from model.mla import causal_attention
 from model.recipe import Recipe
 from model.transformer import Block, Tokens, ids_ahead
+from pallas_kernels.attention import mla_attention, starts_of_segments
 from pallas_kernels.cross_entropy import linear as linear_cross_entropy
 from sharding.config import MeshConfig
 from sharding.context import balance, restore, whole_sequences
@@ -94,10 +94,9 @@ def arrays(dtype=np.float32):
 
 
 def one_device_attention(q_BTNH, latents_BTL, w_CNH, segments_BT):
-    kv = jnp.einsum("BTC,CNH->BTNH", latents_BTL[..., :C], w_CNH)
-    shared = jnp.broadcast_to(latents_BTL[:, :, None, C:], (B, T, N, H - NOPE))
-    k_BTNH = jnp.concatenate([kv[..., :NOPE], shared], -1)
-    return causal_attention(q_BTNH, k_BTNH, kv[..., NOPE:], SCALE, segments_BT)
+    kv_BTNW = jnp.einsum("BTC,CNH->BTNH", latents_BTL[..., :C], w_CNH)
+    start_BT = None if segments_BT is None else starts_of_segments(segments_BT)
+    return mla_attention(q_BTNH, kv_BTNW, latents_BTL[..., C:], start_BT, scale=SCALE)
 
 
 def cut_attention(q_BTNH, latents_BTL, w_CNH, segments_BT):

@@ -74,14 +74,14 @@ def test_every_decoded_position_has_the_logits_of_the_full_forward_pass():
     ids = np.random.default_rng(0).integers(3, CONFIG.vocab_size, 48).astype(np.int32)
     decoder = make_decoder(CONFIG, prepared(), RECIPE, mtp=False)
     start, positions = 9, jnp.arange(48)[None]
-    hidden, cache = jax.jit(lambda i, p: decoder.prefill(i, p, 64))(
+    hidden, cache, _ = jax.jit(lambda i, p: decoder.read(i, p, 64))(
         ids[None, :start], positions[:, :start]
     )
     found = [decoder.logits(hidden[0])]
-    extend = jax.jit(decoder.extend)
+    extend = jax.jit(decoder.read)
     for at in range(start, 48, 3):  # three tokens at a time
         part = slice(at, at + 3)
-        hidden, cache = extend(ids[None, part], positions[:, part], cache)
+        hidden, cache, _ = extend(ids[None, part], positions[:, part], cache)
         found.append(decoder.logits(hidden[0]))
     np.testing.assert_allclose(np.concatenate(found), teacher_forced()(ids), rtol=0, atol=ATOL)
 
@@ -98,9 +98,10 @@ def test_bf16_logits_are_those_of_the_full_forward_pass_in_fp32():
     assert moe["router"]["kernel"].dtype == jnp.float32
     decoder = make_decoder(config, half, recipe, mtp=False)
     ids, positions = jnp.arange(3, 27, dtype=jnp.int32)[None], jnp.arange(24)[None]
-    hidden, cache = jax.jit(lambda i, p: decoder.prefill(i, p, 64))(ids[:, :20], positions[:, :20])
+    prefill = jax.jit(lambda i, p: decoder.read(i, p, 64))
+    hidden, cache, _ = prefill(ids[:, :20], positions[:, :20])
     assert cache[0].dtype == jnp.bfloat16
-    last, _ = jax.jit(decoder.extend)(ids[:, 20:], positions[:, 20:], cache)
+    last, _, _ = jax.jit(decoder.read)(ids[:, 20:], positions[:, 20:], cache)
     found = jnp.concatenate([decoder.logits(hidden[0]), decoder.logits(last[0])])
     wanted = teacher_forced(config)(ids[0])
     # 8 bits per rounding, some tens of roundings, logits of order 1 to 4.
@@ -108,8 +109,8 @@ def test_bf16_logits_are_those_of_the_full_forward_pass_in_fp32():
 
 
 def test_cache_holds_latents_only():
-    _, cache = jax.eval_shape(
-        lambda: make_decoder(CONFIG, prepared(), RECIPE, False).prefill(
+    _, cache, _ = jax.eval_shape(
+        lambda: make_decoder(CONFIG, prepared(), RECIPE, False).read(
             jnp.zeros((2, 8), jnp.int32), jnp.zeros((2, 8), jnp.int32), 64
         )
     )

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.grouped.expert_ffn import expert_ffn
+from pallas_kernels.grouped import expert_ffn
 from pallas_kernels.grouped.matmul import grouped_matmul
 from pallas_kernels.grouped.ragged import Tiling, choose_tiling
 

@@ -1,6 +1,5 @@
 """Checkpoint names and configurations of Hugging Face, to ours and back, on the golden files."""
 
-import dataclasses
 import functools
 
 import jax
@@ -8,9 +7,9 @@ import numpy as np
 import pytest
 
 from checkpoint.hf_config import from_hf_config, to_hf_config
-from checkpoint.hf_names import from_hf, to_hf
 from model.blueprint import blueprint
 from model.config import ModelConfig
+from tests.hf_state import from_hf, to_hf
 from tests.reference.cases import CASES
 from tests.reference.golden import Reference, golden
 
@@ -58,38 +57,6 @@ def test_expert_names_of_released_checkpoints():
         np.testing.assert_array_equal(
             state[f"model.layers.2.{copy}.weight"], state[f"{name}.weight"]
         )
-
-
-def test_missing_and_unknown_tensors_are_named():
-    ref = golden("v3_mtp")
-    state = to_hf(ref.weights, ref.config)
-    gone = {k: v for k, v in state.items() if k != "model.layers.1.mlp.experts.3.up_proj.weight"}
-    with pytest.raises(ValueError, match=r"missing.*: model\.layers\.1\.mlp\.experts\.3\.up_proj"):
-        from_hf(gone, ref.config)
-    with pytest.raises(ValueError, match=r"1 tensors .* no place .*: model\.layers\.0\.surprise"):
-        from_hf(state | {"model.layers.0.surprise": np.ones(1)}, ref.config)
-    with pytest.raises(ValueError, match=r"no place .*model\.layers\.2\."):
-        from_hf(state, dataclasses.replace(ref.config, mtp_depth=0))
-    with pytest.raises(ValueError, match=r"lm_head\.weight has shape \(32, 64\).*\(64, 32\)"):
-        from_hf(state | {"lm_head.weight": state["lm_head.weight"].T}, ref.config)
-    name = "model.layers.2.shared_head.head.weight"
-    with pytest.raises(ValueError, match=r"head\.weight differs from lm_head"):
-        from_hf(state | {name: state[name] + 1}, ref.config)
-    frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4)}
-    jax.tree.map(
-        np.testing.assert_array_equal, from_hf(state | frequencies, ref.config), ref.weights
-    )
-
-
-def test_missing_and_unknown_arrays_are_named():
-    ref = golden("v2_lite")
-    params = dict(ref.weights["params"])
-    del params["head"]
-    with pytest.raises(ValueError, match="missing from the parameter tree: params/head/kernel"):
-        to_hf(ref.weights | {"params": params}, ref.config)
-    params = ref.weights["params"] | {"surprise": {"kernel": np.ones(1)}}
-    with pytest.raises(ValueError, match="not in a checkpoint: params/surprise/kernel"):
-        to_hf(ref.weights | {"params": params}, ref.config)
 
 
 def test_config_round_trip(ref):

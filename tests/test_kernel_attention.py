@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from pallas_kernels.attention import backward as mla_attention_backward
-from pallas_kernels.attention.blocks import SMEM_BYTES, Sizes, smem_bytes
-from pallas_kernels.attention.mla import (
+from pallas_kernels.attention import mla_attention, starts_of_segments, unsupported
+from pallas_kernels.attention.blocks import (
+    SMEM_BYTES,
     Blocks,
+    Sizes,
     candidates,
     choose_blocks,
-    mla_attention,
-    starts_of_segments,
-    unsupported,
+    smem_bytes,
 )
 from pallas_kernels.attention.tiles import Plan, section_heads, tile_at
 from tests.kernel_ladder import emulate, lower, relative_error

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.grouped import expert_ffn
 from pallas_kernels.grouped import products as grouped_matmul_mosaic
 from pallas_kernels.grouped import weight_gradient as grouped_matmul_weights
 from pallas_kernels.grouped.blocks import Blocks
-from pallas_kernels.grouped.expert_ffn import expert_ffn
 from pallas_kernels.grouped.matmul import MatmulBlocks, grouped_matmul
 from pallas_kernels.grouped.row_tiles import make_row_tiles
 from pallas_kernels.grouped.weight_gradient import grouped_weight_gradient

@@ -253,7 +253,7 @@ def test_first_interrupt_finishes_the_loop_and_second_ends_it():
 
 def test_a_process_asked_to_stop_leaves_in_peace():
     code = (
-        "from training.signals import StopRequest\nimport time\n"
+        "from runtime.signals import StopRequest\nimport time\n"
         "with StopRequest() as stop:\n"
         "    print('ready', flush=True)\n"
         "    while not stop.requested: time.sleep(0.01)\n"

@@ -24,7 +24,8 @@ from sharding.pipeline.schedule import (
     spans,
 )
 from sharding.pipeline.simulate import Costs, paper_bubble, simulate
-from sharding.pipeline.ticks import CODES, IDLE, op_at, tick_table, verify_table
+from sharding.pipeline.ticks import CODES, IDLE, op_at, tick_table
+from tests.pipeline_replay import verify_table
 
 DOC = pathlib.Path(__file__).resolve().parent.parent / "docs" / "pipeline_schedules.md"
 
@@ -449,7 +450,8 @@ def test_command_line_refuses_without_a_traceback(capsys, words, message):
 # ---- docs ---------------------------------------------------------------------------------------
 
 FIGURE = re.compile(
-    r"```bash\n[.]venv/bin/python -m sharding[.]draw ([^\n]*)\n```\n\n```text\n(.*?)\n```",
+    r"```bash\n[.]venv/bin/python -m sharding[.]pipeline[.]draw ([^\n]*)\n```\n\n"
+    r"```text\n(.*?)\n```",
     re.DOTALL,
 )
 

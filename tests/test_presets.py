@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from configs import PRESETS, preset
-from configs.deepseek_models import KIMI_K2_YARN, V2_YARN, V3_YARN, extended
+from configs.deepseek import KIMI_K2_YARN, V2_YARN, V3_YARN, extended
 from model.config import ModelConfig
 from model.costs import (
     attention_flops_per_token,

@@ -17,11 +17,11 @@ import pytest
 import generate
 from generation import experts
 from generation.config import ExpertOptions, Sampling
-from generation.decode import make_decoder, unstack
+from generation.decode import expert_load, make_decoder, unstack
 from generation.engine import Generator
+from generation.replicas import Copies, Replicas
 from model import moe
 from model.recipe import Recipe
-from model.replicas import Copies, Replicas
 from sharding.config import MeshConfig
 from sharding.experts.eplb import place_experts
 from sharding.mesh import make_layout
@@ -87,8 +87,8 @@ def logits_of(made: Generator, held) -> np.ndarray:
         with use_layout(made.layout):
             decoder = make_decoder(CONFIG, held, RECIPE, mtp=False)
             at_BT = jnp.broadcast_to(jnp.arange(16), ids_BT.shape)
-            first, cache = decoder.prefill(ids_BT[:, :12], at_BT[:, :12], 64)
-            last, _ = decoder.extend(ids_BT[:, 12:], at_BT[:, 12:], cache)
+            first, cache, _ = decoder.read(ids_BT[:, :12], at_BT[:, :12], 64)
+            last, _, _ = decoder.read(ids_BT[:, 12:], at_BT[:, 12:], cache)
             hidden = jnp.concatenate([first, last], axis=1)
             return hidden @ decoder.head.kernel[...]
 
@@ -198,13 +198,13 @@ def test_the_busiest_device_has_less_to_do(monkeypatch):
     skewed = jax.tree.map(np.array, weights())
     skewed["router_bias"]["moe_layers"]["moe"]["router"]["bias"][:, :3] += 0.3
     seen: list[jax.Array] = []
-    plain = moe.expert.exchange
+    plain = moe.exchange
 
     def watched(x_ND, ids_NK, *rest):
         seen.append(ids_NK)
         return plain(x_ND, ids_NK, *rest)
 
-    monkeypatch.setattr(moe.expert, "exchange", watched)
+    monkeypatch.setattr(moe, "exchange", watched)
 
     def choices(placement, ids_BT) -> np.ndarray:
         """Copies, or experts, that each layer's tokens go to [layers, rows of text, ..]."""
@@ -215,7 +215,7 @@ def test_the_busiest_device_has_less_to_do(monkeypatch):
         def run(held, ids_BT):
             seen.clear()
             decoder = make_decoder(CONFIG, held, RECIPE, mtp=False)
-            decoder.prefill(ids_BT, jnp.broadcast_to(jnp.arange(64), ids_BT.shape), 64)
+            decoder.read(ids_BT, jnp.broadcast_to(jnp.arange(64), ids_BT.shape), 64)
             return jnp.stack(seen)
 
         return np.asarray(run(held, ids_BT)).reshape(-1, len(ids_BT), 64, 2)
@@ -258,12 +258,12 @@ def test_load_is_counted_by_expert_whatever_the_copies():
 def test_counted_load_is_that_of_the_full_forward_pass():
     rows, session = text()
     _, held = loaded()
-    decoder = make_decoder(CONFIG, held, RECIPE, mtp=False, count=True)
+    decoder = make_decoder(CONFIG, held, RECIPE, mtp=False)
     total = np.zeros((ROWS - 1, E))
     for prompt, row in zip(PROMPTS, rows, strict=True):
         ids = jnp.asarray([*prompt, *row[:-1]])[None]
-        decoder.prefill(ids, jnp.arange(ids.shape[1])[None], 64)
-        total += np.asarray(decoder.take_counts())
+        passed = decoder.read(ids, jnp.arange(ids.shape[1])[None], 64)
+        total += np.asarray(expert_load(passed.stats))
     np.testing.assert_array_equal(session.expert_load, total)
 
 

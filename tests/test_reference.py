@@ -22,10 +22,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from checkpoint.hf_config import to_hf_config
-from checkpoint.hf_names import to_hf
 from model.blueprint import bind
 from model.recipe import Recipe
 from model.router import affinities, select
+from tests.hf_state import to_hf
 from tests.reference.cases import CASES
 from tests.reference.golden import Reference, golden, read
 

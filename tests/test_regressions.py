@@ -208,8 +208,8 @@ def gradients_of(micro: int):
         train = dataclasses.replace(TRAIN, balance_weight=balance_weight)
         trainer = Trainer(ONE_LAYER, train, FP32, layout_of(ONE_DEVICE))
         batch = {"tokens": tokens, "segments": segments}
-        loss, parts, grads = trainer._gradients(state, batch, mtp_weight)
-        return loss, parts.main, grads
+        found = trainer.gradients(state, batch, {"mtp_weight": mtp_weight})
+        return found.loss, found.metrics["train/loss"], found.grads
 
     def call(mtp_weight, balance_weight, segments=None):
         segments = random_segments() if segments is None else segments

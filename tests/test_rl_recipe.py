@@ -1,8 +1,10 @@
 """Recipes from the command line, and the signals that they hand on; no stage is trained here."""
 
 import dataclasses
+import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,15 +14,17 @@ import pytest
 
 import train
 from configs.command import parse
-from configs.recipes import RECIPES
-from rl.recipe import run_recipe
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 STAGE = """
-import os, pathlib, signal, sys, time
+import json, os, pathlib, signal, sys, time
 
 folder = pathlib.Path(sys.argv[sys.argv.index("--run-dir") + 1])
 folder.mkdir(parents=True)
+(folder / "arguments").write_text(json.dumps(sys.argv[1:]))
+print(folder.name)
+if "--exit" in sys.argv:
+    sys.exit(int(sys.argv[-1]))
 
 def end(number, _):
     (folder / "signal").write_text(signal.Signals(number).name)
@@ -32,7 +36,24 @@ for number in (signal.SIGTERM, signal.SIGINT):
 (folder / "pid.new").rename(folder / "pid")
 time.sleep(60)
 """
-"""Stands in for train.py: says that it runs, and which signal ended it."""
+"""Stands in for train.py: leaves its arguments, then ends as --exit says, or by a signal."""
+
+
+@pytest.fixture
+def scripts(tmp_path) -> pathlib.Path:
+    """A copy of the recipes whose train.py is STAGE."""
+    shutil.copytree(ROOT / "runs", tmp_path / "runs", ignore=lambda _, names: {
+        name for name in names if not name.endswith(".sh")
+    })  # fmt: skip
+    (tmp_path / "train.py").write_text(STAGE)
+    return tmp_path / "runs"
+
+
+def run_script(script: pathlib.Path, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [script, *arguments], env=os.environ | {"PYTHON": sys.executable}, capture_output=True,
+        text=True, check=False, timeout=60,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -43,10 +64,17 @@ time.sleep(60)
         ["--recipe", "r1_zer", "--config=tiny"],
     ],
 )
-def test_a_recipe_is_recognised_with_an_equals_sign(arguments, capsys, monkeypatch):
+def test_an_unknown_recipe_names_the_near_one(arguments, capsys, monkeypatch):
     monkeypatch.setattr(train, "train", lambda _: pytest.fail("a single run was started"))
     assert train.main(arguments) == 2
-    assert "--recipe 'r1_zer': did you mean r1_zero?" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--recipe 'r1_zer': did you mean r1_zero? Known: r1, r1_zero\n" in said
+
+
+def test_a_recipe_is_never_a_single_run():
+    command = dataclasses.replace(parse(["--config", "tiny"]), recipe="r1_zero")
+    with pytest.raises(ValueError, match="recipe r1_zero is no single run"):
+        train.train(command)
 
 
 @pytest.mark.parametrize(
@@ -58,28 +86,55 @@ def test_a_recipe_is_recognised_with_an_equals_sign(arguments, capsys, monkeypat
         (["--init_from", "runs/x"], "--init-from"),
     ],
 )
-def test_what_a_recipe_names_itself_is_refused_in_every_form(option, named, capsys):
-    assert run_recipe(["--recipe", "r1_zero", *option]) == 2
-    assert f"--recipe names the {named} of every stage" in capsys.readouterr().err
-
-
-def test_a_recipe_is_never_a_single_run(monkeypatch):
-    monkeypatch.setattr("runtime.start.start", lambda _: pytest.fail("a single run was started"))
-    command = dataclasses.replace(parse(["--config", "tiny"]), recipe="r1_zero")
-    with pytest.raises(ValueError, match="recipe r1_zero is no single run"):
-        train.train(command)
-
-
-def start(folder: pathlib.Path, *prefix: str) -> tuple[subprocess.Popen, int]:
-    """A recipe whose first stage is under way, and the process of that stage."""
-    (folder / "stage.py").write_text(STAGE)
-    program = (
-        "import pathlib, sys, rl.recipe as r; r.TRAIN = pathlib.Path(sys.argv[1]);"
-        "sys.exit(r.run_recipe(['--recipe', 'r1_zero', '--run_dir', sys.argv[2]]))"
+def test_what_a_recipe_names_itself_is_refused_in_every_form(option, named, tmp_path):
+    """Through train.py, which becomes the script; no stage begins."""
+    words = ["--recipe", "r1_zero", "--run_dir", str(tmp_path), *option]
+    done = subprocess.run(
+        [sys.executable, "train.py", *words], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    words = [sys.executable, "-c", program, str(folder / "stage.py"), str(folder / "runs")]
-    recipe = subprocess.Popen([*prefix, *words], cwd=ROOT, stderr=subprocess.DEVNULL)
-    wait_for(pid := folder / "runs" / RECIPES["r1_zero"][0].name / "pid")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"--recipe names the {named} of every stage" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "stages"),
+    [
+        ("r1_zero", "r1_base r1_zero"),
+        ("r1", "base zero cold reasoning sft r1 student"),
+    ],
+)
+def test_a_stage_starts_from_one_that_came_before(recipe, stages, scripts, tmp_path):
+    """Every command line is one that train.py takes, the recipe's options last."""
+    runs = tmp_path / "a folder"
+    done = run_script(scripts / f"{recipe}.sh", str(runs), "--train.steps", "2", "--exit", "0")
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert said[1::2] == stages.split()
+    assert said[0] == f"== {recipe}: stage {said[1]}"
+    for at, name in enumerate(said[1::2]):
+        arguments = json.loads((runs / name / "arguments").read_text())
+        assert arguments[-4:] == ["--train.steps", "2", "--exit", "0"]
+        command = parse(arguments[:-2])
+        before = {"", *(str(runs / one) for one in said[1::2][:at])}
+        assert {command.init_from, command.run.sft.policy} <= before
+        assert command.run.run_dir == str(runs / name)
+        assert command.run.train.steps == 2
+        assert at == 0 or command.init_from or command.run.sft.policy
+
+
+def test_a_stage_that_fails_ends_its_recipe(scripts, tmp_path):
+    done = run_script(scripts / "r1.sh", str(tmp_path / "out"), "--exit", "3")
+    assert (done.returncode, done.stdout) == (3, "== r1: stage base\nbase\n")
+    assert done.stderr == "recipe r1: stage base ended with 3; run again to go on\n"
+
+
+def start(scripts: pathlib.Path, *prefix: str) -> tuple[subprocess.Popen, int]:
+    """A recipe whose first stage is under way, and the process of that stage."""
+    words = [*prefix, str(scripts / "r1_zero.sh"), str(scripts.parent / "out")]
+    env = os.environ | {"PYTHON": sys.executable}
+    recipe = subprocess.Popen(words, env=env, stderr=subprocess.PIPE, text=True)
+    wait_for(pid := scripts.parent / "out" / "r1_base" / "pid")
     return recipe, int(pid.read_text())
 
 
@@ -94,28 +149,33 @@ def wait_for(path: pathlib.Path) -> None:
     ("sent", "got"),
     [("SIGTERM", "SIGTERM"), ("SIGINT", "SIGINT"), ("SIGHUP", "SIGTERM"), ("SIGKILL", "SIGTERM")],
 )
-def test_a_stage_ends_with_its_recipe(sent, got, tmp_path):
+def test_a_stage_ends_with_its_recipe(sent, got, scripts, tmp_path):
     """Whatever ends the recipe, its stage saves and goes; no later stage begins."""
-    if sent == "SIGKILL" and sys.platform != "linux":
-        pytest.skip("only Linux tells a process that its parent is gone")
-    recipe, stage = start(tmp_path)
+    if sent == "SIGKILL" and not shutil.which("setpriv"):
+        pytest.skip("without setpriv (Linux) a process is not told that its parent is gone")
+    recipe, stage = start(scripts)
     recipe.send_signal(signal.Signals[sent])
-    code = recipe.wait(30)
-    assert code == (-signal.SIGKILL if sent == "SIGKILL" else 0)
-    folder = tmp_path / "runs" / RECIPES["r1_zero"][0].name
+    _, said = recipe.communicate(timeout=30)
+    if sent == "SIGKILL":
+        assert recipe.returncode == -signal.SIGKILL
+    else:
+        assert recipe.returncode == 0
+        assert said == "recipe r1_zero: stage r1_base was stopped; run again to go on\n"
+    folder = tmp_path / "out" / "r1_base"
     wait_for(folder / "signal")
     assert (folder / "signal").read_text() == got
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == [folder.name]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [folder.name]
     end = time.monotonic() + 30
     while pathlib.Path(f"/proc/{stage}/cmdline").exists() and time.monotonic() < end:
         time.sleep(0.02)
 
 
-def test_a_recipe_under_nohup_is_left_alone(tmp_path):
-    recipe, stage = start(tmp_path, "nohup")
+def test_a_recipe_under_nohup_is_left_alone(scripts):
+    recipe, stage = start(scripts, "nohup")
     recipe.send_signal(signal.SIGHUP)
     time.sleep(0.3)
     assert recipe.poll() is None
     os.kill(stage, 0)
     recipe.terminate()
-    assert recipe.wait(30) == 0
+    recipe.communicate(timeout=30)
+    assert recipe.returncode == 0

@@ -7,13 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs import deepseek_schedules as published
+from configs import deepseek as published
 from training.config import Phase, TrainConfig
 from training.schedule import BatchPlan, check_schedules, knobs_at, value_at
 
 V3 = TrainConfig(
     steps=1,
-    **published.V3_BATCH._asdict(),
+    seq_len=4096,
+    **published.V3_BATCH,
     micro_batch_size=48,
     learning_rate=published.v3_learning_rate(),
     bias_update_rate=published.v3_bias_update_rate(),
@@ -102,7 +103,7 @@ def test_v3_knobs():
 
 
 def test_v2_step_decay():
-    train = dataclasses.replace(V3, **published.V2_BATCH._asdict(), micro_batch_size=0)
+    train = dataclasses.replace(V3, **published.V2_BATCH, micro_batch_size=0)
     train = dataclasses.replace(train, micro_batch_size=256)
     plan, phases = BatchPlan(train), published.v2_learning_rate()
     values = [value_at(phases, plan, plan.steps_for(share * 8.1e12)) for share in (0.5, 0.7, 0.95)]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.grouped.expert_ffn import expert_ffn
+from pallas_kernels.grouped import expert_ffn
 from pallas_kernels.grouped.separate import separate_expert_ffn, separate_experts
 
 ATOL = {jnp.float32: 1e-5, jnp.bfloat16: 5e-2}

@@ -144,6 +144,41 @@ def test_import_rule(path, module, expected):
     assert may_import(pathlib.Path(path), module) is expected
 
 
+def test_kernels_are_reached_through_their_folders():
+    """Each folder's `__init__.py` is its entry; benchmarks and tests look inside too."""
+    wrong = [
+        f"{path} imports {module}; import it from the folder"
+        for path in product_files()
+        if path.parts[0] not in ("pallas_kernels", "bench")
+        for module in sorted(imports(path))
+        if module.startswith("pallas_kernels.") and not is_kernel_entry(module)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def is_kernel_entry(module: str) -> bool:
+    """A folder of kernels, or the types that all of them share."""
+    folder = ROOT / module.replace(".", "/")
+    return module == "pallas_kernels.mosaic" or (folder.is_dir() and module.count(".") == 1)
+
+
+def test_folders_of_kernels_import_each_other_one_way():
+    order = ["grouped", "attention", "decode", "cross_entropy", "fp8"]
+    folders = {
+        p.parts[1] for p in product_files() if p.parts[0] == "pallas_kernels" and p.parts[2:]
+    }
+    assert folders == set(order)
+    wrong = [
+        f"{path} imports {module}"
+        for path in product_files()
+        if path.parts[0] == "pallas_kernels"
+        for module in sorted(imports(path))
+        if (inner := module.split(".")[1:2]) and inner[0] in folders
+        if path.parts[1] not in folders or order.index(inner[0]) > order.index(path.parts[1])
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
 def config_files() -> list[pathlib.Path]:
     return [
         path

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.cases import Case, Tunable
-from pallas_kernels.attention.blocks import BLOCK, Blocks, Sizes, choose_blocks
+from pallas_kernels.attention.blocks import BLOCK, Blocks, Sizes, candidates, choose_blocks
 from pallas_kernels.attention.dkv import key_gradients
 from pallas_kernels.attention.dq import query_gradients
 from pallas_kernels.attention.forward import forward
-from pallas_kernels.attention.mla import candidates, mla_attention, spelled
+from pallas_kernels.attention.mla import mla_attention, spelled
 from pallas_kernels.attention.tiles import Plan
 
 SHAPES = {

@@ -23,31 +23,15 @@ from pallas_kernels.attention.blocks import (
     Blocks,
     Sizes,
     Tile,
-    candidates,
     check_blocks,
     choose_blocks,
     unsupported,
 )
 from pallas_kernels.attention.forward import forward
+from pallas_kernels.attention.portable import portable, reference
 from pallas_kernels.attention.tiles import Plan
 from pallas_kernels.mosaic import Backend
 from pallas_kernels.tuned import tuned_blocks
-
-__all__ = [
-    "Blocks",
-    "candidates",
-    "choose_blocks",
-    "mla_attention",
-    "spelled",
-    "starts_of_segments",
-    "unsupported",
-]
-
-KEPT = "kept"
-"""Name of outputs and their log-sums, for policies of recomputation: with both stored, a backward
-pass does not run the forward kernel again."""
-PORTABLE_BLOCK = 128
-PORTABLE_BLOCKS = 16
 
 
 def mla_attention(
@@ -58,6 +42,7 @@ def mla_attention(
     *,
     scale: float,
     backend: Backend = "portable",
+    kept: str | None = None,
     blocks: Blocks | None = None,
 ) -> Array:
     """softmax(scale (q_nope k_nope^T + q_rope k_rope^T)) v, fp32 softmax, row t over its keys s.
@@ -72,6 +57,8 @@ def mla_attention(
             decrease with t (run-time values: not checked). None is 0 everywhere.
         scale: factor of the logits.
         backend: see `mosaic.Backend`. Kernels take bfloat16; the others any floating type.
+        kept: name of outputs and the kernels' log-sums for policies of recomputation: with both
+            stored, a backward pass does not run the forward kernel again.
         blocks: how the kernels cut the call; by default tuned, or from the shapes.
 
     Returns:
@@ -82,14 +69,11 @@ def mla_attention(
     """
     sizes = _check(q_BTNH, kv_BTNW, k_rope_BTR, start_BT)
     B, T, N, P, R, V = sizes
-    if start_BT is None:
-        start_BT = jnp.zeros((B, T), jnp.int32)
     if 0 in (B, T, N):
         return jnp.zeros((B, T, N, V), q_BTNH.dtype)
-    if backend == "reference":
-        return _reference(q_BTNH, kv_BTNW, k_rope_BTR, start_BT, scale)
-    if backend == "portable":
-        return _portable(q_BTNH, kv_BTNW, k_rope_BTR, start_BT, scale)
+    if backend in ("portable", "reference"):
+        run = portable if backend == "portable" else reference
+        return _named(run(q_BTNH, kv_BTNW, k_rope_BTR, start_BT, scale), kept)
     if backend not in ("mosaic", "emulated"):
         raise ValueError(
             f"backend is {backend!r}; use 'mosaic', 'emulated', 'portable' or 'reference'"
@@ -98,17 +82,14 @@ def mla_attention(
         raise ValueError(f"{reason}; use backend='portable'")
     # Rows beyond the last see themselves and each other, and no row sees them.
     rest = -T % BLOCK
-
-    def pad(x, value=0):
-        widths = ((0, 0), (0, rest), *((0, 0),) * (x.ndim - 2))
-        return jnp.pad(x, widths, constant_values=value)
-
+    if start_BT is None:
+        start_BT = jnp.zeros((B, T), jnp.int32)
     sizes = sizes._replace(T=T + rest)
     blocks = blocks or _blocks(sizes)
     check_blocks(sizes, blocks)
-    call = _Call(scale, sizes, blocks, backend == "emulated")
-    operands = pad(q_BTNH), pad(kv_BTNW), pad(k_rope_BTR), pad(start_BT.astype(jnp.int32), T)
-    o_BTNV: Any = _kernels(call, *operands)
+    call = _Call(scale, sizes, blocks, backend == "emulated", kept)
+    operands = [_pad(x, rest) for x in (q_BTNH, kv_BTNW, k_rope_BTR)]
+    o_BTNV: Any = _kernels(call, *operands, _pad(start_BT.astype(jnp.int32), rest, T))
     return o_BTNV[:, :T]
 
 
@@ -160,6 +141,16 @@ def _check(q_BTNH: Array, kv_BTNW: Array, k_rope_BTR: Array, start_BT: Array | N
     return Sizes(B, T, N, P, R, W - P)
 
 
+def _pad(x: Array, rest: int, value: int = 0) -> Array:
+    """`rest` more positions at the end of axis 1, filled with `value`."""
+    widths = (0, 0), (0, rest), *((0, 0),) * (x.ndim - 2)
+    return jnp.pad(x, widths, constant_values=value)
+
+
+def _named(x: Array, kept: str | None) -> Array:
+    return x if kept is None else checkpoint_name(x, kept)
+
+
 def _blocks(sizes: Sizes) -> Blocks:
     """Tuned blocks, or those that the shapes suggest."""
     return tuned_blocks("mla_attention", spelled(sizes), Blocks) or choose_blocks(sizes)
@@ -180,6 +171,7 @@ class _Call(NamedTuple):
     sizes: Sizes
     blocks: Blocks
     emulated: bool
+    kept: str | None
 
     def plan(self, tile: Tile, programs: int) -> Plan:
         """Of one kernel, with a program per tile if `programs` is 0."""
@@ -195,7 +187,7 @@ def _kernels(call: _Call, q_BTNH: Array, kv_BTNW: Array, k_rope_BTR: Array, star
 def _kernels_fwd(call: _Call, q_BTNH: Array, kv_BTNW: Array, k_rope_BTR: Array, start_BT: Array):
     plan = call.plan(call.blocks.forward, call.blocks.programs)
     o_BTNV, lse_BNT = forward(q_BTNH, kv_BTNW, k_rope_BTR, start_BT, plan)
-    o_BTNV, lse_BNT = checkpoint_name(o_BTNV, KEPT), checkpoint_name(lse_BNT, KEPT)
+    o_BTNV, lse_BNT = _named(o_BTNV, call.kept), _named(lse_BNT, call.kept)
     return o_BTNV, (q_BTNH, kv_BTNW, k_rope_BTR, start_BT, o_BTNV, lse_BNT)
 
 
@@ -209,45 +201,3 @@ def _kernels_bwd(call: _Call, saved, do_BTNV: Array):
 
 
 _kernels.defvjp(_kernels_fwd, _kernels_bwd)
-
-
-# ---- without kernels ----------------------------------------------------------------------------
-
-
-def _portable(q_BTNH, kv_BTNW, k_rope_BTR, start_BT, scale: float) -> Array:
-    """Blocks of queries, each against the keys up to its own end only."""
-    T, P = q_BTNH.shape[1], q_BTNH.shape[3] - k_rope_BTR.shape[2]
-    block = max(PORTABLE_BLOCK, -(-T // PORTABLE_BLOCKS))
-    outputs = []
-    for first in range(0, T, block):
-        end = min(first + block, T)
-        logits_BNQS = _logits(q_BTNH[:, first:end], kv_BTNW[:, :end, :, :P], k_rope_BTR[:, :end])
-        pairs = _pairs(start_BT[:, first:end], first, end)
-        p_BNQS = jax.nn.softmax(jnp.where(pairs, scale * logits_BNQS, -jnp.inf), axis=-1)
-        v_BSNV = kv_BTNW[:, :end, :, P:]
-        outputs.append(jnp.einsum("BNQS,BSNV->BQNV", p_BNQS.astype(v_BSNV.dtype), v_BSNV))
-    return jnp.concatenate(outputs, axis=1)
-
-
-def _reference(q_BTNH, kv_BTNW, k_rope_BTR, start_BT, scale: float) -> Array:
-    """All pairs at once, in fp32."""
-    q32, kv32, k_rope32 = (x.astype(jnp.float32) for x in (q_BTNH, kv_BTNW, k_rope_BTR))
-    T, P = q_BTNH.shape[1], q_BTNH.shape[3] - k_rope_BTR.shape[2]
-    with jax.default_matmul_precision("highest"):
-        logits_BNTS = scale * _logits(q32, kv32[..., :P], k_rope32)
-        p_BNTS = jax.nn.softmax(jnp.where(_pairs(start_BT, 0, T), logits_BNTS, -jnp.inf), axis=-1)
-        return jnp.einsum("BNTS,BSNV->BTNV", p_BNTS, kv32[..., P:]).astype(q_BTNH.dtype)
-
-
-def _logits(q_BQNH: Array, k_BSNP: Array, k_rope_BSR: Array) -> Array:
-    """Products of queries and keys, fp32 [B, N, Q, S], without a copy of the rotary keys."""
-    P = k_BSNP.shape[3]
-    einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
-    nope_BNQS = einsum("BQNP,BSNP->BNQS", q_BQNH[..., :P], k_BSNP)
-    return nope_BNQS + einsum("BQNR,BSR->BNQS", q_BQNH[..., P:], k_rope_BSR)
-
-
-def _pairs(start_BQ: Array, first: int, end: int) -> Array:
-    """Which keys [0, end) the rows [first, end) see [B, 1, Q, S]."""
-    key_S, row_Q1 = jnp.arange(end), jnp.arange(first, end)[:, None]
-    return ((key_S <= row_Q1) & (key_S >= start_BQ[:, :, None]))[:, None]

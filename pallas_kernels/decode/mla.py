@@ -21,14 +21,14 @@ rotary), S slots, G pages, P pages of a row, M = Q N, D splits.
 """
 
 import math
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from pallas_kernels.decode.kernel import PAIR, ROWS, TILE, Sizes, decode, shared_memory
+from pallas_kernels.decode.portable import portable, reference
 from pallas_kernels.mosaic import NUM_SMS, SMEM_BYTES, Backend
 from pallas_kernels.tuned import tuned_blocks
 
@@ -63,8 +63,8 @@ def mla_decode(
     """Attention of a row's last Q tokens over its cache, in absorbed form.
 
     Query i of Q sees the slots below lengths[b] - (Q - 1 - i); one that sees none gets zeros. Slots
-    from lengths[b] on may hold anything, NaN included, and so may the block table beyond the pages
-    that the length needs. The softmax runs in fp32.
+    from lengths[b] on may hold anything, NaN included (finite, if "portable"), and so may the block
+    table beyond the pages that the length needs. The softmax runs in fp32.
 
     Args:
         q_BQNL: queries with W_UK absorbed, then their rotary part [B, Q, N, L].
@@ -85,14 +85,9 @@ def mla_decode(
         ValueError: shapes, types, the scale or the backend do not fit.
     """
     _check(q_BQNL, cache, lengths_B, block_table_BP, scale, latent)
-    run = partial(_attend, scale=scale, latent=latent)
-    if backend == "reference":
-        exact = q_BQNL.astype(jnp.float32), cache.astype(jnp.float32)
-        highest = lax.Precision.HIGHEST
-        o_BQNC = run(*exact, lengths_B, block_table_BP, precision=highest)
-        return o_BQNC.astype(q_BQNL.dtype)
-    if backend == "portable":
-        return run(q_BQNL, cache, lengths_B, block_table_BP)
+    if backend in ("portable", "reference"):
+        run = portable if backend == "portable" else reference
+        return run(q_BQNL, cache, lengths_B, block_table_BP, scale, latent)
     if backend not in ("mosaic", "emulated"):
         raise ValueError(
             f"backend is {backend!r}; use 'mosaic', 'emulated', 'portable' or 'reference'"
@@ -220,38 +215,6 @@ def combine(o_DBMC: Array, lse_DBM: Array) -> Array:
     weight_DBM = jnp.exp2(lse_DBM - lse_DBM.max(axis=0))
     weight_DBM /= weight_DBM.sum(axis=0)
     return jnp.sum(o_DBMC * weight_DBM[..., None], axis=0)
-
-
-# ---- by XLA --------------------------------------------------------------------------------------
-
-
-def _attend(
-    q_BQNL: Array, cache: Array, lengths_B: Array, block_table_BP: Array | None, *,
-    scale: float, latent: int, precision: lax.PrecisionLike = None,
-) -> Array:  # fmt: skip
-    """Both products over the whole cache, heads and queries as one axis."""
-    B, Q, N, L = q_BQNL.shape
-    if block_table_BP is not None:
-        pages_BP = jnp.clip(block_table_BP, 0, cache.shape[0] - 1)
-        cache = cache[pages_BP].reshape(B, -1, L)
-    slots_S = jnp.arange(cache.shape[1])
-    limits_BQ = lengths_B[:, None] - (Q - 1 - jnp.arange(Q))
-    seen_BMS = jnp.repeat(slots_S < limits_BQ[..., None], N, axis=1)
-    s_BMS = scale * jnp.einsum(
-        "BML,BSL->BMS", q_BQNL.reshape(B, Q * N, L), cache,
-        precision=precision, preferred_element_type=jnp.float32,
-    )  # fmt: skip
-    s_BMS = jnp.where(seen_BMS, s_BMS, -jnp.inf)
-    peak_BM1 = jnp.maximum(s_BMS.max(axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)
-    p_BMS = jnp.exp(s_BMS - peak_BM1)
-    p_BMS /= jnp.maximum(p_BMS.sum(axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
-    # 0 times NaN is NaN, so slots that no query sees are zeros.
-    v_BSC = jnp.where((slots_S < lengths_B[:, None])[..., None], cache[..., :latent], 0)
-    o_BMC = jnp.einsum(
-        "BMS,BSC->BMC", p_BMS.astype(cache.dtype), v_BSC,
-        precision=precision, preferred_element_type=jnp.float32,
-    )  # fmt: skip
-    return o_BMC.astype(q_BQNL.dtype).reshape(B, Q, N, latent)
 
 
 def _check(q_BQNL, cache, lengths_B, block_table_BP, scale: float, latent: int) -> None:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.grouped.expert_ffn import expert_ffn
+from pallas_kernels.grouped.experts import expert_ffn
 from pallas_kernels.grouped.ragged import (
     Tiling,
     keep_rows,

@@ -12,10 +12,10 @@ import numpy as np
 from flax import nnx
 
 from checkpoint.hf_config import from_hf_config
-from checkpoint.hf_names import from_hf
 from model.blueprint import bind
 from model.config import ModelConfig
 from model.transformer import Tokens
+from tests.hf_state import from_hf
 
 GOLDEN = pathlib.Path(__file__).resolve().parent.parent / "golden"
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from pallas_kernels.grouped.separate import separate_experts
+from pallas_kernels.grouped import separate_experts
 from sharding.experts.eplb import ExpertPlacement
 from sharding.partition import (
     Layout,
