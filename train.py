@@ -254,7 +254,7 @@ def train(command: Command) -> int:
 
     run = command.run
     when_lost(lambda: how_to_resume(Path(run.run_dir) / "checkpoints"))
-    start(command)
+    start(command, idle=command.print_config)
     trainer, stage = make_trainer(run), stage_of(run)
 
     def say(line: str) -> None:

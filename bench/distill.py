@@ -10,12 +10,11 @@ for more processor time than distillation takes.
 """
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from bench.command import FEW_STEPS, Command
+from bench.command import Command
 from bench.report import write_section
 from bench.runs import train_once
 from configs.r1 import student_model
@@ -35,9 +34,7 @@ def student_shape() -> list[str]:
     ]  # fmt: skip
 
 
-def run(
-    seed: int, teachers: Path, folder: Path, steps: Sequence[str]
-) -> dict[str, dict[str, float]]:
+def run(seed: int, teachers: Path, folder: Path) -> dict[str, dict[str, float]]:
     """Accuracy (T = 1, greedy), length and seconds of the student as it starts, after RL, and after
     distillation; and the teacher's."""
     place, more = folder / f"student-{seed}", ("--seed", str(seed))
@@ -47,7 +44,7 @@ def run(
         train_once(teacher, "r1_zero", *more, "--init-from", str(base)),
     ]
     start = place / "base"
-    few = (*(steps or BASE_STEPS), *FEW_CHAINS)
+    few = (*BASE_STEPS, *FEW_CHAINS)
     train_once(start, "r1_student", "--stage", "pretrain", *more, *few)
     init = ("--init-from", str(start))
     distilled = train_once(
@@ -55,7 +52,7 @@ def run(
     )
     rewarded = train_once(
         place / "rl", "r1_zero", *more, *init, *FEW_CHAINS, *student_shape(),
-        "--train.eval-every", "50", *(steps or RL_STEPS),
+        "--train.eval-every", "50", *RL_STEPS,
     )  # fmt: skip
     first, last = (evaluations(place / "rl")[i] for i in (0, -1))
     both = sum(stage["cpu_s"] for stage in taught)
@@ -106,19 +103,15 @@ def report(runs: dict[int, dict[str, dict[str, float]]]) -> list[str]:
 
 def main() -> None:
     """Run what is asked for, print the report, draw it, and with --write put it into results.md."""
-    parser = Command(__doc__, steps=FEW_STEPS)
+    parser = Command(__doc__)
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--teacher", default="runs/r1_bench")
     parser.add_argument("--folder", default="runs/distill_bench")
-    parser.set_defaults(steps=())
     options = parser.options()
     if not re.fullmatch(r"\d+(,\d+)*", options.seeds):
         raise SystemExit(f"--seeds {options.seeds!r}: give numbers with commas, such as 0,1,2")
     folder, teachers = Path(options.folder).absolute(), Path(options.teacher).absolute()
-    runs = {
-        seed: run(seed, teachers, folder, options.steps)
-        for seed in map(int, options.seeds.split(","))
-    }
+    runs = {seed: run(seed, teachers, folder) for seed in map(int, options.seeds.split(","))}
     figure(runs, folder / "distill.png")
     lines = report(runs)
     print("\n".join(lines))

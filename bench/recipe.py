@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.answers import inspected
-from bench.command import FEW_STEPS, Command
+from bench.command import Command
 from bench.report import write_section
 from bench.runs import train_once
 from rl.config import TaskConfig
@@ -65,12 +65,11 @@ def report(folder: Path, seconds: float) -> list[str]:
 
 def main() -> None:
     """Run what is missing, print the report, and with --write put it into results.md."""
-    parser = Command(__doc__, steps=FEW_STEPS)
-    parser.set_defaults(steps=())
+    parser = Command(__doc__)
     parser.add_argument("--folder", default="runs/recipe")
     options = parser.options()
     folder = Path(options.folder).absolute()
-    lines = report(folder, train_once(folder, "", "--recipe", "r1", *options.steps)["wall_s"])
+    lines = report(folder, train_once(folder, "", "--recipe", "r1")["wall_s"])
     print("\n".join(lines))
     if options.write:
         write_section("R1's pipeline in small", lines)

@@ -4,7 +4,7 @@
 
 Both sides run forward, backward, clipping and AdamW in fp32 on the same shapes and may use every
 core. Theirs runs under its own interpreter (`bench/hf_step.py`) with the defaults of transformers.
-Rounds alternate between the two and a dense matrix product, the peak, so that a busy machine
+Rounds alternate between the two and a dense matrix product by XLA, the peak, so that a busy machine
 slows all three; figures are medians over rounds. Processor seconds per step are shown too: they
 say less about a program that waits, and suffer less from neighbours.
 
@@ -104,8 +104,9 @@ class Ours:
 class Theirs:
     """Hugging Face's step in a process of its own, warm; idle unless asked."""
 
-    def __init__(self, config: ModelConfig, interpreter: str):
-        options = json.dumps(hf_options(config) | {"batch": SEQUENCES, "length": LENGTH})
+    def __init__(self, config: ModelConfig, interpreter: str, compiled: bool):
+        shape = {"batch": SEQUENCES, "length": LENGTH, "compile": compiled}
+        options = json.dumps(hf_options(config) | shape)
         # Threads that wait must not spin, or they slow each other down on a busy machine.
         environment = os.environ | {"OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
         self._process = subprocess.Popen(
@@ -175,13 +176,17 @@ def peak_product():
 
 def measure(name: str, config: ModelConfig, options: argparse.Namespace) -> str:
     """One row of the table."""
-    ours, theirs, peak = Ours(config), Theirs(config, options.interpreter), peak_product()
+    ours, theirs, peak = Ours(config), Theirs(config, options.interpreter, False), peak_product()
+    compiled = Theirs(config, options.interpreter, True) if options.compile else None
     timed(peak, 1)
-    rounds = []
+    rounds, with_compiler = [], []
     for _ in range(options.rounds):
         rounds.append((timed(ours.run, options.steps), theirs.steps(options.steps), timed(peak, 2)))
-    theirs.close()
-    print(theirs.about, flush=True)
+        if compiled is not None:
+            with_compiler.append(compiled.steps(options.steps).wall)
+    for side in filter(None, (theirs, compiled)):
+        side.close()
+        print(side.about, flush=True)
     tokens = SEQUENCES * LENGTH
     flops = tokens * train_flops_per_token(config, LENGTH)
     peak_flops = 2 * PEAK_SIZE**3 * PEAK_PRODUCTS
@@ -194,6 +199,7 @@ def measure(name: str, config: ModelConfig, options: argparse.Namespace) -> str:
         f"{tokens / median(lambda o, t, p: o.wall):,.0f}",
         f"{tokens / median(lambda o, t, p: t.wall):,.0f}",
         f"{median(lambda o, t, p: t.wall / o.wall):.2f}",
+        f"{tokens / statistics.median(with_compiler):,.0f}" if with_compiler else "not run",
         f"{median(lambda o, t, p: t.processor / o.processor):.2f}",
         f"{flops / tokens / 1e6:.1f}",
         f"{peak_flops / median(lambda o, t, p: p.wall) / 1e9:.0f}",
@@ -206,18 +212,23 @@ def measure(name: str, config: ModelConfig, options: argparse.Namespace) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Measure every case and print the table."""
     reference = HERE.parent / ".venv-reference" / "bin" / "python"
-    parser = Command(__doc__, rounds=1, steps=1)
+    parser = Command(__doc__, rounds=1, steps=1, cases=1)
+    parser.add_argument("--cases", type=int, default=2, help="models, the first so many")
+    parser.add_argument("--compile", action="store_true", help="torch.compile too: needs g++")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=3, help="steps per round")
     parser.add_argument("--interpreter", default=str(reference), help="has torch, transformers")
     options = parser.options(arguments)
     jax.config.update("jax_platforms", "cpu")
     lines = [
-        "| model | ours, tokens/s | HF, tokens/s | ratio | by processor time | MFLOP/token "
-        "| dense peak, GFLOP/s | share of peak | by processor time |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| model | ours, tokens/s | HF, tokens/s | ratio "
+        "| HF with torch.compile, tokens/s | by processor time | MFLOP/token "
+        "| dense product by XLA, GFLOP/s | share of peak | by processor time |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    lines += [measure(name, config, options) for name, config in cases().items()]
+    lines += [
+        measure(name, config, options) for name, config in list(cases().items())[: options.cases]
+    ]
     load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
     lines += ["", f"Medians of {options.rounds} rounds; load averages at the end {load}."]
     print("\n".join(lines))

@@ -9,25 +9,12 @@ from configs.schema import RunConfig
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     function.__name__: function
     for function in (
-        tiny.tiny,
-        small.small,
-        deepseek.v2_lite,
-        deepseek.moonlight_16b,
-        deepseek.v2,
-        deepseek.v3_671b,
+        *(tiny.tiny, small.small),
+        *(deepseek.v2_lite, deepseek.moonlight_16b, deepseek.v2, deepseek.v3_671b),
         deepseek.kimi_k2,
-        r1.r1_base,
-        r1.r1_zero,
-        r1.r1_base2,
-        r1.r1_zero2,
-        r1.r1_cold,
-        r1.r1_reasoning,
-        r1.r1_sft,
-        r1.r1,
-        r1.r1_student,
-        r1.r1_student2,
-        search.search_base,
-        search.search_zero,
+        *(r1.r1_base, r1.r1_zero, r1.r1_base2, r1.r1_zero2, r1.r1_cold, r1.r1_reasoning),
+        *(r1.r1_sft, r1.r1, r1.r1_student, r1.r1_student2),
+        *(search.search_base, search.search_zero),
     )
 }
 """Presets in the order of `--help`."""

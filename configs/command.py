@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from configs import PRESETS, preset, summary
+from configs.deepseek import v3_on_its_layout
 from configs.schema import RunConfig
 from rl.config import PUBLISHED
 from runtime.config import RuntimeOptions
@@ -64,6 +65,8 @@ def parse(arguments: Sequence[str] | None = None) -> Command:
         raise SystemExit(f"train.py: {error}") from None
     if chosen.layout in LAYOUTS:
         run = dataclasses.replace(run, mesh=LAYOUTS[chosen.layout])
+    if (chosen.config, chosen.layout) == ("v3_671b", "deepseek"):
+        run = v3_on_its_layout(run)
     if chosen.objective_of in PUBLISHED:
         run = dataclasses.replace(run, rl=run.rl.following(chosen.objective_of))
     default = Command(run=run, config=chosen.config, layout=chosen.layout)

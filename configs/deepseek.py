@@ -51,30 +51,24 @@ def v3_model() -> ModelConfig:
 
 
 def v2_model() -> ModelConfig:
-    """DeepSeek-V2, 236B."""
-    return ModelConfig(
+    """DeepSeek-V2, 236B: V3's layers with softmax scores, no bias in the routing, and no MTP."""
+    return dataclasses.replace(
+        v3_model(),
         vocab_size=102400,
         hidden_size=5120,
         num_layers=60,
         num_dense_layers=1,
-        num_heads=128,
-        q_lora_rank=1536,
-        kv_lora_rank=512,
-        qk_nope_head_dim=128,
-        qk_rope_head_dim=64,
-        v_head_dim=128,
         dense_ffn_size=12288,
         expert_ffn_size=1536,
         num_experts=160,
         num_shared_experts=2,
         experts_per_token=6,
-        num_expert_groups=8,
         groups_per_token=3,
         scoring="softmax",
         topk_method="group_limited_greedy",
         normalize_topk=False,
         routed_scaling_factor=16.0,
-        max_position=4096,
+        mtp_depth=0,
     )
 
 
@@ -284,8 +278,25 @@ def v3_671b() -> RunConfig:
         learning_rate=v3_learning_rate(),
         bias_update_rate=v3_bias_update_rate(),
         mtp_weight=v3_mtp_weight(),
+        fp8=True,
     )
     return _pretraining(v3_model(), 128815, train)
+
+
+def v3_on_its_layout(run: RunConfig) -> RunConfig:
+    """V3's run for `--layout deepseek`: a micro batch is one sequence per device of a stage.
+
+    A stage has 128 devices, so the published ramp begins with 24 micro batches, and DualPipe needs
+    twice its 16 stages. The ramp begins at its third plateau instead, 4608 sequences.
+    """
+    train = dataclasses.replace(
+        run.train,
+        steps=240_630,  # that 14.8 T tokens take
+        batch_ramp_from=4608,
+        batch_ramp_step=6,
+        micro_batch_size=128,
+    )
+    return dataclasses.replace(run, train=train)
 
 
 def kimi_k2() -> RunConfig:

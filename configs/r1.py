@@ -27,9 +27,6 @@ ANSWER = 28
 """Tokens of an answer at most."""
 
 
-# ---- R1-Zero -------------------------------------------------------------------------------------
-
-
 def base_model() -> ModelConfig:
     """Shape of every model here but the student: 1.1 M parameters, MLA and MoE in every layer."""
     return ModelConfig(
@@ -123,9 +120,6 @@ def r1_zero() -> RunConfig:
         ),
         checkpoint=CheckpointConfig(every=25),
     )
-
-
-# ---- R1 ------------------------------------------------------------------------------------------
 
 
 def two_scripts(run: RunConfig) -> RunConfig:
@@ -226,9 +220,6 @@ def r1() -> RunConfig:
         train=dataclasses.replace(base.train, steps=40),
         rl=dataclasses.replace(base.rl, temperature=0.7, format_weight=1.0),
     )
-
-
-# ---- Distillation --------------------------------------------------------------------------------
 
 
 def student_model() -> ModelConfig:

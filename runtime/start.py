@@ -11,15 +11,17 @@ from runtime.host_memory import keep_freed_memory
 from runtime.processes import join_processes
 
 
-def start(options: RuntimeOptions) -> None:
+def start(options: RuntimeOptions, idle: bool = False) -> None:
     """Set up JAX as the options say. Call before JAX is first used.
+
+    `idle`: nothing will run on the devices.
 
     Raises ValueError for devices or processes that cannot be had.
     """
     if options.emulate or find_spec("jax_cuda13_plugin") is None:
         keep_freed_memory()
     if options.emulate:
-        emulate_devices(options.emulate)
+        emulate_devices(options.emulate, idle)
     if options.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.abspath(options.compilation_cache))
     join_processes(

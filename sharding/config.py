@@ -60,5 +60,9 @@ LAYOUTS: dict[str, MeshConfig] = {
     "tensor": MeshConfig(tensor=-1),
     "cube": MeshConfig(fsdp=2, expert=2, tensor=2),
     "hybrid": MeshConfig(data=2, fsdp=2, expert=2),
+    "deepseek": MeshConfig(
+        pipe=16, data=2, expert=64, expert_nodes=8, exchange_capacity=2.0, schedule="dualpipe"
+    ),
 }
-"""Layouts by name (`--layout NAME`); any axis can be overridden (`--mesh.AXIS N`)."""
+"""Layouts by name (`--layout NAME`); any axis can be overridden (`--mesh.AXIS N`). `deepseek` is
+V3's own, of 2,048 devices (V3 report, section 3.1)."""

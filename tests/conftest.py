@@ -4,6 +4,8 @@ import gc
 import os
 import pathlib
 
+from tests.xla_flags import QUICK_XLA
+
 # All are read when jax is first imported, so they are set before anything imports it. A platform
 # chosen outside stays: the `gpu` tests run with JAX_PLATFORMS=cuda. Compiling is most of what the
 # tests do, and LLVM's optimisations are half of that; no tolerance depends on them. One thread per
@@ -12,10 +14,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["PJRT_NPROC"] = "64"
 os.environ["XLA_FLAGS"] = " ".join(
     [
-        "--xla_backend_optimization_level=0",
-        "--xla_llvm_disable_expensive_passes=true",
-        # In one piece: cutting a program for several compiler threads costs a seventh of its time.
-        "--xla_cpu_parallel_codegen_split_count=1",
+        QUICK_XLA,
         "--xla_cpu_multi_thread_eigen=false",
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from tests.xla_flags import QUICK_XLA
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 COMPILER = ROOT / os.environ.get("GPU_COMPILER", ".gpu-compiler")
 SECONDS = 600
@@ -17,7 +19,6 @@ slow = pytest.mark.slow
 SCRIPTS = {
     "compile": slow,
     "decode": pytest.mark.reference,
-    "distill": slow,
     "expert_exchange": slow,
     "gpu_programs": pytest.mark.gpu_compile,
     "grouped_matmul": slow,
@@ -25,7 +26,6 @@ SCRIPTS = {
     "import_share": slow,
     "kernels": pytest.mark.gpu_compile,
     "r1": slow,
-    "recipe": slow,
     "rollout": slow,
     "routing_replay": slow,
     "scaling": slow,
@@ -36,14 +36,15 @@ SCRIPTS = {
 }
 """Scripts and the suite that runs each."""
 OPTIONS = {
-    "distill": "--folder {} --teacher {}/teachers",
     "kernels": "--compile --cases decode",
     "r1": "--folder {}",
-    "recipe": "--folder {}",
     "routing_replay": "--finer {}/finer",
     "search": "--folder {}",
     "tiny": "--run-dir {}",
 }
+SCRIPTS_OF_RUNS = ("distill", "recipe")
+"""Scripts whose models must be right now and then, which takes minutes: tests/test_rl_tuning.py
+runs their stages at the smallest size, and here they only start."""
 SPOKEN_TO = {"hf_step", "hf_decode"}
 """Scripts that `step` and `decode` run under PyTorch's interpreter."""
 
@@ -54,17 +55,27 @@ def test_every_script_has_its_run():
         return any(isinstance(node, ast.If) and "__main__" in ast.unparse(node) for node in body)
 
     scripts = {path.stem for path in (ROOT / "bench").glob("*.py") if has_main(path)}
-    assert scripts == SCRIPTS.keys() | SPOKEN_TO
+    assert scripts == SCRIPTS.keys() | SPOKEN_TO | set(SCRIPTS_OF_RUNS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS_OF_RUNS)
+def test_a_bench_of_whole_runs_starts(name):
+    command = [sys.executable, "-m", f"bench.{name}", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--folder" in done.stdout
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=SCRIPTS[name]) for name in SCRIPTS])
 def test_a_bench_runs_at_its_smallest_size(name, tmp_path, request):
     options = OPTIONS.get(name, "").format(*[tmp_path] * 2).split()
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PJRT_NPROC")}
+    environment["XLA_FLAGS"] = QUICK_XLA
     if SCRIPTS[name].name == "reference":
         options += ["--interpreter", request.getfixturevalue("reference_python")]
     if SCRIPTS[name].name == "gpu_compile":
-        environment |= {"PYTHONPATH": str(COMPILER), "JAX_PLATFORMS": "cpu"}
+        environment |= {"PYTHONPATH": str(COMPILER), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     done = subprocess.run(
         [sys.executable, "-m", f"bench.{name}", "--quick", *options], cwd=ROOT, env=environment,
         capture_output=True, text=True, check=False, timeout=SECONDS,

@@ -109,8 +109,9 @@ def test_bf16_logits_are_those_of_the_full_forward_pass_in_fp32():
 
 
 def test_cache_holds_latents_only():
+    held = prepared()
     _, cache, _ = jax.eval_shape(
-        lambda: make_decoder(CONFIG, prepared(), RECIPE, False).read(
+        lambda: make_decoder(CONFIG, held, RECIPE, False).read(
             jnp.zeros((2, 8), jnp.int32), jnp.zeros((2, 8), jnp.int32), 64
         )
     )

@@ -1,11 +1,15 @@
 """Presets against published numbers, counted again here from the formulas of the papers."""
 
 import dataclasses
+import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from configs import PRESETS, preset
+from configs.command import parse
 from configs.deepseek import KIMI_K2_YARN, V2_YARN, V3_YARN, extended
 from model.config import ModelConfig
 from model.costs import (
@@ -15,6 +19,11 @@ from model.costs import (
     train_flops_per_token,
 )
 from model.rope import frequencies, rotation, softmax_scale
+from sharding.mesh import resolve
+from sharding.pipeline.schedule import make_schedule
+from training.schedule import BatchPlan
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 TOTAL = {
     "v3_671b": 671_026_419_200, "v2": 235.741e9, "v2_lite": 15.706e9,
@@ -186,3 +195,31 @@ def test_yarn_without_mscale_all_dim_scales_the_rotation():
     assert softmax_scale(long) == 192**-0.5
     cos, _ = rotation(long, np.zeros((1, 1), np.int32))
     np.testing.assert_allclose(cos, 1.3688879454, rtol=1e-6)
+
+
+def test_v3_on_its_own_layout():
+    """Every plateau of the batch fills DualPipe; on other machines the error names the remedy."""
+    command = parse(["--config", "v3_671b", "--layout", "deepseek"])
+    mesh, train = command.run.mesh, command.run.train
+    assert resolve(mesh, 2048) == mesh
+    assert (mesh.pipe, mesh.expert, mesh.expert_nodes, mesh.schedule) == (16, 64, 8, "dualpipe")
+    assert train.fp8
+    plan = BatchPlan(train)
+    for count in plan.micro_batch_counts():
+        make_schedule(mesh.schedule, mesh.pipe, count)
+    assert plan.steps_for(14.8e12) == train.steps
+    with pytest.raises(ValueError, match=r"2048 devices, but 8 are present; .*--emulate 2048"):
+        resolve(mesh, 8)
+
+
+@pytest.mark.slow
+def test_v3_on_its_own_layout_is_printed():
+    words = ["--config", "v3_671b", "--layout", "deepseek", "--emulate", "2048", "--print-config"]
+    done = subprocess.run(
+        [sys.executable, "train.py", *words], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert "devices      2048 x cpu: pipe 16 x data 2 x expert_nodes 8 x expert 8" in said
+    assert "state        9.73 GiB per device: weights, moments, biases" in said
+    assert "batch        15360 x 4096 tokens in 120 micro batches" in said

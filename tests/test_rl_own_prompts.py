@@ -24,6 +24,7 @@ from rl.verdict.scoring import judge_scorer
 from sharding.config import MeshConfig
 from sharding.mesh import make_layout
 from tests.test_rl_sandbox import KEPT_IN
+from tests.xla_flags import QUICK_XLA
 from training.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -263,7 +264,7 @@ def train_command(folder: pathlib.Path, name: str, *options: str) -> list[str]:
 
 def run_train(folder: pathlib.Path, name: str, *options: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        train_command(folder, name, *options), cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""},
+        train_command(folder, name, *options), cwd=ROOT, env=os.environ | {"XLA_FLAGS": QUICK_XLA},
         text=True, capture_output=True, check=False,
     )  # fmt: skip
 
@@ -308,7 +309,11 @@ def test_a_run_with_a_reward_that_hangs_stops_on_sigterm(folder):
         "--train.eval-every", "0", *["--rl.unsafe-code"] * (not KEPT_IN),
     )  # fmt: skip
     process = subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, text=True, stdout=subprocess.PIPE
+        command,
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": QUICK_XLA},
+        text=True,
+        stdout=subprocess.PIPE,
     )
     with process:
         try:

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 
+from tests.xla_flags import QUICK_XLA
 from training.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -35,7 +36,7 @@ def run(folder: pathlib.Path, processes: int) -> list[dict[str, float]]:
         subprocess.Popen(
             [*command, *(together if processes > 1 else ()),
              *(("--process-id", str(i)) if processes > 1 else ())],
-            cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, text=True,
+            cwd=ROOT, env=os.environ | {"XLA_FLAGS": QUICK_XLA}, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
         for i in range(processes)

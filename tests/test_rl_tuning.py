@@ -41,6 +41,7 @@ from sharding.config import MeshConfig
 from sharding.mesh import make_layout
 from sharding.partition import place_rows, use_layout
 from tests.small_model import CONFIG, hf_folder, run_folder, tensors, weights
+from tests.xla_flags import QUICK_XLA
 from training.config import OptimizerConfig, TrainConfig
 from training.metrics import read_metrics
 from training.run import Session
@@ -461,7 +462,7 @@ def run_train(folder: pathlib.Path, *options: str) -> str:
     """What train.py prints."""
     command = [sys.executable, "train.py", "--config", "r1_base", "--run-dir", str(folder), *SMALL]
     done = subprocess.run(
-        [*command, *options], cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, text=True,
+        [*command, *options], cwd=ROOT, env=os.environ | {"XLA_FLAGS": QUICK_XLA}, text=True,
         capture_output=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -545,7 +546,7 @@ def test_the_whole_recipe(tmp_path):
         "--train.steps", "24", "--rl.prompts-per-step", "2", "--rl.objective.group-size", "2",
         "--train.eval-every", "24", "--checkpoint.every", "0", "--task.documents", "300",
         "--task.options", "scripts=2", "length=1", "held_out=0.1", "share_of_chains=0",
-        "--compilation-cache", str(tmp_path / "programs"), "--model.vocab-size", "34",
+        "--compilation-cache", "", "--model.vocab-size", "34",
         "--data.vocab-size", "34", "--sft.prompts-per-round", "60", "--sft.rounds", "1",
         "--sft.language", "0", "--sft.demonstrations", "60",
     ]  # fmt: skip
@@ -553,8 +554,8 @@ def test_the_whole_recipe(tmp_path):
     command = [sys.executable, "train.py", "--recipe", "r1", "--run-dir", str(tmp_path)]
     for _ in range(2):
         done = subprocess.run(
-            [*command, *SMALL, *short], cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, text=True,
-            capture_output=True, check=False,
+            [*command, *SMALL, *short], cwd=ROOT, env=os.environ | {"XLA_FLAGS": QUICK_XLA},
+            text=True, capture_output=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("the run is complete: 24 of 24 steps") == len(stages)

@@ -293,7 +293,8 @@ def test_logical_names_are_no_placement(source):
 
 
 def test_parts_keep_to_their_budgets():
-    """`python -m tests.sizes` prints all of them, and what has grown long."""
+    """`python -m tests.sizes` prints all of them, and what has grown long. A part that is above its
+    budget today may not grow."""
     over = [f"{s.part}: {s.lines} lines of {s.budget}" for s in sizes() if s.exceeds]
     assert not over, f"more than {TOLERANCE:.0%} above the budget\n" + "\n".join(over)
 
@@ -304,8 +305,8 @@ def test_every_line_is_counted_once():
     files = [path for path in project_files() if path.suffix == ".py"]
     assert sum(counted.values()) == sum(len((ROOT / p).read_text().splitlines()) for p in files)
     assert part_of(pathlib.Path("train.py")) == part_of(pathlib.Path("model/mla.py")) == "core"
-    assert Size("rl", 8200, 8000).exceeds
-    assert not Size("rl", 8100, 8000).exceeds
+    assert Size("other", 8200, 8000).exceeds
+    assert not Size("other", 8100, 8000).exceeds
 
 
 # ---- configuration ------------------------------------------------------------------------------
