@@ -26,19 +26,16 @@ from training.loop import anyone
 from training.run import Say
 from training.step import Trainer
 
-TRACES = "traces"
-"""Folder of a run that holds the answers it has sampled."""
-
 
 def sampled_traces(
     run: RunConfig, trainer: Trainer, tokenizer: Tokenizer, policy: Any, say: Say
 ) -> Examples:
-    """Correct answers of the policy to training prompts, as traces in the run's folder.
+    """Correct answers of the policy to training prompts, as traces in the run's folder `traces`.
 
     Raises ValueError with several processes, unless all traces are there already, and
     RolloutStoppedError soon after SIGTERM or SIGINT, when it has said what is kept.
     """
-    sft, place = run.sft, str(Path(run.run_dir) / TRACES)
+    sft, place = run.sft, str(Path(run.run_dir) / "traces")
     if jax.process_count() > 1 and count_rounds(place) < sft.rounds:
         raise ValueError(
             f"sft.policy is sampled by one process, and {place} has {count_rounds(place)} of "
