@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from configs.command import Command, parse, print_config
 from configs.schema import RunConfig
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sharding.partition import Layout
     from training.loop import Loop
     from training.run import Say, Session
-    from training.step import Trainer
+    from training.step import State, Trainer
 
 STARTED = time.monotonic()
 SAMPLE_LENGTH = 128
@@ -160,23 +160,24 @@ def held_out_evaluation(trainer: "Trainer", prepared: "Prepared", max_batches: i
     return lambda state: evaluate(trainer, state, reader, rows, num_rows)
 
 
-def sample_text(trainer: "Trainer", state: Any, prepared: "Prepared", text: str) -> str:
-    """One continuation of `text`, to SAMPLE_LENGTH tokens or the length of a sequence."""
-    import jax
+def sample_text(trainer: "Trainer", state: "State", prepared: "Prepared", text: str) -> str:
+    """`text` continued by generation/, to SAMPLE_LENGTH tokens or the length of a sequence."""
     import numpy as np
 
-    from sharding.partition import batch_shards
+    from generation.config import Sampling
+    from generation.engine import Generator
 
     tokenizer = prepared.tokenizer
-    prompt = np.concatenate([[tokenizer.eos_id], tokenizer.encode(text)])
-    length = min(SAMPLE_LENGTH, trainer.train.seq_len)
-    ids = np.zeros((batch_shards(trainer.layout), length), np.int32)
-    ids[:, : len(prompt)] = prompt
-    key = jax.random.key(prepared.seed)
-    weights = state["params"], state["router_bias"]
-    row = np.asarray(trainer.sample(*weights, ids, np.int32(len(prompt)), key))[0, 1:]
-    end = np.flatnonzero(row == tokenizer.eos_id)
-    return tokenizer.decode(row[: end[0]] if len(end) else row)
+    prompt = np.append(np.int32(tokenizer.eos_id), tokenizer.encode(text))
+    room = max(1, min(SAMPLE_LENGTH, trainer.train.seq_len) - len(prompt))
+    generator = Generator(trainer.model, trainer.recipe, trainer.layout)
+    weights = generator.prepare({tree: state[tree] for tree in ("params", "router_bias")})
+    sampling = Sampling(temperature=0.8, seed=prepared.seed)
+    session = generator.start(weights, [prompt], sampling, room, (tokenizer.eos_id,))
+    ids = prompt.tolist()
+    while not session.done:
+        ids += session.advance()[0].tolist()
+    return tokenizer.decode(i for i in ids if i != tokenizer.eos_id)
 
 
 def finish(loop: "Loop", prepared: "Prepared", run: RunConfig, say: "Say") -> None:

@@ -1,4 +1,4 @@
-"""Prompts of a run as a function of (seed, rollout), encoded, and answers decoded."""
+"""Prompts of a run as a function of (seed, rollout), encoded and measured, and answers decoded."""
 
 import abc
 import dataclasses
@@ -12,6 +12,7 @@ from data.randomness import DOCUMENT_ORDER, random_permutation
 from data.tokenizer import NoTokenError, Tokenizer
 from generation.prompts import encode_chat
 from rl.config import RLConfig
+from rl.jsonl import MAX_SHOWN
 from rl.problems import Problem, Prompt, split_problems
 from rl.prompt_files import read_prompts
 from rl.tasks.task import Task
@@ -166,6 +167,16 @@ def rewards_of(config: RLConfig) -> list[tuple[str, float]]:
     return found
 
 
+def judges_code(config: RLConfig, prompts: Prompts) -> bool:
+    """Whether answers are programs that a reward runs: `code`, or accuracy of such problems."""
+    names = {name for name, _ in rewards_of(config)}
+    if "code" in names:
+        return True
+    if not isinstance(prompts, FilePrompts) or (names and "accuracy" not in names):
+        return False
+    return any(problem.task == "code" for problem in (*prompts.train, *prompts.kept))
+
+
 def encode_prompt(tokenizer: Tokenizer, problem: Problem) -> np.ndarray:
     """Ids of a text to continue as they are, int32 [n]; a conversation through the chat template.
 
@@ -192,3 +203,38 @@ def sampler_seed(seed: int, purpose: int, number: int) -> int:
     """Seed of the draws of rollout or step `number`, 31 bits; no two uses share one."""
     words = np.random.SeedSequence((seed, purpose, number)).generate_state(1)
     return int(words[0]) & 0x7FFFFFFF
+
+
+def misfits(
+    tokenizer: Tokenizer, problems: Sequence[Problem], budget: int, rooms: dict[str, int]
+) -> list[str]:
+    """A line about every prompt that cannot be read, or not be answered in `budget` tokens.
+
+    rooms: name of an option -> tokens of prompt and answer that it has room for.
+    """
+    wrong = []
+    name, room = min(rooms.items(), key=lambda item: item[1])
+    for problem in problems:
+        try:
+            count = len(encode_prompt(tokenizer, problem))
+        except ValueError as error:
+            wrong.append(str(error))
+            continue
+        if not count:
+            wrong.append(f"prompt {shown(problem)} has no token")
+        elif count + budget > room:
+            wrong.append(
+                f"prompt {shown(problem)} has {count} tokens, with rl.max_new_tokens={budget} "
+                f"{count + budget}; {name} has room for {room}"
+            )
+    return wrong
+
+
+def refuse(wrong: Sequence[str], count: int) -> None:
+    """Raise ValueError with the lines `wrong` of `misfits`, if there is one, of `count` prompts."""
+    if wrong:
+        more = [f"and {len(wrong) - MAX_SHOWN} more"] if len(wrong) > MAX_SHOWN else []
+        raise ValueError(
+            f"{len(wrong)} of {count} prompts cannot be asked; lower --rl.max-new-tokens, give "
+            "more room, or leave them out\n  " + "\n  ".join([*wrong[:MAX_SHOWN], *more])
+        )

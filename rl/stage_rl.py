@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from pathlib import Path
 
 import jax
@@ -14,18 +14,16 @@ from generation.config import Sampling
 from model.recipe import Recipe
 from rl.corpus import configured_task
 from rl.evaluate import Evaluation
-from rl.jsonl import MAX_SHOWN
 from rl.loop import PolicyLoop
 from rl.plots import plot_rl
-from rl.problems import Problem
 from rl.prompts import (
-    FilePrompts,
     Prompts,
     TaskPrompts,
-    encode_prompt,
     file_prompts,
+    judges_code,
+    misfits,
+    refuse,
     rewards_of,
-    shown,
 )
 from rl.rollout import PolicySampler
 from rl.server import SERVED, Server, ServerSampler, export_live
@@ -131,41 +129,6 @@ def check_prompts(run: RunConfig, prompts: Prompts) -> None:
     refuse(wrong, len(train) + len(held_out))
 
 
-def misfits(
-    tokenizer: Tokenizer, problems: Sequence[Problem], budget: int, rooms: dict[str, int]
-) -> list[str]:
-    """A line about every prompt that cannot be read, or not be answered in `budget` tokens.
-
-    rooms: name of an option -> tokens of prompt and answer that it has room for.
-    """
-    wrong = []
-    name, room = min(rooms.items(), key=lambda item: item[1])
-    for problem in problems:
-        try:
-            count = len(encode_prompt(tokenizer, problem))
-        except ValueError as error:
-            wrong.append(str(error))
-            continue
-        if not count:
-            wrong.append(f"prompt {shown(problem)} has no token")
-        elif count + budget > room:
-            wrong.append(
-                f"prompt {shown(problem)} has {count} tokens, with rl.max_new_tokens={budget} "
-                f"{count + budget}; {name} has room for {room}"
-            )
-    return wrong
-
-
-def refuse(wrong: Sequence[str], count: int) -> None:
-    """Raise ValueError with the lines `wrong` of `misfits`, if there is one, of `count` prompts."""
-    if wrong:
-        more = [f"and {len(wrong) - MAX_SHOWN} more"] if len(wrong) > MAX_SHOWN else []
-        raise ValueError(
-            f"{len(wrong)} of {count} prompts cannot be asked; lower --rl.max-new-tokens, give "
-            "more room, or leave them out\n  " + "\n  ".join([*wrong[:MAX_SHOWN], *more])
-        )
-
-
 def make_prompts(run: RunConfig, tokenizer: Tokenizer) -> Prompts:
     """Of the task, or of the file; ValueError if they cannot be read, judged or answered."""
     if run.task.name:
@@ -174,16 +137,6 @@ def make_prompts(run: RunConfig, tokenizer: Tokenizer) -> Prompts:
         prompts = file_prompts(run.rl, tokenizer, run.seed)
     check_prompts(run, prompts)
     return prompts
-
-
-def judges_code(run: RunConfig, prompts: Prompts) -> bool:
-    """Whether answers are programs that a reward runs: `code`, or accuracy of such problems."""
-    names = {name for name, _ in rewards_of(run.rl)}
-    if "code" in names:
-        return True
-    if not isinstance(prompts, FilePrompts) or (names and "accuracy" not in names):
-        return False
-    return any(problem.task == "code" for problem in (*prompts.train, *prompts.kept))
 
 
 @contextlib.contextmanager
@@ -268,7 +221,7 @@ def run_stage(run: RunConfig, trainer: Trainer, session: Session) -> int:
     say = session.say
     tokenizer = policy_tokenizer(run, session.init_from)
     prompts = make_prompts(run, tokenizer)
-    if judges_code(run, prompts):
+    if judges_code(run.rl, prompts):
         say(f"code         runs {described_isolation(run.rl.unsafe_code)}")
     connect(trainer.layout.mesh)
     with open_scorer(run) as scorer:

@@ -20,7 +20,6 @@ from rl.config import GRPOConfig
 from rl.logps import chunked_logps_and_entropy
 from rl.metrics import Metrics, masked_mean, merge
 from rl.objective import Answers, loss_denominator, policy_loss
-from sharding.context import check_sequence
 from sharding.partition import batch_sharding, pipeline_ranks, replicated, use_layout
 from training.step import Gradients, Knobs, State, Trainer
 
@@ -50,7 +49,6 @@ class PolicyTrainer(Trainer):
                 "reinforcement learning does not run over the mesh axes pipe and context; set both "
                 "to 1 and use data, fsdp, expert and tensor"
             )
-        check_sequence(self.layout, self.train.seq_len)
 
     def renew_reference(self, state: State) -> State:
         """The state with the policy as it is now for its reference, if the objective has one."""
@@ -83,11 +81,7 @@ class PolicyTrainer(Trainer):
 
     def _logps(self, params: Tree, router_bias: Tree, batch: Batch) -> jax.Array:
         with use_layout(self.layout):
-
-            def one(micro: Batch) -> jax.Array:
-                return self._score(params, router_bias, micro)[1]
-
-            return jax.lax.map(one, batch)
+            return jax.lax.map(lambda micro: self._score(params, router_bias, micro)[1], batch)
 
     def _score(self, params: Tree, router_bias: Tree, micro: Batch):
         """Output of the model, log-probabilities and entropies [B, T]."""

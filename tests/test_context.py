@@ -256,20 +256,6 @@ def test_evaluation(exchange, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [MeshConfig(context=2), MeshConfig(tensor=2, sequence=True)])
-def test_sampling(config):
-    """Rows of any length, also one that does not split over the devices."""
-    ids_BT = np.pad(random_rows()[:2, :4], ((0, 0), (0, 7)))
-    rows = []
-    for layout in (ONE_DEVICE, config):
-        trainer = GradientTrainer(SHALLOW, TRAIN, FP32, layout_of(layout))
-        state, key = start(trainer), jax.random.key(0)
-        sampled = trainer.sample(state["params"], state["router_bias"], ids_BT, np.int32(4), key)
-        rows.append(np.asarray(sampled))
-    np.testing.assert_array_equal(*rows)
-
-
-@pytest.mark.slow
 def test_generation_and_scoring():
     """They leave sequences whole: text of any length, and one new token at a time."""
     prompts = [np.arange(3, 3 + n, dtype=np.int32) for n in (5, 1, 17)]

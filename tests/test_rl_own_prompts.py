@@ -17,7 +17,7 @@ from model.recipe import Recipe
 from rl import stage_rl as stages
 from rl.config import RLConfig, TaskConfig
 from rl.problems import Problem
-from rl.prompts import file_prompts, rewards_of
+from rl.prompts import file_prompts, judges_code, rewards_of
 from rl.tasks import make_task
 from rl.verdict.sandbox import described_isolation
 from rl.verdict.scoring import judge_scorer
@@ -235,8 +235,7 @@ def test_a_run_that_judges_code_says_what_keeps_it_in(folder):
     def judged(lines, *rewards) -> bool:
         place.write_text("".join(json.dumps(line) + "\n" for line in lines))
         rl = RLConfig(prompts=str(place), rewards=rewards, held_out=0)
-        run = dataclasses.replace(preset("r1_zero"), task=TaskConfig(), rl=rl)
-        return stages.judges_code(run, file_prompts(rl, tokenizer(folder), 0))
+        return judges_code(rl, file_prompts(rl, tokenizer(folder), 0))
 
     assert judged([plain, code])
     assert judged([plain, code], "accuracy", "format")

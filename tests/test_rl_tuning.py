@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import rl.examples.sampled as traced
 import rl.examples.traces
 from configs import preset
 from configs.schema import RunConfig
@@ -271,7 +272,7 @@ def test_traces_of_other_settings_are_not_taken(change, says, policy, tmp_path):
     tokenizer = character_tokenizer("ab")
 
     def write(run):
-        settings = tuning.trace_settings(run)
+        settings = traced.trace_settings(run)
         answer = np.append(tokenizer.encode("b"), np.int32(tokenizer.eos_id))
         made = [Attempt(Problem("a", {}), tokenizer.encode("a"), answer, "b", True, 1.0)]
         return write_traces(
@@ -305,21 +306,21 @@ def test_traces_name_the_step_of_their_policy(policy, tmp_path, monkeypatch):
         return SimpleNamespace(examples=None)
 
     monkeypatch.setattr(
-        tuning, "PolicySampler", lambda *_, **__: SimpleNamespace(publish=lambda *_: None)
+        traced, "PolicySampler", lambda *_, **__: SimpleNamespace(publish=lambda *_: None)
     )
-    monkeypatch.setattr(tuning, "sampled_round", lambda *_, step, **__: step)
-    monkeypatch.setattr(tuning, "write_traces", write)
+    monkeypatch.setattr(traced, "sampled_round", lambda *_, step, **__: step)
+    monkeypatch.setattr(traced, "write_traces", write)
     trainer = tuning.make_trainer(run, Recipe("float32"), layout())
     tokenizer = character_tokenizer(configured_task(run.task).vocabulary)
-    tuning.sampled_traces(run, trainer, tokenizer, (run.model, {}, {}), print)
+    traced.sampled_traces(run, trainer, tokenizer, (run.model, {}, {}), print)
     assert seen["step"] == seen["policy_step"] == 7
     # With several processes: traces that are there are read, others are not sampled.
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(ValueError, match=r"0 of sft.rounds=4 rounds; start this run with one"):
-        tuning.sampled_traces(run, trainer, tokenizer, (run.model, {}, {}), print)
-    monkeypatch.setattr(tuning, "count_rounds", lambda _: 4)
-    monkeypatch.setattr(tuning, "anyone", bool)
-    tuning.sampled_traces(run, trainer, tokenizer, (run.model, {}, {}), print)
+        traced.sampled_traces(run, trainer, tokenizer, (run.model, {}, {}), print)
+    monkeypatch.setattr(traced, "count_rounds", lambda _: 4)
+    monkeypatch.setattr(traced, "anyone", bool)
+    traced.sampled_traces(run, trainer, tokenizer, (run.model, {}, {}), print)
 
 
 class AllRight(TaskScorer):
@@ -363,7 +364,7 @@ def sampled(tmp_path_factory):
     policy = run_folder(folder / "policy", weights(config), config)
     run = trace_run(folder / "run", str(policy))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuning, "TaskScorer", AllRight)
+        patch.setattr(traced, "TaskScorer", AllRight)
         with pytest.raises(LookupError):
             sample(run)
     return run
@@ -372,7 +373,7 @@ def sampled(tmp_path_factory):
 @pytest.mark.parametrize(
     ("owner", "name", "call", "kept"),
     [
-        pytest.param(tuning.PolicySampler, "__call__", 0, 0, marks=pytest.mark.slow),
+        pytest.param(traced.PolicySampler, "__call__", 0, 0, marks=pytest.mark.slow),
         pytest.param(AllRight, "__call__", 1, 1, marks=pytest.mark.slow),
         pytest.param(rl.examples.traces, "seal_store", 2, 3, marks=pytest.mark.slow),
     ],
@@ -383,7 +384,7 @@ def test_a_signal_ends_the_sampling_of_traces(
 ):
     """Rounds before it stay, nothing else; run again, the traces are those of a run in one go."""
     run = trace_run(tmp_path / "run", sampled.sft.policy)
-    monkeypatch.setattr(tuning, "TaskScorer", AllRight)
+    monkeypatch.setattr(traced, "TaskScorer", AllRight)
     inner, calls = getattr(owner, name), itertools.count()
 
     def interrupted(*arguments):

@@ -188,6 +188,26 @@ def test_resume_on_another_mesh(options, straight, stopped, tmp_path):
         np.testing.assert_allclose(a, b, atol=limit, err_msg=jax.tree_util.keystr(path))
 
 
+@pytest.mark.slow
+def test_the_sample_is_the_same_on_every_mesh(options):
+    """Also where training cuts layers or sequences, which generation does not."""
+    texts = []
+    for mesh in (
+        "fsdp=2 expert=2 tensor=2",
+        "fsdp=2 expert=2 tensor=1 pipe=2",
+        "fsdp=2 expert=2 tensor=1 context=2",
+        "fsdp=1 expert=2 tensor=2 data=2",
+    ):
+        sizes = [word for size in mesh.split() for word in f"--mesh.{size}".split("=")]
+        more = ["--model.num-layers", "3", "--train.micro-batch-size", "4"]
+        config = parse([*options, *more, *sizes]).run
+        trainer, prepared = train.make_trainer(config), train.prepare_data(config, print)
+        texts.append(train.sample_text(trainer, trainer.init(jax.random.key(0)), prepared, "def "))
+    assert texts[0].startswith("def ")
+    assert len(texts[0]) > len("def ")
+    assert texts == texts[:1] * 4
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [

@@ -24,8 +24,7 @@ from model.loss import (
 )
 from model.recipe import Recipe
 from model.router import load_max_over_mean, update_bias
-from model.sample import continue_rows
-from sharding.context import check_sequence, restore, whole_sequences
+from sharding.context import check_sequence, restore
 from sharding.devices import on_platform, schedule_options
 from sharding.partition import (
     Layout,
@@ -148,20 +147,6 @@ class Trainer:
         return jax.jit(
             self._evaluate, in_shardings=placements, out_shardings=replicated(self.layout)
         )
-
-    @functools.cached_property
-    def sample(self):
-        """`ids = sample(params, router_bias, ids, prompt_length, key)`: continue rows [B, T].
-
-        Full forward passes at temperature 0.8; the result is whole on every process.
-        """
-
-        def run(params, router_bias, ids_BT, prompt_length, key):
-            with use_layout(whole_sequences(self.layout)):
-                model = bind(self.model, params, router_bias)
-                return continue_rows(model, ids_BT, prompt_length, 0.8, key, self.recipe)
-
-        return jax.jit(run, out_shardings=replicated(self.layout))
 
     def state_shardings(self, shapes: State) -> State:
         """Placement of every array of a state; a loss with a larger state adds its own."""
