@@ -198,7 +198,9 @@ def test_a_worker_that_is_slow_to_start_does_not_keep_a_batch_from_stopping(tmp_
     (tmp_path / "slow.py").write_text(
         "import os, time\n"
         f"if os.path.exists({str(tmp_path / 'marker')!r}): time.sleep(30)\n"
-        "def slow(record, text): return 1.0\n"
+        "def slow(problem, text):\n"
+        "    time.sleep(0.3)\n"  # the worker that is ready does not finish the batch alone
+        "    return 1.0\n"
     )
     with Judge([named(f"{tmp_path}/slow.py:slow")], Pool(workers=2)) as judge:
         (tmp_path / "marker").touch()
