@@ -17,34 +17,26 @@ SECONDS = 600
 
 slow = pytest.mark.slow
 SCRIPTS = {
-    "compile": slow,
     "decode": pytest.mark.reference,
     "expert_exchange": slow,
     "gpu_programs": pytest.mark.gpu_compile,
     "grouped_matmul": slow,
     "import_memory": slow,
     "import_share": slow,
-    "kernels": pytest.mark.gpu_compile,
     "r1": slow,
     "rollout": slow,
-    "routing_replay": slow,
     "scaling": slow,
-    "search": slow,
     "speculation": slow,
     "step": pytest.mark.reference,
     "tiny": slow,
 }
 """Scripts and the suite that runs each."""
 OPTIONS = {
-    "kernels": "--compile --cases decode",
     "r1": "--folder {}",
-    "routing_replay": "--finer {}/finer",
-    "search": "--folder {}",
     "tiny": "--run-dir {}",
 }
-SCRIPTS_OF_RUNS = ("distill", "recipe")
-"""Scripts whose models must be right now and then, which takes minutes: tests/test_rl_tuning.py
-runs their stages at the smallest size, and here they only start."""
+SCRIPTS_OF_RUNS = ("compile", "distill", "kernels", "recipe", "routing_replay", "search")
+"""Scripts that take minutes at any size: here they only start."""
 SPOKEN_TO = {"hf_step", "hf_decode"}
 """Scripts that `step` and `decode` run under PyTorch's interpreter."""
 
@@ -64,7 +56,7 @@ def test_a_bench_of_whole_runs_starts(name):
     command = [sys.executable, "-m", f"bench.{name}", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "--folder" in done.stdout
+    assert "--quick" in done.stdout
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=SCRIPTS[name]) for name in SCRIPTS])
