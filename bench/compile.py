@@ -9,28 +9,25 @@ of the tiny widths with 6 and with 60 MoE layers on one device; nothing is run o
 """
 
 import dataclasses
-import pathlib
 import re
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 
 import jax
-import numpy as np
 
 from bench.command import Command
-from bench.report import write_section
+from bench.report import ROOT
+from bench.timing import Timing, timed
 from configs import tiny
 from model.recipe import Recipe
+from programs.step import lower
 from sharding.config import MeshConfig
-from sharding.mesh import make_mesh
-from sharding.partition import Layout
+from sharding.mesh import make_layout
 from training.config import TrainConfig
 from training.step import Trainer
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHALLOW = 6
 FIRST_STEP = re.compile(r"first step: ([\d.]+) s after start")
 
@@ -49,27 +46,14 @@ def first_step_seconds(cache: str, devices: int) -> float:
     return float(said.group(1))
 
 
-@dataclasses.dataclass(frozen=True)
-class CompileTime:
-    """Seconds to trace and compile one train step."""
-
-    wall: float
-    processor: float
-
-
-def compile_time(moe_layers: int) -> CompileTime:
+def compile_time(moe_layers: int) -> Timing:
     """Compile the train step of a model of this depth; the compilation cache is off."""
     shape = tiny.model()
     model = dataclasses.replace(shape, num_layers=shape.num_dense_layers + moe_layers)
     train = TrainConfig(steps=1, seq_len=256, batch_size=8)
-    layout = Layout(make_mesh(MeshConfig(), jax.devices()[:1]))
+    layout = make_layout(MeshConfig(), jax.devices()[:1])
     trainer = Trainer(model, train, Recipe(), layout)
-    batch = {"tokens": jax.ShapeDtypeStruct((1, train.batch_size, train.seq_len + 1), np.int32)}
-    scalar = jax.ShapeDtypeStruct((), np.float32)
-    knobs = dict.fromkeys(("learning_rate", "bias_update_rate", "mtp_weight"), scalar)
-    wall, processor = time.perf_counter(), time.process_time()
-    trainer.step.lower(trainer.abstract_state, batch, knobs).compile()
-    return CompileTime(time.perf_counter() - wall, time.process_time() - processor)
+    return timed(lambda: lower(trainer).compile(), 1)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -104,10 +88,8 @@ def main(arguments: list[str] | None = None) -> None:
         "processor time "
         f"{median(d.processor / s.processor for d, s in zip(deep, shallow, strict=True)):.2f}.",
     ]
-    print("\n".join(lines))
-    if options.write:
-        write_section("First step and compile time", lines)
+    parser.show("First step and compile time", lines)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

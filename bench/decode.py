@@ -4,7 +4,7 @@
         [--batches 1,16] [--write]
 
 Random weights in fp32, random prompts, greedy, every core on both sides. Each side is a process of
-its own, theirs under its own interpreter (`bench/hf_decode.py`); a round starts one, measures it,
+its own, theirs under its own interpreter (`bench/hf.py`); a round starts one, measures it,
 ends it, and does the same with the other. Figures are medians. Compilation and prefill are left
 out on both sides: the time is that of the tokens after the first. Bytes are those a step must read
 once: weights of the layers, the experts that the batch chose on average, the head, and the cache;
@@ -15,10 +15,7 @@ import argparse
 import dataclasses
 import functools
 import json
-import os
-import pathlib
 import statistics
-import subprocess
 import sys
 import time
 from typing import Any
@@ -27,8 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.command import Command
-from bench.report import write_section
+from bench.command import REFERENCE, Command, Side, load, numbers, transformers_side
 from checkpoint.hf_config import to_hf_config
 from configs import deepseek, tiny
 from generation.config import Sampling
@@ -37,10 +33,8 @@ from model.config import ModelConfig
 from model.costs import count_parameters
 from model.recipe import Recipe
 from sharding.config import MeshConfig
-from sharding.mesh import make_mesh
-from sharding.partition import Layout
+from sharding.mesh import make_layout
 
-HERE = pathlib.Path(__file__).resolve().parent
 GREEDY = Sampling(temperature=0)
 
 
@@ -81,7 +75,7 @@ class Ours:
     """Our generator with random weights."""
 
     def __init__(self, config: ModelConfig):
-        layout = Layout(make_mesh(MeshConfig(), jax.devices()[:1]))
+        layout = make_layout(MeshConfig(), jax.devices()[:1])
         self._generator = Generator(config, Recipe(), layout)
         weights = random_weights(self._generator.abstract_weights)
         self._weights = self._generator.prepare(weights, consume=True)
@@ -111,7 +105,7 @@ def random_weights(abstract: Any) -> Any:
 
 
 def serve(config: ModelConfig) -> None:
-    """Our side of the comparison in a process of its own; speaks as `bench/hf_decode.py` does."""
+    """Our side of the comparison in a process of its own; speaks as `bench/hf.py` does."""
     ours = Ours(config)
     print("ready", flush=True)
     for line in sys.stdin:
@@ -119,59 +113,31 @@ def serve(config: ModelConfig) -> None:
         print(json.dumps({"seconds": ours.seconds(batch, context, tokens)}), flush=True)
 
 
-class Side:
-    """A process that measures; one at a time, since two models would not fit into memory."""
-
-    def __init__(self, command: list[str]):
-        self._process = subprocess.Popen(
-            command,
-            cwd=HERE.parent,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"},
-        )
-        self.about = self._read()
-
-    def seconds(self, batch: int, context: int, tokens: int) -> float:
-        """Time of `tokens` steps after the first token."""
-        assert self._process.stdin is not None
-        print(batch, context, tokens, file=self._process.stdin, flush=True)
-        return json.loads(self._read())["seconds"]
-
-    def _read(self) -> str:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"a side of the comparison ended with {self._process.wait()}")
-        return line.strip()
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.communicate()
+def our_side(name: str) -> Side:
+    """Our side in a process of its own; one at a time, since two models would not fit memory."""
+    return Side(sys.executable, "-m", "bench.decode", "--serve", name)
 
 
 def compare(name: str, config: ModelConfig, options: argparse.Namespace) -> list[str]:
     """Rows of the table for one model: every round starts both sides anew, one after the other."""
-    commands = {
-        "ours": [sys.executable, "-m", "bench.decode", "--serve", name],
-        "theirs": [
-            options.interpreter, "-I", str(HERE / "hf_decode.py"), json.dumps(to_hf_config(config)),
-        ],
-    }  # fmt: skip
-    batches = [int(batch) for batch in options.batches.split(",")]
-    times = {(side, batch): [] for side in commands for batch in batches}
+    starts = {
+        "ours": lambda: our_side(name),
+        "theirs": lambda: transformers_side(
+            options.interpreter, to_hf_config(config) | {"measure": "decode"}
+        ),
+    }
+    times = {(side, batch): [] for side in starts for batch in options.batches}
     for _ in range(options.rounds):
-        for side, command in commands.items():
-            process = Side(command)
-            print(process.about, flush=True)
-            for batch in batches:
+        for name_of_side, start in starts.items():
+            side = start()
+            print(side.about, flush=True)
+            for batch in options.batches:
                 shape = (batch, options.context, options.tokens)
-                process.seconds(*shape)  # compiles
-                times[side, batch].append(process.seconds(*shape))
-            process.close()
+                side.ask(*shape)  # compiles
+                times[name_of_side, batch].append(side.ask(*shape)["seconds"])
+            side.close()
     rate, rows = bandwidth(), []
-    for batch in batches:
+    for batch in options.batches:
         ours, theirs = times["ours", batch], times["theirs", batch]
         mine, other = statistics.median(ours), statistics.median(theirs)
         ratios = [t / o for o, t in zip(ours, theirs, strict=True)]
@@ -188,10 +154,11 @@ def compare(name: str, config: ModelConfig, options: argparse.Namespace) -> list
 
 def growth(name: str, config: ModelConfig, options: argparse.Namespace) -> list[str]:
     """Cost per token against context, ours."""
-    side, lines = Side([sys.executable, "-m", "bench.decode", "--serve", name]), []
+    side, lines = our_side(name), []
     for context in (options.context // 4, options.context, 4 * options.context):
-        side.seconds(1, context, options.tokens)
-        times = [side.seconds(1, context, options.tokens) for _ in range(options.rounds)]
+        shape = (1, context, options.tokens)
+        side.ask(*shape)
+        times = [side.ask(*shape)["seconds"] for _ in range(options.rounds)]
         step = statistics.median(times) / options.tokens
         entry = config.num_layers * (config.kv_lora_rank + config.qk_rope_head_dim)
         lines.append(f"| {context} | {1e3 * step:.2f} | {4 * entry * context / 2**20:.1f} |")
@@ -202,14 +169,13 @@ def growth(name: str, config: ModelConfig, options: argparse.Namespace) -> list[
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure every case and print the tables."""
-    reference = HERE.parent / ".venv-reference" / "bin" / "python"
     parser = Command(__doc__, rounds=1, tokens=2, cases="tiny", batches="1", context=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=32, help="tokens per round")
     parser.add_argument("--context", type=int, default=1024, help="tokens before the first")
     parser.add_argument("--cases", default="tiny,v2_lite")
-    parser.add_argument("--batches", default="1,16")
-    parser.add_argument("--interpreter", default=str(reference), help="has torch, transformers")
+    parser.add_argument("--batches", type=numbers, default="1,16")
+    parser.add_argument("--interpreter", default=str(REFERENCE), help="has torch, transformers")
     parser.add_argument("--serve", metavar="CASE", help="be our side; for the script itself")
     options = parser.options(arguments)
     jax.config.update("jax_platforms", "cpu")
@@ -229,12 +195,9 @@ def main(arguments: list[str] | None = None) -> None:
     for name, config in chosen.items():
         lines += ["", f"{name}, batch 1, ms per token against context:", ""]
         lines += ["| context | ms | cache, MiB |", "|---|---|---|", *growth(name, config, options)]
-    load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
-    lines += ["", f"Medians of {options.rounds} rounds; load averages at the end {load}."]
-    print("\n".join(lines))
-    if options.write:
-        write_section("Decoding on CPU against Hugging Face", lines)
+    lines += ["", f"Medians of {options.rounds} rounds; load averages at the end {load()}."]
+    parser.show("Decoding on CPU against Hugging Face", lines)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -9,16 +9,13 @@ once from the teacher's rejection-sampled answers (stage distill) and once from 
 for more processor time than distillation takes.
 """
 
-import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from bench.command import Command
-from bench.report import write_section
-from bench.runs import train_once
+from bench.command import Command, numbers
+from bench.runs import evaluations, train_once
 from configs.r1 import student_model
-from training.metrics import read_metrics
 
 FEW_CHAINS = ("--task.options", "share_of_chains=0.1")
 BASE_STEPS, RL_STEPS = ("--train.steps", "200"), ("--train.steps", "1000")
@@ -64,11 +61,6 @@ def run(seed: int, teachers: Path, folder: Path) -> dict[str, dict[str, float]]:
     }
 
 
-def evaluations(place: Path) -> list[dict[str, float]]:
-    """Records with held-out accuracy."""
-    return [record for record in read_metrics(place) if "eval/accuracy" in record]
-
-
 def figure(runs: dict[int, dict[str, dict[str, float]]], path: Path) -> None:
     """A bar per model and seed: accuracy, with the processor time that it took."""
     fig, axes = plt.subplots(figsize=(6, 3.5))
@@ -104,19 +96,14 @@ def report(runs: dict[int, dict[str, dict[str, float]]]) -> list[str]:
 def main() -> None:
     """Run what is asked for, print the report, draw it, and with --write put it into results.md."""
     parser = Command(__doc__)
-    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--seeds", type=numbers, default="0")
     parser.add_argument("--teacher", default="runs/r1_bench")
     parser.add_argument("--folder", default="runs/distill_bench")
     options = parser.options()
-    if not re.fullmatch(r"\d+(,\d+)*", options.seeds):
-        raise SystemExit(f"--seeds {options.seeds!r}: give numbers with commas, such as 0,1,2")
     folder, teachers = Path(options.folder).absolute(), Path(options.teacher).absolute()
-    runs = {seed: run(seed, teachers, folder) for seed in map(int, options.seeds.split(","))}
+    runs = {seed: run(seed, teachers, folder) for seed in options.seeds}
     figure(runs, folder / "distill.png")
-    lines = report(runs)
-    print("\n".join(lines))
-    if options.write:
-        write_section("Distillation in small", lines)
+    parser.show("Distillation in small", report(runs))
 
 
 if __name__ == "__main__":

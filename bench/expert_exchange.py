@@ -13,8 +13,6 @@ width, S shards, C slots of a shard.
 
 import dataclasses
 import math
-import re
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +20,6 @@ import numpy as np
 from flax import nnx
 
 from bench.command import Command
-from bench.report import write_section
 from bench.timing import interleaved
 from configs import preset
 from model.config import ModelConfig
@@ -31,6 +28,7 @@ from model.recipe import Recipe
 from model.router import select
 from pallas_kernels.grouped import expert_ffn
 from pallas_kernels.grouped.permute import combine_rows, gather_rows, sort_by_expert
+from programs.collectives import Instruction, collective_op, parse, replica_groups
 from runtime.devices import emulate_devices
 from sharding.config import MeshConfig
 from sharding.experts.exchange import even_share, slots_per_shard
@@ -40,7 +38,6 @@ from sharding.partition import use_layout
 DEVICES, TOKENS, WIDTH = 8, 256, 128
 """Devices, and tokens and width of one; bytes are proportional to the latter two."""
 SENDS: tuple[str, ...] = ("all-to-all", "all-gather", "reduce-scatter")
-SIZES = {"f32": 4, "s32": 4}
 WAYS = (
     ("gather", 2, MeshConfig(expert=DEVICES, exchange="gather")),
     ("dense", 2, MeshConfig(expert=DEVICES)),
@@ -70,18 +67,15 @@ class Traffic:
     across: float
 
 
-def main(arguments: list[str] | None = None) -> list[str]:
+def main() -> None:
     """Measure, print, and with `--write` record."""
     parser = Command(__doc__, repeats=1, ways=2)
     parser.add_argument("--ways", type=int, default=len(WAYS), help="exchanges, the first so many")
     parser.add_argument("--repeats", type=int, default=40, help="rounds of the timing")
-    options = parser.options(arguments)
+    options = parser.options()
     emulate_devices(DEVICES)
     lines = [*price(options.repeats), "", *traffic_table(options.ways)]
-    print("\n".join(lines))
-    if options.write:
-        write_section("Expert exchange", lines)
-    return lines
+    parser.show("Expert exchange", lines)
 
 
 def price(repeats: int) -> list[str]:
@@ -123,9 +117,9 @@ def price(repeats: int) -> list[str]:
     ]
 
 
-def instructions(text: str) -> list[str]:
-    """Instructions of a compiled module."""
-    return [line for line in text.splitlines() if re.match(r"\s+(ROOT )?%\S+ = ", line)]
+def instructions(text: str) -> list[Instruction]:
+    """Instructions of a compiled module, those of every computation."""
+    return [one for found in parse(text).computations.values() for one in found.values()]
 
 
 def layer(config: ModelConfig, shape: tuple[int, int]):
@@ -226,12 +220,12 @@ def compile_exchange(mesh: MeshConfig, moe: MoE, x_BTD, ids_BTK, weights_BTK) ->
 def traffic(text: str, node_size: int) -> dict[str, Traffic]:
     """Bytes of each kind of collective, a mean over the devices."""
     sent = {kind: Traffic(0, 0) for kind in SENDS}
-    for line in instructions(text):
-        found = re.search(rf" = (.*?) ({'|'.join(SENDS)})(-start)?\(", line)
-        if found is None:
+    for instruction in instructions(text):
+        kind = collective_op(instruction)
+        if kind not in sent:
             continue
-        kind, groups = found.group(2), list(replica_groups(line))
-        size = sum(nbytes(*shape) for shape in re.findall(r"(\w+)\[([\d,]*)\]", found.group(1)))
+        groups = replica_groups(instruction.attributes, DEVICES)
+        size = sum(shape.bytes for shape in instruction.shapes)
         block = size if kind == "reduce-scatter" else size / len(groups[0])
         pairs = [(a, b) for group in groups for a in group for b in group if a != b]
         crossing = sum(a // node_size != b // node_size for a, b in pairs)
@@ -241,28 +235,6 @@ def traffic(text: str, node_size: int) -> dict[str, Traffic]:
             old.total + block * len(pairs) / devices, old.across + block * crossing / devices
         )
     return sent
-
-
-def nbytes(kind: str, shape: str) -> int:
-    """Bytes of an array as HLO writes it."""
-    return SIZES[kind] * math.prod(int(n) for n in shape.split(",") if n)
-
-
-def replica_groups(line: str) -> Iterator[list[int]]:
-    """Devices of each group: lists, or axes of a mesh whose devices are in order."""
-    listed = re.search(r"replica_groups=\{(\{.*?\})\}", line)
-    if listed:
-        for group in re.findall(r"\{([\d,]+)\}", listed.group(1)):
-            yield [int(n) for n in group.split(",")]
-        return
-    found = re.search(r"replica_groups=mesh\[('[^\]]*)\] \{(.*?)\}", line)
-    if found is None:
-        raise ValueError(f"no replica groups in: {line}")
-    sizes = {axis: int(n) for axis, n in re.findall(r"'(\w+)'=(\d+)", found.group(1))}
-    axes = re.findall(r"\w+", found.group(2))
-    ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
-    ids = np.moveaxis(ids, [list(sizes).index(axis) for axis in axes], range(-len(axes), 0))
-    yield from ids.reshape(-1, math.prod(sizes[axis] for axis in axes)).tolist()
 
 
 if __name__ == "__main__":

@@ -14,12 +14,11 @@ of its own. Nothing is run or allocated.
 """
 
 import argparse
-import collections
 import dataclasses
 import json
 import math
 import os
-import re
+import pathlib
 import subprocess
 import sys
 import tempfile
@@ -27,17 +26,15 @@ import time
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from bench.command import Command
-from bench.report import ROOT, write_section
+from bench.report import ROOT
 from configs import preset
 from model.config import ModelConfig
 from model.kernels import choose
 from model.recipe import Recipe
 from programs.absent_gpus import INSPECTION, absent_gpus
-from programs.collectives import by_op_and_axes, read_collectives
-from programs.overlap import read_spans
+from programs.step import Report, lower, read
 from sharding.config import MeshConfig
 from sharding.devices import schedule_options
 from sharding.mesh import axis_sizes, make_layout, named_layout, resolve
@@ -86,25 +83,13 @@ TABLES = {
 """Sections of the results: title, and of each row its name and options."""
 
 
-class Report(NamedTuple):
-    """What a compiled step says of itself."""
+class Seconds(NamedTuple):
+    """Times of making a program."""
 
-    devices: int
-    lower_s: float
-    compile_s: float
-    processor_s: float
+    lower: float
+    compile: float
+    processor: float
     """Of this process and the assemblers that it started, both together."""
-    arguments: int
-    """Bytes per device: state and batch."""
-    temporaries: int
-    """Bytes per device besides."""
-    collectives: list[tuple[str, str, int, int]]
-    """Op, axes, executions, bytes."""
-    spans: list[tuple[str, str, int, int]]
-    """Of every asynchronous collective: op, its origin, products beside it, of other values."""
-    calls: dict[str, int]
-    """Calls in the program's text, loops counted once: libraries and kernels by name, and XLA's own
-    fusions by kind."""
 
 
 def mesh_of(text: str) -> MeshConfig:
@@ -121,11 +106,10 @@ def mesh_of(text: str) -> MeshConfig:
     return MeshConfig(**values)
 
 
-def trainer_of(options: argparse.Namespace) -> tuple[Trainer, dict[str, Any]]:
-    """The trainer of a preset on absent GPUs, and the shape of its batch."""
+def trainer_of(options: argparse.Namespace) -> Trainer:
+    """The trainer of a preset on absent GPUs."""
     run = preset(options.config)
-    model, train = run.model, run.train
-    model = resized(model, options)
+    model, train = resized(run.model, options), run.train
     devices = absent_gpus(options.nodes, options.per_node)
     mesh = resolve(mesh_of(options.mesh), len(devices))
     assert math.prod(axis_sizes(mesh).values()) == len(devices)
@@ -138,10 +122,8 @@ def trainer_of(options: argparse.Namespace) -> tuple[Trainer, dict[str, Any]]:
         batch_ramp_from=0,
         batch_ramp_tokens=0,
     )
-    shape = (options.micro_batches, rows, train.seq_len + 1)
-    batch = {"tokens": jax.ShapeDtypeStruct(shape, np.int32)}
     choice = choose(options.kernels, model, train.dtype, layout)
-    return Trainer(model, train, Recipe(train.dtype, train.remat, choice.kernels), layout), batch
+    return Trainer(model, train, Recipe(train.dtype, train.remat, choice.kernels), layout)
 
 
 def resized(model: ModelConfig, options: argparse.Namespace) -> ModelConfig:
@@ -157,12 +139,19 @@ def resized(model: ModelConfig, options: argparse.Namespace) -> ModelConfig:
     )  # fmt: skip
 
 
-def read_calls(text: str) -> dict[str, int]:
-    """How often a compiled program's text calls each library or kernel, and XLA's fusions."""
-    kernels = re.findall(r'custom_call_target="([^"]+)"', text)
-    fusions = re.findall(r" fusion\(.*?kind=(\w+)", text)
-    found = collections.Counter([*kernels, *(f"fusion {kind}" for kind in fusions)])
-    return dict(found.most_common())
+def inspect(options: argparse.Namespace) -> tuple[Report, Seconds]:
+    """Compile one step and read it."""
+    trainer = trainer_of(options)
+    layout = trainer.layout
+    start, processor = time.perf_counter(), processor_seconds()
+    lowered = lower(trainer)
+    lower_s = time.perf_counter() - start
+    compiled = lowered.compile(compiler_options=INSPECTION | schedule_options(layout.config))
+    compile_s = time.perf_counter() - start - lower_s
+    seconds = Seconds(lower_s, compile_s, processor_seconds() - processor)
+    if options.text:
+        pathlib.Path(options.text).write_text(compiled.as_text() or "")
+    return read(compiled, layout.mesh), seconds
 
 
 def processor_seconds() -> float:
@@ -170,43 +159,11 @@ def processor_seconds() -> float:
     return sum(os.times()[:4])
 
 
-def inspect(options: argparse.Namespace) -> Report:
-    """Compile one step and read it."""
-    trainer, batch = trainer_of(options)
-    layout = trainer.layout
-    scalar = jax.ShapeDtypeStruct((), np.float32)
-    knobs = dict.fromkeys(("learning_rate", "bias_update_rate", "mtp_weight"), scalar)
-    compiler_options = INSPECTION | schedule_options(layout.config)
-    start, processor = time.perf_counter(), processor_seconds()
-    lowered = trainer.step.lower(trainer.abstract_state, batch, knobs)
-    lower_s = time.perf_counter() - start
-    compiled = lowered.compile(compiler_options=compiler_options)
-    compile_s = time.perf_counter() - start - lower_s
-    processor_s = processor_seconds() - processor
-    text, memory = compiled.as_text() or "", compiled.memory_analysis()
-    assert memory is not None
-    if options.text:
-        with open(options.text, "w") as file:
-            file.write(text)
-    groups = by_op_and_axes(read_collectives(text, layout.mesh))
-    return Report(
-        layout.mesh.size,
-        lower_s,
-        compile_s,
-        processor_s,
-        memory.argument_size_in_bytes,
-        memory.temp_size_in_bytes,
-        [(op, axes, one.times, one.bytes) for (op, axes), one in groups.items()],
-        [(s.op, s.source, len(s.products), len(s.of_others)) for s in read_spans(text)],
-        read_calls(text),
-    )
-
-
-def show(report: Report) -> None:
+def show(report: Report, seconds: Seconds) -> None:
     """Print a report for a person."""
     print(
-        f"{report.devices} GPUs; lowered in {report.lower_s:.0f} s, compiled in "
-        f"{report.compile_s:.0f} s ({report.processor_s:.0f} s of processor time)\n"
+        f"{report.devices} GPUs; lowered in {seconds.lower:.0f} s, compiled in "
+        f"{seconds.compile:.0f} s ({seconds.processor:.0f} s of processor time)\n"
         f"per device: {report.arguments / GIB:.2f} GiB of state and batch, "
         f"{report.temporaries / GIB:.2f} GiB of temporaries\n"
     )
@@ -221,14 +178,14 @@ def show(report: Report) -> None:
         print(f"{op:20} {products:3} products, {others:3} of other values  {source}")
 
 
-def row(name: str, report: Report) -> str:
+def row(name: str, report: Report, seconds: Seconds) -> str:
     """A line of the table."""
     sent = ", ".join(f"{op} {axes} {times}" for op, axes, times, _ in report.collectives)
     called = ", ".join(f"{name} {count}" for name, count in report.calls.items())
     across = sum(1 for op, _, _, others in report.spans if others and "all-to-all" in op)
     return (
-        f"| {name} | {report.devices} | {report.lower_s:.0f} | {report.compile_s:.0f} "
-        f"| {report.processor_s:.0f} "
+        f"| {name} | {report.devices} | {seconds.lower:.0f} | {seconds.compile:.0f} "
+        f"| {seconds.processor:.0f} "
         f"| {report.arguments / GIB:.2f} | {report.temporaries / GIB:.2f} | {across} | {sent} "
         f"| {called} |"
     )
@@ -245,7 +202,8 @@ def table(cases: dict[str, str]) -> list[str]:
         with tempfile.NamedTemporaryFile(suffix=".json") as file:
             command = [sys.executable, "-m", "bench.gpu_programs", *arguments.split()]
             subprocess.run([*command, "--json", file.name], cwd=ROOT, check=True)
-            lines.append(row(name, Report(**json.load(file))))
+            found = json.load(file)
+        lines.append(row(name, Report(**found["report"]), Seconds(**found["seconds"])))
         print(lines[-1], flush=True)
     return lines
 
@@ -277,22 +235,20 @@ def parser() -> Command:
 
 def main(arguments: list[str] | None = None) -> None:
     """Compile one layout, or those of the table."""
-    options = parser().options(arguments)
+    command = parser()
+    options = command.options(arguments)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
     if options.table:
         title, cases = TABLES[options.table]
-        lines = table(cases)
-        if options.write:
-            write_section(title, lines)
-        return
-    report = inspect(options)
+        return command.keep(title, table(cases))
+    report, seconds = inspect(options)
     if options.json:
-        with open(options.json, "w") as file:
-            json.dump(report._asdict(), file)
+        found = {"report": report._asdict(), "seconds": seconds._asdict()}
+        pathlib.Path(options.json).write_text(json.dumps(found))
     else:
-        show(report)
+        show(report, seconds)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.command import Command
-from bench.report import write_section
 from bench.timing import interleaved
 from pallas_kernels.grouped import expert_ffn
 from pallas_kernels.grouped.matmul import grouped_matmul
@@ -66,9 +65,7 @@ def main(arguments: list[str] | None = None) -> list[Figure]:
     peak = measure_peak(options.repeats)
     figures = [f for case in CASES[: options.cases] for f in measure(case, options.repeats)]
     lines = table(figures, peak)
-    print("\n".join(lines))
-    if options.write:
-        write_section("Grouped matmul and expert FFN", lines)
+    parser.show("Grouped matmul and expert FFN", lines)
     return figures
 
 

@@ -17,14 +17,12 @@ import time
 
 import jax
 
-from bench.command import Command
+from bench.command import Command, numbers
 from bench.import_share import write_sparse
-from bench.report import write_section
+from bench.report import ROOT
 from checkpoint.weights import total_bytes
 from configs import deepseek
 from model.config import ModelConfig
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def narrow(layers: int) -> ModelConfig:
@@ -64,16 +62,15 @@ def measure(layers: int) -> tuple[int, float, float]:
 def main(arguments: list[str] | None = None) -> None:
     """Measure every depth and print the table."""
     parser = Command(__doc__, layers="4")
-    parser.add_argument("--layers", default="8,16,61,122")
+    parser.add_argument("--layers", type=numbers, default="8,16,61,122")
     options = parser.options(arguments)
     jax.config.update("jax_platforms", "cpu")
     lines = ["| layers | arrays, GB | peak resident memory, MiB | seconds |", "|---|---|---|---|"]
-    for layers in map(int, options.layers.split(",")):
+    for layers in options.layers:
         size, peak, seconds = measure(layers)
         lines.append(f"| {layers} + 1 | {size / 1e9:.2f} | {peak:,.0f} | {seconds:.0f} |")
         print(lines[-1], flush=True)
-    if options.write:
-        write_section("Main memory of an import", lines)
+    parser.keep("Main memory of an import", lines)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ import ml_dtypes
 import numpy as np
 
 from bench.command import Command
-from bench.report import write_section
 from checkpoint import safetensors
 from checkpoint.hf_config import to_hf_config
 from checkpoint.hf_reader import INDEX, HuggingFaceFolder
@@ -156,9 +155,7 @@ def main(arguments: list[str] | None = None) -> None:
         f"| peak while reading | {before + grown:.0f} MiB: {grown:.0f} MiB more, "
         f"{grown * mib / share.largest:.2f} x the largest shard |",
     ]
-    print("\n".join(lines))
-    if options.write:
-        write_section("Import of one host's share", lines)
+    parser.show("Import of one host's share", lines)
 
 
 if __name__ == "__main__":

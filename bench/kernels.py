@@ -34,7 +34,6 @@ import bench.cases
 from bench.cases import Case
 from bench.command import Command
 from bench.kernel_times import roofline, times, tune
-from bench.report import write_section
 from programs.absent_gpus import absent_gpus
 
 SERIALISED = ("C7510", "C7512")
@@ -176,7 +175,7 @@ def main() -> None:
         if options.tune:
             return tune_all(chosen)
         lines = times(chosen)
-        return write_section("Kernels on a GPU", lines) if options.write else None
+        return parser.keep("Kernels on a GPU", lines)
     kernels = [kernel for name, case in chosen.items() for kernel in compile_case(name, case)]
     lines = table(kernels, chosen)
     print("\n".join(lines))
@@ -184,8 +183,7 @@ def main() -> None:
         with open(options.json, "w") as file:
             entries = [k._asdict() | {"forward": chosen[k.case].forward} for k in kernels]
             json.dump(entries, file)
-    if options.write:
-        write_section("Kernels for an absent H200", lines)
+    parser.keep("Kernels for an absent H200", lines)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,10 @@ and products modulo ten), and starts RL when the base follows two of three steps
 and a high rate, undo what it knows, and its answers get longer.
 """
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.command import FEW_STEPS, Command
-from bench.report import write_section
+from bench.command import FEW_STEPS, Command, numbers
 from bench.runs import train_once
 from training.metrics import read_metrics
 
@@ -110,17 +108,15 @@ def report(runs: list[tuple[str, int, list[dict[str, float]], float]]) -> list[s
 def main() -> None:
     """Run what is asked for, print the report, and with --write put it into results.md."""
     parser = Command(__doc__, seeds="0", controls="", steps=FEW_STEPS)
-    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--seeds", type=numbers, default="0,1,2")
     parser.add_argument("--controls", default="no_chains,weak_base")
     parser.add_argument("--folder", default="runs/r1_bench")
     parser.set_defaults(steps=())
     options = parser.options()
-    if not re.fullmatch(r"(\d+(,\d+)*)?", options.seeds):
-        raise SystemExit(f"--seeds {options.seeds!r}: give numbers with commas, such as 0,1,2")
     controls = [name for name in options.controls.split(",") if name]
     if unknown := [name for name in controls if name not in CONTROLS]:
-        raise SystemExit(f"--controls {', '.join(unknown)}: choose from {', '.join(CONTROLS)}")
-    seeds = [("r1", int(seed)) for seed in options.seeds.split(",") if seed]
+        parser.error(f"--controls {', '.join(unknown)}: choose from {', '.join(CONTROLS)}")
+    seeds = [("r1", seed) for seed in options.seeds]
     folder = Path(options.folder).absolute()
     for title, wanted in (
         ("R1-Zero in small", seeds),
@@ -131,9 +127,7 @@ def main() -> None:
         lines = report(
             [(name, seed, *run(name, seed, folder, options.steps)) for name, seed in wanted]
         )
-        print("\n".join(lines))
-        if options.write:
-            write_section(title, lines)
+        parser.show(title, lines)
 
 
 if __name__ == "__main__":

@@ -7,29 +7,28 @@ problems at temperature 1: chains of ten moves, as R1-Zero's are, and of two to 
 scripts.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from bench.answers import inspected
-from bench.command import Command
-from bench.report import write_section
+from bench.command import FEW_STEPS, Command
 from bench.runs import train_once
 from rl.config import TaskConfig
 
 STAGES = "base", "zero", "cold", "reasoning", "sft", "r1", "student"
 """Of `runs/r1.sh`."""
-PROBLEMS = 512
 BUDGET = 28
 TASKS = {"ten moves": ("scripts=2",), "two to ten": ("scripts=2", "shortest=2")}
 
 
-def measure(place: Path) -> dict[str, dict[str, float]]:
+def measure(place: Path, problems: int) -> dict[str, dict[str, float]]:
     """By task: correct, chains (share of answers), language and steps right (of chains), length."""
     found = {}
     for name, options in TASKS.items():
         task = TaskConfig("permutations", options)
-        seen, tokens = inspected(place, task, PROBLEMS, 1, BUDGET, seed=0)
+        seen, tokens = inspected(place, task, problems, 1, BUDGET, seed=0)
         chains = [one for one in seen if one["steps"]]
         steps = sum(one["steps"] for one in chains)
         found[name] = {
@@ -42,18 +41,18 @@ def measure(place: Path) -> dict[str, dict[str, float]]:
     return found
 
 
-def report(folder: Path, seconds: float) -> list[str]:
+def report(folder: Path, stages: Sequence[str], problems: int, seconds: float) -> list[str]:
     """Markdown lines."""
     lines = [
-        f"{PROBLEMS} held-out problems of each kind, answered once at temperature 1. The recipe",
+        f"{problems} held-out problems of each kind, answered once at temperature 1. The recipe",
         f"took {seconds:.0f} s from random weights to the student.",
         "",
         "| stage | ten moves: right | chains | in the prompt's script | steps right | tokens | "
         "two to ten moves: right |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for stage in STAGES:
-        found = measure(folder / stage)
+    for stage in stages:
+        found = measure(folder / stage, problems)
         ten, mixed = found["ten moves"], found["two to ten"]
         lines.append(
             f"| {stage} | {ten['correct']:.3f} | {ten['chains']:.0%} | {ten['language']:.0%} "
@@ -65,14 +64,18 @@ def report(folder: Path, seconds: float) -> list[str]:
 
 def main() -> None:
     """Run what is missing, print the report, and with --write put it into results.md."""
-    parser = Command(__doc__)
+    parser = Command(__doc__, stages=STAGES[:1], problems=8)
+    parser.add_argument("--problems", type=int, default=512, help="of each kind")
+    parser.set_defaults(stages=STAGES)
     parser.add_argument("--folder", default="runs/recipe")
     options = parser.options()
     folder = Path(options.folder).absolute()
-    lines = report(folder, train_once(folder, "", "--recipe", "r1")["wall_s"])
-    print("\n".join(lines))
-    if options.write:
-        write_section("R1's pipeline in small", lines)
+    if options.quick:
+        spent = train_once(folder / STAGES[0], "r1_base2", *FEW_STEPS)
+    else:
+        spent = train_once(folder, "", "--recipe", "r1")
+    lines = report(folder, options.stages, options.problems, spent["wall_s"])
+    parser.show("R1's pipeline in small", lines)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from bench.command import Command
-from bench.report import write_section
+from bench.command import Command, numbers
 from configs import preset
 from data.tokenizer import Tokenizer, load_tokenizer
 from generation.config import Sampling
@@ -110,22 +109,22 @@ def measure(bench: Bench, budget: int, rounds: int) -> list[str]:
 def main() -> None:
     """Measure, print, and with --write put the table into results.md."""
     parser = Command(__doc__, rounds=1, budgets="4")
-    parser.add_argument("--budgets", default="28,128", help="longest answers, in tokens")
+    parser.add_argument(
+        "--budgets", type=numbers, default="28,128", help="longest answers, in tokens"
+    )
     parser.add_argument("--weights", default="", help="a run folder; empty: random weights")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.options()
-    bench, budgets = Bench(options.weights), map(int, options.budgets.split(","))
+    bench = Bench(options.weights)
     lines = [
         f"128 answers of {'trained' if options.weights else 'random'} weights in `r1_base`'s shape",
         "at temperature 1; medians, of the ratios too, which are taken within each round.",
         "",
         "| longest answer | answers | mean length | tokens/s | against one at a time |",
         "|---:|---|---:|---:|---:|",
-        *(row for budget in budgets for row in measure(bench, budget, options.rounds)),
+        *(row for budget in options.budgets for row in measure(bench, budget, options.rounds)),
     ]
-    print("\n".join(lines))
-    if options.write:
-        write_section("Rollouts", lines)
+    parser.show("Rollouts", lines)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.command import FEW_STEPS, Command
-from bench.report import write_section
 from bench.runs import train_once
 from configs import preset
 from data.tokenizer import load_tokenizer
@@ -140,8 +139,7 @@ def main() -> None:
                 share = f"flipped, {flipped.mean():.1%}"
                 lines.append(row("", share, free[flipped], held[flipped]))
             print("\n".join(lines[-2:]), flush=True)
-    if options.write:
-        write_section("Routing replay", lines)
+    parser.keep("Routing replay", lines)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from bench.report import ROOT
+from training.metrics import read_metrics
 
 
 def train_once(folder: Path, config: str, *options: str) -> dict[str, float]:
@@ -26,6 +27,11 @@ def train_once(folder: Path, config: str, *options: str) -> dict[str, float]:
         }
         spent.write_text(json.dumps(seconds))
     return json.loads(spent.read_text())
+
+
+def evaluations(folder: Path) -> list[dict[str, float]]:
+    """Records of a run with held-out accuracy."""
+    return [record for record in read_metrics(folder) if "eval/accuracy" in record]
 
 
 def _processor_seconds() -> float:

@@ -18,16 +18,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
-from bench.command import Command
-from bench.report import write_section
+from bench.command import Command, numbers
+from bench.gpu_programs import mesh_of
 from model.config import ModelConfig
 from model.recipe import Recipe
 from programs.collectives import Collective, read_collectives, read_flops, table
+from programs.step import lower
 from runtime.devices import emulate_devices
 from sharding.config import MeshConfig
-from sharding.mesh import axis_sizes, make_layout, named_layout, resolve
+from sharding.mesh import axis_sizes, make_layout, resolve
 from sharding.pipeline.ticks import tick_table
 from training.config import TrainConfig
 from training.gradients import make_pipeline_schedule
@@ -101,13 +101,7 @@ def compile_step(case: Case) -> tuple[Trainer, Any]:
     """The trainer of a case and its compiled step."""
     devices = jax.devices()[: math.prod(axis_sizes(case.mesh).values())]
     trainer = Trainer(case.model, case.train, Recipe(), make_layout(case.mesh, devices))
-    per_micro = case.train.micro_batch_size or case.train.batch_size
-    shape = (case.train.batch_size // per_micro, per_micro, case.train.seq_len + 1)
-    scalar = jax.ShapeDtypeStruct((), np.float32)
-    knobs = dict.fromkeys(("learning_rate", "bias_update_rate", "mtp_weight"), scalar)
-    batch = {"tokens": jax.ShapeDtypeStruct(shape, np.int32)}
-    lowered = trainer.step.lower(trainer.abstract_state, batch, knobs)
-    return trainer, lowered.compile(compiler_options=COMPILE)
+    return trainer, lower(trainer).compile(compiler_options=COMPILE)
 
 
 def measure(case: Case) -> Work:
@@ -182,18 +176,9 @@ def scaling(axes: Sequence[str], counts: Sequence[int]) -> list[str]:
     return lines
 
 
-def layout_of(text: str) -> MeshConfig:
-    """A named layout, or sizes of axes such as `fsdp=2,tensor=4`."""
-    if "=" not in text:
-        return named_layout(text)
-    pairs = (pair.split("=") for pair in text.split(","))
-    sizes: dict[str, Any] = {axis: int(size) for axis, size in pairs}
-    return MeshConfig(**sizes)
-
-
 def show(text: str, sources: bool) -> None:
     """Print the collectives of one layout; with `sources` each one and where it comes from."""
-    mesh = resolve(layout_of(text), DEVICES)
+    mesh = resolve(mesh_of(text), DEVICES)
     train = dataclasses.replace(TRAIN, batch_size=DEVICES * MICRO, micro_batch_size=DEVICES)
     if mesh.pipe == 1:
         train = dataclasses.replace(TRAIN, batch_size=DEVICES)
@@ -210,7 +195,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure and print; with `--write` record in bench/results.md."""
     parser = Command(__doc__, axes="data", counts="1,2")
     parser.add_argument("--axes", default=",".join(GROWTH), help="axes that grow")
-    parser.add_argument("--counts", default="1,2,4,8", help="devices along the axis")
+    parser.add_argument("--counts", type=numbers, default="1,2,4,8", help="devices along the axis")
     parser.add_argument("--cache", type=pathlib.Path, help="folder that keeps compiled programs")
     parser.add_argument("--layout", help="show the collectives of this layout instead")
     parser.add_argument("--sources", action="store_true", help="with --layout: where each is from")
@@ -220,9 +205,8 @@ def main(arguments: list[str] | None = None) -> None:
         jax.config.update("jax_compilation_cache_dir", str(options.cache or folder))
         if options.layout:
             return show(options.layout, options.sources)
-        lines = scaling(options.axes.split(","), [int(n) for n in options.counts.split(",")])
-    if options.write:
-        write_section("Weak scaling of the compiled step", lines)
+        lines = scaling(options.axes.split(","), options.counts)
+    parser.keep("Weak scaling of the compiled step", lines)
 
 
 if __name__ == "__main__":

@@ -7,20 +7,17 @@ a run that is complete is read and not repeated. Then both models answer every h
 DRAWS times at temperature 1, and every answer is inspected.
 """
 
-import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 
 from bench.answers import inspected
-from bench.command import FEW_STEPS, Command
-from bench.report import write_section
-from bench.runs import train_once
+from bench.command import FEW_STEPS, Command, numbers
+from bench.runs import evaluations, train_once
 from configs import preset
 from rl.tasks.search import FAILURES, Search, accuracy_by_tries, census
 from rl.tasks.task import Inspection
-from training.metrics import read_metrics
 
 CONFIGS = ("search_base", "search_zero")
 PROBLEMS, DRAWS = 160, 8
@@ -81,15 +78,13 @@ def report(
 def main() -> None:
     """Run what is asked for, print the report, draw it, and with --write put it into results.md."""
     parser = Command(__doc__, seeds="0", steps=FEW_STEPS)
-    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--seeds", type=numbers, default="0,1,2")
     parser.add_argument("--folder", default="runs/search_bench")
     parser.set_defaults(steps=())
     options = parser.options()
-    if not re.fullmatch(r"\d+(,\d+)*", options.seeds):
-        raise SystemExit(f"--seeds {options.seeds!r}: give numbers with commas, such as 0,1,2")
     folder, rows = Path(options.folder).absolute(), []
     curves: dict[str, list[list[float]]] = {"base": [], "after RL": []}
-    for seed in map(int, options.seeds.split(",")):
+    for seed in options.seeds:
         place = folder / f"search-{seed}"
         base, policy = (place / config for config in CONFIGS)
         more = ("--seed", str(seed), *options.steps)
@@ -102,21 +97,22 @@ def main() -> None:
             curve = accuracy_by_tries(found, Search().tries)
             curves[name].append(curve)
             rows.append((seed, name, census(found), curve, seconds))
-        last = [r for r in read_metrics(policy) if "eval/accuracy" in r][-1]
+        last = evaluations(policy)[-1]
         print(
             f"seed {seed}: greedy {last['eval/accuracy_greedy']:.3f}, length {last['eval/length']}"
         )
     figure(curves, folder / "search.png")
-    gains = [after[-1] / before[-1] for before, after in zip(*curves.values(), strict=True)]
+    gains = [
+        after[-1] / before[-1] if before[-1] else np.nan
+        for before, after in zip(*curves.values(), strict=True)
+    ]
     found = ", ".join(f"{gain:.2f}x" for gain in gains)
     lines = [
         *report(rows),
         "",
         f"Accuracy after RL over before: {found}, mean {np.mean(gains):.2f}x.",
     ]
-    print("\n".join(lines))
-    if options.write:
-        write_section("Search in small", lines)
+    parser.show("Search in small", lines)
 
 
 if __name__ == "__main__":

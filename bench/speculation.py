@@ -14,17 +14,14 @@ trial of its own. Compilation, prefill and trials are left out.
 import collections
 import dataclasses
 import math
-import os
 import statistics
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.command import Command
+from bench.command import Command, load
 from bench.decode import GREEDY, cases, random_weights
-from bench.report import write_section
 from generation.config import Speculation
 from generation.engine import Generator
 from generation.stats import Stats
@@ -32,8 +29,7 @@ from model.blueprint import Tree
 from model.config import ModelConfig
 from model.recipe import Recipe
 from sharding.config import MeshConfig
-from sharding.mesh import make_mesh
-from sharding.partition import Layout
+from sharding.mesh import make_layout
 
 SPARE_BITS = 2
 """Channels that the draft sees beyond log2 of the vocabulary: about 1 in 2^SPARE_BITS tokens then
@@ -90,7 +86,7 @@ def silence(layers: Tree) -> None:
 
 def measure(config: ModelConfig, rounds: int, tokens: int) -> dict[str, list[float]]:
     """Of every round: ms per token without drafts and with, their ratios, and what drafts did."""
-    layout = Layout(make_mesh(MeshConfig(), jax.devices()[:1]))
+    layout = make_layout(MeshConfig(), jax.devices()[:1])
     generator = Generator(config, Recipe(), layout)
     weights = predictable(config, random_weights(generator.abstract_weights))
     prepared = generator.prepare(weights, consume=True)
@@ -177,15 +173,12 @@ def main(arguments: list[str] | None = None) -> None:
         config = dataclasses.replace(models()[name], mtp_depth=1)
         lines.append(table_row(name, measure(config, options.rounds, options.tokens)))
         print(lines[-1], flush=True)
-    load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
     lines += [
         "",
-        f"Medians (least to most) of {options.rounds} rounds; load averages at the end {load}.",
+        f"Medians (least to most) of {options.rounds} rounds; load averages at the end {load()}.",
     ]
-    print("\n".join(lines))
-    if options.write:
-        write_section("MTP speculation on CPU", lines)
+    parser.show("MTP speculation on CPU", lines)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

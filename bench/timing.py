@@ -1,5 +1,6 @@
-"""Wall-clock times of several functions, interleaved so that they share the machine's moods."""
+"""Times of functions: one alone, or several in turns so that they share the machine's moods."""
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -25,3 +26,22 @@ def interleaved(
             jax.block_until_ready(function())
             seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Of one round."""
+
+    wall: float
+    """Seconds per step."""
+    processor: float
+    """Processor seconds per step, all threads."""
+
+
+def timed(run: Callable[[], object], steps: int) -> Timing:
+    """`run` called `steps` times; it returns when its work is done."""
+    wall, processor = time.perf_counter(), time.process_time()
+    for _ in range(steps):
+        run()
+    wall, processor = time.perf_counter() - wall, time.process_time() - processor
+    return Timing(wall / steps, processor / steps)

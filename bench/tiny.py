@@ -5,15 +5,13 @@
 Runs the command of `make train`; a run that is complete is only evaluated again.
 """
 
-import pathlib
 import subprocess
 import sys
 
 from bench.command import Command
-from bench.report import write_section
+from bench.report import ROOT
 from training.metrics import read_metrics
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 COMMAND = ["train.py", "--config", "tiny"]
 
 
@@ -44,9 +42,7 @@ def main() -> None:
         f"{last['train/skipped_steps']:.0f} skipped steps; "
         f"{sum(record['moe/dropped_tokens'] for record in records):.0f} dropped tokens.",
     ]
-    print("\n".join(lines))
-    if options.write:
-        write_section("Tiny after make train", lines)
+    parser.show("Tiny after make train", lines)
 
 
 if __name__ == "__main__":

@@ -354,13 +354,11 @@ def table(collectives: Iterable[Collective]) -> str:
     rows = [("op", "axes", "count", "bytes", "largest")]
     for (op, axes), one in by_op_and_axes(collectives).items():
         rows.append((op, axes, str(one.times), str(one.bytes), str(one.largest)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for op, axes, count, size, largest in rows:
-        cells = (op.ljust(widths[0]), axes.ljust(widths[1]))
-        cells += (count.rjust(widths[2]), size.rjust(widths[3]), largest)
-        lines.append("  ".join(cells))
-    return "\n".join(lines) + "\n"
+    a, b, c, d, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return "".join(
+        f"{op:{a}}  {axes:{b}}  {count:>{c}}  {size:>{d}}  {largest}\n"
+        for op, axes, count, size, largest in rows
+    )
 
 
 # ---- FLOPs --------------------------------------------------------------------------------------

@@ -10,24 +10,23 @@ over layers carries one activation per micro batch, and a product belongs to tho
 traced back to, within one round.
 """
 
+import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from programs.collectives import OPS, Instruction, Program, parse
 
 Computation = dict[str, Instruction]
+Counter = Callable[[Instruction], int]
 
 
 class Span(NamedTuple):
     """An asynchronous collective and what is issued between its start and its done."""
 
     op: str
-    name: str
     source: str
     """Where the collective comes from, as JAX named it."""
-    inside: str
-    """Computation that holds it."""
     products: tuple[str, ...]
     """Instructions in between that multiply matrices, themselves or in what they call."""
     of_others: tuple[str, ...]
@@ -43,12 +42,9 @@ def read_spans(hlo_text: str) -> tuple[Span, ...]:
     if "is_scheduled=true" not in hlo_text.split("\n", 1)[0]:
         raise ValueError("the module is not scheduled; pass what compile().as_text() returns")
     program = parse(hlo_text)
-    products = _Products(program)
-    return tuple(
-        span
-        for name, body in program.computations.items()
-        for span in _spans(program, name, dict(body), products)
-    )
+    count = product_counter(program)
+    bodies = program.computations.values()
+    return tuple(span for body in bodies for span in _spans(program, dict(body), count))
 
 
 def started(program: Program, instruction: Instruction) -> str | None:
@@ -62,7 +58,7 @@ def started(program: Program, instruction: Instruction) -> str | None:
     return next((one.op for one in inner if one.op in OPS), None)
 
 
-def _spans(program: Program, name: str, body: Computation, products: "_Products") -> Iterator[Span]:
+def _spans(program: Program, body: Computation, count: Counter) -> Iterator[Span]:
     starts = {i.name: op for i in body.values() if (op := started(program, i))}
     if not starts:
         return
@@ -76,9 +72,9 @@ def _spans(program: Program, name: str, body: Computation, products: "_Products"
     }
     for start, op in starts.items():
         between = order[place[start] + 1 : ends.get(start, place[start] + 1)]
-        found = [i.name for i in between if products.count(i)]
+        found = [i.name for i in between if count(i)]
         others = [n for n in found if _apart(origins[n], origins[start])]
-        yield Span(op, start, body[start].source, name, tuple(found), tuple(others))
+        yield Span(op, body[start].source, tuple(found), tuple(others))
 
 
 def _apart(a: frozenset[int], b: frozenset[int]) -> bool:
@@ -111,21 +107,16 @@ def carried_origins(body: Computation) -> dict[str, frozenset[int]]:
     return origins
 
 
-class _Products:
-    """Matrix products in an instruction, those of what it calls included."""
+def product_counter(program: Program) -> Counter:
+    """Counts the matrix products in an instruction's text, those of what it calls included."""
 
-    def __init__(self, program: Program):
-        self.program = program
-        self.known: dict[str, int] = {}
+    @functools.cache
+    def within(name: str) -> int:
+        return sum(map(count, program.computations.get(name, {}).values()))
 
-    def count(self, instruction: Instruction) -> int:
-        """How many there are in the text, whatever the number of rounds."""
+    def count(instruction: Instruction) -> int:
         if instruction.op == "dot" or 'custom_call_target="__cublas' in instruction.attributes:
             return 1
-        return sum(map(self._within, instruction.called))
+        return sum(map(within, instruction.called))
 
-    def _within(self, name: str) -> int:
-        if name not in self.known:
-            body = self.program.computations.get(name, {})
-            self.known[name] = sum(map(self.count, body.values()))
-        return self.known[name]
+    return count

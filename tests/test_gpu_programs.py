@@ -13,8 +13,9 @@ import tomllib
 
 import pytest
 
-from bench.gpu_programs import FSDP, PAPER, Report, mesh_of, read_calls
+from bench.gpu_programs import FSDP, PAPER, mesh_of
 from programs.overlap import read_spans
+from programs.step import Report, read_calls
 from sharding.config import MeshConfig
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -40,7 +41,7 @@ def compiled(path: pathlib.Path, arguments: str) -> Report:
         timeout=SECONDS,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    return Report(**json.loads(report.read_text()))
+    return Report(**json.loads(report.read_text())["report"])
 
 
 def sent(report: Report) -> dict[str, set[str]]:

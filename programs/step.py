@@ -1,0 +1,72 @@
+"""A train step compiled without an array, and what the program says of itself.
+
+    report = read(lower(trainer).compile(), trainer.layout.mesh)
+
+The trainer's devices may be absent (`programs/absent_gpus.py`).
+"""
+
+import collections
+import re
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from programs.collectives import by_op_and_axes, read_collectives
+from programs.overlap import read_spans
+from training.step import Trainer
+
+
+class Report(NamedTuple):
+    """What a compiled step says of itself."""
+
+    devices: int
+    arguments: int
+    """Bytes per device: state and batch."""
+    temporaries: int
+    """Bytes per device besides."""
+    collectives: list[tuple[str, str, int, int]]
+    """Op, axes, executions, bytes."""
+    spans: list[tuple[str, str, int, int]]
+    """Of every asynchronous collective: op, origin, products beside it, those of other values."""
+    calls: dict[str, int]
+    """Calls in the program's text, loops counted once: libraries and kernels by name, and XLA's own
+    fusions by kind."""
+
+
+def lower(trainer: Trainer) -> jax.stages.Lowered:
+    """The step of a trainer, traced on shapes, for batches of the size that its settings say."""
+    train, scalar = trainer.train, jax.ShapeDtypeStruct((), np.float32)
+    rows = train.micro_batch_size or train.batch_size
+    shape = (train.batch_size // rows, rows, train.seq_len + 1)
+    knobs = dict.fromkeys(("learning_rate", "bias_update_rate", "mtp_weight"), scalar)
+    batch = {"tokens": jax.ShapeDtypeStruct(shape, np.int32)}
+    return trainer.step.lower(trainer.abstract_state, batch, knobs)
+
+
+def read(compiled: jax.stages.Compiled, mesh: Mesh) -> Report:
+    """Memory, collectives, overlap and calls of a compiled step.
+
+    Raises:
+        ValueError: the program is not scheduled, as XLA's are for GPUs.
+    """
+    text, memory = compiled.as_text() or "", compiled.memory_analysis()
+    assert memory is not None
+    groups = by_op_and_axes(read_collectives(text, mesh))
+    return Report(
+        mesh.size,
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes,
+        [(op, axes, one.times, one.bytes) for (op, axes), one in groups.items()],
+        [(s.op, s.source, len(s.products), len(s.of_others)) for s in read_spans(text)],
+        read_calls(text),
+    )
+
+
+def read_calls(text: str) -> dict[str, int]:
+    """How often a compiled program's text calls each library or kernel, and XLA's fusions."""
+    kernels = re.findall(r'custom_call_target="([^"]+)"', text)
+    fusions = re.findall(r" fusion\(.*?kind=(\w+)", text)
+    found = collections.Counter([*kernels, *(f"fusion {kind}" for kind in fusions)])
+    return dict(found.most_common())
