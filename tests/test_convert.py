@@ -17,6 +17,7 @@ import checkpoint.hf_import
 import checkpoint.partial
 import convert
 import train
+import training.run
 from checkpoint import fp8, safetensors
 from checkpoint.checksum import checksums, part_checksum
 from checkpoint.hf_reader import HuggingFaceFolder
@@ -308,7 +309,7 @@ def test_train_starts_from_weights(tmp_path, capsys):
     loop = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "finish", lambda made, *_: loop.append(made))
-        patch.setattr(train, "run_loop", lambda made, *_: "")
+        patch.setattr(training.run, "train_on", lambda *_: "")
         assert train.main(command) == 0, capsys.readouterr().err
     assert "fresh optimizer state" in capsys.readouterr().out
     assert_equal({k: loop[0].state[k] for k in ("params", "router_bias")}, weights())
