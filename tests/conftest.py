@@ -12,6 +12,8 @@ from tests.xla_flags import QUICK_XLA
 # device, because with few cores collectives and split products can wait for each other for ever.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["PJRT_NPROC"] = "64"
+# Lines of source in a program: a tenth of its compile time, and no test reads them.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 os.environ["XLA_FLAGS"] = " ".join(
     [
         QUICK_XLA,

@@ -233,7 +233,7 @@ def layouts(draw) -> MeshConfig:
 
 @st.composite
 def models(draw) -> ModelConfig:
-    """Variants of the small model: routing methods, latents, depths, shared experts."""
+    """Variants of the small model: routing methods, latents, kinds of layers, shared experts."""
     method = draw(st.sampled_from(["noaux_tc", "group_limited_greedy", "greedy"]))
     grouped = {} if method != "greedy" else {"num_expert_groups": 1, "groups_per_token": 1}
     return dataclasses.replace(
@@ -242,11 +242,11 @@ def models(draw) -> ModelConfig:
         scoring=draw(st.sampled_from(["sigmoid", "softmax"])),
         normalize_topk=draw(st.booleans()),
         q_lora_rank=draw(st.sampled_from([None, 16])),
-        num_layers=3,
+        num_layers=2,
         num_dense_layers=draw(st.integers(0, 1)),
         num_shared_experts=draw(st.integers(0, 2)),
         experts_per_token=draw(st.integers(2, 4)),
-        mtp_depth=draw(st.integers(0, 2)),
+        mtp_depth=draw(st.integers(0, 1)),
         **grouped,
     )
 

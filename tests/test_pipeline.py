@@ -6,11 +6,13 @@ One step on emulated devices against the same step on one. Tolerances: tests/lay
 import dataclasses
 import functools
 import itertools
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import pytest
 
+from model.config import ModelConfig
 from model.recipe import Recipe
 from model.stages import stage_costs
 from sharding.config import MeshConfig
@@ -33,56 +35,54 @@ from training.step import Trainer
 
 DEEP = dataclasses.replace(MODEL, num_layers=6)
 """One dense and five MoE layers: they divide by no number of stages."""
-EVEN = dataclasses.replace(MODEL, num_layers=8, num_dense_layers=0)
+MOE = dataclasses.replace(MODEL, num_layers=5, num_dense_layers=0, mtp_depth=0)
+"""The five MoE layers alone: half to compile, for layouts whose schedule others run whole."""
+EVEN = dataclasses.replace(MOE, num_layers=8)
 """A layer for each of eight stages: no rank has an empty slot."""
-WITHOUT_MTP = dataclasses.replace(DEEP, mtp_depth=0)
-"""A third less to compile, for layouts whose schedule and whose axes others run with the module."""
 ROWS = dataclasses.replace(TRAIN, batch_size=16)
 
+
+class Case(NamedTuple):
+    """A pipeline, its micro batches and model, and what is recomputed."""
+
+    layout: MeshConfig
+    micro: int = 4
+    model: ModelConfig = MOE
+    remat: str = "none"
+
+
 PIPELINES = {
-    "1f1b": (MeshConfig(pipe=2), 4),
-    "gpipe": (MeshConfig(pipe=2, schedule="gpipe"), 4),
-    "interleaved": (MeshConfig(pipe=2, schedule="interleaved", pipe_chunks=2), 4),
-    "zb1p": (MeshConfig(pipe=4, schedule="zb1p"), 4),
-    "dualpipe": (MeshConfig(pipe=2, schedule="dualpipe"), 4),
-    "dualpipev": (MeshConfig(pipe=2, schedule="dualpipev"), 4),
-    "dualpipe 4": (MeshConfig(pipe=4, schedule="dualpipe"), 8),
-    "1f1b 2 x fsdp 2 x tensor 2": (MeshConfig(pipe=2, fsdp=2, tensor=2), 4),
-    "zb1p 2 x expert 4": (MeshConfig(pipe=2, expert=4, schedule="zb1p"), 4),
-    "dualpipe 2 x expert 2 x tensor 2": (
-        MeshConfig(pipe=2, expert=2, tensor=2, schedule="dualpipe"),
-        4,
+    "gpipe": Case(MeshConfig(pipe=2, schedule="gpipe")),
+    "interleaved": Case(MeshConfig(pipe=2, schedule="interleaved", pipe_chunks=2), model=DEEP),
+    "zb1p": Case(MeshConfig(pipe=4, schedule="zb1p"), model=DEEP),
+    "dualpipe": Case(MeshConfig(pipe=2, schedule="dualpipe"), model=DEEP),
+    "dualpipev": Case(MeshConfig(pipe=2, schedule="dualpipev"), model=DEEP),
+    "dualpipe 4, all recomputed": Case(MeshConfig(pipe=4, schedule="dualpipe"), 8, remat="full"),
+    "1f1b, a layer per stage": Case(MeshConfig(pipe=8), 8, EVEN),
+    "dualpipev, a layer per stage": Case(MeshConfig(pipe=4, schedule="dualpipev"), 8, EVEN),
+    "1f1b 2 x fsdp 2 x tensor 2": Case(MeshConfig(pipe=2, fsdp=2, tensor=2)),
+    "zb1p 2 x expert 4, part recomputed": Case(
+        MeshConfig(pipe=2, expert=4, schedule="zb1p"), remat="selective"
     ),
-    "dualpipev 2 x expert 4 on 2 nodes": (
-        MeshConfig(pipe=2, expert=4, expert_nodes=2, schedule="dualpipev"),
-        4,
+    "dualpipe 2 x expert 2 x tensor 2, part recomputed": Case(
+        MeshConfig(pipe=2, expert=2, tensor=2, schedule="dualpipe"), remat="selective"
     ),
-    "1f1b 2 x data 2 x context 2": (MeshConfig(pipe=2, data=2, context=2), 4),
-    "dualpipe 2 x context 2 x expert 2": (
-        MeshConfig(pipe=2, context=2, expert=2, schedule="dualpipe"),
-        4,
+    "dualpipev 2 x expert 4 on 2 nodes": Case(
+        MeshConfig(pipe=2, expert=4, expert_nodes=2, schedule="dualpipev")
     ),
-    "interleaved 2 x data 2 x fsdp 2": (
-        MeshConfig(pipe=2, data=2, fsdp=2, schedule="interleaved", pipe_chunks=2),
-        4,
+    "1f1b 2 x data 2 x context 2": Case(MeshConfig(pipe=2, data=2, context=2)),
+    "dualpipe 2 x context 2 x expert 2": Case(
+        MeshConfig(pipe=2, context=2, expert=2, schedule="dualpipe")
     ),
-    "gpipe 4 x tensor 2, sequence": (
-        MeshConfig(pipe=4, tensor=2, sequence=True, schedule="gpipe"),
-        4,
+    "interleaved 2 x data 2 x fsdp 2": Case(
+        MeshConfig(pipe=2, data=2, fsdp=2, schedule="interleaved", pipe_chunks=2)
+    ),
+    "gpipe 4 x tensor 2, sequence": Case(
+        MeshConfig(pipe=4, tensor=2, sequence=True, schedule="gpipe")
     ),
 }
-"""Layout and number of micro batches. The default suite has a pipeline in tests/test_layouts.py."""
-
-
-LESS = (
-    "dualpipe 4",
-    "1f1b 2 x fsdp 2 x tensor 2",
-    "zb1p 2 x expert 4",
-    "dualpipev 2 x expert 4 on 2 nodes",
-    "interleaved 2 x data 2 x fsdp 2",
-    "gpipe 4 x tensor 2, sequence",
-)
-"""Run without the MTP module."""
+"""The default suite has a pipeline in tests/test_layouts.py. With a layer per stage no layer is
+behind a branch."""
 
 
 @functools.cache
@@ -94,26 +94,10 @@ def one_device(model=DEEP) -> Result:
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_pipelined_step_is_the_one_device_step(name):
     """Gradients, new parameters, losses, norms; counts and biases to the bit; nothing dropped."""
-    layout, micro = PIPELINES[name]
-    model = WITHOUT_MTP if name in LESS else DEEP
-    assert_same_step(take_step(layout, model=model, micro=micro, train=ROWS), one_device(model))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "layout", [MeshConfig(pipe=8), MeshConfig(pipe=4, schedule="dualpipev")], ids=["1f1b", "v"]
-)
-def test_eight_stages_of_one_layer(layout):
-    """As many layers as slots on every rank: layers are not behind a branch."""
-    assert_same_step(take_step(layout, model=EVEN, micro=8, train=ROWS), one_device(EVEN))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("remat", ["selective", "full"])
-def test_recomputation_in_a_pipeline(remat):
-    layout, micro = PIPELINES["dualpipe"]
-    got = take_step(layout, model=DEEP, recipe=Recipe(remat=remat), micro=micro, train=ROWS)
-    assert_same_step(got, one_device())
+    case = PIPELINES[name]
+    recipe = Recipe(remat=case.remat)
+    got = take_step(case.layout, model=case.model, recipe=recipe, micro=case.micro, train=ROWS)
+    assert_same_step(got, one_device(case.model))
 
 
 @pytest.mark.slow
@@ -121,8 +105,7 @@ def test_documents_and_two_mtp_modules_in_a_pipeline():
     """Packed documents of uneven lengths and padding; modules share embedding and head."""
     model = dataclasses.replace(DEEP, mtp_depth=2)
     batch = {"tokens": random_rows(train=ROWS), "segments": random_segments(ROWS)}
-    layout, micro = PIPELINES["dualpipev"]
-    got = take_step(layout, batch, model, micro=micro, train=ROWS)
+    got = take_step(MeshConfig(pipe=2), batch, model, micro=4, train=ROWS)
     assert_same_step(got, take_step(ONE_DEVICE, batch, model, train=ROWS))
 
 
