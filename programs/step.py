@@ -1,8 +1,9 @@
 """A train step compiled without an array, and what the program says of itself.
 
-    report = read(lower(trainer).compile(), trainer.layout.mesh)
+    report = read(until_scheduled(lower(trainer), INSPECTION), trainer.layout.mesh)
 
-The trainer's devices may be absent (`programs/absent_gpus.py`).
+The trainer's devices may be absent (`programs/absent_gpus.py`); its machine code is not needed
+(`programs/scheduled.py`).
 """
 
 import collections
@@ -15,6 +16,7 @@ from jax.sharding import Mesh
 
 from programs.collectives import by_op_and_axes, read_collectives
 from programs.overlap import read_spans
+from programs.scheduled import Scheduled
 from training.step import Trainer
 
 
@@ -45,22 +47,29 @@ def lower(trainer: Trainer) -> jax.stages.Lowered:
     return trainer.step.lower(trainer.abstract_state, batch, knobs)
 
 
-def read(compiled: jax.stages.Compiled, mesh: Mesh) -> Report:
-    """Memory, collectives, overlap and calls of a compiled step.
+def scheduled(compiled: jax.stages.Compiled) -> Scheduled:
+    """The same of a program that was compiled to its end."""
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    return Scheduled(
+        compiled.as_text() or "", memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    )
+
+
+def read(program: Scheduled, mesh: Mesh) -> Report:
+    """Memory, collectives, overlap and calls of a step.
 
     Raises:
         ValueError: the program is not scheduled, as XLA's are for GPUs.
     """
-    text, memory = compiled.as_text() or "", compiled.memory_analysis()
-    assert memory is not None
-    groups = by_op_and_axes(read_collectives(text, mesh))
+    groups = by_op_and_axes(read_collectives(program.text, mesh))
     return Report(
         mesh.size,
-        memory.argument_size_in_bytes,
-        memory.temp_size_in_bytes,
+        program.arguments,
+        program.temporaries,
         [(op, axes, one.times, one.bytes) for (op, axes), one in groups.items()],
-        [(s.op, s.source, len(s.products), len(s.of_others)) for s in read_spans(text)],
-        read_calls(text),
+        [(s.op, s.source, len(s.products), len(s.of_others)) for s in read_spans(program.text)],
+        read_calls(program.text),
     )
 
 

@@ -150,7 +150,10 @@ def test_flops_of_a_program():
 DOC = pathlib.Path(__file__).parent.parent / "docs" / "collectives.md"
 SMALL = dataclasses.replace(MODEL, vocab_size=96, expert_ffn_size=40)
 """No size of it is another's half, so that an array tells what it is."""
-DEEP = dataclasses.replace(SMALL, num_layers=6)
+LEAN = dataclasses.replace(SMALL, num_layers=2, num_dense_layers=0, mtp_depth=0)
+"""Half to compile, for layouts whose outer parts others show."""
+WHOLE = ("cube", "expert", "pipe_2_data_4")
+"""Layouts with a dense layer and the MTP module."""
 ROWS = dataclasses.replace(TRAIN, seq_len=24, optimizer=OptimizerConfig())
 """Moments are bf16, and nothing else is."""
 
@@ -173,18 +176,20 @@ def name(request) -> str:
     return request.param
 
 
-def case(mesh: MeshConfig):
+def case(name: str):
     """Model, training and micro batches of a layout."""
-    if mesh.pipe == 1:
-        return SMALL, ROWS, 1
-    return DEEP, dataclasses.replace(ROWS, batch_size=16, micro_batch_size=4), 4
+    model = SMALL if name in WHOLE else LEAN
+    if LAYOUTS[name].pipe == 1:
+        return model, ROWS, 1
+    deep = dataclasses.replace(model, num_layers=model.num_dense_layers + 5)
+    return deep, dataclasses.replace(ROWS, batch_size=16, micro_batch_size=4), 4
 
 
 @functools.cache
 def compiled(name: str) -> tuple[Collective, ...]:
     """The collectives of a layout's step."""
     mesh = LAYOUTS[name]
-    model, train, micro = case(mesh)
+    model, train, micro = case(name)
     trainer = Trainer(model, train, Recipe(), layout_of(mesh))
     shape = micro, train.batch_size // micro, train.seq_len + 1
     batch = {"tokens": jax.ShapeDtypeStruct(shape, np.int32)}
@@ -224,7 +229,7 @@ def test_experts_are_gathered_only_where_they_are_stored_in_shards(name):
     """
     mesh = LAYOUTS[name]
     one_layer = local_experts(mesh)
-    stacked = one_layer * case(mesh)[0].num_moe_layers
+    stacked = one_layer * case(name)[0].num_moe_layers
     slots = math.prod((2, mesh.pipe)) * stacked  # DualPipe holds every layer twice
     most = {
         ("all-gather", "fsdp"): one_layer,
@@ -267,7 +272,7 @@ def test_moments_are_never_moved(name):
     mesh = LAYOUTS[name]
     moved = [complaint(c, "bf16") for c in compiled(name) for a in c.arrays if a.dtype == "bf16"]
     assert not moved, "\n".join(moved)
-    model, train, _ = case(mesh)
+    model, train, _ = case(name)
     params = jax.tree.leaves(
         Trainer(model, train, Recipe(), layout_of(mesh)).abstract_state["params"]
     )
@@ -283,8 +288,7 @@ def test_moments_are_never_moved(name):
 
 def test_tokens_of_other_sequences_are_never_gathered(name):
     """What is computed for a token stays with its sequence: no array of the whole micro batch."""
-    mesh = LAYOUTS[name]
-    model, train, micro = case(mesh)
+    model, train, micro = case(name)
     rows, tokens = train.batch_size // micro, train.seq_len
     vocabulary = (model.vocab_size,)  # of embedding and head, which is as long in some layouts
     wrong = [
@@ -314,7 +318,7 @@ def test_bytes_of_the_exchange(name):
     ids once, weights there and back."""
     mesh = LAYOUTS[name]
     sent = sum(c.bytes for c in compiled(name) if c.op == "all-to-all" and c.axes == ("expert",))
-    model, train, _ = case(mesh)
+    model, train, _ = case(name)
     layers = model.num_moe_layers + model.mtp_depth
     rows = train.batch_size * train.seq_len // (mesh.data * mesh.fsdp * mesh.expert * mesh.context)
     row = 4 * model.hidden_size + 3 * model.experts_per_token

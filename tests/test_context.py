@@ -195,33 +195,21 @@ def packed_step(config: MeshConfig, recipe: Recipe = FP32, micro: int = 1):
 
 
 @pytest.mark.slow
-def test_a_step_is_the_one_device_step():
-    config = MeshConfig(fsdp=2, context=2, tensor=2, sequence=True)
-    assert_same_step(packed_step(config), packed_step(ONE_DEVICE))
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    "config",
+    ("config", "remat", "micro"),
     [
-        MeshConfig(fsdp=2, context=2, tensor=2),
-        MeshConfig(fsdp=2, context=2, tensor=2, context_exchange="gather"),
-        MeshConfig(expert=2, context=4),
-        MeshConfig(context=8),
-        MeshConfig(fsdp=2, tensor=2, sequence=True),
-        MeshConfig(expert=2, tensor=4, sequence=True),
+        (MeshConfig(fsdp=2, context=2, tensor=2, sequence=True), "none", 1),
+        (MeshConfig(fsdp=2, context=2, tensor=2), "full", 2),
+        (MeshConfig(fsdp=2, context=2, tensor=2, context_exchange="gather"), "selective", 2),
+        (MeshConfig(expert=2, context=4), "none", 1),
+        (MeshConfig(context=8), "none", 1),
+        (MeshConfig(expert=2, tensor=4, sequence=True), "selective", 1),
     ],
     ids=str,
 )
-def test_a_step_of_other_cuts(config):
-    assert_same_step(packed_step(config), packed_step(ONE_DEVICE))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("remat", ["selective", "full"])
-def test_recomputation_and_accumulation(remat):
-    config = MeshConfig(fsdp=2, context=2, tensor=2, sequence=True)
-    got = packed_step(config, Recipe(remat=remat), micro=2)
+def test_a_step_is_the_one_device_step(config, remat, micro):
+    """Packed documents, with what is recomputed and micro batches that are added up."""
+    got = packed_step(config, Recipe(remat=remat), micro)
     assert_same_step(got, packed_step(ONE_DEVICE))
 
 

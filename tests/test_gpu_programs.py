@@ -11,10 +11,12 @@ import subprocess
 import sys
 import tomllib
 
+import jax
 import pytest
 
 from bench.gpu_programs import FSDP, PAPER, mesh_of
 from programs.overlap import read_spans
+from programs.scheduled import read_allocations, until_scheduled
 from programs.step import Report, read_calls
 from sharding.config import MeshConfig
 
@@ -119,10 +121,23 @@ def passes_that_hide_the_exchange(report: Report) -> set[str]:
 def test_small_trains_through_the_kernels(tmp_path, mesh):
     """Attention with both gradients, seven kernels of the experts, the head; on several GPUs each
     in a region of its own."""
-    report = compiled(tmp_path, f"--config small --kernels mosaic --mesh {mesh} --micro-batches 2")
+    report = compiled(
+        tmp_path, f"--machine-code --config small --kernels mosaic --mesh {mesh} --micro-batches 2"
+    )
     # A dense stack, a MoE stack and an MTP module have attention; the last two have experts.
     assert report.calls["mosaic_gpu_v2"] >= 3 * 3 + 2 * 7 + 2, report.calls
     assert "__cublas$gemm" in report.calls or "__cublas$lt$matmul" in report.calls, report.calls
+
+
+@needs_compiler
+@pytest.mark.gpu_compile
+def test_what_is_read_early_is_what_is_compiled(tmp_path):
+    """Memory, collectives and spans do not wait for machine code."""
+    early, whole = (
+        compiled(tmp_path, f"--mesh data=1 --per-node 1 --moe-layers 1 {more}")
+        for more in ("", "--machine-code")
+    )
+    assert early == whole
 
 
 # ---- the real model -----------------------------------------------------------------------------
@@ -196,6 +211,26 @@ def test_calls_of_libraries_kernels_and_fusions_are_counted():
 def test_unscheduled_text_is_refused():
     with pytest.raises(ValueError, match="not scheduled"):
         read_spans(SCHEDULED.replace(", is_scheduled=true", ""))
+
+
+ALLOCATIONS = """\
+BufferAssignment:
+allocation 0: size 4096, page 0, parameter 1, shape |f32[32,32]| at ShapeIndex {}:
+ value: <7 p.1 @0> (size=4096,offset=0): f32[32,32]{1,0}
+allocation 1: size 128, page 0, parameter 0, shape |f32[32]| at ShapeIndex {}, maybe-live-out:
+allocation 2: size 1, page 0, thread-local:
+allocation 3: size 1000000, page 0, preallocated-temp:
+"""
+
+
+def test_allocations_are_read_by_their_kind():
+    assert read_allocations(ALLOCATIONS) == (4096 + 128, 1_000_000)
+
+
+def test_a_program_for_a_cpu_is_not_read_early():
+    lowered = jax.jit(lambda x: x + 1).lower(1.0)
+    with pytest.raises(ValueError, match="not a program for GPUs"):
+        until_scheduled(lowered, {})
 
 
 def test_mesh_options():

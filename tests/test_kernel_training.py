@@ -18,6 +18,7 @@ from model.recipe import Kernels, Recipe
 from sharding.config import MeshConfig
 from sharding.mesh import make_layout
 from tests.kernel_ladder import emulate
+from tests.layout_helpers import start
 from training.step import Trainer
 
 TINY = preset("tiny")
@@ -38,7 +39,7 @@ def curve(kernels: Kernels) -> list[tuple[float, float]]:
     """Loss and gradient norm of the first steps."""
     layout = make_layout(MeshConfig(data=1), jax.devices()[:1])
     trainer = Trainer(MODEL, TRAIN, Recipe("bfloat16", kernels=kernels), layout)
-    state = trainer.init(jax.random.key(0))
+    state = start(trainer)
     rows = np.random.default_rng(0).integers(0, 64, (1, 1, TOKENS + 1)).astype(np.int32)
     knobs = {"learning_rate": 1e-3, "bias_update_rate": 1e-3, "mtp_weight": 0.0}
     knobs = {name: jnp.float32(value) for name, value in knobs.items()}

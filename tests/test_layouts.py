@@ -113,39 +113,34 @@ def test_replicas_hold_the_same_values(case):
 
 
 @functools.cache
-def packed_step(config: MeshConfig, micro: int):
+def packed_step(config: MeshConfig, micro: int, remat: str):
     batch = {"tokens": random_rows(), "segments": random_segments()}
-    return take_step(config, batch, SHALLOW, micro=micro)
+    return take_step(config, batch, SHALLOW, Recipe(remat=remat), micro)
 
 
 @pytest.mark.slow
-def test_packed_documents_and_accumulation_on_a_mesh():
+def test_packed_documents_recomputation_and_accumulation_on_a_mesh():
     """Documents of uneven lengths and padding, in 2 micro batches over 4 x 2 devices."""
-    assert_same_step(packed_step(LAYOUTS["cube"], 2), packed_step(ONE_DEVICE, 1))
-    counted = packed_step(LAYOUTS["cube"], 2).metrics["counts_LE"].sum(-1)
+    got = packed_step(LAYOUTS["cube"], 2, "full")
+    assert_same_step(got, packed_step(ONE_DEVICE, 1, "none"))
     valid = (random_segments()[:, :-1] > 0).sum()
-    np.testing.assert_array_equal(counted, MODEL.experts_per_token * valid)
+    np.testing.assert_array_equal(got.metrics["counts_LE"].sum(-1), MODEL.experts_per_token * valid)
 
 
 @pytest.mark.slow
-def test_accumulation_on_a_mesh():
+def test_accumulation_of_single_rows_on_a_mesh():
+    """With what is cheap to compute computed again."""
     config = MeshConfig(fsdp=2, tensor=4)
-    assert_same_step(take_step(config, micro=4), step_on())
+    got = take_step(config, model=SHALLOW, recipe=Recipe(remat="selective"), micro=4)
+    assert_same_step(got, step_on(model=SHALLOW))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", ["selective", "full"])
-def test_recomputation_on_a_mesh(remat):
-    assert_same_step(take_step(LAYOUTS["cube"], recipe=Recipe(remat=remat)), step_on())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", ["one", "cube"])
-def test_hot_paths_in_regions_of_their_own(layout):
+def test_hot_paths_in_regions_of_their_own():
     """Kernels see one device's part. So does the reference backend, which can be run here."""
-    config = ONE_DEVICE if layout == "one" else LAYOUTS["cube"]
     kernels = Kernels(attention="reference", experts="reference", loss="reference")
-    assert_same_step(take_step(config, recipe=Recipe(kernels=kernels)), step_on())
+    got = take_step(LAYOUTS["cube"], model=SHALLOW, recipe=Recipe(kernels=kernels))
+    assert_same_step(got, step_on(model=SHALLOW))
 
 
 def distance(got: Result, want: Result) -> float:

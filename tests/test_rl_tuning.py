@@ -546,8 +546,8 @@ def test_the_whole_recipe(tmp_path):
         "--train.steps", "6", "--rl.prompts-per-step", "2", "--rl.objective.group-size", "2",
         "--train.eval-every", "6", "--checkpoint.every", "0", "--task.documents", "300",
         "--task.options", "scripts=2", "length=1", "held_out=0.1", "share_of_chains=0",
-        "--model.vocab-size", "34", "--data.vocab-size", "34", "--sft.prompts-per-round", "60", "--sft.rounds", "1",
-        "--sft.language", "0", "--sft.demonstrations", "60",
+        "--model.vocab-size", "34", "--data.vocab-size", "34", "--sft.prompts-per-round", "60",
+        "--sft.rounds", "1", "--sft.language", "0", "--sft.demonstrations", "60",
     ]  # fmt: skip
     stages = "base", "zero", "cold", "reasoning", "sft", "r1", "student"
     command = [sys.executable, "train.py", "--recipe", "r1", "--run-dir", str(tmp_path)]

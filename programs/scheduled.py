@@ -1,0 +1,85 @@
+"""A program as XLA has scheduled it, read before its machine code is made.
+
+Buffers are assigned and collectives placed when a third of the work is done; what is left, code for
+every fusion and one assembler process per kernel, changes neither. XLA has no option that stops
+there, so it is asked to write down what it has decided, and compiles on in a thread that nobody
+waits for.
+"""
+
+import pathlib
+import re
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+POLL_S = 0.05
+STEADY_S = 0.5
+"""How long a file must keep its size to be taken for whole; XLA writes each at one go."""
+
+
+class Scheduled(NamedTuple):
+    """What is decided before machine code."""
+
+    text: str
+    """HLO after optimisation, in the order in which it will run."""
+    arguments: int
+    """Bytes per device: parameters of the program."""
+    temporaries: int
+    """Bytes per device besides, all of which the program allocates at its start."""
+
+
+def until_scheduled(lowered: jax.stages.Lowered, options: Mapping[str, Any]) -> Scheduled:
+    """Compile for GPUs until buffers are assigned.
+
+    XLA goes on compiling in the background and cannot be stopped: end the process with `os._exit`
+    when all is said, or wait minutes for what nobody reads.
+
+    Raises:
+        Whatever the compiler raises.
+    """
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        ended: list[BaseException | None] = []
+
+        def compile_all() -> None:
+            try:
+                lowered.compile(compiler_options={**options, **dump})
+                ended.append(None)
+            except BaseException as error:
+                ended.append(error)
+
+        threading.Thread(target=compile_all, daemon=True).start()
+        text = _whole(pathlib.Path(folder), "*_gpu_after_optimizations.txt", ended)
+        buffers = _whole(
+            pathlib.Path(folder), "*_gpu_after_optimizations-buffer-assignment.txt", ended
+        )
+    return Scheduled(text, *read_allocations(buffers))
+
+
+def _whole(folder: pathlib.Path, pattern: str, ended: list[BaseException | None]) -> str:
+    """The text of the one file of this name, once it has ceased to grow."""
+    size, since = -1, time.monotonic()
+    while True:
+        if ended and ended[0] is not None:
+            raise ended[0]
+        found = list(folder.glob(pattern))
+        now = found[0].stat().st_size if found else 0
+        if now != size or not now:
+            size, since = now, time.monotonic()
+        elif ended or time.monotonic() - since > STEADY_S:
+            return found[0].read_text()
+        if ended and not found:
+            raise ValueError(f"XLA wrote no {pattern}: this is not a program for GPUs")
+        time.sleep(POLL_S)
+
+
+def read_allocations(text: str) -> tuple[int, int]:
+    """Bytes of parameters and of temporaries, from XLA's own list of allocations."""
+    lines = re.findall(r"^allocation \d+: size (\d+), (.*)$", text, re.MULTILINE)
+    arguments = sum(int(size) for size, kind in lines if " parameter " in kind)
+    temporaries = sum(int(size) for size, kind in lines if "preallocated-temp" in kind)
+    return arguments, temporaries
