@@ -13,7 +13,7 @@ from typing import Any
 
 from bench.report import ROOT, write_section
 
-FEW_STEPS = ("--train.steps", "2", "--train.eval-every", "2")
+FEW_STEPS = ("--train.steps", "2", "--train.eval-every", "2", "--rl.eval-prompts", "8")
 """Options of train.py for runs that only show that a bench works."""
 REFERENCE = ROOT / ".venv-reference" / "bin" / "python"
 

@@ -22,7 +22,6 @@ SCRIPTS = {
     "gpu_programs": pytest.mark.gpu_compile,
     "grouped_matmul": slow,
     "import_memory": slow,
-    "import_share": slow,
     "r1": slow,
     "rollout": slow,
     "scaling": slow,
@@ -37,8 +36,8 @@ OPTIONS = {
 }
 SCRIPTS_OF_RUNS = ("compile", "distill", "kernels", "recipe", "routing_replay", "search")
 """Scripts that take minutes at any size: here they only start."""
-SPOKEN_TO = {"hf"}
-"""The script that `step` and `decode` run under PyTorch's interpreter."""
+ELSEWHERE = {"hf", "import_share"}
+"""Run by `step` and `decode` under PyTorch's interpreter; and by tests/test_import_share.py."""
 
 
 def test_every_script_has_its_run():
@@ -47,7 +46,7 @@ def test_every_script_has_its_run():
         return any(isinstance(node, ast.If) and "__main__" in ast.unparse(node) for node in body)
 
     scripts = {path.stem for path in (ROOT / "bench").glob("*.py") if has_main(path)}
-    assert scripts == SCRIPTS.keys() | SPOKEN_TO | set(SCRIPTS_OF_RUNS)
+    assert scripts == SCRIPTS.keys() | ELSEWHERE | set(SCRIPTS_OF_RUNS)
 
 
 @pytest.mark.slow
