@@ -170,6 +170,13 @@ def test_mtp_layers_that_config_promises_and_files_lack(tmp_path):
     folder.load(abstract(folder.config))
 
 
+def test_derived_frequencies_that_old_files_hold_are_passed_over(tmp_path):
+    """Checkpoints of early V2 releases list what their rotary embedding computed."""
+    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}
+    folder = HuggingFaceFolder(hf_folder(tmp_path, [tensors(weights()) | old]))
+    assert_equal(folder.load(abstract(folder.config)), weights())
+
+
 # ---- what is refused -----------------------------------------------------------------------------
 
 
