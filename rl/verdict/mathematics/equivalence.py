@@ -23,14 +23,24 @@ from rl.verdict.mathematics.notation import (
     alone,
     formula,
     inequality,
+    interval,
     mathematical,
     other_connective,
     parts,
     squeezed,
     unassigned,
 )
-from rl.verdict.mathematics.quantities import Number, core, other_angle, plain, read_number, tidy
-from rl.verdict.mathematics.symbolic import symbolically_equal
+from rl.verdict.mathematics.quantities import (
+    Number,
+    core,
+    decimal_point,
+    other_angle,
+    plain,
+    read_number,
+    tidy,
+)
+from rl.verdict.mathematics.symbolic import proportional, symbolically_equal
+from rl.verdict.words import LETTER, changes, clause, doubtful, one_word, pattern, rewritten
 
 _ALMOST = 0.02
 """Largest relative difference between the sides of `a \approx b`."""
@@ -39,13 +49,16 @@ _ROUNDING = 1e-9
 """Relative difference up to which values in floating point may be equal; then sympy is asked."""
 
 _ABOUT = re.compile(r"\\(?:approx|simeq|cong)(?![A-Za-z])|≈")
-_EQUALS = re.compile(r"=+|\b(?:is|are|equals|equal to)\b")
+_EQUALS = re.compile(rf"=+|{pattern('is').pattern}", re.IGNORECASE)
 _ORDERED = re.compile(r"[<>≤≥≠]|\\(?:[lg]e|[lg]eq|[lg]eqslant|[lg]t|neq?|notin|pm|mp)(?![A-Za-z])")
-_NAME = re.compile(r"[A-Za-z\\_{}()|',.:;\s∠△\d]*")
-_NO_NAME = re.compile(r"(?<![_({A-Za-z\d])\d|\\[dtc]?frac|\\sqrt|\bnot\b")
+_NAME = re.compile(r"[\w\\{}()|',.:;\s∠△]*")
+_NO_NAME = re.compile(r"(?<![_({A-Za-z\d])\d|\\[dtc]?frac|\\sqrt")
+_INTERVAL = re.compile(r"[(\[\]].*[,;].*[)\]\[]", re.DOTALL)
+_MEMBER = re.compile(r"(\\?[A-Za-z]{1,7})\s*(?:\\in(?![A-Za-z])|∈)")
 _SYMBOL = re.compile(r"\\?[A-Za-z]{1,10}(?:_(?:\w|\{\w+\}))?")
+_JOINED = re.compile(rf"[\d)}}]\W*(?:[,;~&/:—]|{pattern('and', 'or').pattern}|\bto\b|[到至])[\s$\\(]*$", re.I)
 _NUMBER_IN_TEXT = re.compile(
-    r"(?<![\w.^{])[-+]?\s?[$€£]?(?:\d{1,3}(?:,\d{3})++(?!\d)|\d++)(?:\.\d++)?"
+    r"(?<![A-Za-z\d_.^{])[-+]?\s?[$€£¥]?(?:\d{1,3}(?:,\d{3})++(?!\d)|\d++)(?:[.,]\d++)?"
     r"(?:\s*/\s*\d++(?!\.))?(?!\s?(?:[eE]|\^|\*\*)[-+{]?\d|\s*[\^}_]|\s*\\[a-z])(?:\s*%)?"
 )
 
@@ -74,7 +87,7 @@ def same_number(expected: str, given: str, marked: bool = True, tolerance: float
     given = plain(given)
     if other_angle(plain(expected), given):
         return False
-    if not marked and re.search("[A-Za-z]", given):
+    if not marked and re.search(LETTER, given):
         given = given.rstrip("!. ")  # the end of a sentence, no factorial
     same = _has_value(wanted, given, Fraction(tolerance))
     if same is None and not marked:
@@ -92,7 +105,7 @@ def _has_value(
     number = read_number(text)
     if number:
         return _near(wanted, number, tolerance)
-    text = tidy(SPAN.sub(lambda match: f" {match[1] or match[2] or match[3]} ", text))
+    text = decimal_point(tidy(_without_dollars(text)))
     if _ABOUT.search(text):
         return _about(wanted, text, tolerance)
     side = _answered(text)
@@ -182,6 +195,8 @@ def _answered(text: str) -> str | None:
     if len(sides) == 2 and _SYMBOL.fullmatch(sides[1]) and _value(sides[0]) is not None:
         sides.pop()
     while len(sides) > 1 and _NAME.fullmatch(sides[0]) and not _NO_NAME.search(sides[0]):
+        if changes(sides[0]):
+            return None
         del sides[0]
     values = [_value(side) for side in sides[:-1]]
     last = _value(sides[-1]) if values else 0.0
@@ -214,18 +229,30 @@ def _about(wanted: Number, text: str, tolerance: Fraction) -> bool | None:
 
 
 def _ends_in(wanted: Number, text: str, tolerance: Fraction) -> bool:
-    """Whether the last number of a text is the wanted one."""
+    """Whether the last number of a text is the wanted one, and no word says otherwise: neither a
+    `not` or `or` in its clause, nor a half or a root beside it, nor `wrong` after it."""
+    text = rewritten(_without_dollars(text))
     numbers = list(_NUMBER_IN_TEXT.finditer(text))
     if not numbers:
         return False
     found = numbers[-1]
+    before, after = clause(text, found.start(), found.end())
+    beside = f"{' '.join(_EQUALS.split(before)[-1].split()[-4:])} 1 {' '.join(after.split()[:2])}"
+    if _JOINED.search(text[: found.start()]) or _ORDERED.search(before) or changes(beside):
+        return False
+    if doubtful(before, after) or pattern("wrong").search(text[found.end() :]):
+        return False
     unit = re.match(r"[A-Za-z]+|\s+[A-Za-z]+", text[found.end() :])
     if unit:
         number, factor = core(found.group().strip() + unit.group())
         if factor != 1 or not unit.group()[0].isspace():
             return bool(_has_value(wanted, number + unit.group() * (factor != 1), tolerance))
-    number = read_number(re.sub(r"[$€£]", "", found.group()).replace(" ", ""))
+    number = read_number(decimal_point(re.sub(r"[$€£¥\s]", "", found.group())))
     return number is not None and _near(wanted, number, tolerance)
+
+
+def _without_dollars(text: str) -> str:
+    return SPAN.sub(lambda match: f" {match[1] or match[2] or match[3]} ", text)
 
 
 # ---- mathematics --------------------------------------------------------------------------------
@@ -245,6 +272,8 @@ def same_maths(expected: str, given: str, marked: bool = True) -> bool:
     if max(len(expected), len(given)) > 2 * MAX_CHARS:
         return squeezed(expected) == squeezed(given[: 2 * len(expected) + MAX_CHARS]) != ""
     given = formula(given, marked)
+    if re.search(r"\\neq?(?![A-Za-z])|≠", expected):
+        given = given.replace("!=", r"\ne ")
     if other_angle(plain(expected), plain(given)) or other_connective(expected, given):
         return False
     a, b = mathematical(expected), mathematical(given)
@@ -252,6 +281,10 @@ def same_maths(expected: str, given: str, marked: bool = True) -> bool:
         return bool(squeezed(a))
     if max(len(a), len(b)) > MAX_CHARS:
         return False
+    for one, other in ((expected, b), (given, a)):
+        if _INTERVAL.search(other) and (found := interval(plain(one))):
+            member = _MEMBER.match(other)
+            return (not member or member[1] == found[0]) and same_maths(found[1], other)
     parts_a, parts_b = parts(a) or inequality(a), parts(b) or inequality(b)
     if parts_a or parts_b:
         return _same_parts(parts_a or alone(a), parts_b or alone(b))
@@ -292,6 +325,12 @@ def _same_equation(a: str, b: str) -> bool:
     if len(sides_a) != 2 or len(sides_b) != 2:
         return False
     left, right = ("({})-({})".format(*sides) for sides in (sides_a, sides_b))
+    try:
+        several = len(_names(parse(left)) - _CLOSED) > 1
+        if several:  # 2x + 2y = 2 is x + y = 1; but 2x = 10, as it stands, is not x = 5
+            return proportional(left, right)
+    except ExpressionError:
+        return False
     return _same_expression(left, right) or _same_expression(left, f"-({right})")
 
 
@@ -302,12 +341,41 @@ def _only_names(text: str) -> bool:
 
 def _same_word(a: str, b: str) -> bool:
     # Yes is yes; A and a are names of two things, and so may be Ab and ab.
+    if one_word(a) or not (a + b).isascii():
+        folded = re.sub(r"[\s.]+", " ", a.casefold()).strip()
+        same = folded == re.sub(r"[\s.]+", " ", b.casefold()).strip()
+        return one_word(a) == one_word(b) != "" or (same and folded.replace(" ", "").isalpha())
     word = re.fullmatch(r"[A-Za-z][a-z\s]{2,}", a)
     return word is not None and a[0].lower() + a[1:] == b[:1].lower() + b[1:]
 
 
+def _same_named(a: Parts, b: Parts) -> bool:
+    """Whether x = 1, y = 2 has the values of another list of names, of a point (by the order of
+    the names), or of a list without names (in its order, where the names tell what is what)."""
+    lists = [list(zip(p.brackets[1:].split(","), p.items, strict=True)) for p in (a, b) if p.brackets[0] == "="]
+    if len(lists) == 2 or "()" in (a.brackets, b.brackets):
+        lists = [sorted(pairs) for pairs in lists]
+        if len({tuple(name for name, _ in pairs) for pairs in lists}) > 1:
+            return False
+    bare = a if a.brackets[0] != "=" else b
+    letters = {name.partition("_")[0] for name, _ in lists[0]}
+    named = re.compile(rf"{re.escape(min(letters))}\s*=")
+    if len(lists) == 1 and len(letters) == 1 and bare.brackets == "{}" and (
+        bare is a or all(map(named.match, bare.items))
+    ):
+        return _same_parts(Parts("{}", a.items), Parts("{}", b.items))  # x_1, x_2 are roots
+    values = iter([tuple(item for _, item in pairs) for pairs in lists])
+    sides = [next(values) if p.brackets[0] == "=" else p.items for p in (a, b)]
+    return all(same_maths(x, y) for x, y in zip(*sides, strict=True))
+
+
 def _same_parts(a: Parts, b: Parts) -> bool:
-    if a.brackets != b.brackets or len(a.items) != len(b.items):
+    kinds = {a.brackets, b.brackets}
+    if len(a.items) != len(b.items):
+        return False
+    if any(kind[0] == "=" for kind in kinds) and kinds <= {"{}", "()"} | {k for k in kinds if k[0] == "="}:
+        return _same_named(a, b)
+    if len(kinds) > 1 and not (":" in kinds and all(kind[0] == ":" for kind in kinds)):
         return False
     if a.brackets not in ("{}", "{} !=", "cup"):
         return all(same_maths(x, y) for x, y in zip(a.items, b.items, strict=True))

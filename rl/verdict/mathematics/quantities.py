@@ -8,6 +8,8 @@ that may be a variable) stays, so that 5 million is not 5 and 3i not 3.
 import re
 import unicodedata
 from fractions import Fraction
+from itertools import pairwise
+from string import ascii_letters
 from typing import NamedTuple
 
 from rl.verdict.mathematics.expressions import (
@@ -20,14 +22,24 @@ from rl.verdict.mathematics.expressions import (
     exact_value,
     parse,
 )
+from rl.verdict.words import LETTER, UNSPACED, changes, entries, pattern, rewritten, scales
 
 _MAX_POWER_OF_TEN = 1000
 
 _RAISED, _LOWERED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "₀₁₂₃₄₅₆₇₈₉"
 _VULGAR = "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
 _SHIFTED = re.compile(f"([{_RAISED}]+)|([{_LOWERED}]+)|([{_VULGAR}])")
-_NARROW_SPACE = re.compile(r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))")
-_SIGNS = str.maketrans({"−": "-", "–": "-", "⁄": "/", "’": "'", "º": "°"})
+_GROUPED = re.compile(
+    r"(?<![\d.,])([1-9]\d{0,2})((?:(?:,\s*\\!\s*|\{\\?,\}|\\[,!;: ]|[\u00a0\u2009\u202f'’~])\d{3})++)(?!\d)"
+)
+_BRACED_COMMA = re.compile(r"(?<=\d)\{,\}(?=\d)")
+_WIDE = str.maketrans({
+    "，": ", ", "、": ", ", "。": ". ", "㎡": "m^2", "㎠": "cm^2", "㎢": "km^2", "㎥": "m^3", "º": "°",
+    "￥": "¥", "【": "", "】": "",
+})  # fmt: skip
+_SIGNS = str.maketrans({"−": "-", "–": "-", "⁄": "/", "’": "'"})
+_MICRO = re.compile(r"\\mu\s*\\(?:text|mathrm|rm)\s*\{\s*([A-Za-z]{1,2})\s*\}")
+_OHM = re.compile(r"(?<=[\d\s])(?:\\(?:text|mathrm)\s*\{\s*[kM]\s*\}\s*)?\\Omega(?![A-Za-z])")
 
 TEXT_COMMAND = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|up|normal)?|emph|mathrm|[mh]box)\s*\{([^{}]*)\}"
@@ -49,13 +61,12 @@ _SKIPS = re.compile(
 )
 _DEGREES = re.compile(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})|°|\\degree(?![A-Za-z])")
 _SPACING = re.compile(r"(\\\\)|\\[ ,;:]|~|\\q?quad(?![A-Za-z])|\\!")
-_RADIANS = re.compile(r"(?<![A-Za-z])rad(?:ian)?s?(?![A-Za-z])")
-_IN_DEGREES = re.compile(rf"{_DEGREES.pattern}|(?<![A-Za-z])deg(?:rees?)?(?![A-Za-z])")
+_IN_DEGREES = re.compile(f"{_DEGREES.pattern}|{pattern('degrees').pattern}", re.IGNORECASE)
 _ORDINAL = re.compile(
     r"(?<=\d)\s*\^?\s*\{?\s*(?:\\(?:text|mathrm)\s*\{\s*)?(?:st|nd|rd|th)\b\s*\}{0,2}"
 )
 _CURRENCY = re.compile(
-    r"^([-+]?)\s*(?:\\\$|\\(?:pounds|euro)(?![A-Za-z])|[$€£¥])\s*(?=[-+]?[\d.\\])"
+    r"^([-+]?)\s*(?:\\\$|\\(?:pounds|euro|yen)(?![A-Za-z])|[$€£¥₽₹₩])\s*(?=[-+]?[\d.\\])"
 )
 
 _SCIENTIFIC = re.compile(
@@ -68,38 +79,19 @@ _REPEATING = re.compile(
     r"([-+]?)(\d{0,100})\.(\d{0,100})\\(?:overline|bar)\s*(?:\{\s*(\d{1,100})\s*\}|(\d))"
 )
 
-_UNIT_WORDS = (
-    "mm cm dm m km in ft yd mi mg g kg lb lbs oz ml mL dl cl l L s sec min h hr hrs yr yrs mph kph "
-    "kmh ms ns V W kW J kJ N Pa Hz C F mol rad deg sq cu pt qt gal ha cc rpm USD Rs ct pts "
-    "mon tue wed thu fri sat sun am pm"
-)
-"""Words of less than four letters, or without vowels, that are a unit beside a number."""
-_SCALES = {
-    "dozen": 12, "dozens": 12, "hundred": 100, "hundreds": 100, "thousand": 10**3,
-    "thousands": 10**3, "million": 10**6, "millions": 10**6, "billion": 10**9, "billions": 10**9,
-    "trillion": 10**12, "trillions": 10**12,
-}  # fmt: skip
-_CHANGING_WORDS = (
-    "or half halves third thirds fourths fifth fifths sixths sevenths eighths ninths tenth tenths "
-    "hundredth hundredths thousandth thousandths root reciprocal twice thrice squared cubed "
-    "factorial not no isn't aren't plus minus negative divided multiplied modulo mod power "
-    "quadrillion lakh crore score bn mln"
-)
-"""Words that say another value than the number beside them."""
-_CHANGING_PHRASE = re.compile(
-    r"\b(?:square|cube|double|triple|quadruple|log|logarithm|inverse|opposite)\s+(?:of\b|[\d\\])"
-    r"|\b(?:times|point)\s+(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|a|an)\b"
-    r"|\b(?:less|more|greater|larger|smaller|fewer|other|up)\s+(?:than|to)\s*\W{0,3}\d"
-)
-_NEGATIVE = re.compile(r"\b(?:negative|minus)\s+(?=[\d.\\])", re.IGNORECASE)
-_PERCENT = re.compile(r"\s*\b(?:percent|per cent|percentage points?)\b", re.IGNORECASE)
-_WORD = re.compile(r"[A-Za-z]+(?:'[a-z]+)?")
-_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+_WORD = re.compile(rf"{LETTER}+(?:'[a-z]+)?")
+_UNITS = frozenset(entries("units"))
+_POWER = r"\s*\^\s*(?:\d|\{\s*-?\s*\d\s*\})"
 _UNIT_POWER = re.compile(
-    rf"(?<![A-Za-z\\])({'|'.join(_UNIT_WORDS.split())}|[a-z]{{4,12}})(?![A-Za-z])"
-    r"\s*\^\s*(?:[1-4]|\{\s*-?\s*[1-4]\s*\})"
+    rf"(?<![A-Za-z\\])({'|'.join(entries('units'))}|[a-z]{{4,12}})(?![A-Za-z]){_POWER}"
 )
-_UNITS, _CHANGING = frozenset(_UNIT_WORDS.split()), frozenset(_CHANGING_WORDS.split())
+_OTHER = rf"(?![{UNSPACED}\u0370-\u03ff])"
+_FOREIGN = re.compile(
+    rf"(?:(?<={LETTER})\s*(?:/|·|\\cdot)\s*)?(?:[{UNSPACED}]+|(?<![A-Za-z\\])(?:μ[A-Za-z]{{1,2}}|[kM]?Ω)"
+    rf"(?![A-Za-z])|(?<![\\A-Za-z])(?=[A-Za-z']*{_OTHER}[^\W\d_A-Za-z])(?:{_OTHER}(?:{LETTER}|'))+)"
+    rf"(?:[.!](?!\d))?(?:{_POWER})?"
+)
+"""A word with other letters than a-z (and Greek), or a unit with a Greek one, and its power."""
 _NAMES = frozenset((*FUNCTIONS, *CONSTANTS, *GREEK))
 
 
@@ -118,7 +110,9 @@ def plain(text: str) -> str:
         known = unicodedata.normalize("NFKC", match.group())
         return f"^{{{known}}}" if match[1] else f"_{{{known}}}" if match[2] else f" {known}"
 
-    text = _SHIFTED.sub(replaced, _NARROW_SPACE.sub("", text).replace("º", "°"))
+    text = _GROUPED.sub(lambda match: match[1] + re.sub(r"\D", "", match[2]), text)
+    text = _SHIFTED.sub(replaced, _BRACED_COMMA.sub(".", text).translate(_WIDE))
+    text = _OHM.sub(r"\\text{Ω}", _MICRO.sub(r"\\text{μ\1}", text))
     text = unicodedata.normalize("NFKC", text).translate(_SIGNS)
     return _STYLED.sub(_unstyled, _SKIPS.sub(lambda match: match[1] or " ", text))
 
@@ -145,7 +139,7 @@ def other_angle(expected: str, given: str) -> bool:
     """Whether one of two texts (see `plain`) is in degrees and the other in radians. Without a word
     for them, a multiple of pi is expected in radians."""
     degrees = [bool(_IN_DEGREES.search(text)) for text in (expected, given)]
-    radians = [bool(_RADIANS.search(text)) for text in (expected, given)]
+    radians = [bool(pattern("radians").search(text)) for text in (expected, given)]
     if re.search(r"\\pi(?![A-Za-z])|π", expected) and not degrees[0]:
         radians[0] = True
     return (degrees[0] and radians[1]) or (degrees[1] and radians[0])
@@ -160,7 +154,7 @@ def read_number(text: str) -> Number | None:
     """
     text = text.strip().rstrip(".").strip("$ ").replace("\\%", "%")
     percent = text.endswith("%")
-    text = _CURRENCY.sub(r"\1", text.removesuffix("%").strip("$€£¥ "))
+    text = _CURRENCY.sub(r"\1", text.removesuffix("%").strip("$€£¥₽₹₩ "))
     try:
         value = _written_number(text) if text and len(text) <= MAX_CHARS else None
     except ExpressionError:
@@ -207,6 +201,16 @@ def _is_written_number(node: Node) -> bool:
     return node.kind == "num" or (mixed and _is_written_number(node.parts[1]))
 
 
+def decimal_point(text: str) -> str:
+    """3,14 as 3.14 and 1.234,5 as 1234.5 in a text that is no list; 1,234 stays."""
+    if text.count(",") != 1 or re.search(r"[(\[;]|\\\{|(?<![\d.])[1-9]\d{0,2},\d{3}(?!\d)", text):
+        return text
+    whole = r"(\d{1,3}(?:\.\d{3})+|(?<!\.)\d+)"
+    return re.sub(
+        rf"(?<!\d){whole},(?=\d)(?!\d+\.)", lambda match: match[1].replace(".", "") + ".", text
+    )
+
+
 def core(text: str) -> tuple[str, int]:
     r"""What stands in a text (see `plain`) without the words, unit and currency around it, and the
     factor that a word such as million gives it.
@@ -214,13 +218,13 @@ def core(text: str) -> tuple[str, int]:
     ("5", 1) of `so 5\text{ cm}^2`, `5 cm`, `\$5 an hour`; ("5", 10**6) of `5 million people`. A
     text with anything else around is itself, with factor 1: `3i`, `x-3`, `5k`, `5 or 6`, `not 5`.
     """
-    text = _UNIT_POWER.sub(r"\1", _NEGATIVE.sub("-", _PERCENT.sub("%", tidy(text))))
+    text = _UNIT_POWER.sub(r"\1", tidy(text))
     text = re.sub(r"(?<=[A-Za-z])\s*(?:\\cdot|[·*])\s*(?=[A-Za-z])|(?<=[A-Za-z])\.\s", " ", text)
-    if _CHANGING_PHRASE.search(text):
+    if changes(text):
         return text, 1
-    inner = text.lstrip(_LETTERS + " \n\t,:;'\"*")
+    inner = text.lstrip(ascii_letters + " \n\t,:;'\"*")
     before = text[: len(text) - len(inner)]
-    middle = inner.rstrip(_LETTERS + " \n\t,:;.'\"*!()/-[]")
+    middle = inner.rstrip(ascii_letters + " \n\t,:;.'\"*!()/-[]")
     after = inner[len(middle) :]
     while after.lstrip()[:1] in ("!", ")", "]"):  # of the number: a factorial, closing brackets
         after = after.lstrip()
@@ -228,7 +232,7 @@ def core(text: str) -> tuple[str, int]:
     if not middle or middle.endswith("\\") or not _balanced(after) or not _is_lead(before):
         return text, 1
     words = _without_articles(_WORD.findall(after))
-    factor = _SCALES.get(words[0].lower(), 1) if words else 1
+    factor = scales().get(words[0].lower(), 1) if words else 1
     attached = after[:1].isalpha()
     if not all(
         _is_prose(word, spaced=number > 0 or not attached)
@@ -245,25 +249,42 @@ def tidy(text: str) -> str:
     def spoken(match: re.Match[str]) -> str:
         before, content, power = match.groups(default="")
         words = _WORD.findall(content)
-        known = {word.lower() for word in words}
-        loud = re.search(r"[\d^=]", content) or _CHANGING_PHRASE.search(content)
+        loud = re.search(r"[\d^=]", content) or _FOREIGN.search(content) or changes(content)
         variable = re.fullmatch(r"\s*[a-z]\s*", content) and content.strip() not in _UNITS
-        silent = words and not loud and not variable
-        if silent and not known & (_CHANGING | _SCALES.keys()):
+        if words and not (loud or variable or any(word.lower() in scales() for word in words)):
             return " "
         return f"{before} {content} {power}"
 
-    text = re.sub(r"(?<=\d)\\[,!](?=\d{3}(?!\d))|(?<=\d),\\!(?=\d{3}(?!\d))", ",", text)
     text = _ORDINAL.sub("", text)
     text = _DEGREES.sub("", _SPACING.sub(lambda match: match[1] or " ", text))
     powers = rf"(\\cdot\s*|/\s*)?{TEXT_COMMAND.pattern}(\s*\^\s*(?:\d|\{{\s*-?\d\s*\}}))?"
-    text = re.sub(powers, spoken, text).strip()
+    text = _unspoken(re.sub(powers, spoken, text).strip())
     text = re.sub(r"\\[dt]?frac\s*\{\s*\}\s*\{\s*\}", " ", text).strip()  # of units alone
     while _is_group(text):
         text = text[1:-1].strip()
     for begin, end in (("\\(", "\\)"), ("\\[", "\\]"), ("**", "**")):
         text = text.removeprefix(begin).removesuffix(end) if text.endswith(end) else text
     return re.sub(r"\s*(?:\\cent(?![A-Za-z])|[¢′″])", " ", text).strip().strip("$").strip()
+
+
+def _unspoken(text: str) -> str:
+    """A text with signs for words where it can be (see `words.rewritten`), and without words of
+    other letters than a-z if they change nothing and are not all that keeps numbers apart."""
+    text = rewritten(text)
+    found = list(_FOREIGN.finditer(text))
+    pieces = [piece.strip() for piece in _FOREIGN.split(text) if piece.strip()]
+    apart = any(a[-1].isdigit() and b[0].isdigit() for a, b in pairwise(pieces))
+    if not found or apart or changes(text) or any(_may_be_variable(match) for match in found):
+        return text
+    joined = _FOREIGN.sub(lambda match: ", " if pattern("and").search(match[0]) else " ", text)
+    return joined.strip(" ,:=")
+
+
+def _may_be_variable(match: re.Match[str]) -> bool:
+    word = match[0].strip(" ./·")
+    before = match.string[: match.start()][-1:]
+    beside = before and before in "0123456789)}"
+    return bool(beside and len(word) == 1 and word not in _UNITS) and not re.match(f"[{UNSPACED}]", word)
 
 
 def _is_group(text: str) -> bool:
@@ -306,7 +327,7 @@ def _is_prose(word: str, spaced: bool) -> bool:
     """Whether a word beside a number is a unit or prose: one that is known as a unit, one of four
     letters or more, or (spaced) of two or three with a vowel, as men and boxes are."""
     lower = word.lower()
-    if lower in _CHANGING or lower in _SCALES or word in _NAMES:
+    if lower in scales() or (word in _NAMES and word not in _UNITS):
         return False
     if word in _UNITS or len(word) > 3:
         return True

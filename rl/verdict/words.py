@@ -1,0 +1,116 @@
+"""The words around an answer, of all languages at once: `words.toml` as regular expressions.
+
+A language is added there. Patterns are bounded in time: their parts are words, without nesting.
+"""
+
+import functools
+import pathlib
+import re
+import tomllib
+
+TABLE = tomllib.loads(pathlib.Path(__file__).with_name("words.toml").read_text("utf-8"))
+UNSPACED = (
+    "\u1100-\u11ff\u3040-\u30ff\u3130-\u318f\u31f0-\u31ff\u3400-\u9fff\uac00-\ud7af"
+    "\U00020000-\U0003ffff"
+)
+"""Letters of scripts in which words do not stand apart, or (Korean) grow endings."""
+LETTER = r"[^\W\d_]"
+_BREAK = re.compile(r"[;!?\n]|(?<!\d),|,(?!\d)|\.(?!\d)")
+_MARKUP = r"\\(?:q?quad|text\b|[\[\]();, ])|[\s$.,;:&{}*]"
+
+
+def entries(key: str) -> list[str]:
+    """What all languages have under a key, the longest first."""
+    found = (entry for language in TABLE.values() for entry in language.get(key, ()))
+    return sorted(set(found), key=lambda entry: (-len(entry), entry))
+
+
+@functools.cache
+def pattern(*keys: str) -> re.Pattern[str]:
+    """Any entry of any of the keys; in scripts with spaces a whole word."""
+    unspaced = re.compile(f"[{UNSPACED}]|^\\(\\?<=")
+    known = [entry for key in keys for entry in entries(key)]
+    inside = "|".join(entry for entry in known if unspaced.search(entry))
+    words = "|".join(entry for entry in known if not unspaced.search(entry))
+    alone = rf"(?<![\\'])(?<!{LETTER})(?:{words or '(?!)'})(?!{LETTER})"
+    return re.compile(rf"(?:{inside or '(?!)'}|{alone})", re.IGNORECASE)
+
+
+@functools.cache
+def one_word(text: str) -> str:
+    """`yes`, `no`, `true` or `false` for such a word of any language, in any case; else ''."""
+    text = text.strip(" .!").casefold()
+    return next((key for key in ("yes", "no", "true", "false") if text in entries(key)), "")
+
+
+@functools.cache
+def scales() -> dict[str, int]:
+    """Factors of words after a number, such as million; the words in lower case."""
+    tables = (language.get("scales", {}) for language in TABLE.values())
+    return {word.lower(): factor for table in tables for word, factor in table.items()}
+
+
+@functools.cache
+def _rewrites() -> list[tuple[re.Pattern[str], str]]:
+    return [
+        (re.compile(found), meant.replace(r"\times", r"\\times"))
+        for language in TABLE.values()
+        for found, meant in language.get("rewrite", ())
+    ]
+
+
+def rewritten(text: str) -> str:
+    """A text with minus, percent, fractions and powers of ten in signs for words."""
+    for found, meant in _rewrites():
+        text = found.sub(meant, text)
+    return text
+
+
+def changes(text: str) -> bool:
+    """Whether a word says another value than what stands beside it, or none, or several."""
+    text = pattern("harmless").sub(" ", text)
+    return pattern("changes", "not", "wrong", "unsure", "or").search(text) is not None
+
+
+def clause(text: str, begin: int, end: int) -> tuple[str, str]:
+    """What stands before and after a place of a text in the same clause."""
+    before = _BREAK.split(text[max(0, begin - 300) : begin])[-1]
+    return before, _BREAK.split(text[end : end + 300], maxsplit=1)[0]
+
+
+def doubtful(before: str, after: str) -> bool:
+    """Whether a clause denies the answer in it, or names another beside it."""
+    around = pattern("harmless").sub(" ", f"{before} ; {after}")
+    return pattern("not", "or", "unsure", "wrong").search(around) is not None
+
+
+def denied(text: str, begin: int, end: int) -> bool:
+    """Whether `not` or the like stands right before a marked place of a text, or `is wrong` right
+    after it."""
+    before, after = text[max(0, begin - 60) : begin], text[end : end + 60]
+    denial, false = pattern("not").pattern, pattern("not", "wrong").pattern
+    is_ = pattern("is").pattern
+    left = rf"(?:{denial})\s*(?:equal to|{is_}|the answer)?(?:{_MARKUP}|\\boxed)*$"
+    right = rf"(?:[\s$)\]*}}]|\\[)\]])*(?:{is_})?\s*(?:{false})"
+    before = pattern("harmless").sub(" ", before)
+    flags = re.IGNORECASE
+    return bool(re.search(left, before, flags) or re.match(right, after, flags))
+
+
+def last_joined(text: str, found: list[tuple[int, int, str]]) -> str:
+    """The last of the answers (begin, end, content) in a text, with those before it that nothing
+    but `and`, `or`, a comma or `x =` joins to it, or that `or` joins in one sentence."""
+    begin, _, answer = found[-1]
+    for first, end, content in reversed(found[-50:-1]):
+        between = text[end:begin]
+        either = pattern("or").search(between)
+        name = re.search(r"\\?[A-Za-z]\w{0,9}\s*=[\s$]*$", between)
+        left = between[: name.start()] if name else between
+        left = re.sub(f"{_MARKUP}|{pattern('and', 'or').pattern}", "", left, flags=re.IGNORECASE)
+        near = either and len(between) < 80 and not re.search(r"[.\n。]", between)
+        if left and not near:
+            break
+        if content != answer:
+            answer = f"{content}{' or ' if either else ', '}{answer}"
+        begin = first
+    return answer
