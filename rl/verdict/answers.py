@@ -82,7 +82,8 @@ def boxed(text: str) -> str | None:
     found = boxes(text)
     if not found:
         return None
-    return "" if denied(text, *found[-1][:2]) else last_joined(text, found)
+    begin, answer = last_joined(text, found)
+    return "" if denied(text, begin, found[-1][1]) else answer
 
 
 def final_answer(text: str, opened: bool = False) -> Final:

@@ -66,10 +66,14 @@ def rewritten(text: str) -> str:
     return text
 
 
+def says(text: str, *keys: str) -> bool:
+    """Whether a text has an entry of any of the keys."""
+    return pattern(*keys).search(pattern("harmless").sub(" ", text)) is not None
+
+
 def changes(text: str) -> bool:
     """Whether a word says another value than what stands beside it, or none, or several."""
-    text = pattern("harmless").sub(" ", text)
-    return pattern("changes", "not", "wrong", "unsure", "or").search(text) is not None
+    return says(text, "changes", "not", "wrong", "unsure", "or")
 
 
 def clause(text: str, begin: int, end: int) -> tuple[str, str]:
@@ -80,8 +84,7 @@ def clause(text: str, begin: int, end: int) -> tuple[str, str]:
 
 def doubtful(before: str, after: str) -> bool:
     """Whether a clause denies the answer in it, or names another beside it."""
-    around = pattern("harmless").sub(" ", f"{before} ; {after}")
-    return pattern("not", "or", "unsure", "wrong").search(around) is not None
+    return says(f"{before} ; {after}", "not", "or", "unsure", "wrong")
 
 
 def denied(text: str, begin: int, end: int) -> bool:
@@ -90,15 +93,15 @@ def denied(text: str, begin: int, end: int) -> bool:
     before, after = text[max(0, begin - 60) : begin], text[end : end + 60]
     denial, false = pattern("not").pattern, pattern("not", "wrong").pattern
     is_ = pattern("is").pattern
-    left = rf"(?:{denial})\s*(?:equal to|{is_}|the answer)?(?:{_MARKUP}|\\boxed)*$"
+    left = rf"(?:{denial}|\\neq?|\\not\s*=|[≠]|!=)\s*(?:equal to|{is_}|the answer)?(?:{_MARKUP}|\\boxed)*$"
     right = rf"(?:[\s$)\]*}}]|\\[)\]])*(?:{is_})?\s*(?:{false})"
     before = pattern("harmless").sub(" ", before)
     flags = re.IGNORECASE
     return bool(re.search(left, before, flags) or re.match(right, after, flags))
 
 
-def last_joined(text: str, found: list[tuple[int, int, str]]) -> str:
-    """The last of the answers (begin, end, content) in a text, with those before it that nothing
+def last_joined(text: str, found: list[tuple[int, int, str]]) -> tuple[int, str]:
+    """Where the answer begins, and it: the last of the answers (begin, end, content) in a text, with those before it that nothing
     but `and`, `or`, a comma or `x =` joins to it, or that `or` joins in one sentence."""
     begin, _, answer = found[-1]
     for first, end, content in reversed(found[-50:-1]):
@@ -113,4 +116,4 @@ def last_joined(text: str, found: list[tuple[int, int, str]]) -> str:
         if content != answer:
             answer = f"{content}{' or ' if either else ', '}{answer}"
         begin = first
-    return answer
+    return begin, answer

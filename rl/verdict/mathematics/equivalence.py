@@ -31,6 +31,8 @@ from rl.verdict.mathematics.notation import (
     unassigned,
 )
 from rl.verdict.mathematics.quantities import (
+    TEXT_COMMAND,
+    UNITS,
     Number,
     core,
     decimal_point,
@@ -40,7 +42,7 @@ from rl.verdict.mathematics.quantities import (
     tidy,
 )
 from rl.verdict.mathematics.symbolic import proportional, symbolically_equal
-from rl.verdict.words import LETTER, changes, clause, doubtful, one_word, pattern, rewritten
+from rl.verdict.words import LETTER, changes, clause, doubtful, one_word, pattern, rewritten, says
 
 _ALMOST = 0.02
 """Largest relative difference between the sides of `a \approx b`."""
@@ -52,11 +54,16 @@ _ABOUT = re.compile(r"\\(?:approx|simeq|cong)(?![A-Za-z])|≈")
 _EQUALS = re.compile(rf"=+|{pattern('is').pattern}", re.IGNORECASE)
 _ORDERED = re.compile(r"[<>≤≥≠]|\\(?:[lg]e|[lg]eq|[lg]eqslant|[lg]t|neq?|notin|pm|mp)(?![A-Za-z])")
 _NAME = re.compile(r"[\w\\{}()|',.:;\s∠△]*")
-_NO_NAME = re.compile(r"(?<![_({A-Za-z\d])\d|\\[dtc]?frac|\\sqrt")
+_NO_NAME = re.compile(r"(?<![_({A-Za-z\d])\d|\\[dtc]?frac|\\sqrt|(?<![A-Za-z])[A-Za-z]{1,2}\s*:\s*[A-Za-z]{1,2}(?![A-Za-z])")
 _INTERVAL = re.compile(r"[(\[\]].*[,;].*[)\]\[]", re.DOTALL)
 _MEMBER = re.compile(r"(\\?[A-Za-z]{1,7})\s*(?:\\in(?![A-Za-z])|∈)")
 _SYMBOL = re.compile(r"\\?[A-Za-z]{1,10}(?:_(?:\w|\{\w+\}))?")
-_JOINED = re.compile(rf"[\d)}}]\W*(?:[,;~&/:—]|{pattern('and', 'or').pattern}|\bto\b|[到至])[\s$\\(]*$", re.I)
+_JOINED = re.compile(
+    rf"(?:[\d)}}]|(?<![A-Za-z])[a-z])\s*(?:[-+*×·÷~—]|\\(?:times|cdot|div|pm)\b)[\s$(]*$|\d:$|[A-Za-z]\($"
+    rf"|[\d)}}]\W*(?:[,;&]|{pattern('and', 'or', 'to').pattern})[\s$\\(]*$", re.IGNORECASE
+)
+"""What goes on with the number after it: a list, a range, a sum, f(5)."""
+_GOES_ON = re.compile(r"\s*(?:[-+*/^×·]\s*(?:[a-z](?![a-z])|\d|\\)|([b-z])(?![a-z'’]))")
 _NUMBER_IN_TEXT = re.compile(
     r"(?<![A-Za-z\d_.^{])[-+]?\s?[$€£¥]?(?:\d{1,3}(?:,\d{3})++(?!\d)|\d++)(?:[.,]\d++)?"
     r"(?:\s*/\s*\d++(?!\.))?(?!\s?(?:[eE]|\^|\*\*)[-+{]?\d|\s*[\^}_]|\s*\\[a-z])(?:\s*%)?"
@@ -188,14 +195,14 @@ def _is_fraction(node: Node) -> bool:
 def _answered(text: str) -> str | None:
     """The last side of `x = 2 + 3 = 5`, `the answer is 5`, `5 = x`; None if sides differ in value
     or one is neither a name nor a value, and for inequalities."""
-    if _ORDERED.search(text):
+    if _ORDERED.search(text) or says(text, "not", "unsure"):
         return None
     sides = [side.strip(" \n\t:,") for side in _EQUALS.split(text)]
     sides = [side for side in sides if side]
     if len(sides) == 2 and _SYMBOL.fullmatch(sides[1]) and _value(sides[0]) is not None:
         sides.pop()
     while len(sides) > 1 and _NAME.fullmatch(sides[0]) and not _NO_NAME.search(sides[0]):
-        if changes(sides[0]):
+        if _of_variable(sides[0]):
             return None
         del sides[0]
     values = [_value(side) for side in sides[:-1]]
@@ -237,8 +244,13 @@ def _ends_in(wanted: Number, text: str, tolerance: Fraction) -> bool:
         return False
     found = numbers[-1]
     before, after = clause(text, found.start(), found.end())
-    beside = f"{' '.join(_EQUALS.split(before)[-1].split()[-4:])} 1 {' '.join(after.split()[:2])}"
-    if _JOINED.search(text[: found.start()]) or _ORDERED.search(before) or changes(beside):
+    *others, near = re.split(rf"\d|{_EQUALS.pattern}", before, flags=re.IGNORECASE)
+    beside = f"{' '.join(near.split()[-4:])} 1 {' '.join(after.split()[:2])}"
+    digits = found.end() - len(found.group().lstrip("+- $€£¥"))
+    more = _GOES_ON.match(text, found.end())
+    if _JOINED.search(text[max(0, digits - 40) : digits]) or (more and more[1] not in UNITS):
+        return False
+    if _ORDERED.search(before) or changes(beside) or any(map(_of_variable, others[-1:])):
         return False
     if doubtful(before, after) or pattern("wrong").search(text[found.end() :]):
         return False
@@ -249,6 +261,12 @@ def _ends_in(wanted: Number, text: str, tolerance: Fraction) -> bool:
             return bool(_has_value(wanted, number + unit.group() * (factor != 1), tolerance))
     number = read_number(decimal_point(re.sub(r"[$€£¥\s]", "", found.group())))
     return number is not None and _near(wanted, number, tolerance)
+
+
+def _of_variable(side: str) -> bool:
+    """Whether words on the left of `is` say something of a variable: twice x, the root of n."""
+    variable = re.search(r"(?<![A-Za-z\\'])(?!a\b)[a-z](?![A-Za-z'])", side)
+    return variable is not None and says(side, "changes")
 
 
 def _without_dollars(text: str) -> str:
@@ -276,19 +294,24 @@ def same_maths(expected: str, given: str, marked: bool = True) -> bool:
         given = given.replace("!=", r"\ne ")
     if other_angle(plain(expected), plain(given)) or other_connective(expected, given):
         return False
+    known = [one_word(TEXT_COMMAND.sub(r"\1", plain(text))) for text in (expected, given)]
+    if all(known):
+        return known[0] == known[1]
     a, b = mathematical(expected), mathematical(given)
     if squeezed(a) == squeezed(b) or _same_word(a, b):
         return bool(squeezed(a))
     if max(len(a), len(b)) > MAX_CHARS:
         return False
+    if (wanted := read_number(a)) and (found := read_number(decimal_point(b))):
+        return _near(wanted, found, Fraction(0))
     for one, other in ((expected, b), (given, a)):
-        if _INTERVAL.search(other) and (found := interval(plain(one))):
+        if _INTERVAL.search(other) and (span := interval(plain(one))):
             member = _MEMBER.match(other)
-            return (not member or member[1] == found[0]) and same_maths(found[1], other)
+            return (not member or member[1] == span[0]) and same_maths(span[1], other)
     parts_a, parts_b = parts(a) or inequality(a), parts(b) or inequality(b)
     if parts_a or parts_b:
         return _same_parts(parts_a or alone(a), parts_b or alone(b))
-    if wanted := read_number(a):
+    if wanted:
         return bool(_has_value(wanted, b, Fraction(0), any_form=True))
     if (found := read_number(b)) and not _has_variables(a):
         return bool(_has_value(found, a, Fraction(0), any_form=True))
@@ -324,6 +347,8 @@ def _same_equation(a: str, b: str) -> bool:
     sides_a, sides_b = a.split("="), b.split("=")
     if len(sides_a) != 2 or len(sides_b) != 2:
         return False
+    if unassigned(a) != a and not _has_variables(unassigned(a)):
+        return False  # x + 1 = 6 is x = 5, unsolved
     left, right = ("({})-({})".format(*sides) for sides in (sides_a, sides_b))
     try:
         several = len(_names(parse(left)) - _CLOSED) > 1
@@ -341,10 +366,8 @@ def _only_names(text: str) -> bool:
 
 def _same_word(a: str, b: str) -> bool:
     # Yes is yes; A and a are names of two things, and so may be Ab and ab.
-    if one_word(a) or not (a + b).isascii():
-        folded = re.sub(r"[\s.]+", " ", a.casefold()).strip()
-        same = folded == re.sub(r"[\s.]+", " ", b.casefold()).strip()
-        return one_word(a) == one_word(b) != "" or (same and folded.replace(" ", "").isalpha())
+    if not (a + b).isascii():
+        return a.casefold() == b.casefold() and a.replace(" ", "").isalpha()
     word = re.fullmatch(r"[A-Za-z][a-z\s]{2,}", a)
     return word is not None and a[0].lower() + a[1:] == b[:1].lower() + b[1:]
 

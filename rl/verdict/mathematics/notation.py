@@ -34,7 +34,7 @@ _CONNECTED = re.compile(
     rf"({_ANDS}|\\(?:land|wedge)(?![A-Za-z])|∧)|{_ORS}|\\(?:lor|vee)(?![A-Za-z])|∨", re.IGNORECASE
 )
 _AND = re.compile(
-    rf",?\s*(?:\\text\s*\{{\s*,?\s*(?:{_ANDS}|{_ORS})\s*\}}|(?<![A-Za-z])(?:{_ANDS}|{_ORS}))\s*"
+    rf",?\s*(?:\\text\s*\{{\s*,?\s*(?:{_ANDS}|{_ORS})\s*\}}|(?<![A-Za-z])(?:{_ANDS}|{_ORS})|\\l(?:or|and)(?![A-Za-z])|[∨∧])\s*"
 )
 _ANSWER_IS = re.compile(
     rf"(?:{LETTER}|[\s,])*{pattern('answer').pattern}\s*(?:{pattern('is').pattern}|:)\s*:?", re.IGNORECASE
@@ -195,7 +195,7 @@ def formula(text: str, marked: bool) -> str:
     around = SPAN.sub(" ", text)
     if not spans or not re.search(LETTER, around) or (marked and len(spans) > 1):
         return text
-    answer = last_joined(text, spans)
+    _, answer = last_joined(text, spans)
     alone = answer == spans[-1][2]
     return text if alone and doubtful(*clause(text, *spans[-1][:2])) else answer
 
@@ -216,8 +216,10 @@ def mathematical(text: str) -> str:
 
 
 def unassigned(text: str) -> str:
-    """What follows `x =`, `f(x) =` or `x in`, if that is all there is before it."""
-    assigned = _ASSIGNED.fullmatch(text)
+    """What follows `x =`, `f(x) =` or `x in`, or stands before `= x`, if that is all there is."""
+    assigned, turned = _ASSIGNED.fullmatch(text), text.rpartition("=")
+    if not assigned and "=" not in turned[0] and _VARIABLE.fullmatch(turned[2].strip()):
+        return turned[0].strip() or text
     return assigned[2].strip() if assigned else text
 
 

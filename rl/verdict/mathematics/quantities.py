@@ -34,12 +34,12 @@ _GROUPED = re.compile(
 )
 _BRACED_COMMA = re.compile(r"(?<=\d)\{,\}(?=\d)")
 _WIDE = str.maketrans({
-    "，": ", ", "、": ", ", "。": ". ", "㎡": "m^2", "㎠": "cm^2", "㎢": "km^2", "㎥": "m^3", "º": "°",
+    "，": ", ", "∶": ":", "、": ", ", "。": ". ", "㎡": "m^2", "㎠": "cm^2", "㎢": "km^2", "㎥": "m^3", "º": "°",
     "￥": "¥", "【": "", "】": "",
 })  # fmt: skip
 _SIGNS = str.maketrans({"−": "-", "–": "-", "⁄": "/", "’": "'"})
 _MICRO = re.compile(r"\\mu\s*\\(?:text|mathrm|rm)\s*\{\s*([A-Za-z]{1,2})\s*\}")
-_OHM = re.compile(r"(?<=[\d\s])(?:\\(?:text|mathrm)\s*\{\s*[kM]\s*\}\s*)?\\Omega(?![A-Za-z])")
+_OHM = re.compile(r"(?:\\(?:text|mathrm)\s*\{\s*[kM]\s*\}\s*)?\\Omega(?![A-Za-z])")
 
 TEXT_COMMAND = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|up|normal)?|emph|mathrm|[mh]box)\s*\{([^{}]*)\}"
@@ -80,7 +80,7 @@ _REPEATING = re.compile(
 )
 
 _WORD = re.compile(rf"{LETTER}+(?:'[a-z]+)?")
-_UNITS = frozenset(entries("units"))
+UNITS = frozenset(entries("units"))
 _POWER = r"\s*\^\s*(?:\d|\{\s*-?\s*\d\s*\})"
 _UNIT_POWER = re.compile(
     rf"(?<![A-Za-z\\])({'|'.join(entries('units'))}|[a-z]{{4,12}})(?![A-Za-z]){_POWER}"
@@ -127,7 +127,7 @@ def _unstyled(match: re.Match[str]) -> str:
         return f" {content}"
     if words and re.fullmatch(r"[A-Za-z().,:\s]+", content):  # xy is a product, and (x) a factor
         upright = "\\rm" in match.group() or any(len(word) > 3 for word in words)
-        if upright or content.strip() in _UNITS or re.fullmatch(r"\s*\([A-E]\)\s*", content):
+        if upright or content.strip() in UNITS or re.fullmatch(r"\s*\([A-E]\)\s*", content):
             return f"\\text{{{content}}}"
     # 2 beside a red 5 is 25, where 2{5} would be a product
     before = match.string[max(0, match.start() - 8) : match.start()]
@@ -250,9 +250,11 @@ def tidy(text: str) -> str:
         before, content, power = match.groups(default="")
         words = _WORD.findall(content)
         loud = re.search(r"[\d^=]", content) or _FOREIGN.search(content) or changes(content)
-        variable = re.fullmatch(r"\s*[a-z]\s*", content) and content.strip() not in _UNITS
+        variable = re.fullmatch(r"\s*[a-z]\s*", content) and content.strip() not in UNITS
         if words and not (loud or variable or any(word.lower() in scales() for word in words)):
-            return " "
+            # 3 hours 5 minutes are no 3 minutes 5 hours
+            apart = re.search(r"\d\s*\Z", text[: match.start()]) and re.match(r"\s*\d", text[match.end() :])
+            return f" {words[0][0]} " if apart else " "
         return f"{before} {content} {power}"
 
     text = _ORDINAL.sub("", text)
@@ -284,7 +286,7 @@ def _may_be_variable(match: re.Match[str]) -> bool:
     word = match[0].strip(" ./·")
     before = match.string[: match.start()][-1:]
     beside = before and before in "0123456789)}"
-    return bool(beside and len(word) == 1 and word not in _UNITS) and not re.match(f"[{UNSPACED}]", word)
+    return bool(beside and len(word) == 1 and word not in UNITS) and not re.match(f"[{UNSPACED}]", word)
 
 
 def _is_group(text: str) -> bool:
@@ -327,8 +329,10 @@ def _is_prose(word: str, spaced: bool) -> bool:
     """Whether a word beside a number is a unit or prose: one that is known as a unit, one of four
     letters or more, or (spaced) of two or three with a vowel, as men and boxes are."""
     lower = word.lower()
-    if lower in scales() or (word in _NAMES and word not in _UNITS):
+    if lower in scales() or (word in _NAMES and word not in UNITS):
         return False
-    if word in _UNITS or len(word) > 3:
+    if lower[:-1] in FUNCTIONS and lower[-1] in "xyzt":
+        return False
+    if word in UNITS or len(word) > 3:
         return True
     return spaced and len(word) > 1 and re.search("[aeiouyAEIOUY]", word) is not None
