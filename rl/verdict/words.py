@@ -32,7 +32,7 @@ def pattern(*keys: str) -> re.Pattern[str]:
     known = [entry for key in keys for entry in entries(key)]
     inside = "|".join(entry for entry in known if unspaced.search(entry))
     words = "|".join(entry for entry in known if not unspaced.search(entry))
-    alone = rf"(?<![\\'])(?<!{LETTER})(?:{words or '(?!)'})(?!{LETTER})"
+    alone = rf"(?<!\\)(?<!{LETTER})(?:{words or '(?!)'})(?!{LETTER})"
     return re.compile(rf"(?:{inside or '(?!)'}|{alone})", re.IGNORECASE)
 
 

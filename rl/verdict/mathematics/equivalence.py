@@ -113,6 +113,8 @@ def _has_value(
     if number:
         return _near(wanted, number, tolerance)
     text = decimal_point(tidy(_without_dollars(text)))
+    if not text.isascii() and changes(text):
+        return None
     if _ABOUT.search(text):
         return _about(wanted, text, tolerance)
     side = _answered(text)
@@ -195,7 +197,7 @@ def _is_fraction(node: Node) -> bool:
 def _answered(text: str) -> str | None:
     """The last side of `x = 2 + 3 = 5`, `the answer is 5`, `5 = x`; None if sides differ in value
     or one is neither a name nor a value, and for inequalities."""
-    if _ORDERED.search(text) or says(text, "not", "unsure"):
+    if _ORDERED.search(text) or says(text, "not", "unsure", "wrong"):
         return None
     sides = [side.strip(" \n\t:,") for side in _EQUALS.split(text)]
     sides = [side for side in sides if side]

@@ -35,7 +35,7 @@ _GROUPED = re.compile(
 _BRACED_COMMA = re.compile(r"(?<=\d)\{,\}(?=\d)")
 _WIDE = str.maketrans({
     "，": ", ", "∶": ":", "、": ", ", "。": ". ", "㎡": "m^2", "㎠": "cm^2", "㎢": "km^2", "㎥": "m^3", "º": "°",
-    "￥": "¥", "【": "", "】": "",
+    "￥": "¥", **dict.fromkeys("【】∴“”「」『』", " "),
 })  # fmt: skip
 _SIGNS = str.maketrans({"−": "-", "–": "-", "⁄": "/", "’": "'"})
 _MICRO = re.compile(r"\\mu\s*\\(?:text|mathrm|rm)\s*\{\s*([A-Za-z]{1,2})\s*\}")
@@ -66,7 +66,7 @@ _ORDINAL = re.compile(
     r"(?<=\d)\s*\^?\s*\{?\s*(?:\\(?:text|mathrm)\s*\{\s*)?(?:st|nd|rd|th)\b\s*\}{0,2}"
 )
 _CURRENCY = re.compile(
-    r"^([-+]?)\s*(?:\\\$|\\(?:pounds|euro|yen)(?![A-Za-z])|[$€£¥₽₹₩])\s*(?=[-+]?[\d.\\])"
+    r"^([-+]?)\s*(?:(?:[A-Z]{2})?\\?\$|\\(?:pounds|euro|yen)(?![A-Za-z])|[$€£¥₽₹₩])\s*(?=[-+]?[\d.\\])"
 )
 
 _SCIENTIFIC = re.compile(
@@ -250,7 +250,7 @@ def tidy(text: str) -> str:
         before, content, power = match.groups(default="")
         words = _WORD.findall(content)
         loud = re.search(r"[\d^=]", content) or _FOREIGN.search(content) or changes(content)
-        variable = re.fullmatch(r"\s*[a-z]\s*", content) and content.strip() not in UNITS
+        variable = re.fullmatch(r"\s*[A-Za-z]\s*", content) and content.strip() not in UNITS
         if words and not (loud or variable or any(word.lower() in scales() for word in words)):
             # 3 hours 5 minutes are no 3 minutes 5 hours
             apart = re.search(r"\d\s*\Z", text[: match.start()]) and re.match(r"\s*\d", text[match.end() :])
@@ -284,7 +284,7 @@ def _unspoken(text: str) -> str:
 
 def _may_be_variable(match: re.Match[str]) -> bool:
     word = match[0].strip(" ./·")
-    before = match.string[: match.start()][-1:]
+    before = match.string[: match.start()].rstrip()[-1:]
     beside = before and before in "0123456789)}"
     return bool(beside and len(word) == 1 and word not in UNITS) and not re.match(f"[{UNSPACED}]", word)
 
