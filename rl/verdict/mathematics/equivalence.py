@@ -59,7 +59,8 @@ _INTERVAL = re.compile(r"[(\[\]].*[,;].*[)\]\[]", re.DOTALL)
 _MEMBER = re.compile(r"(\\?[A-Za-z]{1,7})\s*(?:\\in(?![A-Za-z])|∈)")
 _SYMBOL = re.compile(r"\\?[A-Za-z]{1,10}(?:_(?:\w|\{\w+\}))?")
 _JOINED = re.compile(
-    rf"(?:[\d)}}]|(?<![A-Za-z])[a-z])\s*(?:[-+*×·÷~—]|\\(?:times|cdot|div|pm)\b)[\s$(]*$|\d:$|[A-Za-z]\($"
+    rf"(?:[\d)}}]|(?<![A-Za-z])[a-z])\s*(?:[-+*×·÷~—]|\\(?:times|cdot|div|pm)\b)[\s$(]*$|\d:$|[A-Za-z]\($|(?:±|\\pm)\s*$"
+    r"|(?P<name>[A-Za-z]\w{0,5})\s*=[^=]{1,20}(?P=name)\s*=[\s$]*$"
     rf"|[\d)}}]\W*(?:[,;&]|{pattern('and', 'or', 'to').pattern})[\s$\\(]*$", re.IGNORECASE
 )
 """What goes on with the number after it: a list, a range, a sum, f(5)."""
