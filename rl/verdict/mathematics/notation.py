@@ -16,7 +16,7 @@ SPAN = re.compile(
 _OPERATOR = re.compile(r"\\operatorname\s*\{([^{}]*)\}")
 _ASSIGNED = re.compile(
     r"(\\?[A-Za-z]{1,10}(?:_\w|_\{\w+\})?\s*(?:\([A-Za-z,\s]{1,9}\)\s*)?)"
-    r"(?:=|\\in(?![A-Za-z]))([^=]*)"
+    r"(?:=|∈|\\in(?![A-Za-z]))([^=]*)"
 )
 _RATIO = re.compile(r"(?:((?:\\?[A-Za-z]{1,10}\s*:\s*)+\\?[A-Za-z]{1,10})\s*=)?([^=]*:[^=]*)")
 _VARIABLE = re.compile(r"(?!(?:e|i|\\pi|\\infty)$)(?:[A-Za-z]|\\[a-z]{2,7})(?:_\w|_\{\w+\})?")
@@ -74,7 +74,7 @@ def parts(text: str) -> Parts | None:
     if read_number(text):
         return None
     assigned = _ASSIGNED.fullmatch(text)
-    text = assigned[2] if assigned and re.search(r",|\\begin", assigned[2]) else text
+    text = tidy(assigned[2]) if assigned and re.search(r",|\\begin", assigned[2]) else text
     text = text.replace("\\{", "\\lbrace ").replace("\\}", "\\rbrace ")
     text = re.sub(r"\\(?:left|right)(?![A-Za-z])", "", text).strip()
     if "\\begin" in text:
@@ -154,7 +154,7 @@ def interval(text: str) -> tuple[str, str] | None:
     """The variable and the values of an inequality, or of several joined by `or`, as intervals:
     ("x", "(1,\\infty)") of `x > 1`. None for a text that is none."""
     names, intervals = set(), []
-    for piece in re.split(rf"\\text\s*\{{\s*{_ORS}\s*\}}|{_ORS}|\\lor(?![a-z])|∨", text):
+    for piece in re.split(rf"\\text\s*\{{\s*{_ORS}\s*\}}|{_ORS}|\\(?:lor|vee)(?![a-z])|∨", text):
         chain = inequality(mathematical(piece))
         if not chain or "," in piece or len(chain.items) > 3:
             return None

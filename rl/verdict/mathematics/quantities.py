@@ -136,12 +136,16 @@ def _unstyled(match: re.Match[str]) -> str:
 
 
 def other_angle(expected: str, given: str) -> bool:
-    """Whether one of two texts (see `plain`) is in degrees and the other in radians. Without a word
+    """Whether one of two texts (see `plain`) is in degrees and the other in radians or in minutes.
+    Without a word
     for them, a multiple of pi is expected in radians."""
     degrees = [bool(_IN_DEGREES.search(text)) for text in (expected, given)]
     radians = [bool(pattern("radians").search(text)) for text in (expected, given)]
     if re.search(r"\\pi(?![A-Za-z])|π", expected) and not degrees[0]:
         radians[0] = True
+    minutes = [bool(re.search(r"\d\s*(?:['′″]|\^\s*\{?\s*\\prime)", text)) for text in (expected, given)]
+    if any(degrees) and minutes[0] != minutes[1]:
+        return True
     return (degrees[0] and radians[1]) or (degrees[1] and radians[0])
 
 
