@@ -83,7 +83,8 @@ def boxed(text: str) -> str | None:
     if not found:
         return None
     begin, answer = last_joined(text, found)
-    return "" if denied(text, begin, found[-1][1]) else answer
+    last, end, _ = found[-1]
+    return "" if denied(text, begin, end) or denied(text, last, end) else answer
 
 
 def final_answer(text: str, opened: bool = False) -> Final:

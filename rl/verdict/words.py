@@ -16,7 +16,9 @@ UNSPACED = (
 """Letters of scripts in which words do not stand apart, or (Korean) grow endings."""
 LETTER = r"[^\W\d_]"
 _BREAK = re.compile(r"[;!?\n]|(?<!\d),|,(?!\d)|\.(?!\d)")
-_MARKUP = r"\\(?:q?quad|text\b|[\[\]();, ])|[\s$.,;:&{}*]"
+_MARKUP = r"\\(?:q?quad|text\b|[\[\]();, ])|[\s$.,;:&{}*/~—-]"
+_PART_BEFORE = re.compile(r"(?:[\d+\-/^_]|\\(?:pm|cdot|times|div)\s*|\\(?:sqrt|[dt]?frac)\s*\{)\Z")
+_PART_AFTER = re.compile(r"\s*[\^_]|!\w|\.?\d|/\s*[\d\\]|\s*\\(?:cdot|times|div)|[a-z](?![A-Za-z])")
 
 
 def entries(key: str) -> list[str]:
@@ -83,18 +85,24 @@ def clause(text: str, begin: int, end: int) -> tuple[str, str]:
 
 
 def doubtful(before: str, after: str) -> bool:
-    """Whether a clause denies the answer in it, or names another beside it."""
-    return says(f"{before} ; {after}", "not", "or", "unsure", "wrong")
+    """Whether a clause denies the answer in it, names another, or says half of it or the like."""
+    near = re.split(rf"[\d=]|{pattern('is').pattern}", before, flags=re.IGNORECASE)[-1]
+    beside = f"{' '.join(near.split()[-4:])} 1 {' '.join(after.split()[:2])}"
+    return says(f"{before} ; {after}", "not", "or", "unsure", "wrong") or changes(beside)
 
 
 def denied(text: str, begin: int, end: int) -> bool:
     """Whether `not` or the like stands right before a marked place of a text, or `is wrong` right
-    after it."""
+    after it; or a sign, digit or power beside it makes it part of something else."""
     before, after = text[max(0, begin - 60) : begin], text[end : end + 60]
     denial, false = pattern("not").pattern, pattern("not", "wrong").pattern
     is_ = pattern("is").pattern
+    if _PART_BEFORE.search(before) or _PART_AFTER.match(after):
+        return True
+    if rewritten(f"{before.rstrip(' $')} 1").endswith("-1"):  # minus
+        return True
     left = rf"(?:{denial}|\\neq?|\\not\s*=|[≠]|!=)\s*(?:equal to|{is_}|the answer)?(?:{_MARKUP}|\\boxed)*$"
-    right = rf"(?:[\s$)\]*}}]|\\[)\]])*(?:{is_})?\s*(?:{false})"
+    right = rf"(?:[\s$)\]*}}]|\\[)\]])*(?:{is_}|{pattern('or').pattern})?\s*(?:{false})"
     before = pattern("harmless").sub(" ", before)
     flags = re.IGNORECASE
     return bool(re.search(left, before, flags) or re.match(right, after, flags))
@@ -109,7 +117,7 @@ def last_joined(text: str, found: list[tuple[int, int, str]]) -> tuple[int, str]
         either = pattern("or").search(between)
         name = re.search(r"\\?[A-Za-z]\w{0,9}\s*=[\s$]*$", between)
         left = between[: name.start()] if name else between
-        left = re.sub(f"{_MARKUP}|{pattern('and', 'or').pattern}", "", left, flags=re.IGNORECASE)
+        left = re.sub(f"{_MARKUP}|{pattern('and', 'or', 'to').pattern}", "", left, flags=re.IGNORECASE)
         near = either and len(between) < 80 and not re.search(r"[.\n。]", between)
         if left and not near:
             break

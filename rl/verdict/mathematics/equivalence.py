@@ -247,13 +247,12 @@ def _ends_in(wanted: Number, text: str, tolerance: Fraction) -> bool:
         return False
     found = numbers[-1]
     before, after = clause(text, found.start(), found.end())
-    *others, near = re.split(rf"\d|{_EQUALS.pattern}", before, flags=re.IGNORECASE)
-    beside = f"{' '.join(near.split()[-4:])} 1 {' '.join(after.split()[:2])}"
+    others = re.split(rf"\d|{_EQUALS.pattern}", before, flags=re.IGNORECASE)[:-1]
     digits = found.end() - len(found.group().lstrip("+- $€£¥"))
     more = _GOES_ON.match(text, found.end())
     if _JOINED.search(text[max(0, digits - 40) : digits]) or (more and more[1] not in UNITS):
         return False
-    if _ORDERED.search(before) or changes(beside) or any(map(_of_variable, others[-1:])):
+    if _ORDERED.search(before) or any(map(_of_variable, others[-1:])):
         return False
     if doubtful(before, after) or pattern("wrong").search(text[found.end() :]):
         return False
