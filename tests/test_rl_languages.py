@@ -66,7 +66,12 @@ def test_words_in_any_language():
 
 def test_a_language_is_taught_by_a_section_of_the_table(monkeypatch):
     """Dutch, which the table does not have: `vijf keer niet` and `antwoord`."""
-    taught = {"answer": ["antwoord"], "not": ["niet"], "units": ["uur"], "scales": {"duizend": 1000}}
+    taught = {
+        "answer": ["antwoord"],
+        "not": ["niet"],
+        "units": ["uur"],
+        "scales": {"duizend": 1000},
+    }
     known = [("5", "Het antwoord is niet 5.", 0), ("5000", r"\boxed{5 duizend uur}", 1)]
     before = [accuracy(Problem("?", {"answer": answer}), text) for answer, text, _ in known]
     assert before == [1, 0]  # what not knowing a language costs

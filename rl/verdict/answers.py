@@ -19,7 +19,9 @@ _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 _FENCE = re.compile(
     r"^ {0,3}```[ \t]*([\w+#.-]{0,20})[^\n`]*\n(.*?)^ {0,3}```", re.MULTILINE | re.DOTALL
 )
-_END = re.compile(r"<[|｜][^<>\n]{0,40}(?:end|eo[stm]|return)[^<>\n]{0,40}[|｜]>|</s>|<eos>|<end_of_turn>")
+_END = re.compile(
+    r"<[|｜][^<>\n]{0,40}(?:end|eo[stm]|return)[^<>\n]{0,40}[|｜]>|</s>|<eos>|<end_of_turn>"
+)
 _GSM8K = re.compile(r"####[ \t]*([^\n]+)")
 
 

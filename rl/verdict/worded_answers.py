@@ -18,8 +18,10 @@ MAX_TEXT = 20_000
 
 _CHOICE = re.compile(r"\(?\s*([A-Za-z])\s*\)?\s*(?:[.:)]\s*(?!.*\bor\b).*)?")
 _CHOICE_IN_TEXT = re.compile(
-    rf"(?<!not )(?<![不别勿非])(?:{pattern('answer', 'choice').pattern})(?:\s*{pattern('is').pattern})?"
-    rf"[\s:*(]{{0,6}}(?<![A-Za-z])(?-i:([A-Z]))(?=[\s.,;:)*]|$)(?!\W{{0,5}}{pattern('or', 'and').pattern}|\s*[,&/]\s*\(?[A-Z](?![A-Za-z]))", re.IGNORECASE
+    rf"(?<!not )(?<![不别勿非]){pattern('answer', 'choice').pattern}(?:\s*{pattern('is').pattern})?"
+    rf"[\s:*(]{{0,6}}(?<![A-Za-z])(?-i:([A-Z]))(?=[\s.,;:)*]|$)"
+    rf"(?!\W{{0,5}}{pattern('or', 'and').pattern}|\s*[,&/]\s*\(?[A-Z](?![A-Za-z]))",
+    re.IGNORECASE,
 )
 
 

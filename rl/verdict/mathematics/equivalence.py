@@ -36,12 +36,13 @@ from rl.verdict.mathematics.quantities import (
     Number,
     core,
     decimal_point,
+    is_written_number,
     other_angle,
     plain,
     read_number,
     tidy,
 )
-from rl.verdict.mathematics.symbolic import proportional, symbolically_equal
+from rl.verdict.mathematics.symbolic import symbolically_equal
 from rl.verdict.words import LETTER, changes, clause, doubtful, one_word, pattern, rewritten, says
 
 _ALMOST = 0.02
@@ -54,16 +55,20 @@ _ABOUT = re.compile(r"\\(?:approx|simeq|cong)(?![A-Za-z])|≈")
 _EQUALS = re.compile(rf"=+|{pattern('is').pattern}", re.IGNORECASE)
 _ORDERED = re.compile(r"[<>≤≥≠]|\\(?:[lg]e|[lg]eq|[lg]eqslant|[lg]t|neq?|notin|pm|mp)(?![A-Za-z])")
 _NAME = re.compile(r"[\w\\{}()|',.:;\s∠△]*")
-_NO_NAME = re.compile(r"(?<![_({A-Za-z\d])\d|\\[dtc]?frac|\\sqrt|(?<![A-Za-z])[A-Za-z]{1,2}\s*:\s*[A-Za-z]{1,2}(?![A-Za-z])")
+_NO_NAME = re.compile(
+    r"(?<![_({A-Za-z\d])\d|\\[dtc]?frac|\\sqrt|\b[A-Za-z]{1,2}\s*:\s*[A-Za-z]{1,2}\b"
+)
 _INTERVAL = re.compile(r"[(\[\]].*[,;].*[)\]\[]", re.DOTALL)
 _MEMBER = re.compile(r"(\\?[A-Za-z]{1,7})\s*(?:\\in(?![A-Za-z])|∈)")
 _SYMBOL = re.compile(r"\\?[A-Za-z]{1,10}(?:_(?:\w|\{\w+\}))?")
 _JOINED = re.compile(
-    rf"(?:[\d)}}]|(?<![A-Za-z])[a-z])\s*(?:[-+*×·÷~—]|\\(?:times|cdot|div|pm)\b)[\s$(]*$|\d:$|[A-Za-z]\($|(?:±|\\pm)\s*$"
+    r"(?:[\d)}]|(?<![A-Za-z])[a-z])\s*(?:[-+*×·÷~—]|\\(?:times|cdot|div|pm)\b)[\s$(]*$"
+    r"|\d:$|[A-Za-z]\($|(?:±|\\pm)\s*$"
     r"|(?P<name>[A-Za-z]\w{0,5})\s*=[^=]{1,20}(?P=name)\s*=[\s$]*$"
-    rf"|[\d)}}]\W*(?:[,;&]|{pattern('and', 'or', 'to').pattern})[\s$\\(]*$", re.IGNORECASE
+    rf"|[\d)}}]\W*(?:[,;&]|{pattern('and', 'or', 'to').pattern})[\s$\\(]*$",
+    re.IGNORECASE,
 )
-"""What goes on with the number after it: a list, a range, a sum, f(5)."""
+"""What goes on with the number after it: a sum, a ratio, f(5), values of one name, a list."""
 _GOES_ON = re.compile(r"\s*(?:[-+*/^×·]\s*(?:[a-z](?![a-z])|\d|\\)|([b-z])(?![a-z'’]))")
 _NUMBER_IN_TEXT = re.compile(
     r"(?<![A-Za-z\d_.^{])[-+]?\s?[$€£¥]?(?:\d{1,3}(?:,\d{3})++(?!\d)|\d++)(?:[.,]\d++)?"
@@ -170,29 +175,12 @@ def _names(node: Node) -> set[str]:
 
 
 def _is_arithmetic(node: Node) -> bool:
-    """Whether a sum, product or quotient of numbers is in a tree, other than a fraction or a mixed
-    number as written."""
-    if node.kind in "+*" and not _is_fraction(node):
-        numbers = [part for part in node.parts if not _names(part) and _is_exact(part)]
-        if len(numbers) == len(node.parts):
-            return True
-    return any(_is_arithmetic(part) for part in node.parts if not _is_fraction(part))
-
-
-def _is_exact(node: Node) -> bool:
-    return exact_value(node) is not None
-
-
-def _is_fraction(node: Node) -> bool:
-    """A quotient of two numbers, signs included, or a number and such a quotient."""
-    if node.kind == "+":
-        return node.parts[0].kind == "num" and len(node.parts) == 2 and _is_fraction(node.parts[1])
-    if node.kind != "*" or len(node.parts) != 2 or node.parts[1].kind != "inv":
+    """Whether a sum or product of numbers is in a tree, other than a number as written."""
+    if is_written_number(node):
         return False
-    return all(
-        (part.parts[0] if part.kind == "neg" else part).kind == "num"
-        for part in (node.parts[0], node.parts[1].parts[0])
-    )
+    if node.kind in "+*" and all(exact_value(part) is not None for part in node.parts):
+        return True
+    return any(map(_is_arithmetic, node.parts))
 
 
 def _answered(text: str) -> str | None:
@@ -353,10 +341,9 @@ def _same_equation(a: str, b: str) -> bool:
     if unassigned(a) != a and not _has_variables(unassigned(a)):
         return False  # x + 1 = 6 is x = 5, unsolved
     left, right = ("({})-({})".format(*sides) for sides in (sides_a, sides_b))
-    try:
-        several = len(_names(parse(left)) - _CLOSED) > 1
-        if several:  # 2x + 2y = 2 is x + y = 1; but 2x = 10, as it stands, is not x = 5
-            return proportional(left, right)
+    try:  # 2x + 2y = 2 is x + y = 1; but 2x = 10, as it stands, is not x = 5
+        if len(_names(parse(left)) - _CLOSED) > 1:
+            return symbolically_equal(left, right, scaled=True)
     except ExpressionError:
         return False
     return _same_expression(left, right) or _same_expression(left, f"-({right})")
@@ -378,29 +365,27 @@ def _same_word(a: str, b: str) -> bool:
 def _same_named(a: Parts, b: Parts) -> bool:
     """Whether x = 1, y = 2 has the values of another list of names, of a point (by the order of
     the names), or of a list without names (in its order, where the names tell what is what)."""
-    lists = [list(zip(p.brackets[1:].split(","), p.items, strict=True)) for p in (a, b) if p.brackets[0] == "="]
-    if len(lists) == 2 or "()" in (a.brackets, b.brackets):
-        lists = [sorted(pairs) for pairs in lists]
-        if len({tuple(name for name, _ in pairs) for pairs in lists}) > 1:
-            return False
-    bare = a if a.brackets[0] != "=" else b
-    letters = {name.partition("_")[0] for name, _ in lists[0]}
-    named = re.compile(rf"{re.escape(min(letters))}\s*=")
-    if len(lists) == 1 and len(letters) == 1 and bare.brackets == "{}" and (
-        bare is a or all(map(named.match, bare.items))
-    ):
-        return _same_parts(Parts("{}", a.items), Parts("{}", b.items))  # x_1, x_2 are roots
-    values = iter([tuple(item for _, item in pairs) for pairs in lists])
-    sides = [next(values) if p.brackets[0] == "=" else p.items for p in (a, b)]
-    return all(same_maths(x, y) for x, y in zip(*sides, strict=True))
+    names = [p.brackets[1:].split(",") if p.brackets[0] == "=" else [] for p in (a, b)]
+    if all(names) and sorted(names[0]) != sorted(names[1]):
+        return False
+    items, kind, bare = [a.items, b.items], "list", b if names[0] else a
+    if all(names) or bare.brackets == "()":
+        for n, side in enumerate(names):
+            pairs = sorted(zip(side, items[n], strict=True)) if side else ()
+            items[n] = tuple(item for _, item in pairs) or items[n]
+    else:  # x_1, x_2 are roots, in any order
+        letters = {name.partition("_")[0] for name in names[0] or names[1]}
+        same = len(letters) == 1 and (bare is a or all(i[:1] in letters for i in b.items))
+        kind = "{}" if same else kind
+    return _same_parts(Parts(kind, items[0]), Parts(kind, items[1]))
 
 
 def _same_parts(a: Parts, b: Parts) -> bool:
     kinds = {a.brackets, b.brackets}
     if len(a.items) != len(b.items):
         return False
-    if any(kind[0] == "=" for kind in kinds) and kinds <= {"{}", "()"} | {k for k in kinds if k[0] == "="}:
-        return _same_named(a, b)
+    if any(kind[0] == "=" for kind in kinds) and all(kind[0] in "={(" for kind in kinds):
+        return kinds.isdisjoint(("(]", "{} !=")) and _same_named(a, b)
     if len(kinds) > 1 and not (":" in kinds and all(kind[0] == ":" for kind in kinds)):
         return False
     if a.brackets not in ("{}", "{} !=", "cup"):

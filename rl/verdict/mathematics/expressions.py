@@ -40,9 +40,9 @@ GREEK = (
 )  # fmt: skip
 
 _ALIASES = {
-    "arcsin": "asin", "arccos": "acos", "arctan": "atan", "cosec": "csc", "tg": "tan", "ctg": "cot", "arctg": "atan",
-    "dfrac": "frac", "tfrac": "frac",
-    "cfrac": "frac", "nicefrac": "frac", "sfrac": "frac", "dbinom": "binom", "tbinom": "binom",
+    "arcsin": "asin", "arccos": "acos", "arctan": "atan", "arctg": "atan", "cosec": "csc",
+    "tg": "tan", "ctg": "cot", "dfrac": "frac", "tfrac": "frac", "cfrac": "frac",
+    "nicefrac": "frac", "sfrac": "frac", "dbinom": "binom", "tbinom": "binom",
     "cdot": "*", "times": "*", "ast": "*", "div": "/", "infinity": "infty", "inf": "infty",
     "oo": "infty", "lbrace": "{", "rbrace": "}", "vert": "|", "lvert": "|", "rvert": "|",
     "varphi": "phi", "varepsilon": "epsilon", "left": "", "right": "", "displaystyle": "",

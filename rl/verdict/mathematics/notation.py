@@ -4,10 +4,10 @@ Everything here turns text into text; whether parts are equal is for `equivalenc
 """
 
 import re
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
-from rl.verdict.mathematics.quantities import TEXT_COMMAND, plain, read_number, tidy
+from rl.verdict.mathematics.quantities import TEXT_COMMAND, balanced, plain, read_number, tidy
 from rl.verdict.words import LETTER, clause, doubtful, last_joined, pattern
 
 SPAN = re.compile(
@@ -30,14 +30,14 @@ _SIGNS = {
     "≠": "!=", "!=": "!=", r"\not=": "!=",
 }  # fmt: skip
 _ANDS, _ORS = pattern("and").pattern, pattern("or").pattern
-_CONNECTED = re.compile(
-    rf"({_ANDS}|\\(?:land|wedge)(?![A-Za-z])|∧)|{_ORS}|\\(?:lor|vee)(?![A-Za-z])|∨", re.IGNORECASE
-)
+_OR = rf"(?:\\text\s*\{{\s*{_ORS}\s*\}}|{_ORS}|\\(?:lor|vee)(?![A-Za-z])|∨)"
+_CONNECTED = re.compile(rf"({_ANDS}|\\(?:land|wedge)(?![A-Za-z])|∧)|{_OR}", re.IGNORECASE)
 _AND = re.compile(
-    rf",?\s*(?:\\text\s*\{{\s*,?\s*(?:{_ANDS}|{_ORS})\s*\}}|(?<![A-Za-z])(?:{_ANDS}|{_ORS})|\\l(?:or|and)(?![A-Za-z])|[∨∧])\s*"
+    rf",?\s*(?:\\text\s*\{{\s*,?\s*{_ANDS}\s*\}}|{_ANDS}|\\land(?![A-Za-z])|∧|{_OR})\s*"
 )
 _ANSWER_IS = re.compile(
-    rf"(?:{LETTER}|[\s,])*{pattern('answer').pattern}\s*(?:{pattern('is').pattern}|:)\s*:?", re.IGNORECASE
+    rf"(?:{LETTER}|[\s,])*{pattern('answer').pattern}\s*(?:{pattern('is').pattern}|:)\s*:?",
+    re.IGNORECASE,
 )
 _MATRIX = re.compile(
     r"\\begin\{([pbvBV]?|small)(?:matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1(?:matrix|array)\}",
@@ -124,12 +124,9 @@ def _matrix(text: str) -> Parts | None:
 def _split(text: str) -> tuple[str, ...]:
     """Items between semicolons, or without one between commas, at depth 0; () if brackets do not
     balance."""
-    depth, depths = 0, []
-    for character in text:
-        depth += (character in "([{") - (character in ")]}")
-        depths.append(depth)
-    if depth or min(depths, default=0) < 0:
+    if not balanced(text):
         return ()
+    depths = list(accumulate((c in "([{") - (c in ")]}") for c in text))
     at = {sign: [n for n, c in enumerate(text) if c == sign and not depths[n]] for sign in ";,"}
     ends = [-1, *(at[";"] or at[","]), len(text)]
     return tuple(text[begin + 1 : end].strip() for begin, end in pairwise(ends))
@@ -154,23 +151,22 @@ def interval(text: str) -> tuple[str, str] | None:
     """The variable and the values of an inequality, or of several joined by `or`, as intervals:
     ("x", "(1,\\infty)") of `x > 1`. None for a text that is none."""
     names, intervals = set(), []
-    for piece in re.split(rf"\\text\s*\{{\s*{_ORS}\s*\}}|{_ORS}|\\(?:lor|vee)(?![a-z])|∨", text):
+    for piece in re.split(_OR, text):
         chain = inequality(mathematical(piece))
         if not chain or "," in piece or len(chain.items) > 3:
             return None
         sides, signs = list(chain.items), chain.brackets.split()
+        left = _VARIABLE.fullmatch(sides[0])
         if signs[-1] == "!=":
-            sides, signs = (sides if _VARIABLE.fullmatch(sides[0]) else sides[::-1]), ["!="]
-            intervals.append("(-\\infty,{0})\\cup({0},\\infty)".format(sides[1]))
-            names.add(sides[0])
-            continue
-        if len(sides) == 2 and _VARIABLE.fullmatch(sides[0]):
-            sides, signs = ["-\\infty", *sides], ["<", *signs]
-        elif len(sides) == 2:
-            sides, signs = [*sides, "\\infty"], [*signs, "<"]
-        low, name, high = sides
+            name, other = sides if left else sides[::-1]
+            intervals.append(f"(-\\infty,{other})\\cup({other},\\infty)")
+        else:
+            if len(sides) == 2:
+                sides = ["-\\infty", *sides] if left else [*sides, "\\infty"]
+                signs = ["<", *signs] if left else [*signs, "<"]
+            low, name, high = sides
+            intervals.append(f"{'(['['=' in signs[0]]}{low},{high}{')]'['=' in signs[1]]}")
         names.add(name)
-        intervals.append(f"{'(['['=' in signs[0]]}{low},{high}{')]'['=' in signs[1]]}")
     name = names.pop()
     known = not names and _VARIABLE.fullmatch(name)
     return (name, "\\cup".join(intervals)) if known else None
@@ -230,6 +226,6 @@ def squeezed(text: str) -> str:
         return match[1] or (" " if match[2] else "")
 
     text = _BLANKS.sub(replaced, text)
-    for pattern, spelling in _SPELLINGS:
-        text = pattern.sub(spelling, text)
+    for found, spelling in _SPELLINGS:
+        text = found.sub(spelling, text)
     return text

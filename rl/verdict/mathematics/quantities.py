@@ -29,13 +29,12 @@ _MAX_POWER_OF_TEN = 1000
 _RAISED, _LOWERED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "₀₁₂₃₄₅₆₇₈₉"
 _VULGAR = "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
 _SHIFTED = re.compile(f"([{_RAISED}]+)|([{_LOWERED}]+)|([{_VULGAR}])")
-_GROUPED = re.compile(
-    r"(?<![\d.,])([1-9]\d{0,2})((?:(?:,\s*\\!\s*|\{\\?,\}|\\[,!;: ]|[\u00a0\u2009\u202f'’~])\d{3})++)(?!\d)"
-)
+_SEPARATOR = r"(?:,\s*\\!\s*|\{\\?,\}|\\[,!;: ]|[\u00a0\u2009\u202f'’~])"
+_GROUPED = re.compile(rf"(?<![\d.,])([1-9]\d{{0,2}})((?:{_SEPARATOR}\d{{3}})++)(?!\d)")
 _BRACED_COMMA = re.compile(r"(?<=\d)\{,\}(?=\d)")
 _WIDE = str.maketrans({
-    "，": ", ", "∶": ":", "、": ", ", "。": ". ", "㎡": "m^2", "㎠": "cm^2", "㎢": "km^2", "㎥": "m^3", "º": "°",
-    "￥": "¥", **dict.fromkeys("【】∴“”「」『』", " "),
+    "，": ", ", "、": ", ", "。": ". ", "∶": ":", "￥": "¥", "º": "°", "㎡": "m^2", "㎠": "cm^2",
+    "㎢": "km^2", "㎥": "m^3", **dict.fromkeys("【】∴“”「」『』", " "),
 })  # fmt: skip
 _SIGNS = str.maketrans({"−": "-", "–": "-", "⁄": "/", "’": "'"})
 _MICRO = re.compile(r"\\mu\s*\\(?:text|mathrm|rm)\s*\{\s*([A-Za-z]{1,2})\s*\}")
@@ -61,12 +60,17 @@ _SKIPS = re.compile(
 )
 _DEGREES = re.compile(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})|°|\\degree(?![A-Za-z])")
 _SPACING = re.compile(r"(\\\\)|\\[ ,;:]|~|\\q?quad(?![A-Za-z])|\\!")
-_IN_DEGREES = re.compile(f"{_DEGREES.pattern}|{pattern('degrees').pattern}", re.IGNORECASE)
+_ANGLES = {
+    "degrees": re.compile(f"{_DEGREES.pattern}|{pattern('degrees').pattern}", re.IGNORECASE),
+    "radians": pattern("radians"),
+    "minutes": re.compile(r"\d\s*(?:['′″]|\^\s*\{?\s*\\prime)"),
+}
 _ORDINAL = re.compile(
     r"(?<=\d)\s*\^?\s*\{?\s*(?:\\(?:text|mathrm)\s*\{\s*)?(?:st|nd|rd|th)\b\s*\}{0,2}"
 )
 _CURRENCY = re.compile(
-    r"^([-+]?)\s*(?:(?:[A-Z]{2})?\\?\$|\\(?:pounds|euro|yen)(?![A-Za-z])|[$€£¥₽₹₩])\s*(?=[-+]?[\d.\\])"
+    r"^([-+]?)\s*(?:(?:[A-Z]{2})?\\?\$|\\(?:pounds|euro|yen)(?![A-Za-z])|[€£¥₽₹₩])"
+    r"\s*(?=[-+]?[\d.\\])"
 )
 
 _SCIENTIFIC = re.compile(
@@ -74,7 +78,6 @@ _SCIENTIFIC = re.compile(
     r"(?:\{\s*([-+]?\d{1,9})\s*\}|([-+]?\d{1,9}))"
 )
 _MIXED = re.compile(r"([-+]?)\s*(\d{1,100})\s+(\d{1,100})\s*/\s*(\d{1,100})")
-_PLAIN = re.compile(r"[-+]?\d{1,200}")
 _REPEATING = re.compile(
     r"([-+]?)(\d{0,100})\.(\d{0,100})\\(?:overline|bar)\s*(?:\{\s*(\d{1,100})\s*\}|(\d))"
 )
@@ -86,9 +89,11 @@ _UNIT_POWER = re.compile(
     rf"(?<![A-Za-z\\])({'|'.join(entries('units'))}|[a-z]{{4,12}})(?![A-Za-z]){_POWER}"
 )
 _OTHER = rf"(?![{UNSPACED}\u0370-\u03ff])"
+_BEGIN = r"(?<![\\A-Za-z])"
 _FOREIGN = re.compile(
-    rf"(?:(?<={LETTER})\s*(?:/|·|\\cdot)\s*)?(?:[{UNSPACED}]+|(?<![A-Za-z\\])(?:μ[A-Za-z]{{1,2}}|[kM]?Ω)"
-    rf"(?![A-Za-z])|(?<![\\A-Za-z])(?=[A-Za-z']*{_OTHER}[^\W\d_A-Za-z])(?:{_OTHER}(?:{LETTER}|'))+)"
+    rf"(?:(?<={LETTER})\s*(?:/|·|\\cdot)\s*)?"
+    rf"(?:[{UNSPACED}]+|{_BEGIN}(?:μ[A-Za-z]{{1,2}}|[kM]?Ω)(?![A-Za-z])"
+    rf"|{_BEGIN}(?=[A-Za-z']*{_OTHER}[^\W\d_A-Za-z])(?:{_OTHER}(?:{LETTER}|'))+)"
     rf"(?:[.!](?!\d))?(?:{_POWER})?"
 )
 """A word with other letters than a-z (and Greek), or a unit with a Greek one, and its power."""
@@ -136,17 +141,17 @@ def _unstyled(match: re.Match[str]) -> str:
 
 
 def other_angle(expected: str, given: str) -> bool:
-    """Whether one of two texts (see `plain`) is in degrees and the other in radians or in minutes.
-    Without a word
-    for them, a multiple of pi is expected in radians."""
-    degrees = [bool(_IN_DEGREES.search(text)) for text in (expected, given)]
-    radians = [bool(pattern("radians").search(text)) for text in (expected, given)]
-    if re.search(r"\\pi(?![A-Za-z])|π", expected) and not degrees[0]:
-        radians[0] = True
-    minutes = [bool(re.search(r"\d\s*(?:['′″]|\^\s*\{?\s*\\prime)", text)) for text in (expected, given)]
-    if any(degrees) and minutes[0] != minutes[1]:
+    """Whether one of two texts (see `plain`) is in degrees and the other in radians, or one alone
+    in minutes. Without a word for them, a multiple of pi is expected in radians."""
+    a, b = (
+        {unit for unit, known in _ANGLES.items() if known.search(text)}
+        for text in (expected, given)
+    )
+    if re.search(r"\\pi(?![A-Za-z])|π", expected) and "degrees" not in a:
+        a.add("radians")
+    if "degrees" in a | b and "minutes" in a ^ b:
         return True
-    return (degrees[0] and radians[1]) or (degrees[1] and radians[0])
+    return any("degrees" in x and "radians" in y for x, y in ((a, b), (b, a)))
 
 
 def read_number(text: str) -> Number | None:
@@ -167,8 +172,6 @@ def read_number(text: str) -> Number | None:
 
 
 def _written_number(text: str) -> Fraction | None:
-    if _PLAIN.fullmatch(text):
-        return Fraction(int(text))
     if match := _SCIENTIFIC.fullmatch(text):
         power = int(match[2] or match[3])
         mantissa = exact_value(parse(match[1]))
@@ -186,7 +189,7 @@ def _written_number(text: str) -> Fraction | None:
     if text[0] in "([":  # (1,234) is a pair
         return None
     node = parse(text)
-    return exact_value(node) if _is_written_number(node) else None
+    return exact_value(node) if is_written_number(node) else None
 
 
 def _repeating(sign: str, whole: str, first: str, period: str) -> Fraction:
@@ -195,14 +198,20 @@ def _repeating(sign: str, whole: str, first: str, period: str) -> Fraction:
     return -value if sign == "-" else value
 
 
-def _is_written_number(node: Node) -> bool:
+def is_written_number(node: Node) -> bool:
+    """Whether a tree is a number as written: digits, a quotient of two, or a mixed number, each
+    with one sign."""
     if node.kind == "neg":
-        return node.parts[0].kind != "neg" and _is_written_number(node.parts[0])
-    kinds = [part.kind for part in node.parts]
-    if node.kind == "*" and kinds in (["num", "inv"], ["neg", "inv"]):
-        return {part.parts[0].kind for part in node.parts if part.parts} <= {"num"}
-    mixed = node.kind == "+" and kinds == ["num", "*"]
-    return node.kind == "num" or (mixed and _is_written_number(node.parts[1]))
+        return node.parts[0].kind != "neg" and is_written_number(node.parts[0])
+    if node.kind not in "+*":
+        return node.kind == "num"
+    first, last = node.parts[0], node.parts[-1]
+    if len(node.parts) != 2 or last.kind != ("*" if node.kind == "+" else "inv"):
+        return False
+    if node.kind == "+":
+        return first.kind == "num" and is_written_number(last)
+    parts = (first, last.parts[0])
+    return all((part.parts[0] if part.kind == "neg" else part).kind == "num" for part in parts)
 
 
 def decimal_point(text: str) -> str:
@@ -233,7 +242,7 @@ def core(text: str) -> tuple[str, int]:
     while after.lstrip()[:1] in ("!", ")", "]"):  # of the number: a factorial, closing brackets
         after = after.lstrip()
         middle, after = middle + after[0], after[1:]
-    if not middle or middle.endswith("\\") or not _balanced(after) or not _is_lead(before):
+    if not middle or middle.endswith("\\") or not balanced(after) or not _is_lead(before):
         return text, 1
     words = _without_articles(_WORD.findall(after))
     factor = scales().get(words[0].lower(), 1) if words else 1
@@ -256,14 +265,14 @@ def tidy(text: str) -> str:
         loud = re.search(r"[\d^=]", content) or _FOREIGN.search(content) or changes(content)
         variable = re.fullmatch(r"\s*[A-Za-z]\s*", content) and content.strip() not in UNITS
         if words and not (loud or variable or any(word.lower() in scales() for word in words)):
-            # 3 hours 5 minutes are no 3 minutes 5 hours
-            apart = re.search(r"\d\s*\Z", text[: match.start()]) and re.match(r"\s*\d", text[match.end() :])
+            begin, end = match.span()  # 3 hours 5 minutes are no 3 minutes 5 hours
+            apart = re.search(r"\d\s*\Z", text[:begin]) and re.match(r"\s*\d", text[end:])
             return f" {words[0][0]} " if apart else " "
         return f"{before} {content} {power}"
 
     text = _ORDINAL.sub("", text)
     text = _DEGREES.sub("", _SPACING.sub(lambda match: match[1] or " ", text))
-    powers = rf"(\\cdot\s*|/\s*)?{TEXT_COMMAND.pattern}(\s*\^\s*(?:\d|\{{\s*-?\d\s*\}}))?"
+    powers = rf"(\\cdot\s*|/\s*)?{TEXT_COMMAND.pattern}({_POWER})?"
     text = _unspoken(re.sub(powers, spoken, text).strip())
     text = re.sub(r"\\[dt]?frac\s*\{\s*\}\s*\{\s*\}", " ", text).strip()  # of units alone
     while _is_group(text):
@@ -287,28 +296,23 @@ def _unspoken(text: str) -> str:
 
 
 def _may_be_variable(match: re.Match[str]) -> bool:
-    word = match[0].strip(" ./·")
-    before = match.string[: match.start()].rstrip()[-1:]
-    beside = before and before in "0123456789)}"
-    return bool(beside and len(word) == 1 and word not in UNITS) and not re.match(f"[{UNSPACED}]", word)
+    """Whether a letter alone after a value is no unit: a Cyrillic x, say."""
+    word, before = match[0].strip(" ./·"), match.string[: match.start()].rstrip()
+    alone = re.fullmatch(f"[^{UNSPACED}]", word) and word not in UNITS
+    return bool(alone and re.search(r"[\d)}]\Z", before))
 
 
 def _is_group(text: str) -> bool:
     """Whether the brace at the beginning is closed by the one at the end."""
-    if not re.fullmatch(r"\{.*(?<!\\)\}", text, re.DOTALL):
-        return False
-    depth = 0
-    for brace in re.finditer(r"(?<!\\)[{}]", text):
-        depth += 1 if brace.group() == "{" else -1
-        if depth == 0:
-            return brace.end() == len(text)
-    return False
+    inside = re.fullmatch(r"\{(.*)(?<!\\)\}", text, re.DOTALL)
+    return inside is not None and balanced(re.sub(r"\\[{}]", "", inside[1]))
 
 
-def _balanced(text: str) -> bool:
+def balanced(text: str) -> bool:
+    """Whether every bracket, of any kind, has its partner."""
     depth = 0
     for character in text:
-        depth += (character in "([") - (character in ")]")
+        depth += (character in "([{") - (character in ")]}")
         if depth < 0:
             return False
     return depth == 0
@@ -333,10 +337,12 @@ def _is_prose(word: str, spaced: bool) -> bool:
     """Whether a word beside a number is a unit or prose: one that is known as a unit, one of four
     letters or more, or (spaced) of two or three with a vowel, as men and boxes are."""
     lower = word.lower()
-    if lower in scales() or (word in _NAMES and word not in UNITS):
+    if lower in scales():
         return False
-    if lower[:-1] in FUNCTIONS and lower[-1] in "xyzt":
+    if word in UNITS:
+        return True
+    if word in _NAMES or (lower[:-1] in FUNCTIONS and lower[-1] in "xyzt"):  # sinx
         return False
-    if word in UNITS or len(word) > 3:
+    if len(word) > 3:
         return True
     return spaced and len(word) > 1 and re.search("[aeiouyAEIOUY]", word) is not None
