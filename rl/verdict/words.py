@@ -35,10 +35,10 @@ def check(table: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
             try:
                 if key not in _KEYS:
                     raise ValueError(f"no such key; there are {', '.join(_KEYS)}")
-                if not isinstance(value, dict if key == "scales" else list):
-                    raise ValueError(f"{value!r} is no {'table' if key == 'scales' else 'list'}")
                 if key == "scales":
-                    list(map(operator.index, value.values()))
+                    [operator.index(factor) for factor in dict(value).values()]
+                elif not isinstance(value, list):
+                    raise ValueError(f"{value!r} is no list")
                 elif key == "rewrite":
                     [re.compile(f"{found}|").sub(meant, "") for found, meant in value]
                 elif grouped := [entry for entry in value if re.compile(entry).groups]:

@@ -86,8 +86,9 @@ def same_number(expected: str, given: str, marked: bool = True, tolerance: float
     `\sqrt{16}`, `2^{10}`, `3!`; not of a sum, product or quotient of numbers, which may be the
     question itself. A unit or words around it do not count, as long as they do not change it (see
     `rl.quantities.core`); nor does `x =`. A percent sign on one side only may mean the number or
-    its hundredth. Where nothing marks the answer (marked=False), prose ends in it: then the last of
-    several numbers is taken.
+    its hundredth; 3,14 is 3.14 where no list is meant. Where nothing marks the answer
+    (marked=False), prose ends in it: then the last of several numbers is taken, unless a word
+    beside it denies it, makes it one of several, or makes it another.
 
     ValueError if `expected` is no number; rl.verdict.mathematics.symbolic.UndecidedError if sympy
     reaches no verdict.
@@ -269,11 +270,13 @@ def _without_dollars(text: str) -> str:
 def same_maths(expected: str, given: str, marked: bool = True) -> bool:
     r"""Whether two mathematical texts mean the same: equal text, equal number, or equal by sympy.
 
-    `x = 5` is 5, and equations are equal if the differences of their sides are, up to the sign;
-    inequalities, read from either end, if their sides are. Degrees are not converted to radians.
-    Tuples, intervals and matrices are compared part by part, with their brackets; sets in braces,
-    lists without brackets, unions and \pm without order. From a given text that is prose with one
-    $formula$, or (marked=False) several, the last formula is taken.
+    `x = 5` is 5, and equations are equal if the differences of their sides are, up to the sign, or
+    (of several variables) up to a factor; inequalities, read from either end, if their sides are,
+    or if they say an interval. Degrees are not converted to radians. Tuples, intervals and matrices
+    are compared part by part, with their brackets; sets in braces, lists without brackets, unions
+    and \pm without order, values with names by name. From a given text that is prose with one
+    $formula$, or (marked=False) several, the last formula is taken, with those that `and`, `or` or
+    a comma joins to it, and none that the words beside it deny.
 
     Raises rl.verdict.mathematics.symbolic.UndecidedError if sympy reaches no verdict in time.
     """
