@@ -53,7 +53,7 @@ _ROUNDING = 1e-9
 
 _ABOUT = re.compile(r"\\(?:approx|simeq|cong)(?![A-Za-z])|≈")
 _EQUALS = re.compile(rf"=+|{pattern('is').pattern}", re.IGNORECASE)
-_ORDERED = re.compile(r"[<>≤≥≠]|\\(?:[lg]e|[lg]eq|[lg]eqslant|[lg]t|neq?|notin|pm|mp)(?![A-Za-z])")
+_ORDERED = re.compile(r"[<>≤≥≠]|\\(?:[lg]e|[lg]eq|[lg]eqslant|[lg]t|neq?|notin|pm|mp|not)(?![A-Za-z])|\s!=")
 _NAME = re.compile(r"[\w\\{}()|',.:;\s∠△]*")
 _NO_NAME = re.compile(
     r"(?<![_({A-Za-z\d])\d|\\[dtc]?frac|\\sqrt|\b[A-Za-z]{1,2}\s*:\s*[A-Za-z]{1,2}\b"
@@ -302,6 +302,8 @@ def same_maths(expected: str, given: str, marked: bool = True) -> bool:
             member = _MEMBER.match(other)
             return (not member or member[1] == span[0]) and same_maths(span[1], other)
     parts_a, parts_b = parts(a) or inequality(a), parts(b) or inequality(b)
+    if parts_a and len(parts_a.letters) > 1 and says(given, "or"):
+        return False
     if parts_a or parts_b:
         return _same_parts(parts_a or alone(a), parts_b or alone(b))
     if wanted:
@@ -368,30 +370,37 @@ def _same_word(a: str, b: str) -> bool:
 def _same_named(a: Parts, b: Parts) -> bool:
     """Whether x = 1, y = 2 has the values of another list of names, of a point (by the order of
     the names), or of a list without names (in its order, where the names tell what is what)."""
-    names = [p.brackets[1:].split(",") if p.brackets[0] == "=" else [] for p in (a, b)]
-    if all(names) and sorted(names[0]) != sorted(names[1]):
+    if a.names and b.names and sorted(a.names) != sorted(b.names):
         return False
-    items, kind, bare = [a.items, b.items], "list", b if names[0] else a
-    if all(names) or bare.brackets == "()":
-        for n, side in enumerate(names):
-            pairs = sorted(zip(side, items[n], strict=True)) if side else ()
-            items[n] = tuple(item for _, item in pairs) or items[n]
-    else:  # x_1, x_2 are roots, in any order
-        letters = {name.partition("_")[0] for name in names[0] or names[1]}
-        same = len(letters) == 1 and (bare is a or all(i[:1] in letters for i in b.items))
-        kind = "{}" if same else kind
-    return _same_parts(Parts(kind, items[0]), Parts(kind, items[1]))
+    named, bare = (a, b) if a.names else (b, a)
+    if not bare.names and bare.brackets != "()":
+        letter = min(named.letters)
+        roots = len(named.letters) == 1 and (named is b or f"{letter}=" in squeezed(bare.items[0]))
+        own = {item.partition("=")[0].strip() for item in bare.items if "=" in item}
+        if not own <= {letter} or not (roots or (bare.brackets == "," and not own)):
+            return False
+        kind = "{}" if roots else "list"
+        return _same_parts(Parts(kind, a.items), Parts(kind, b.items))
+    if len(named.letters) == 1 and not bare.names:
+        return False
+    sides = []
+    for side in (a, b):
+        pairs = sorted(zip(side.names, side.items, strict=True)) if side.names else ()
+        sides.append(tuple(item for _, item in pairs) or side.items)
+    return _same_parts(Parts("list", sides[0]), Parts("list", sides[1]))
 
 
 def _same_parts(a: Parts, b: Parts) -> bool:
-    kinds = {a.brackets, b.brackets}
     if len(a.items) != len(b.items):
         return False
-    if any(kind[0] == "=" for kind in kinds) and all(kind[0] in "={(" for kind in kinds):
-        return kinds.isdisjoint(("(]", "{} !=")) and _same_named(a, b)
+    if (a.names or b.names) and {a.brackets, b.brackets} - {"{}", ",", "()"} <= {
+        side.brackets for side in (a, b) if side.names
+    }:
+        return _same_named(a, b)
+    kinds = {"{}" if side.brackets == "," else side.brackets for side in (a, b)}
     if len(kinds) > 1 and not (":" in kinds and all(kind[0] == ":" for kind in kinds)):
         return False
-    if a.brackets not in ("{}", "{} !=", "cup"):
+    if kinds.isdisjoint(("{}", "{} !=", "cup")):
         return all(same_maths(x, y) for x, y in zip(a.items, b.items, strict=True))
     left = list(b.items)
     for item in a.items:

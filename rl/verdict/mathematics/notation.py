@@ -58,9 +58,20 @@ class Parts(NamedTuple):
     """What an answer consists of. Parts with other brackets are never equal."""
 
     brackets: str
-    """"{}" and "cup": a set, a union, without order. Brackets of a tuple or an interval, "matrix"
-    with the lengths of its rows, "=" or ":" with names: in this order."""
+    """"{}", "," and "cup": a set, a list without brackets, a union, without order. Brackets of a
+    tuple or an interval, "matrix" with the lengths of its rows, "=" or ":" with names: in this
+    order."""
     items: tuple[str, ...]
+
+    @property
+    def names(self) -> list[str]:
+        """Of x = 1, y = 2: x and y."""
+        return self.brackets[1:].split(",") if self.brackets[0] == "=" else []
+
+    @property
+    def letters(self) -> set[str]:
+        """Names without an index: x alone of x_1 = 1, x_2 = 2, which are roots, in any order."""
+        return {name.partition("_")[0] for name in self.names}
 
 
 def alone(text: str) -> Parts:
@@ -105,7 +116,7 @@ def _by_name(items: tuple[str, ...]) -> Parts:
     named = [match for match in map(_ASSIGNED.fullmatch, items) if match]
     names = [re.sub(r"[{}\s]", "", match[1]) for match in named]
     if len(set(names)) < 2 or len(named) < len(items):
-        return Parts("{}", items)
+        return Parts(",", items)
     return Parts("=" + ",".join(names), tuple(match[2] for match in named))
 
 
