@@ -53,7 +53,9 @@ _ROUNDING = 1e-9
 
 _ABOUT = re.compile(r"\\(?:approx|simeq|cong)(?![A-Za-z])|≈")
 _EQUALS = re.compile(rf"=+|{pattern('is').pattern}", re.IGNORECASE)
-_ORDERED = re.compile(r"[<>≤≥≠]|\\(?:[lg]e|[lg]eq|[lg]eqslant|[lg]t|neq?|notin|pm|mp|not)(?![A-Za-z])|\s!=")
+_ORDERED = re.compile(
+    r"[<>≤≥≠]|\\(?:[lg]e|[lg]eq|[lg]eqslant|[lg]t|neq?|notin|pm|mp|not)(?![A-Za-z])|\s!="
+)
 _NAME = re.compile(r"[\w\\{}()|',.:;\s∠△]*")
 _NO_NAME = re.compile(
     r"(?<![_({A-Za-z\d])\d|\\[dtc]?frac|\\sqrt|\b[A-Za-z]{1,2}\s*:\s*[A-Za-z]{1,2}\b"
@@ -65,7 +67,7 @@ _JOINED = re.compile(
     r"(?:[\d)}]|(?<![A-Za-z])[a-z])\s*(?:[-+*×·÷~—]|\\(?:times|cdot|div|pm)\b)[\s$(]*$"
     r"|\d:$|[A-Za-z]\($|(?:±|\\pm)\s*$"
     r"|(?P<name>[A-Za-z]\w{0,5})\s*=[^=]{1,20}(?P=name)\s*=[\s$]*$"
-    rf"|[\d)}}]\W*(?:[,;&]|{pattern('and', 'or', 'to').pattern})[\s$\\(]*$",
+    rf"|[\d)}}]\W*(?:[,;&]|{pattern('and', 'or', 'to').pattern})[\s$\\(.]*$",
     re.IGNORECASE,
 )
 """What goes on with the number after it: a sum, a ratio, f(5), values of one name, a list."""
@@ -291,6 +293,9 @@ def same_maths(expected: str, given: str, marked: bool = True) -> bool:
     if all(known):
         return known[0] == known[1]
     a, b = mathematical(expected), mathematical(given)
+    parts_a = parts(a) or inequality(a)
+    if parts_a and len(parts_a.letters) > 1 and says(given, "or"):
+        return False  # x = 1 or y = 2
     if squeezed(a) == squeezed(b) or _same_word(a, b):
         return bool(squeezed(a))
     if max(len(a), len(b)) > MAX_CHARS:
@@ -301,9 +306,7 @@ def same_maths(expected: str, given: str, marked: bool = True) -> bool:
         if _INTERVAL.search(other) and (span := interval(plain(one))):
             member = _MEMBER.match(other)
             return (not member or member[1] == span[0]) and same_maths(span[1], other)
-    parts_a, parts_b = parts(a) or inequality(a), parts(b) or inequality(b)
-    if parts_a and len(parts_a.letters) > 1 and says(given, "or"):
-        return False
+    parts_b = parts(b) or inequality(b)
     if parts_a or parts_b:
         return _same_parts(parts_a or alone(a), parts_b or alone(b))
     if wanted:
