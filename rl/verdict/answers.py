@@ -7,6 +7,7 @@ import re
 from typing import NamedTuple
 
 from rl.problems import Problem
+from rl.verdict.words import denied, last_joined
 
 OPEN, CLOSE = "<think>", "</think>"
 ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
@@ -17,6 +18,9 @@ _BOXED = re.compile(r"\\f?boxed\s*\{")
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 _FENCE = re.compile(
     r"^ {0,3}```[ \t]*([\w+#.-]{0,20})[^\n`]*\n(.*?)^ {0,3}```", re.MULTILINE | re.DOTALL
+)
+_END = re.compile(
+    r"<[|｜][^<>\n]{0,40}(?:end|eo[stm]|return)[^<>\n]{0,40}[|｜]>|</s>|<eos>|<end_of_turn>"
 )
 _GSM8K = re.compile(r"####[ \t]*([^\n]+)")
 
@@ -53,45 +57,67 @@ def after_thought(text: str, opened: bool = False) -> str:
     return "" if not closed and (opened or OPEN in text) else after
 
 
-def boxed(text: str) -> str | None:
-    r"""Content of the last complete \boxed{...}, braces inside it balanced; None if there is none.
+def boxes(text: str) -> list[tuple[int, int, str]]:
+    r"""Complete \boxed{...}, braces inside them balanced, none inside another: where each begins
+    and ends, and its content.
 
     Escaped braces (\{ and \}) do not count. An unclosed box is none, and does not hide those
     before it or in it.
     """
-    begins = [match.end() for match in _BOXED.finditer(text)]
-    if not begins:
-        return None
-    boxes, unclosed, found = set(begins), [], None
-    for match in _BRACES.finditer(text, begins[0] - 1):
+    begins = {match.end(): match.start() for match in _BOXED.finditer(text)}
+    unclosed, found = [], []
+    for match in _BRACES.finditer(text, min(begins, default=len(text) + 1) - 1):
         if match.group() == "{":
             unclosed.append(match.end())
         elif match.group() == "}" and unclosed:
-            begin = unclosed.pop()
-            if begin in boxes:  # of nested boxes the outer one closes last
-                found = text[begin : match.start()].strip()
+            inside = unclosed.pop()
+            if inside in begins:
+                while found and found[-1][0] >= inside:
+                    found.pop()
+                found.append((begins[inside], match.end(), text[inside : match.start()].strip()))
     return found
+
+
+def boxed(text: str) -> str | None:
+    """Content of the last box, and of those that only `and`, `or` or a comma joins to it; '' if
+    words around it deny it, None if there is no box."""
+    found = boxes(text)
+    if not found:
+        return None
+    begin, answer = last_joined(text, found)
+    last, end, _ = found[-1]
+    return "" if denied(text, begin, end) or denied(text, last, end) else answer
 
 
 def final_answer(text: str, opened: bool = False) -> Final:
     r"""The final answer of a text; thinking is never searched. opened: see `after_thought`.
 
     In this order: the last \boxed{...} of the last <answer>...</answer>, or all of that; the last
-    \boxed{...}; what follows the last ####, as in GSM8K; the last line that is not blank.
+    \boxed{...} (see `boxed`); what follows the last ####, as in GSM8K; the last line that is not
+    blank. Nothing after a token that ends a turn counts.
     """
-    text = after_thought(text, opened)
-    before, closed, _ = text.rpartition(ANSWER_CLOSE)
-    _, begun, inside = before.rpartition(ANSWER_OPEN)
-    if closed and begun:
-        box = boxed(inside)
-        return Final(inside.strip() if box is None else box, True)
+    text, tagged = _answer_part(text, opened)
     box = boxed(text)
-    if box is not None:
-        return Final(box, True)
+    if box is not None or tagged:
+        return Final(text.strip() if box is None else box, True)
     marks = _GSM8K.findall(text)
     if marks:
         return Final(marks[-1].strip(), True)
     return Final(text.rstrip().rpartition("\n")[2].strip()[-MAX_LINE:], False)
+
+
+def all_boxed(text: str, opened: bool = False) -> list[str]:
+    """Contents of all boxes where `final_answer` looks for the last one, each once."""
+    return list(dict.fromkeys(content for *_, content in boxes(_answer_part(text, opened)[0])))
+
+
+def _answer_part(text: str, opened: bool) -> tuple[str, bool]:
+    """What follows the thought up to the end of the turn, or of that what is in answer tags; and
+    whether it is."""
+    text = after_thought(_END.split(text, maxsplit=1)[0], opened)
+    before, closed, _ = text.rpartition(ANSWER_CLOSE)
+    _, begun, inside = before.rpartition(ANSWER_OPEN)
+    return (inside, True) if closed and begun else (text, False)
 
 
 def code_block(text: str, opened: bool = False) -> str:

@@ -26,6 +26,7 @@ from rl.verdict.answers import (
     ANSWER_OPEN,
     CLOSE,
     OPEN,
+    all_boxed,
     chain_of_thought,
     code_block,
     final_answer,
@@ -84,6 +85,8 @@ def accuracy(problem: Problem, text: str, unsafe: bool = False) -> float:
             same = worded_answers.same_text(expected, answer)
         case _:
             same = equivalence.same_maths(expected, answer, marked)
+            if not same and answer and 1 < len(every := all_boxed(text, opened(problem))) < 10:
+                same = equivalence.same_maths(expected, ", ".join(every))
     return float(same)
 
 

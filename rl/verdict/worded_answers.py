@@ -11,14 +11,17 @@ from fractions import Fraction
 
 from rl.verdict.mathematics.expressions import MAX_CHARS
 from rl.verdict.mathematics.quantities import TEXT_COMMAND, plain, read_number
+from rl.verdict.words import pattern
 
 MAX_TEXT = 20_000
 """Characters of a word answer, sequence or set that are compared."""
 
 _CHOICE = re.compile(r"\(?\s*([A-Za-z])\s*\)?\s*(?:[.:)]\s*(?!.*\bor\b).*)?")
 _CHOICE_IN_TEXT = re.compile(
-    r"\b(?:[Aa]nswer|[Oo]ption|[Cc]hoice)\b(?:\s+is)?[\s:*(]{1,6}([A-Z])(?=[\s.,;:)*]|$)"
-    r"(?!\W{0,5}(?:or|and)\b)"
+    rf"(?<!not )(?<![不别勿非]){pattern('answer', 'choice').pattern}(?:\s*{pattern('is').pattern})?"
+    rf"[\s:*(]{{0,6}}(?<![A-Za-z])(?-i:([A-Z]))(?=[\s.,;:)*]|$)"
+    rf"(?!\W{{0,5}}{pattern('or', 'and').pattern}|\s*[,&/]\s*\(?[A-Z](?![A-Za-z]))",
+    re.IGNORECASE,
 )
 
 

@@ -23,14 +23,27 @@ from rl.verdict.mathematics.notation import (
     alone,
     formula,
     inequality,
+    interval,
     mathematical,
     other_connective,
     parts,
     squeezed,
     unassigned,
 )
-from rl.verdict.mathematics.quantities import Number, core, other_angle, plain, read_number, tidy
+from rl.verdict.mathematics.quantities import (
+    TEXT_COMMAND,
+    UNITS,
+    Number,
+    core,
+    decimal_point,
+    is_written_number,
+    other_angle,
+    plain,
+    read_number,
+    tidy,
+)
 from rl.verdict.mathematics.symbolic import symbolically_equal
+from rl.verdict.words import LETTER, changes, clause, doubtful, one_word, pattern, rewritten, says
 
 _ALMOST = 0.02
 """Largest relative difference between the sides of `a \approx b`."""
@@ -39,13 +52,28 @@ _ROUNDING = 1e-9
 """Relative difference up to which values in floating point may be equal; then sympy is asked."""
 
 _ABOUT = re.compile(r"\\(?:approx|simeq|cong)(?![A-Za-z])|≈")
-_EQUALS = re.compile(r"=+|\b(?:is|are|equals|equal to)\b")
-_ORDERED = re.compile(r"[<>≤≥≠]|\\(?:[lg]e|[lg]eq|[lg]eqslant|[lg]t|neq?|notin|pm|mp)(?![A-Za-z])")
-_NAME = re.compile(r"[A-Za-z\\_{}()|',.:;\s∠△\d]*")
-_NO_NAME = re.compile(r"(?<![_({A-Za-z\d])\d|\\[dtc]?frac|\\sqrt|\bnot\b")
+_EQUALS = re.compile(rf"=+|{pattern('is').pattern}", re.IGNORECASE)
+_ORDERED = re.compile(
+    r"[<>≤≥≠]|\\(?:[lg]e|[lg]eq|[lg]eqslant|[lg]t|neq?|notin|pm|mp|not)(?![A-Za-z])|\s!="
+)
+_NAME = re.compile(r"[\w\\{}()|',.:;\s∠△]*")
+_NO_NAME = re.compile(
+    r"(?<![_({A-Za-z\d])\d|\\[dtc]?frac|\\sqrt|\b[A-Za-z]{1,2}\s*:\s*[A-Za-z]{1,2}\b"
+)
+_INTERVAL = re.compile(r"[(\[\]].*[,;].*[)\]\[]", re.DOTALL)
+_MEMBER = re.compile(r"(\\?[A-Za-z]{1,7})\s*(?:\\in(?![A-Za-z])|∈)")
 _SYMBOL = re.compile(r"\\?[A-Za-z]{1,10}(?:_(?:\w|\{\w+\}))?")
+_JOINED = re.compile(
+    r"(?:[\d)}]|(?<![A-Za-z])[a-z])\s*(?:[-+*×·÷~—]|\\(?:times|cdot|div|pm)\b)[\s$(]*$"
+    r"|\d:$|[A-Za-z]\($|(?:±|\\pm)\s*$"
+    r"|(?P<name>[A-Za-z]\w{0,5})\s*=[^=]{1,20}(?P=name)\s*=[\s$]*$"
+    rf"|[\d)}}]\W*(?:[,;&]|{pattern('and', 'or', 'to').pattern})[\s$\\(.]*$",
+    re.IGNORECASE,
+)
+"""What goes on with the number after it: a sum, a ratio, f(5), values of one name, a list."""
+_GOES_ON = re.compile(r"\s*(?:[-+*/^×·]\s*(?:[a-z](?![a-z])|\d|\\)|([b-z])(?![a-z'’]))")
 _NUMBER_IN_TEXT = re.compile(
-    r"(?<![\w.^{])[-+]?\s?[$€£]?(?:\d{1,3}(?:,\d{3})++(?!\d)|\d++)(?:\.\d++)?"
+    r"(?<![A-Za-z\d_.^{])[-+]?\s?[$€£¥]?(?:\d{1,3}(?:,\d{3})++(?!\d)|\d++)(?:[.,]\d++)?"
     r"(?:\s*/\s*\d++(?!\.))?(?!\s?(?:[eE]|\^|\*\*)[-+{]?\d|\s*[\^}_]|\s*\\[a-z])(?:\s*%)?"
 )
 
@@ -60,8 +88,9 @@ def same_number(expected: str, given: str, marked: bool = True, tolerance: float
     `\sqrt{16}`, `2^{10}`, `3!`; not of a sum, product or quotient of numbers, which may be the
     question itself. A unit or words around it do not count, as long as they do not change it (see
     `rl.quantities.core`); nor does `x =`. A percent sign on one side only may mean the number or
-    its hundredth. Where nothing marks the answer (marked=False), prose ends in it: then the last of
-    several numbers is taken.
+    its hundredth; 3,14 is 3.14 where no list is meant. Where nothing marks the answer
+    (marked=False), prose ends in it: then the last of several numbers is taken, unless a word
+    beside it denies it, makes it one of several, or makes it another.
 
     ValueError if `expected` is no number; rl.verdict.mathematics.symbolic.UndecidedError if sympy
     reaches no verdict.
@@ -74,7 +103,7 @@ def same_number(expected: str, given: str, marked: bool = True, tolerance: float
     given = plain(given)
     if other_angle(plain(expected), given):
         return False
-    if not marked and re.search("[A-Za-z]", given):
+    if not marked and re.search(LETTER, given):
         given = given.rstrip("!. ")  # the end of a sentence, no factorial
     same = _has_value(wanted, given, Fraction(tolerance))
     if same is None and not marked:
@@ -92,7 +121,9 @@ def _has_value(
     number = read_number(text)
     if number:
         return _near(wanted, number, tolerance)
-    text = tidy(SPAN.sub(lambda match: f" {match[1] or match[2] or match[3]} ", text))
+    text = decimal_point(tidy(_without_dollars(text)))
+    if not text.isascii() and changes(text):
+        return None
     if _ABOUT.search(text):
         return _about(wanted, text, tolerance)
     side = _answered(text)
@@ -147,41 +178,26 @@ def _names(node: Node) -> set[str]:
 
 
 def _is_arithmetic(node: Node) -> bool:
-    """Whether a sum, product or quotient of numbers is in a tree, other than a fraction or a mixed
-    number as written."""
-    if node.kind in "+*" and not _is_fraction(node):
-        numbers = [part for part in node.parts if not _names(part) and _is_exact(part)]
-        if len(numbers) == len(node.parts):
-            return True
-    return any(_is_arithmetic(part) for part in node.parts if not _is_fraction(part))
-
-
-def _is_exact(node: Node) -> bool:
-    return exact_value(node) is not None
-
-
-def _is_fraction(node: Node) -> bool:
-    """A quotient of two numbers, signs included, or a number and such a quotient."""
-    if node.kind == "+":
-        return node.parts[0].kind == "num" and len(node.parts) == 2 and _is_fraction(node.parts[1])
-    if node.kind != "*" or len(node.parts) != 2 or node.parts[1].kind != "inv":
+    """Whether a sum or product of numbers is in a tree, other than a number as written."""
+    if is_written_number(node):
         return False
-    return all(
-        (part.parts[0] if part.kind == "neg" else part).kind == "num"
-        for part in (node.parts[0], node.parts[1].parts[0])
-    )
+    if node.kind in "+*" and all(exact_value(part) is not None for part in node.parts):
+        return True
+    return any(map(_is_arithmetic, node.parts))
 
 
 def _answered(text: str) -> str | None:
     """The last side of `x = 2 + 3 = 5`, `the answer is 5`, `5 = x`; None if sides differ in value
     or one is neither a name nor a value, and for inequalities."""
-    if _ORDERED.search(text):
+    if _ORDERED.search(text) or says(text, "not", "unsure", "wrong"):
         return None
     sides = [side.strip(" \n\t:,") for side in _EQUALS.split(text)]
     sides = [side for side in sides if side]
     if len(sides) == 2 and _SYMBOL.fullmatch(sides[1]) and _value(sides[0]) is not None:
         sides.pop()
     while len(sides) > 1 and _NAME.fullmatch(sides[0]) and not _NO_NAME.search(sides[0]):
+        if _of_variable(sides[0]):
+            return None
         del sides[0]
     values = [_value(side) for side in sides[:-1]]
     last = _value(sides[-1]) if values else 0.0
@@ -214,18 +230,40 @@ def _about(wanted: Number, text: str, tolerance: Fraction) -> bool | None:
 
 
 def _ends_in(wanted: Number, text: str, tolerance: Fraction) -> bool:
-    """Whether the last number of a text is the wanted one."""
+    """Whether the last number of a text is the wanted one, and no word says otherwise: neither a
+    `not` or `or` in its clause, nor a half or a root beside it, nor `wrong` after it."""
+    text = rewritten(_without_dollars(text))
     numbers = list(_NUMBER_IN_TEXT.finditer(text))
     if not numbers:
         return False
     found = numbers[-1]
+    before, after = clause(text, found.start(), found.end())
+    others = re.split(rf"\d|{_EQUALS.pattern}", before, flags=re.IGNORECASE)[:-1]
+    digits = found.end() - len(found.group().lstrip("+- $€£¥"))
+    more = _GOES_ON.match(text, found.end())
+    if _JOINED.search(text[max(0, digits - 40) : digits]) or (more and more[1] not in UNITS):
+        return False
+    if _ORDERED.search(before) or any(map(_of_variable, others[-1:])):
+        return False
+    if doubtful(before, after) or pattern("wrong").search(text[found.end() :]):
+        return False
     unit = re.match(r"[A-Za-z]+|\s+[A-Za-z]+", text[found.end() :])
     if unit:
         number, factor = core(found.group().strip() + unit.group())
         if factor != 1 or not unit.group()[0].isspace():
             return bool(_has_value(wanted, number + unit.group() * (factor != 1), tolerance))
-    number = read_number(re.sub(r"[$€£]", "", found.group()).replace(" ", ""))
+    number = read_number(decimal_point(re.sub(r"[$€£¥\s]", "", found.group())))
     return number is not None and _near(wanted, number, tolerance)
+
+
+def _of_variable(side: str) -> bool:
+    """Whether words on the left of `is` say something of a variable: twice x, the root of n."""
+    variable = re.search(r"(?<![A-Za-z\\'])(?!a\b)[a-z](?![A-Za-z'])", side)
+    return variable is not None and says(side, "changes")
+
+
+def _without_dollars(text: str) -> str:
+    return SPAN.sub(lambda match: f" {match[1] or match[2] or match[3]} ", text)
 
 
 # ---- mathematics --------------------------------------------------------------------------------
@@ -234,28 +272,44 @@ def _ends_in(wanted: Number, text: str, tolerance: Fraction) -> bool:
 def same_maths(expected: str, given: str, marked: bool = True) -> bool:
     r"""Whether two mathematical texts mean the same: equal text, equal number, or equal by sympy.
 
-    `x = 5` is 5, and equations are equal if the differences of their sides are, up to the sign;
-    inequalities, read from either end, if their sides are. Degrees are not converted to radians.
-    Tuples, intervals and matrices are compared part by part, with their brackets; sets in braces,
-    lists without brackets, unions and \pm without order. From a given text that is prose with one
-    $formula$, or (marked=False) several, the last formula is taken.
+    `x = 5` is 5, and equations are equal if the differences of their sides are, up to the sign, or
+    (of several variables) up to a factor; inequalities, read from either end, if their sides are,
+    or if they say an interval. Degrees are not converted to radians. Tuples, intervals and matrices
+    are compared part by part, with their brackets; sets in braces, lists without brackets, unions
+    and \pm without order, values with names by name. From a given text that is prose with one
+    $formula$, or (marked=False) several, the last formula is taken, with those that `and`, `or` or
+    a comma joins to it, and none that the words beside it deny.
 
     Raises rl.verdict.mathematics.symbolic.UndecidedError if sympy reaches no verdict in time.
     """
     if max(len(expected), len(given)) > 2 * MAX_CHARS:
         return squeezed(expected) == squeezed(given[: 2 * len(expected) + MAX_CHARS]) != ""
     given = formula(given, marked)
+    if re.search(r"\\neq?(?![A-Za-z])|≠", expected):
+        given = given.replace("!=", r"\ne ")
     if other_angle(plain(expected), plain(given)) or other_connective(expected, given):
         return False
+    known = [one_word(TEXT_COMMAND.sub(r"\1", plain(text))) for text in (expected, given)]
+    if all(known):
+        return known[0] == known[1]
     a, b = mathematical(expected), mathematical(given)
+    parts_a = parts(a) or inequality(a)
+    if parts_a and len(parts_a.letters) > 1 and says(given, "or"):
+        return False  # x = 1 or y = 2
     if squeezed(a) == squeezed(b) or _same_word(a, b):
         return bool(squeezed(a))
     if max(len(a), len(b)) > MAX_CHARS:
         return False
-    parts_a, parts_b = parts(a) or inequality(a), parts(b) or inequality(b)
+    if (wanted := read_number(a)) and (found := read_number(decimal_point(b))):
+        return _near(wanted, found, Fraction(0))
+    for one, other in ((expected, b), (given, a)):
+        if _INTERVAL.search(other) and (span := interval(plain(one))):
+            member = _MEMBER.match(other)
+            return (not member or member[1] == span[0]) and same_maths(span[1], other)
+    parts_b = parts(b) or inequality(b)
     if parts_a or parts_b:
         return _same_parts(parts_a or alone(a), parts_b or alone(b))
-    if wanted := read_number(a):
+    if wanted:
         return bool(_has_value(wanted, b, Fraction(0), any_form=True))
     if (found := read_number(b)) and not _has_variables(a):
         return bool(_has_value(found, a, Fraction(0), any_form=True))
@@ -264,7 +318,8 @@ def same_maths(expected: str, given: str, marked: bool = True) -> bool:
         return True
     if "=" in a and "=" in b:
         return _same_equation(a, b)
-    return _same_expression(a, b)
+    bare, factor = core(b)
+    return _same_expression(a, bare if factor == 1 and not _has_variables(a) else b)
 
 
 def _same_expression(a: str, b: str) -> bool:
@@ -291,7 +346,14 @@ def _same_equation(a: str, b: str) -> bool:
     sides_a, sides_b = a.split("="), b.split("=")
     if len(sides_a) != 2 or len(sides_b) != 2:
         return False
+    if unassigned(a) != a and not _has_variables(unassigned(a)):
+        return False  # x + 1 = 6 is x = 5, unsolved
     left, right = ("({})-({})".format(*sides) for sides in (sides_a, sides_b))
+    try:  # 2x + 2y = 2 is x + y = 1; but 2x = 10, as it stands, is not x = 5
+        if len(_names(parse(left)) - _CLOSED) > 1:
+            return symbolically_equal(left, right, scaled=True)
+    except ExpressionError:
+        return False
     return _same_expression(left, right) or _same_expression(left, f"-({right})")
 
 
@@ -302,14 +364,46 @@ def _only_names(text: str) -> bool:
 
 def _same_word(a: str, b: str) -> bool:
     # Yes is yes; A and a are names of two things, and so may be Ab and ab.
+    if not (a + b).isascii():
+        return a.casefold() == b.casefold() and a.replace(" ", "").isalpha()
     word = re.fullmatch(r"[A-Za-z][a-z\s]{2,}", a)
     return word is not None and a[0].lower() + a[1:] == b[:1].lower() + b[1:]
 
 
-def _same_parts(a: Parts, b: Parts) -> bool:
-    if a.brackets != b.brackets or len(a.items) != len(b.items):
+def _same_named(a: Parts, b: Parts) -> bool:
+    """Whether x = 1, y = 2 has the values of another list of names, of a point (by the order of
+    the names), or of a list without names (in its order, where the names tell what is what)."""
+    if a.names and b.names and sorted(a.names) != sorted(b.names):
         return False
-    if a.brackets not in ("{}", "{} !=", "cup"):
+    named, bare = (a, b) if a.names else (b, a)
+    if not bare.names and bare.brackets != "()":
+        letter = min(named.letters)
+        roots = len(named.letters) == 1 and (named is b or f"{letter}=" in squeezed(bare.items[0]))
+        own = {item.partition("=")[0].strip() for item in bare.items if "=" in item}
+        if not own <= {letter} or not (roots or (bare.brackets == "," and not own)):
+            return False
+        kind = "{}" if roots else "list"
+        return _same_parts(Parts(kind, a.items), Parts(kind, b.items))
+    if len(named.letters) == 1 and not bare.names:
+        return False
+    sides = []
+    for side in (a, b):
+        pairs = sorted(zip(side.names, side.items, strict=True)) if side.names else ()
+        sides.append(tuple(item for _, item in pairs) or side.items)
+    return _same_parts(Parts("list", sides[0]), Parts("list", sides[1]))
+
+
+def _same_parts(a: Parts, b: Parts) -> bool:
+    if len(a.items) != len(b.items):
+        return False
+    if (a.names or b.names) and {a.brackets, b.brackets} - {"{}", ",", "()"} <= {
+        side.brackets for side in (a, b) if side.names
+    }:
+        return _same_named(a, b)
+    kinds = {"{}" if side.brackets == "," else side.brackets for side in (a, b)}
+    if len(kinds) > 1 and not (":" in kinds and all(kind[0] == ":" for kind in kinds)):
+        return False
+    if kinds.isdisjoint(("{}", "{} !=", "cup")):
         return all(same_maths(x, y) for x, y in zip(a.items, b.items, strict=True))
     left = list(b.items)
     for item in a.items:

@@ -29,7 +29,10 @@ MAX_BITS = 10_000
 MAX_COUNT = 1000
 """Largest n of n! and of the binomial coefficient of n and k that is evaluated."""
 
-FUNCTIONS = ("sqrt", "sin", "cos", "tan", "asin", "acos", "atan", "exp", "ln", "log", "abs")
+FUNCTIONS = (
+    "sqrt", "sin", "cos", "tan", "sec", "csc", "cot", "asin", "acos", "atan", "sinh", "cosh",
+    "tanh", "coth", "exp", "ln", "log", "lg", "abs",
+)  # fmt: skip
 CONSTANTS = ("pi", "infty")
 GREEK = (
     "alpha", "beta", "gamma", "delta", "epsilon", "theta", "lambda", "mu", "rho", "sigma", "tau",
@@ -37,8 +40,9 @@ GREEK = (
 )  # fmt: skip
 
 _ALIASES = {
-    "arcsin": "asin", "arccos": "acos", "arctan": "atan", "dfrac": "frac", "tfrac": "frac",
-    "cfrac": "frac", "nicefrac": "frac", "sfrac": "frac", "dbinom": "binom", "tbinom": "binom",
+    "arcsin": "asin", "arccos": "acos", "arctan": "atan", "arctg": "atan", "cosec": "csc",
+    "tg": "tan", "ctg": "cot", "dfrac": "frac", "tfrac": "frac", "cfrac": "frac",
+    "nicefrac": "frac", "sfrac": "frac", "dbinom": "binom", "tbinom": "binom",
     "cdot": "*", "times": "*", "ast": "*", "div": "/", "infinity": "infty", "inf": "infty",
     "oo": "infty", "lbrace": "{", "rbrace": "}", "vert": "|", "lvert": "|", "rvert": "|",
     "varphi": "phi", "varepsilon": "epsilon", "left": "", "right": "", "displaystyle": "",
@@ -51,11 +55,12 @@ _CHARACTERS = {
 _THOUSANDS = re.compile(r"(?<=\d)\\,(?=\d{3}(?!\d))")
 _SPACES = re.compile(r"\\[ ,;:]|[~$\s]+")
 _TOKEN = re.compile(
-    r"(?P<number>\d{1,3}(?:,\d{3})+(?![\d])(?:\.\d+)?|\d+\.?\d*|\.\d+)"
+    r"(?P<number>[1-9]\d{0,2}(?:,\d{3})+(?![\d])(?:\.\d+)?|\d+\.?\d*|\.\d+)"
     r"|\\(?P<command>[A-Za-z]+)|(?P<word>[A-Za-z]+)|(?P<sign>[-+*/^(){}\[\]|_!])|(?P<space>\s+)"
 )
 
 
+_INVERSE = {"sec": "cos", "csc": "sin", "cot": "tan", "coth": "tanh"}
 _EXACT_CALLS = ("abs", "factorial", "binomial")
 _CLOSING = {"(": ")", "[": "]", "{": "}", "|": "|"}
 
@@ -173,6 +178,8 @@ def _float(node: Node, values: list[float]) -> float | None:
     if node.kind == "call":
         if name == "root":
             return math.pow(values[0], 1 / values[1])
+        if name in _INVERSE:
+            return 1 / getattr(math, _INVERSE[name])(*values)
         function = {"ln": math.log, "abs": math.fabs}.get(name) or getattr(math, name)
         return function(*values)
     if node.kind in "+*":
@@ -357,6 +364,8 @@ class _Parser:
         if self.token == "^":  # \sin^2 x
             self.take()
             power = self.short(depth)
+        if name == "lg":
+            name, second = "log", (Node("num", Fraction(10)),)
         inner = self.atom(depth) if self.token in _CLOSING else self.operand(name, depth)
         node = Node("call", name, (inner, *second))
         return node if power is None else Node("^", parts=(node, power))

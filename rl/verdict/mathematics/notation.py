@@ -4,9 +4,11 @@ Everything here turns text into text; whether parts are equal is for `equivalenc
 """
 
 import re
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
-from rl.verdict.mathematics.quantities import TEXT_COMMAND, plain, read_number, tidy
+from rl.verdict.mathematics.quantities import TEXT_COMMAND, balanced, plain, read_number, tidy
+from rl.verdict.words import LETTER, clause, doubtful, last_joined, pattern
 
 SPAN = re.compile(
     r"\$\$?(?=\S)([^$]+?)(?<=\S)(?<!\\)\$\$?(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL
@@ -14,22 +16,29 @@ SPAN = re.compile(
 _OPERATOR = re.compile(r"\\operatorname\s*\{([^{}]*)\}")
 _ASSIGNED = re.compile(
     r"(\\?[A-Za-z]{1,10}(?:_\w|_\{\w+\})?\s*(?:\([A-Za-z,\s]{1,9}\)\s*)?)"
-    r"(?:=|\\in(?![A-Za-z]))([^=]*)"
+    r"(?:=|∈|\\in(?![A-Za-z]))([^=]*)"
 )
+_RATIO = re.compile(r"(?:((?:\\?[A-Za-z]{1,10}\s*:\s*)+\\?[A-Za-z]{1,10})\s*=)?([^=]*:[^=]*)")
+_VARIABLE = re.compile(r"(?!(?:e|i|\\pi|\\infty)$)(?:[A-Za-z]|\\[a-z]{2,7})(?:_\w|_\{\w+\})?")
 _POINT = re.compile(r"(?:\\left\s*)?\(([^()]{1,60}?)(?:\\right\s*)?\)\s*=\s*(?=\(|\\left\s*\()")
 _RELATION = re.compile(
-    r"<=|>=|[<>≤≥≠]|\\(?:le|leq|leqslant|lt|ge|geq|geqslant|gt|ne|neq)(?![A-Za-z])"
+    r"<=|>=|[<>≤≥≠]|\s!=|\\not\s*=|\\(?:le|leq|leqslant|lt|ge|geq|geqslant|gt|ne|neq)(?![A-Za-z])"
 )
 _SIGNS = {
     r"\lt": "<", r"\le": "<=", r"\leq": "<=", r"\leqslant": "<=", "≤": "<=", r"\ne": "!=",
     r"\gt": ">", r"\ge": ">=", r"\geq": ">=", r"\geqslant": ">=", "≥": ">=", r"\neq": "!=",
-    "≠": "!=",
+    "≠": "!=", "!=": "!=", r"\not=": "!=",
 }  # fmt: skip
-_CONNECTED = re.compile(
-    r"(\band\b|\\(?:land|wedge)(?![A-Za-z])|∧)|\bor\b|\\(?:lor|vee)(?![A-Za-z])|∨"
+_ANDS, _ORS = pattern("and").pattern, pattern("or").pattern
+_OR = rf"(?:\\text\s*\{{\s*{_ORS}\s*\}}|{_ORS}|\\(?:lor|vee)(?![A-Za-z])|∨)"
+_CONNECTED = re.compile(rf"({_ANDS}|\\(?:land|wedge)(?![A-Za-z])|∧)|{_OR}", re.IGNORECASE)
+_AND = re.compile(
+    rf",?\s*(?:\\text\s*\{{\s*,?\s*{_ANDS}\s*\}}|{_ANDS}|\\land(?![A-Za-z])|∧|{_OR})\s*"
 )
-_AND = re.compile(r",?\s*(?:\\text\s*\{\s*,?\s*(?:and|or)\s*\}|\s(?:and|or)\s)\s*")
-_ANSWER_IS = re.compile(r"[A-Za-z\s,]*\banswer\s*(?:is\b|:)\s*:?", re.IGNORECASE)
+_ANSWER_IS = re.compile(
+    rf"(?:{LETTER}|[\s,])*{pattern('answer').pattern}\s*(?:{pattern('is').pattern}|:)\s*:?",
+    re.IGNORECASE,
+)
 _MATRIX = re.compile(
     r"\\begin\{([pbvBV]?|small)(?:matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1(?:matrix|array)\}",
     re.DOTALL,
@@ -49,9 +58,20 @@ class Parts(NamedTuple):
     """What an answer consists of. Parts with other brackets are never equal."""
 
     brackets: str
-    """"{}" and "cup": a set, a union, without order. Brackets of a tuple or an interval, "matrix"
-    with the lengths of its rows, "=" with names: in this order."""
+    """"{}", "," and "cup": a set, a list without brackets, a union, without order. Brackets of a
+    tuple or an interval, "matrix" with the lengths of its rows, "=" or ":" with names: in this
+    order."""
     items: tuple[str, ...]
+
+    @property
+    def names(self) -> list[str]:
+        """Of x = 1, y = 2: x and y."""
+        return self.brackets[1:].split(",") if self.brackets[0] == "=" else []
+
+    @property
+    def letters(self) -> set[str]:
+        """Names without an index: x alone of x_1 = 1, x_2 = 2, which are roots, in any order."""
+        return {name.partition("_")[0] for name in self.names}
 
 
 def alone(text: str) -> Parts:
@@ -65,7 +85,7 @@ def parts(text: str) -> Parts | None:
     if read_number(text):
         return None
     assigned = _ASSIGNED.fullmatch(text)
-    text = assigned[2] if assigned and re.search(r",|\\begin", assigned[2]) else text
+    text = tidy(assigned[2]) if assigned and re.search(r",|\\begin", assigned[2]) else text
     text = text.replace("\\{", "\\lbrace ").replace("\\}", "\\rbrace ")
     text = re.sub(r"\\(?:left|right)(?![A-Za-z])", "", text).strip()
     if "\\begin" in text:
@@ -75,6 +95,8 @@ def parts(text: str) -> Parts | None:
         return Parts("cup", tuple(map(str.strip, union)))
     if len(re.findall(r"\\pm(?![A-Za-z])|±", text)) == 1 and "," not in text:
         return Parts("{}", tuple(re.sub(r"\\pm(?![A-Za-z])|±", sign, text) for sign in "+-"))
+    if re.match(r"[\[\]].*[,;].*[\[\]]$", text):  # ]1;2[ is (1;2)
+        text = ("(" if text[0] == "]" else "[") + text[1:-1] + (")" if text[-1] == "[" else "]")
     pairs = {"\\lbrace": "{}", "(": "(", "[": "["}
     opening = next((sign for sign in pairs if text.startswith(sign)), "")
     closing = next((sign for sign in ("\\rbrace", ")", "]") if text.endswith(sign)), "")
@@ -82,18 +104,20 @@ def parts(text: str) -> Parts | None:
         items = _split(text[len(opening) : -len(closing)])
         if items and (len(items) > 1 or opening == "\\lbrace"):
             return Parts("{}" if opening == "\\lbrace" else opening + closing, items)
-    items = _split(text)
-    return _by_name(items) if len(items) > 1 else None
+    items, ratio = _split(text), _RATIO.fullmatch(text)
+    if len(items) > 1:
+        return _by_name(items)
+    ratio_items = tuple(map(str.strip, ratio[2].split(":"))) if ratio else ()
+    return Parts(f":{ratio[1] or ''}", ratio_items) if ratio and all(ratio_items) else None
 
 
 def _by_name(items: tuple[str, ...]) -> Parts:
-    """A list without brackets: x = 1, x = 2 are values of one name; x = 1, y = 2 have an order."""
+    """A list without brackets: x = 1, x = 2 are values of one name; x = 1, y = 2 of several."""
     named = [match for match in map(_ASSIGNED.fullmatch, items) if match]
-    names = sorted({match[1].strip() for match in named})
-    if len(names) < 2 or len(named) < len(items):
-        return Parts("{}", items)
-    ordered = sorted(named, key=lambda match: match[1].strip())
-    return Parts("=" + ",".join(names), tuple(match[2] for match in ordered))
+    names = [re.sub(r"[{}\s]", "", match[1]) for match in named]
+    if len(set(names)) < 2 or len(named) < len(items):
+        return Parts(",", items)
+    return Parts("=" + ",".join(names), tuple(match[2] for match in named))
 
 
 def _matrix(text: str) -> Parts | None:
@@ -109,17 +133,14 @@ def _matrix(text: str) -> Parts | None:
 
 
 def _split(text: str) -> tuple[str, ...]:
-    """Items between commas at depth 0; () if brackets do not balance."""
-    items, depth, begin = [], 0, 0
-    for position, character in enumerate(text):
-        depth += (character in "([{") - (character in ")]}")
-        if depth < 0:
-            return ()
-        if character == "," and depth == 0:
-            items.append(text[begin:position].strip())
-            begin = position + 1
-    items.append(text[begin:].strip())
-    return tuple(items) if depth == 0 else ()
+    """Items between semicolons, or without one between commas, at depth 0; () if brackets do not
+    balance."""
+    if not balanced(text):
+        return ()
+    depths = list(accumulate((c in "([{") - (c in ")]}") for c in text))
+    at = {sign: [n for n, c in enumerate(text) if c == sign and not depths[n]] for sign in ";,"}
+    ends = [-1, *(at[";"] or at[","]), len(text)]
+    return tuple(text[begin + 1 : end].strip() for begin, end in pairwise(ends))
 
 
 def inequality(text: str) -> Parts | None:
@@ -128,12 +149,38 @@ def inequality(text: str) -> Parts | None:
     sides = [side.strip() for side in _RELATION.split(text)]
     if len(sides) < 2 or not all(sides) or "=" in "".join(sides):
         return None
-    signs = [_SIGNS.get(sign, str(sign)) for sign in _RELATION.findall(text)]
+    signs = [re.sub(r"\s", "", sign) for sign in _RELATION.findall(text)]
+    signs = [_SIGNS.get(sign, sign) for sign in signs]
     if signs == ["!="]:
         return Parts("{} !=", tuple(sides))
     if {sign[0] for sign in signs} == {">"}:
         sides, signs = sides[::-1], [sign.replace(">", "<") for sign in signs[::-1]]
     return Parts(" ".join(signs), tuple(sides)) if {sign[0] for sign in signs} == {"<"} else None
+
+
+def interval(text: str) -> tuple[str, str] | None:
+    """The variable and the values of an inequality, or of several joined by `or`, as intervals:
+    ("x", "(1,\\infty)") of `x > 1`. None for a text that is none."""
+    names, intervals = set(), []
+    for piece in re.split(_OR, text):
+        chain = inequality(mathematical(piece))
+        if not chain or "," in piece or len(chain.items) > 3:
+            return None
+        sides, signs = list(chain.items), chain.brackets.split()
+        left = _VARIABLE.fullmatch(sides[0])
+        if signs[-1] == "!=":
+            name, other = sides if left else sides[::-1]
+            intervals.append(f"(-\\infty,{other})\\cup({other},\\infty)")
+        else:
+            if len(sides) == 2:
+                sides = ["-\\infty", *sides] if left else [*sides, "\\infty"]
+                signs = ["<", *signs] if left else [*signs, "<"]
+            low, name, high = sides
+            intervals.append(f"{'(['['=' in signs[0]]}{low},{high}{')]'['=' in signs[1]]}")
+        names.add(name)
+    name = names.pop()
+    known = not names and _VARIABLE.fullmatch(name)
+    return (name, "\\cup".join(intervals)) if known else None
 
 
 def other_connective(a: str, b: str) -> bool:
@@ -147,14 +194,17 @@ def other_connective(a: str, b: str) -> bool:
 
 
 def formula(text: str, marked: bool) -> str:
-    """The formula of prose, see `rl.equivalence.same_maths`; a text without prose is itself."""
+    """The formula of prose, see `same_maths`; a text without prose, or one that denies the formula
+    or names another, is itself."""
     said = _ANSWER_IS.match(text)
     text = text[said.end() if said else 0 :].strip()
-    spans = list(SPAN.finditer(text))
+    spans = [(*span.span(), next(filter(None, span.groups()))) for span in SPAN.finditer(text)]
     around = SPAN.sub(" ", text)
-    if not spans or not re.search("[A-Za-z]", around) or (marked and len(spans) > 1):
+    if not spans or not re.search(LETTER, around) or (marked and len(spans) > 1):
         return text
-    return next(part for part in spans[-1].groups() if part)
+    _, answer = last_joined(text, spans)
+    alone = answer == spans[-1][2]
+    return text if alone and doubtful(*clause(text, *spans[-1][:2])) else answer
 
 
 def mathematical(text: str) -> str:
@@ -173,8 +223,10 @@ def mathematical(text: str) -> str:
 
 
 def unassigned(text: str) -> str:
-    """What follows `x =`, `f(x) =` or `x in`, if that is all there is before it."""
-    assigned = _ASSIGNED.fullmatch(text)
+    """What follows `x =`, `f(x) =` or `x in`, or stands before `= x`, if that is all there is."""
+    assigned, turned = _ASSIGNED.fullmatch(text), text.rpartition("=")
+    if not assigned and "=" not in turned[0] and _VARIABLE.fullmatch(turned[2].strip()):
+        return turned[0].strip() or text
     return assigned[2].strip() if assigned else text
 
 
@@ -185,6 +237,6 @@ def squeezed(text: str) -> str:
         return match[1] or (" " if match[2] else "")
 
     text = _BLANKS.sub(replaced, text)
-    for pattern, spelling in _SPELLINGS:
-        text = pattern.sub(spelling, text)
+    for found, spelling in _SPELLINGS:
+        text = found.sub(spelling, text)
     return text

@@ -8,6 +8,8 @@ that may be a variable) stays, so that 5 million is not 5 and 3i not 3.
 import re
 import unicodedata
 from fractions import Fraction
+from itertools import pairwise
+from string import ascii_letters
 from typing import NamedTuple
 
 from rl.verdict.mathematics.expressions import (
@@ -20,14 +22,23 @@ from rl.verdict.mathematics.expressions import (
     exact_value,
     parse,
 )
+from rl.verdict.words import LETTER, UNSPACED, changes, entries, pattern, rewritten, scales
 
 _MAX_POWER_OF_TEN = 1000
 
 _RAISED, _LOWERED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "₀₁₂₃₄₅₆₇₈₉"
 _VULGAR = "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
 _SHIFTED = re.compile(f"([{_RAISED}]+)|([{_LOWERED}]+)|([{_VULGAR}])")
-_NARROW_SPACE = re.compile(r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))")
-_SIGNS = str.maketrans({"−": "-", "–": "-", "⁄": "/", "’": "'", "º": "°"})
+_SEPARATOR = r"(?:,\s*\\!\s*|\{\\?,\}|\\[,!;: ]|[\u00a0\u2009\u202f'’~])"
+_GROUPED = re.compile(rf"(?<![\d.,])([1-9]\d{{0,2}})((?:{_SEPARATOR}\d{{3}})++)(?!\d)")
+_BRACED_COMMA = re.compile(r"(?<=\d)\{,\}(?=\d)")
+_WIDE = str.maketrans({
+    "，": ", ", "、": ", ", "。": ". ", "∶": ":", "￥": "¥", "º": "°", "㎡": "m^2", "㎠": "cm^2",
+    "㎢": "km^2", "㎥": "m^3", **dict.fromkeys("【】∴“”「」『』", " "),
+})  # fmt: skip
+_SIGNS = str.maketrans({"−": "-", "–": "-", "⁄": "/", "’": "'"})
+_MICRO = re.compile(r"\\mu\s*\\(?:text|mathrm|rm)\s*\{\s*([A-Za-z]{1,2})\s*\}")
+_OHM = re.compile(r"(?:\\(?:text|mathrm)\s*\{\s*[kM]\s*\}\s*)?\\Omega(?![A-Za-z])")
 
 TEXT_COMMAND = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|up|normal)?|emph|mathrm|[mh]box)\s*\{([^{}]*)\}"
@@ -49,13 +60,17 @@ _SKIPS = re.compile(
 )
 _DEGREES = re.compile(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})|°|\\degree(?![A-Za-z])")
 _SPACING = re.compile(r"(\\\\)|\\[ ,;:]|~|\\q?quad(?![A-Za-z])|\\!")
-_RADIANS = re.compile(r"(?<![A-Za-z])rad(?:ian)?s?(?![A-Za-z])")
-_IN_DEGREES = re.compile(rf"{_DEGREES.pattern}|(?<![A-Za-z])deg(?:rees?)?(?![A-Za-z])")
+_ANGLES = {
+    "degrees": re.compile(f"{_DEGREES.pattern}|{pattern('degrees').pattern}", re.IGNORECASE),
+    "radians": pattern("radians"),
+    "minutes": re.compile(r"\d\s*(?:['′″]|\^\s*\{?\s*\\prime)"),
+}
 _ORDINAL = re.compile(
     r"(?<=\d)\s*\^?\s*\{?\s*(?:\\(?:text|mathrm)\s*\{\s*)?(?:st|nd|rd|th)\b\s*\}{0,2}"
 )
 _CURRENCY = re.compile(
-    r"^([-+]?)\s*(?:\\\$|\\(?:pounds|euro)(?![A-Za-z])|[$€£¥])\s*(?=[-+]?[\d.\\])"
+    r"^([-+]?)\s*(?:(?:[A-Z]{2})?\\?\$|\\(?:pounds|euro|yen)(?![A-Za-z])|[€£¥₽₹₩])"
+    r"\s*(?=[-+]?[\d.\\])"
 )
 
 _SCIENTIFIC = re.compile(
@@ -63,43 +78,25 @@ _SCIENTIFIC = re.compile(
     r"(?:\{\s*([-+]?\d{1,9})\s*\}|([-+]?\d{1,9}))"
 )
 _MIXED = re.compile(r"([-+]?)\s*(\d{1,100})\s+(\d{1,100})\s*/\s*(\d{1,100})")
-_PLAIN = re.compile(r"[-+]?\d{1,200}")
 _REPEATING = re.compile(
     r"([-+]?)(\d{0,100})\.(\d{0,100})\\(?:overline|bar)\s*(?:\{\s*(\d{1,100})\s*\}|(\d))"
 )
 
-_UNIT_WORDS = (
-    "mm cm dm m km in ft yd mi mg g kg lb lbs oz ml mL dl cl l L s sec min h hr hrs yr yrs mph kph "
-    "kmh ms ns V W kW J kJ N Pa Hz C F mol rad deg sq cu pt qt gal ha cc rpm USD Rs ct pts "
-    "mon tue wed thu fri sat sun am pm"
-)
-"""Words of less than four letters, or without vowels, that are a unit beside a number."""
-_SCALES = {
-    "dozen": 12, "dozens": 12, "hundred": 100, "hundreds": 100, "thousand": 10**3,
-    "thousands": 10**3, "million": 10**6, "millions": 10**6, "billion": 10**9, "billions": 10**9,
-    "trillion": 10**12, "trillions": 10**12,
-}  # fmt: skip
-_CHANGING_WORDS = (
-    "or half halves third thirds fourths fifth fifths sixths sevenths eighths ninths tenth tenths "
-    "hundredth hundredths thousandth thousandths root reciprocal twice thrice squared cubed "
-    "factorial not no isn't aren't plus minus negative divided multiplied modulo mod power "
-    "quadrillion lakh crore score bn mln"
-)
-"""Words that say another value than the number beside them."""
-_CHANGING_PHRASE = re.compile(
-    r"\b(?:square|cube|double|triple|quadruple|log|logarithm|inverse|opposite)\s+(?:of\b|[\d\\])"
-    r"|\b(?:times|point)\s+(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|a|an)\b"
-    r"|\b(?:less|more|greater|larger|smaller|fewer|other|up)\s+(?:than|to)\s*\W{0,3}\d"
-)
-_NEGATIVE = re.compile(r"\b(?:negative|minus)\s+(?=[\d.\\])", re.IGNORECASE)
-_PERCENT = re.compile(r"\s*\b(?:percent|per cent|percentage points?)\b", re.IGNORECASE)
-_WORD = re.compile(r"[A-Za-z]+(?:'[a-z]+)?")
-_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+_WORD = re.compile(rf"{LETTER}+(?:'[a-z]+)?")
+UNITS = frozenset(entries("units"))
+_POWER = r"\s*\^\s*(?:\d|\{\s*-?\s*\d\s*\})"
 _UNIT_POWER = re.compile(
-    rf"(?<![A-Za-z\\])({'|'.join(_UNIT_WORDS.split())}|[a-z]{{4,12}})(?![A-Za-z])"
-    r"\s*\^\s*(?:[1-4]|\{\s*-?\s*[1-4]\s*\})"
+    rf"(?<![A-Za-z\\])({'|'.join(entries('units'))}|[a-z]{{4,12}})(?![A-Za-z]){_POWER}"
 )
-_UNITS, _CHANGING = frozenset(_UNIT_WORDS.split()), frozenset(_CHANGING_WORDS.split())
+_OTHER = rf"(?![{UNSPACED}\u0370-\u03ff])"
+_BEGIN = r"(?<![\\A-Za-z])"
+_FOREIGN = re.compile(
+    rf"(?:(?<={LETTER})\s*(?:/|·|\\cdot)\s*)?"
+    rf"(?:[{UNSPACED}]+|{_BEGIN}(?:μ[A-Za-z]{{1,2}}|[kM]?Ω)(?![A-Za-z])"
+    rf"|{_BEGIN}(?=[A-Za-z']*{_OTHER}[^\W\d_A-Za-z])(?:{_OTHER}(?:{LETTER}|'))+)"
+    rf"(?:[.!](?!\d))?(?:{_POWER})?"
+)
+"""A word with other letters than a-z (and Greek), or a unit with a Greek one, and its power."""
 _NAMES = frozenset((*FUNCTIONS, *CONSTANTS, *GREEK))
 
 
@@ -118,7 +115,9 @@ def plain(text: str) -> str:
         known = unicodedata.normalize("NFKC", match.group())
         return f"^{{{known}}}" if match[1] else f"_{{{known}}}" if match[2] else f" {known}"
 
-    text = _SHIFTED.sub(replaced, _NARROW_SPACE.sub("", text).replace("º", "°"))
+    text = _GROUPED.sub(lambda match: match[1] + re.sub(r"\D", "", match[2]), text)
+    text = _SHIFTED.sub(replaced, _BRACED_COMMA.sub(".", text).translate(_WIDE))
+    text = _OHM.sub(r"\\text{Ω}", _MICRO.sub(r"\\text{μ\1}", text))
     text = unicodedata.normalize("NFKC", text).translate(_SIGNS)
     return _STYLED.sub(_unstyled, _SKIPS.sub(lambda match: match[1] or " ", text))
 
@@ -133,7 +132,7 @@ def _unstyled(match: re.Match[str]) -> str:
         return f" {content}"
     if words and re.fullmatch(r"[A-Za-z().,:\s]+", content):  # xy is a product, and (x) a factor
         upright = "\\rm" in match.group() or any(len(word) > 3 for word in words)
-        if upright or content.strip() in _UNITS or re.fullmatch(r"\s*\([A-E]\)\s*", content):
+        if upright or content.strip() in UNITS or re.fullmatch(r"\s*\([A-E]\)\s*", content):
             return f"\\text{{{content}}}"
     # 2 beside a red 5 is 25, where 2{5} would be a product
     before = match.string[max(0, match.start() - 8) : match.start()]
@@ -142,13 +141,17 @@ def _unstyled(match: re.Match[str]) -> str:
 
 
 def other_angle(expected: str, given: str) -> bool:
-    """Whether one of two texts (see `plain`) is in degrees and the other in radians. Without a word
-    for them, a multiple of pi is expected in radians."""
-    degrees = [bool(_IN_DEGREES.search(text)) for text in (expected, given)]
-    radians = [bool(_RADIANS.search(text)) for text in (expected, given)]
-    if re.search(r"\\pi(?![A-Za-z])|π", expected) and not degrees[0]:
-        radians[0] = True
-    return (degrees[0] and radians[1]) or (degrees[1] and radians[0])
+    """Whether one of two texts (see `plain`) is in degrees and the other in radians, or one alone
+    in minutes. Without a word for them, a multiple of pi is expected in radians."""
+    a, b = (
+        {unit for unit, known in _ANGLES.items() if known.search(text)}
+        for text in (expected, given)
+    )
+    if re.search(r"\\pi(?![A-Za-z])|π", expected) and "degrees" not in a:
+        a.add("radians")
+    if "degrees" in a | b and "minutes" in a ^ b:
+        return True
+    return any("degrees" in x and "radians" in y for x, y in ((a, b), (b, a)))
 
 
 def read_number(text: str) -> Number | None:
@@ -160,7 +163,7 @@ def read_number(text: str) -> Number | None:
     """
     text = text.strip().rstrip(".").strip("$ ").replace("\\%", "%")
     percent = text.endswith("%")
-    text = _CURRENCY.sub(r"\1", text.removesuffix("%").strip("$€£¥ "))
+    text = _CURRENCY.sub(r"\1", text.removesuffix("%").strip("$€£¥₽₹₩ "))
     try:
         value = _written_number(text) if text and len(text) <= MAX_CHARS else None
     except ExpressionError:
@@ -169,8 +172,6 @@ def read_number(text: str) -> Number | None:
 
 
 def _written_number(text: str) -> Fraction | None:
-    if _PLAIN.fullmatch(text):
-        return Fraction(int(text))
     if match := _SCIENTIFIC.fullmatch(text):
         power = int(match[2] or match[3])
         mantissa = exact_value(parse(match[1]))
@@ -188,7 +189,7 @@ def _written_number(text: str) -> Fraction | None:
     if text[0] in "([":  # (1,234) is a pair
         return None
     node = parse(text)
-    return exact_value(node) if _is_written_number(node) else None
+    return exact_value(node) if is_written_number(node) else None
 
 
 def _repeating(sign: str, whole: str, first: str, period: str) -> Fraction:
@@ -197,14 +198,30 @@ def _repeating(sign: str, whole: str, first: str, period: str) -> Fraction:
     return -value if sign == "-" else value
 
 
-def _is_written_number(node: Node) -> bool:
+def is_written_number(node: Node) -> bool:
+    """Whether a tree is a number as written: digits, a quotient of two, or a mixed number, each
+    with one sign."""
     if node.kind == "neg":
-        return node.parts[0].kind != "neg" and _is_written_number(node.parts[0])
-    kinds = [part.kind for part in node.parts]
-    if node.kind == "*" and kinds in (["num", "inv"], ["neg", "inv"]):
-        return {part.parts[0].kind for part in node.parts if part.parts} <= {"num"}
-    mixed = node.kind == "+" and kinds == ["num", "*"]
-    return node.kind == "num" or (mixed and _is_written_number(node.parts[1]))
+        return node.parts[0].kind != "neg" and is_written_number(node.parts[0])
+    if node.kind not in "+*":
+        return node.kind == "num"
+    first, last = node.parts[0], node.parts[-1]
+    if len(node.parts) != 2 or last.kind != ("*" if node.kind == "+" else "inv"):
+        return False
+    if node.kind == "+":
+        return first.kind == "num" and is_written_number(last)
+    parts = (first, last.parts[0])
+    return all((part.parts[0] if part.kind == "neg" else part).kind == "num" for part in parts)
+
+
+def decimal_point(text: str) -> str:
+    """3,14 as 3.14 and 1.234,5 as 1234.5 in a text that is no list; 1,234 stays."""
+    if text.count(",") != 1 or re.search(r"[(\[;]|\\\{|(?<![\d.])[1-9]\d{0,2},\d{3}(?!\d)", text):
+        return text
+    whole = r"(\d{1,3}(?:\.\d{3})+|(?<!\.)\d+)"
+    return re.sub(
+        rf"(?<!\d){whole},(?=\d)(?!\d+\.)", lambda match: match[1].replace(".", "") + ".", text
+    )
 
 
 def core(text: str) -> tuple[str, int]:
@@ -214,21 +231,21 @@ def core(text: str) -> tuple[str, int]:
     ("5", 1) of `so 5\text{ cm}^2`, `5 cm`, `\$5 an hour`; ("5", 10**6) of `5 million people`. A
     text with anything else around is itself, with factor 1: `3i`, `x-3`, `5k`, `5 or 6`, `not 5`.
     """
-    text = _UNIT_POWER.sub(r"\1", _NEGATIVE.sub("-", _PERCENT.sub("%", tidy(text))))
+    text = _UNIT_POWER.sub(r"\1", tidy(text))
     text = re.sub(r"(?<=[A-Za-z])\s*(?:\\cdot|[·*])\s*(?=[A-Za-z])|(?<=[A-Za-z])\.\s", " ", text)
-    if _CHANGING_PHRASE.search(text):
+    if changes(text):
         return text, 1
-    inner = text.lstrip(_LETTERS + " \n\t,:;'\"*")
+    inner = text.lstrip(ascii_letters + " \n\t,:;'\"*")
     before = text[: len(text) - len(inner)]
-    middle = inner.rstrip(_LETTERS + " \n\t,:;.'\"*!()/-[]")
+    middle = inner.rstrip(ascii_letters + " \n\t,:;.'\"*!()/-[]")
     after = inner[len(middle) :]
     while after.lstrip()[:1] in ("!", ")", "]"):  # of the number: a factorial, closing brackets
         after = after.lstrip()
         middle, after = middle + after[0], after[1:]
-    if not middle or middle.endswith("\\") or not _balanced(after) or not _is_lead(before):
+    if not middle or middle.endswith("\\") or not balanced(after) or not _is_lead(before):
         return text, 1
     words = _without_articles(_WORD.findall(after))
-    factor = _SCALES.get(words[0].lower(), 1) if words else 1
+    factor = scales().get(words[0].lower(), 1) if words else 1
     attached = after[:1].isalpha()
     if not all(
         _is_prose(word, spaced=number > 0 or not attached)
@@ -245,19 +262,18 @@ def tidy(text: str) -> str:
     def spoken(match: re.Match[str]) -> str:
         before, content, power = match.groups(default="")
         words = _WORD.findall(content)
-        known = {word.lower() for word in words}
-        loud = re.search(r"[\d^=]", content) or _CHANGING_PHRASE.search(content)
-        variable = re.fullmatch(r"\s*[a-z]\s*", content) and content.strip() not in _UNITS
-        silent = words and not loud and not variable
-        if silent and not known & (_CHANGING | _SCALES.keys()):
-            return " "
+        loud = re.search(r"[\d^=]", content) or _FOREIGN.search(content) or changes(content)
+        variable = re.fullmatch(r"\s*[A-Za-z]\s*", content) and content.strip() not in UNITS
+        if words and not (loud or variable or any(word.lower() in scales() for word in words)):
+            begin, end = match.span()  # 3 hours 5 minutes are no 3 minutes 5 hours
+            apart = re.search(r"\d\s*\Z", text[:begin]) and re.match(r"\s*\d", text[end:])
+            return f" {words[0][0]} " if apart else " "
         return f"{before} {content} {power}"
 
-    text = re.sub(r"(?<=\d)\\[,!](?=\d{3}(?!\d))|(?<=\d),\\!(?=\d{3}(?!\d))", ",", text)
     text = _ORDINAL.sub("", text)
     text = _DEGREES.sub("", _SPACING.sub(lambda match: match[1] or " ", text))
-    powers = rf"(\\cdot\s*|/\s*)?{TEXT_COMMAND.pattern}(\s*\^\s*(?:\d|\{{\s*-?\d\s*\}}))?"
-    text = re.sub(powers, spoken, text).strip()
+    powers = rf"(\\cdot\s*|/\s*)?{TEXT_COMMAND.pattern}({_POWER})?"
+    text = _unspoken(re.sub(powers, spoken, text).strip())
     text = re.sub(r"\\[dt]?frac\s*\{\s*\}\s*\{\s*\}", " ", text).strip()  # of units alone
     while _is_group(text):
         text = text[1:-1].strip()
@@ -266,22 +282,37 @@ def tidy(text: str) -> str:
     return re.sub(r"\s*(?:\\cent(?![A-Za-z])|[¢′″])", " ", text).strip().strip("$").strip()
 
 
+def _unspoken(text: str) -> str:
+    """A text with signs for words where it can be (see `words.rewritten`), and without words of
+    other letters than a-z if they change nothing and are not all that keeps numbers apart."""
+    text = rewritten(text)
+    found = list(_FOREIGN.finditer(text))
+    pieces = [piece.strip() for piece in _FOREIGN.split(text) if piece.strip()]
+    apart = any(a[-1].isdigit() and b[0].isdigit() for a, b in pairwise(pieces))
+    if not found or apart or changes(text) or any(_may_be_variable(match) for match in found):
+        return text
+    joined = _FOREIGN.sub(lambda match: ", " if pattern("and").search(match[0]) else " ", text)
+    return joined.strip(" ,:=")
+
+
+def _may_be_variable(match: re.Match[str]) -> bool:
+    """Whether a letter alone after a value is no unit: a Cyrillic x, say."""
+    word, before = match[0].strip(" ./·"), match.string[: match.start()].rstrip()
+    alone = re.fullmatch(f"[^{UNSPACED}]", word) and word not in UNITS
+    return bool(alone and re.search(r"[\d)}]\Z", before))
+
+
 def _is_group(text: str) -> bool:
     """Whether the brace at the beginning is closed by the one at the end."""
-    if not re.fullmatch(r"\{.*(?<!\\)\}", text, re.DOTALL):
-        return False
-    depth = 0
-    for brace in re.finditer(r"(?<!\\)[{}]", text):
-        depth += 1 if brace.group() == "{" else -1
-        if depth == 0:
-            return brace.end() == len(text)
-    return False
+    inside = re.fullmatch(r"\{(.*)(?<!\\)\}", text, re.DOTALL)
+    return inside is not None and balanced(re.sub(r"\\[{}]", "", inside[1]))
 
 
-def _balanced(text: str) -> bool:
+def balanced(text: str) -> bool:
+    """Whether every bracket, of any kind, has its partner."""
     depth = 0
     for character in text:
-        depth += (character in "([") - (character in ")]")
+        depth += (character in "([{") - (character in ")]}")
         if depth < 0:
             return False
     return depth == 0
@@ -306,8 +337,12 @@ def _is_prose(word: str, spaced: bool) -> bool:
     """Whether a word beside a number is a unit or prose: one that is known as a unit, one of four
     letters or more, or (spaced) of two or three with a vowel, as men and boxes are."""
     lower = word.lower()
-    if lower in _CHANGING or lower in _SCALES or word in _NAMES:
+    if lower in scales():
         return False
-    if word in _UNITS or len(word) > 3:
+    if word in UNITS:
+        return True
+    if word in _NAMES or (lower[:-1] in FUNCTIONS and lower[-1] in "xyzt"):  # sinx
+        return False
+    if len(word) > 3:
         return True
     return spaced and len(word) > 1 and re.search("[aeiouyAEIOUY]", word) is not None

@@ -28,30 +28,30 @@ class UndecidedError(Exception):
     """Neither equal nor unequal within the limits on time and memory."""
 
 
-def symbolically_equal(a: str, b: str, seconds: float = SECONDS) -> bool:
+def symbolically_equal(a: str, b: str, seconds: float = SECONDS, scaled: bool = False) -> bool:
     """Whether two expressions in the notation of `expressions.py` are equal for all real values of
-    their variables.
+    their variables; or (scaled) whether one is the other times a number other than 0.
 
     Raises ExpressionError if one is none, UndecidedError when the limits end the comparison, and
     RuntimeError if sympy is not installed.
     """
     for text in (a, b):
         parse(text)  # here, so that the helper sees expressions only
-    outcome = _compared(*sorted((a, b)), seconds)
+    outcome = _compared(*sorted((a, b)), seconds, scaled)
     if isinstance(outcome, str):
         raise UndecidedError(f"{a[:80]!r} and {b[:80]!r}: {outcome}")
     return outcome
 
 
 @functools.lru_cache(maxsize=4096)
-def _compared(a: str, b: str, seconds: float) -> bool | str:
+def _compared(a: str, b: str, seconds: float, scaled: bool) -> bool | str:
     # Answers to one prompt repeat each other, the undecided ones too.
     global _helper
     with _lock:
         try:
             if _helper is None:
                 _helper = _started()
-            return _helper.ask([a, b], seconds)
+            return _helper.ask([a, b, scaled], seconds)
         except (TimeoutError, ChildError) as error:
             stop()
             return str(error) if isinstance(error, TimeoutError) else f"its process {error}"
@@ -140,9 +140,18 @@ def equal_trees(a: Node, b: Node) -> bool:
     return bool(verdict)
 
 
-def _answer(work: list[str]) -> bool | str:
+def proportional_trees(a: Node, b: Node) -> bool:
+    """Whether the quotient of two trees is a number; see `equal_trees`."""
+    import sympy
+
+    quotient = sympy.simplify(to_sympy(a) / to_sympy(b))
+    return bool(quotient.is_number and quotient.is_finite and quotient.is_nonzero)
+
+
+def _answer(work: tuple[str, str, bool]) -> bool | str:
     try:
-        return equal_trees(parse(work[0]), parse(work[1]))
+        a, b, scaled = work
+        return (proportional_trees if scaled else equal_trees)(parse(a), parse(b))
     except (ExpressionError, UndecidedError) as error:
         return str(error)
     except Exception as error:
