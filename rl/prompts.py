@@ -10,7 +10,7 @@ import numpy as np
 
 from data.randomness import DOCUMENT_ORDER, random_permutation
 from data.tokenizer import NoTokenError, Tokenizer
-from generation.prompts import encode_chat
+from generation.chat import encode_chat
 from rl.config import RLConfig
 from rl.jsonl import MAX_SHOWN
 from rl.problems import Problem, Prompt, split_problems
@@ -178,14 +178,15 @@ def judges_code(config: RLConfig, prompts: Prompts) -> bool:
 
 
 def encode_prompt(tokenizer: Tokenizer, problem: Problem) -> np.ndarray:
-    """Ids of a text to continue as they are, int32 [n]; a conversation through the chat template.
+    """Ids, int32 [n], of a text to continue, after the token that texts begin with; or of a
+    conversation through the chat template, asked to think.
 
     Raises ValueError for a character that the tokenizer has no token for, and for a conversation
     if it lacks the template's tokens.
     """
     try:
         if isinstance(problem.prompt, str):
-            return tokenizer.encode(problem.prompt)
+            return tokenizer.encode_prompt(problem.prompt)
         return encode_chat(tokenizer, problem.prompt, think=True)
     except NoTokenError as error:
         raise ValueError(

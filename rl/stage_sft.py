@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from checkpoint.hf_reader import tokenizer_file
 from configs.schema import RunConfig
 from data.tokenizer import Tokenizer, load_tokenizer
 from model.recipe import Recipe
@@ -85,7 +86,7 @@ def run_stage(run: RunConfig, trainer: Trainer, session: Session) -> int:
     policy = None
     if run.sft.policy:
         policy = load_policy(run.sft.policy, run.train, trainer.recipe, trainer.layout)
-    write_settings(run, tokenizer.json)
+    write_settings(run, tokenizer.files)
     try:
         examples = packed_examples(run, trainer, tokenizer, policy, say)
     except RolloutStoppedError:
@@ -115,8 +116,8 @@ def make_teacher(run: RunConfig, trainer: Trainer, policy: Any) -> Teacher:
 
 def check_policy_tokenizer(policy: str, tokenizer: Tokenizer) -> None:
     """Raise ValueError if the folder `policy` has a tokenizer, and another one."""
-    found = Path(policy) / "tokenizer.json"
-    if policy and found.is_file() and load_tokenizer(found).sha256 != tokenizer.sha256:
+    found = tokenizer_file(Path(policy)) if policy else None
+    if found and load_tokenizer(found).sha256 != tokenizer.sha256:
         raise ValueError(
             f"sft.policy {policy} has another tokenizer than this run; its answers would be other "
             "tokens here. Take a policy with the same, or give its texts: --sft.examples "

@@ -124,7 +124,7 @@ def test_it_tries_again(serve):
         (lambda path, body: (200, b"<html>"), "no JSON: b'<html>'"),
         (lambda path, body: (200, {"choices": []}), "gave 0 answers where n=1"),
         (lambda path, body: (200, {"data": 3}), "without what is needed .KeyError: 'choices'"),
-        (lambda path, body: (200, {"choices": [choice([3])]}), "not with the end token"),
+        (lambda path, body: (200, {"choices": [choice([3])]}), "not with an end token"),
         (lambda path, body: time.sleep(3) or (200, {}), "no answer in 2 tries.*[Tt]ime"),
     ],
     ids=["always 500", "404", "no JSON", "no answers", "another API", "no end", "hangs"],
