@@ -28,6 +28,9 @@ THINK, END_THINK = "<think>", "</think>"
 ROLES = ("system", "user", "assistant")
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names of the field that holds an answer's reasoning apart from its content."""
+UNREAD = ("tools", "functions", "tool_calls", "function_call", "system", "documents",
+          "chat_template", "chat_template_kwargs")  # fmt: skip
+"""Fields beside messages or a prompt that would change what a model reads, and do not here."""
 BUILT_IN = (
     "{{ bos_token }}{{ messages | selectattr('role', 'equalto', 'system')"
     " | map(attribute='content') | join('\n\n') }}"
@@ -60,6 +63,16 @@ def check_messages(messages: Sequence[Any]) -> None:
             )
     if not messages or messages[-1]["role"] != "user":
         raise ValueError("a conversation must end with a user message for the model to answer")
+
+
+def check_fields(fields: Mapping[str, Any], unread: Sequence[str] = UNREAD) -> None:
+    """Raise ValueError if a record has one of the fields `unread`; other fields are provenance."""
+    given = [name for name in unread if fields.get(name) not in (None, [], {}, "")]
+    if given:
+        raise ValueError(
+            f"has the fields {given}, which are not read here; leave them out, or write what they "
+            "say into messages"
+        )
 
 
 def encode_chat(

@@ -24,8 +24,8 @@ import numpy as np
 from generation.config import Sampling, Speculation
 from generation.decode import unstack
 from generation.payoff import Trial, measure, pays
-from generation.sampling import check_drawn
 from generation.replicas import Copies
+from generation.sampling import check_drawn
 from generation.stats import Stats
 from generation.steps import CHUNK, Program, State, Steps, without_drafts
 from model.blueprint import Tree, blueprint

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from generation.chat import check_fields
+
 Prompt = str | list[Mapping[str, str]]
 """A text to continue, or the messages of a conversation."""
 
@@ -39,6 +41,10 @@ def _record(where: str, line: str) -> Prompt:
     except ValueError as error:
         raise ValueError(f"{where}: not JSON ({error})") from None
     if isinstance(record, dict) and len(record.keys() & {"prompt", "messages"}) == 1:
+        try:
+            check_fields(record)
+        except ValueError as error:
+            raise ValueError(f"{where} {error}") from None
         if isinstance(record.get("prompt"), str):
             return record["prompt"]
         if isinstance(record.get("messages"), list):

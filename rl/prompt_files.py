@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from generation.chat import check_messages
+from generation.chat import check_fields, check_messages
 from rl.jsonl import read_jsonl, type_name
 from rl.problems import Problem, Prompt
 
@@ -70,6 +70,7 @@ def final_answer(answer: str) -> tuple[str, str]:
 
 
 def _problem(fields: dict[str, Any], need_answers: bool) -> Problem:
+    check_fields(fields)
     forms = [form for form in _FORMS if form in fields]
     if len(forms) != 1:
         found = f"both {forms[0]!r} and {forms[1]!r}" if forms else f"the fields {sorted(fields)}"

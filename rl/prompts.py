@@ -195,6 +195,14 @@ def encode_prompt(tokenizer: Tokenizer, problem: Problem) -> np.ndarray:
         ) from None
 
 
+def marks_in(prompts: Prompts) -> list[str]:
+    """Names of marks in the texts of a file, which are letters there."""
+    if not isinstance(prompts, FilePrompts):
+        return []
+    problems = (*prompts.train, *prompts.kept)
+    return sorted({x for p in problems for x in prompts.tokenizer.marks_in(str(p.prompt))})
+
+
 def shown(problem: Problem) -> str:
     """Name of the problem in messages: quoted, and cut where it is long."""
     return repr(problem.key if len(problem.key) <= _SHOWN else problem.key[:_SHOWN] + "..")

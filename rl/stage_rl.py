@@ -22,6 +22,7 @@ from rl.prompts import (
     TaskPrompts,
     file_prompts,
     judges_code,
+    marks_in,
     misfits,
     refuse,
     rewards_of,
@@ -118,6 +119,17 @@ def policy_tokenizer(run: RunConfig, init_from: str) -> Tokenizer:
             f"{run.model.vocab_size}; raise the model's to at least that"
         )
     return tokenizer
+
+
+def conventions_in_words(tokenizer: Tokenizer) -> str:
+    """A line about how prompts begin, how answers end, and how conversations are laid out."""
+    known = tokenizer.conventions
+    ends = ", ".join(tokenizer.decode([i]) for i in tokenizer.end_ids)
+    template = "the tokenizer's own template" if known.template else "the template of V3 and R1"
+    return (
+        f"tokenizer    {tokenizer.vocab_size} ids; texts begin with {known.begins or 'nothing'}, "
+        f"answers end with {ends}; conversations by {template}"
+    )
 
 
 def check_prompts(run: RunConfig, prompts: Prompts) -> None:
@@ -227,7 +239,10 @@ def run_stage(run: RunConfig, trainer: Trainer, session: Session) -> int:
     assert isinstance(trainer, PolicyTrainer)
     say = session.say
     tokenizer = policy_tokenizer(run, session.init_from)
+    say(conventions_in_words(tokenizer))
     prompts = make_prompts(run, tokenizer)
+    if letters := marks_in(prompts):
+        say(f"warning: {', '.join(letters)} in prompts are read as letters")
     if judges_code(run.rl, prompts):
         say(f"code         runs {described_isolation(run.rl.unsafe_code)}")
     connect(trainer.layout.mesh)

@@ -24,7 +24,7 @@ from rl.examples.sampled import sampled_traces
 from rl.examples.teacher import StudentTrainer, Teacher, load_policy
 from rl.examples.traces import read_traces
 from rl.prompts import TaskPrompts, misfits, refuse
-from rl.stage_rl import make_sampler, policy_tokenizer
+from rl.stage_rl import conventions_in_words, make_sampler, policy_tokenizer
 from rl.stopping import RolloutStoppedError
 from rl.verdict.scoring import TaskScorer
 from runtime.processes import connect
@@ -81,6 +81,7 @@ def run_stage(run: RunConfig, trainer: Trainer, session: Session) -> int:
     say = session.say
     tokenizer = policy_tokenizer(run, session.init_from or run.sft.policy)
     check_policy_tokenizer(run.sft.policy, tokenizer)
+    say(conventions_in_words(tokenizer))
     connect(trainer.layout.mesh)
     evaluate = held_out_accuracy(run, trainer, tokenizer, say)
     policy = None
@@ -137,7 +138,9 @@ def packed_examples(
         path = Path(place)
         folder = "://" in place or path.is_dir()
         sources.append(
-            read_traces(place, tokenizer).examples if folder else read_examples(path, tokenizer)
+            read_traces(place, tokenizer).examples
+            if folder
+            else read_examples(path, tokenizer, say)
         )
     if sft.demonstrations:
         task = configured_task(run.task)

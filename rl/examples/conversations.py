@@ -30,6 +30,10 @@ from generation.chat import (
     think_opening,
 )
 
+WEIGHTS = ("weight", "train")
+"""Fields of a message that say whether it is learned."""
+_ASKED = {"role": "user", "content": "a"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Example:
@@ -138,7 +142,7 @@ def encode_conversation(tokenizer: Tokenizer, messages: Sequence[Any]) -> list[E
         )
     learned = [_learned(at, message) for at, message in enumerate(messages)]
     messages = [
-        {name: value for name, value in message.items() if name not in _WEIGHTS}
+        {name: value for name, value in message.items() if name not in WEIGHTS}
         if isinstance(message, Mapping)
         else message
         for message in messages
@@ -154,15 +158,11 @@ def encode_conversation(tokenizer: Tokenizer, messages: Sequence[Any]) -> list[E
     return _merged([_turn(tokenizer, messages, at, guard) for at in turns if learned[at]])
 
 
-_WEIGHTS = ("weight", "train")
-_ASKED = {"role": "user", "content": "a"}
-
-
 def _learned(at: int, message: Any) -> bool:
     """Whether an answer is learned, by its "weight" and "train"."""
     if not isinstance(message, Mapping):
         return False
-    given = {name: message[name] for name in _WEIGHTS if message.get(name) is not None}
+    given = {name: message[name] for name in WEIGHTS if message.get(name) is not None}
     weight, train = given.get("weight", 1), given.get("train", True)
     if isinstance(weight, bool) or weight not in (0, 1):
         raise ValueError(f"message {at}: weight {weight!r}; a turn is learned (1) or not (0)")

@@ -134,9 +134,10 @@ def select(
 ) -> tuple[list[Attempt], Counter[str]]:
     """The answers to train on, in their order, and the number of answers by fate.
 
-    Fates, each answer having the first that fits: wrong; unfinished (its last token is not of
-    end_ids); long; the name of the filter that it fails; repeated (the text of an earlier one); surplus
-    (beyond per_prompt); kept. `kept` holds the answers of earlier rounds, and takes these too.
+    Fates, each answer having the first that fits: wrong; unfinished (its last token is none of
+    end_ids); long; the name of the filter that it fails; repeated (the text of an earlier one);
+    surplus (beyond per_prompt); kept. `kept` holds the answers of earlier rounds, and takes these
+    too.
     """
     fates: Counter[str] = Counter()
     chosen = []
