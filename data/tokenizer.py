@@ -149,7 +149,8 @@ class Tokenizer:
             try:
                 return np.asarray(self._full.encode(text, add_special_tokens=False).ids, np.int32)
             except Exception as error:  # the library raises bare Exception
-                raise NoTokenError(self._missing([text]) or str(error)) from None
+                letters = re.sub(MARK, "", text)
+                raise NoTokenError(self._missing([letters]) or str(error)) from None
         return self.encode_batch([text])[0]
 
     def encode_prompt(self, text: str, special: bool = False) -> np.ndarray:

@@ -120,7 +120,7 @@ def test_conversations_that_are_none(messages, message):
 def test_vocabulary_without_turns_is_named():
     spec = json.loads(TOKENIZER.json)
     spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] != "<｜User｜>"]
-    with pytest.raises(ValueError, match="no token '<｜User｜>' .* conversations need it"):
+    with pytest.raises(ValueError, match=r"no token '<｜User｜>' .* conversations need it"):
         encode_chat(Tokenizer(json.dumps(spec)), MESSAGES, False)
 
 
