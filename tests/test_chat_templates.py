@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import subprocess
 
 import jinja2
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import generate
 from checkpoint.weights import open_weights
@@ -17,6 +19,7 @@ from rl.examples.demonstrations import read_examples
 from rl.problems import Problem
 from rl.prompts import encode_prompt
 from tests.small_model import CONFIG, hf_folder, tensors, weights
+from tests.test_reference import interpreter
 
 PLAIN = train_tokenizer(["the cat sat on the mat, User: Assistant:"] * 3, CONFIG.vocab_size)
 V3 = """{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}
@@ -265,3 +268,33 @@ def test_conventions_come_back_from_the_files_of_a_folder(tmp_path):
             tokenizer.conventions, ends=tokenizer.end_ids
         )
         assert again.files == tokenizer.files
+
+
+@pytest.mark.reference
+def test_transformers_lays_conversations_out_and_finds_added_tokens_alike(tmp_path):
+    asked, ours = [], []
+    for name, template in TEMPLATES.items():
+        tokenizer = with_template(template)
+        (tmp_path / name).mkdir()
+        for file, text in tokenizer.files.items():
+            (tmp_path / name / file).write_text(text, "utf-8")
+        for think in (False, True):
+            options = {"thinking": think}
+            asked.append({"folder": str(tmp_path / name), "messages": ASKED, "options": options})
+            ours.append(encode_chat(tokenizer, ASKED, think).tolist())
+    spec = json.loads(PLAIN.json)
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    for i, name in enumerate(("[CUSTOM]", "<tools>", "    ")):
+        spec["added_tokens"].append({"id": 320 + i, "content": name, **flags})
+    (tmp_path / "added").mkdir()
+    for file, text in Tokenizer(json.dumps(spec)).files.items():
+        (tmp_path / "added" / file).write_text(text, "utf-8")
+    for text in ("a [CUSTOM] b", "<tools>x</tools>", "if:\n    x", "mat "):
+        asked.append({"folder": str(tmp_path / "added"), "text": text})
+        ours.append(load_tokenizer(tmp_path / "added" / "tokenizer.json").encode(text).tolist())
+    (tmp_path / "asked.json").write_text(json.dumps(asked), "utf-8")
+    script = ROOT / "tests" / "reference" / "hf_chat.py"
+    command = [interpreter(), str(script), str(tmp_path / "asked.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == ours
