@@ -87,11 +87,17 @@ def encode_chat(
     return encode_guarded(tokenizer, chat_text(tokenizer, messages, guard, think), guard)
 
 
-def reads_think(tokenizer: Tokenizer) -> bool:
-    """Whether `think` changes how the template opens an answer."""
-    asked = [{"role": "user", "content": "a"}]
-    plain, thinking = (chat_text(tokenizer, asked, _GUARDS[0], think) for think in (False, True))
+def reads_think(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether `think` changes how the template opens the answer."""
+    guard = guard_of(tokenizer, messages)
+    plain, thinking = (chat_text(tokenizer, messages, guard, think) for think in (False, True))
     return plain != thinking
+
+
+def opens_thought(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the template, asked to think, opens the answer with <think>."""
+    guard = guard_of(tokenizer, messages)
+    return bool(think_opening(chat_text(tokenizer, messages, guard, think=True)))
 
 
 def chat_text(

@@ -10,7 +10,7 @@ import numpy as np
 
 from data.randomness import DOCUMENT_ORDER, random_permutation
 from data.tokenizer import NoTokenError, Tokenizer
-from generation.chat import encode_chat
+from generation.chat import encode_chat, opens_thought
 from rl.config import RLConfig
 from rl.jsonl import MAX_SHOWN
 from rl.problems import Problem, Prompt, split_problems
@@ -152,6 +152,10 @@ def file_prompts(config: RLConfig, tokenizer: Tokenizer, seed: int) -> FilePromp
 
     found = read_prompts(Path(config.prompts), need_answers=judged, check=check)
     problems = [in_template(problem, config.template) for problem in found]
+    asked = next((p.prompt for p in problems if not isinstance(p.prompt, str)), None)
+    if asked and tokenizer.conventions.template:
+        thinks = opens_thought(tokenizer, asked)
+        problems = [dataclasses.replace(problem, opened=thinks) for problem in problems]
     return FilePrompts(*split_problems(problems, config.held_out), tokenizer, seed)
 
 

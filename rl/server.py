@@ -191,7 +191,7 @@ class ServerSampler:
             "return_token_ids": True,
             "skip_special_tokens": False,
         }
-        tried = self._server.retries + 1
+        tried, broken = self._server.retries + 1, ""
         for attempt in range(tried):
             if attempt:
                 _sleep(self._server.wait * 2 ** (attempt - 1), stop)

@@ -14,10 +14,12 @@ from checkpoint.weights import open_weights
 from data.conventions import BOS, EOS, GENERATION, SETTINGS, TEMPLATE
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from generation.chat import encode_chat, reads_think
+from rl.config import RLConfig
 from rl.examples.conversations import encode_conversation
 from rl.examples.demonstrations import read_examples
 from rl.problems import Problem
-from rl.prompts import encode_prompt
+from rl.prompts import encode_prompt, file_prompts
+from rl.verdict.answers import opened
 from tests.small_model import CONFIG, hf_folder, tensors, weights
 from tests.test_reference import interpreter
 
@@ -82,14 +84,18 @@ def rendered(template, messages, **more):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("think", [False, True])
-def test_a_folders_own_template_lays_out_the_prompt(name, think):
+def test_a_folders_own_template_lays_out_the_prompt(tmp_path, name, think):
     tokenizer = with_template(TEMPLATES[name])
     text = rendered(TEMPLATES[name], ASKED, thinking=think)
     wanted = PLAIN.encode(text, special=True)
     np.testing.assert_array_equal(encode_chat(tokenizer, ASKED, think), wanted)
     if think:  # stage rl asks for reasoning
         np.testing.assert_array_equal(encode_prompt(tokenizer, Problem(ASKED, {})), wanted)
-    assert reads_think(tokenizer) == (name == "v3.1")
+    assert reads_think(tokenizer, ASKED) == (name == "v3.1")
+    place = tmp_path / "prompts.jsonl"
+    place.write_text(json.dumps({"messages": ASKED, "answer": "mat"}))
+    (problem,) = file_prompts(RLConfig(prompts=str(place), held_out=0.0), tokenizer, 0).train
+    assert opened(problem) == (name in ("v3.1", "r1"))
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
