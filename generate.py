@@ -214,14 +214,14 @@ def encode_prompts(
 
 def warn_of_prompts(options: Generate, tokenizer: "Tokenizer", prompts: "list[Prompt]") -> None:
     """Say what of the prompts is not read as it may be meant."""
-    from generation.chat import check_messages, reads_think
+    from generation.chat import check_messages, opens_thought, reads_think
     from generation.prompts import as_conversation
 
     for prompt in prompts:
         if not isinstance(prompt, str):
             check_messages(prompt)
     asked = as_conversation(prompts[0], options.system)
-    if options.think and not reads_think(tokenizer, asked):
+    if options.think and not (reads_think(tokenizer, asked) or opens_thought(tokenizer, asked)):
         note("warning: --think changes nothing, since the folder's chat template has no `thinking`")
     found = {name for prompt in prompts for name in tokenizer.marks_in(str(prompt))}
     if found and not options.special:

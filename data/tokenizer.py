@@ -69,9 +69,10 @@ class Tokenizer:
     """A `tokenizer.json` with the conventions of the files beside it (`data/conventions.py`).
 
     Attributes: json (its text), sha256, vocab_size (largest id + 1), conventions, bos_id, eos_id,
-    pad_id, marks (names that plain text cannot give), specials (those of them that decoding leaves
-    out), fim (FimTokens, or None if the vocabulary has none), and byte_lengths: int32 [vocab_size],
-    UTF-8 bytes that each id stands for (0 for marks), or None if tokens are not byte strings.
+    pad_id, marks (names that plain text cannot give), mark_names (a pattern of them), specials
+    (those that decoding leaves out), fim (FimTokens, or None if the vocabulary has none), and
+    byte_lengths: int32 [vocab_size], UTF-8 bytes that each id stands for (0 for marks), or None if
+    tokens are not byte strings.
 
     Args:
       files: name -> text of the files beside. ValueError if these or a token are no good.
@@ -88,6 +89,8 @@ class Tokenizer:
         named = {token["content"]: bool(token.get("special")) for token in added}
         self.specials = tuple(name for name, special in named.items() if special)
         self.marks = tuple(x for x in named if named[x] or re.fullmatch(MARK, x))
+        longest_first = sorted(self.marks, key=len, reverse=True)
+        self.mark_names = "|".join(map(re.escape, longest_first)) or "(?!)"
         # Special tokens are not looked for in plain text.
         marked = [{**token, "special": token["content"] in self.marks} for token in added]
         plain = {**spec, "added_tokens": marked, "post_processor": None}
@@ -165,7 +168,7 @@ class Tokenizer:
 
     def marks_in(self, text: str) -> list[str]:
         """Names of marks in a text, which are letters there unless they are read as special."""
-        return [name for name in self.marks if name in text]
+        return sorted(set(re.findall(self.mark_names, text)))
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of plain texts, int32 [n] each; the texts are encoded in parallel."""

@@ -130,7 +130,9 @@ def chat_text(
         raise ValueError(
             f"the chat template of the tokenizer's folder cannot lay out the conversation: {error}"
         ) from None
-    for name in re.findall(MARK, text):
+    for name in set(re.findall(MARK, text)):
+        if known.template and name in (THINK, END_THINK):
+            continue  # a folder's template may speak of them without having the tokens
         try:
             tokenizer.token_id(name)
         except NoTokenError as error:
@@ -187,25 +189,21 @@ def guard_of(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> str
 
 def guarded(tokenizer: Tokenizer, text: str, guard: str) -> str:
     """The text with `guard` inside every name of a mark."""
-    return re.sub(f"{_names(tokenizer)}|{MARK}", lambda m: m[0][0] + guard + m[0][1:], text)
+    names = f"{tokenizer.mark_names}|{MARK}"
+    return re.sub(names, lambda found: found[0][0] + guard + found[0][1:], text)
 
 
 def encode_guarded(tokenizer: Tokenizer, text: str, guard: str) -> np.ndarray:
     """Ids, int32 [n], of a text whose marks are tokens, but for those with `guard` inside."""
     if guard not in text:
         return tokenizer.encode(text, special=True)
-    parts = re.split(f"({_names(tokenizer)})", text)
+    parts = re.split(f"({tokenizer.mark_names})", text)
     ids = [
         [tokenizer.token_id(part)] if i % 2 else tokenizer.encode(part.replace(guard, ""))
         for i, part in enumerate(parts)
         if part
     ]
     return np.concatenate([np.asarray(part, np.int32) for part in ids])
-
-
-def _names(tokenizer: Tokenizer) -> str:
-    """A pattern of the names of all marks, of which a tokenizer has two at least."""
-    return "|".join(re.escape(name) for name in sorted(tokenizer.marks, key=len, reverse=True))
 
 
 def _laid_out(tokenizer: Tokenizer, message: Mapping[str, Any], guard: str) -> dict[str, str]:

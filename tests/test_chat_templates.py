@@ -304,3 +304,17 @@ def test_transformers_lays_conversations_out_and_finds_added_tokens_alike(tmp_pa
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == ours
+
+
+def test_what_is_not_read_of_a_file_of_examples_is_told(tmp_path):
+    path, said = tmp_path / "examples.jsonl", []
+    lines = [
+        {"prompt": "a", "completion": f"b{EOS}<think>", "id": 3},
+        {"messages": [USER, answer("<｜User｜>")], "source": "x"},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert len(read_examples(path, PLAIN, said.append).lengths) == 2
+    assert said == [
+        f"{path}: fields that are not read: id, source",
+        f"warning: <｜User｜>, {EOS} in texts of {path} are read as letters",
+    ]

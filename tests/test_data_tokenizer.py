@@ -240,7 +240,7 @@ def test_added_tokens_are_found_in_text_as_tokenizer_json_says(trained, added, p
 
 
 def test_names_of_marks_in_a_text_are_told(trained):
-    assert trained.marks_in(f"a{EOS}b<think>") == [EOS, "<think>"]
+    assert trained.marks_in(f"a{EOS}b<think>") == ["<think>", EOS]
     assert trained.marks_in("a <b> | c") == []
 
 

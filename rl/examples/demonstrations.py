@@ -35,20 +35,24 @@ _STREAM = 3
 def read_examples(
     path: Path, tokenizer: Tokenizer, say: Callable[[str], None] = print
 ) -> ListedExamples:
-    """Examples of a JSONL file in its order; says which names of marks are letters in them. Raises
-    ValueError as `read_jsonl`."""
+    """Examples of a JSONL file in its order; says which fields are not read, and which names of
+    marks are letters. Raises ValueError as `read_jsonl`."""
     examples: list[Example] = []
     names: list[str] = []
     letters: set[str] = set()
+    unread: set[str] = set()
 
     def use(number: int, fields: dict[str, Any]) -> None:
         found = _examples(fields, tokenizer)
         examples.extend(found)
         names.extend([f"{path}:{number}"] * len(found))
+        unread.update(fields.keys() - {"messages", "prompt", "completion"})
         texts = [fields.get("prompt"), *(x["content"] for x in fields.get("messages", ()))]
         letters.update(tokenizer.marks_in(f"{texts}{fields.get('completion')}"))
 
     read_jsonl(path, "example", use)
+    if unread:
+        say(f"{path}: fields that are not read: {', '.join(sorted(unread))}")
     if letters := letters - {THINK, END_THINK}:
         say(f"warning: {', '.join(sorted(letters))} in texts of {path} are read as letters")
     return ListedExamples(examples, names)
