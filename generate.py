@@ -7,7 +7,6 @@ score --checkpoint DIR --tokens FILE.npy` writes logits or prints the loss of gi
 import argparse
 import dataclasses
 import itertools
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -26,9 +25,13 @@ if TYPE_CHECKING:
 
     from checkpoint.weights import Weights
     from data.tokenizer import Tokenizer
+    from generation.prompts import Prompt
     from model.config import ModelConfig
     from model.recipe import Recipe
     from sharding.partition import Layout
+
+
+DEFAULT_NEW_TOKENS = 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,15 +66,20 @@ class Generate(Common):
     prompt_ids: str = ""
     """A prompt as token ids, 1,2,3; the answer is ids too. Needs no tokenizer."""
     chat: bool = False
-    """Put prompts into the conversation template of V3 and R1."""
+    """Put prompts into the folder's own chat template; without one, into that of V3 and R1."""
     system: str = ""
     """System prompt, with --chat."""
     think: bool = False
-    """Open the answer with <think>, with --chat."""
-    max_new_tokens: int = 256
-    """Longest answer, in tokens."""
+    """Ask for reasoning, with --chat: the template's `thinking`, or an answer that opens with
+    <think>."""
+    special: bool = False
+    """Read names of special tokens in prompts as these tokens, for fill-in-the-middle or a template
+    by hand; without it they are letters."""
+    max_new_tokens: int | None = None
+    """Longest answer, in tokens. Without it 256, or the room that the longest prompt leaves."""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A string that ends an answer and is not part of it; may be given again."""
+    """A string, or the name of a special token, that ends an answer and is not part of it; may be
+    given again."""
     speculate: Literal["off", "on", "auto"] = "off"
     """Let the MTP module draft tokens; the distribution of the text stays the same. auto, or the
     option alone, times it first and stops where it does not pay; a seed's text may then differ
@@ -139,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     from runtime.processes import together  # --help needs no JAX
 
-    return together("generate.py", lambda: run(options), (ValueError, OSError))
+    return together("generate.py", lambda: run(options), (ValueError, OSError, FloatingPointError))
 
 
 def run(options: Generate | Score) -> int:
@@ -160,12 +168,14 @@ def check_options(options: Generate) -> None:
     """Raise ValueError for options that would be without effect beside the others."""
     if (options.system or options.think) and not options.chat:
         raise ValueError("--system and --think belong to a conversation; add --chat")
-    texts = options.prompt or options.prompts or options.chat or options.stop
+    texts = options.prompt or options.prompts or options.chat or options.stop or options.special
     if options.prompt_ids and texts:
         raise ValueError(
             "--prompt-ids is a single prompt of ids and its answer is ids; leave out --prompt, "
-            "--prompts, --chat and --stop"
+            "--prompts, --chat, --special and --stop"
         )
+    if options.special and options.chat:
+        raise ValueError("--special is for texts, not for a conversation; leave out --chat or it")
     if not (options.prompt or options.prompts or options.prompt_ids):
         raise ValueError("nothing to do: give --prompt TEXT, --prompts FILE or --prompt-ids 1,2,3")
 
@@ -185,43 +195,82 @@ def encode_prompts(
     options: Generate, source: "Weights", tokenizer: "Tokenizer | None"
 ) -> "list[np.ndarray]":
     """Token ids of every prompt, int32 [n] each."""
-    from generation.prompts import (
-        as_conversation,
-        encode_chat,
-        encode_text,
-        parse_ids,
-        read_prompts,
-    )
+    from generation.chat import encode_chat
+    from generation.prompts import as_conversation, parse_ids, read_prompts
 
     if options.prompt_ids:
         return [parse_ids(options.prompt_ids)]
     if tokenizer is None:
         raise ValueError(f"{options.checkpoint} has no tokenizer.json; give --prompt-ids")
     prompts = [*options.prompt, *(read_prompts(options.prompts) if options.prompts else ())]
-    # Released models read bos before a text; in our own training data, eos parts the documents.
-    released = any(file.name == "config.json" for file in source.carried)
-    first = tokenizer.bos_id if released else tokenizer.eos_id
+    warn_of_prompts(options, tokenizer, prompts)
     return [
-        encode_text(tokenizer, prompt, first)
+        tokenizer.encode_prompt(prompt, options.special)
         if isinstance(prompt, str) and not options.chat
         else encode_chat(tokenizer, as_conversation(prompt, options.system), options.think)
         for prompt in prompts
     ]
 
 
+def warn_of_prompts(options: Generate, tokenizer: "Tokenizer", prompts: "list[Prompt]") -> None:
+    """Say what of the prompts is not read as it may be meant."""
+    from generation.chat import check_messages, opens_thought, reads_think
+    from generation.prompts import as_conversation
+
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            check_messages(prompt)
+    asked = as_conversation(prompts[0], options.system)
+    if options.think and not (reads_think(tokenizer, asked) or opens_thought(tokenizer, asked)):
+        note("warning: --think changes nothing, since the folder's chat template has no `thinking`")
+    found = {name for prompt in prompts for name in tokenizer.marks_in(str(prompt))}
+    if found and not options.special:
+        remedy = "" if options.chat else "; --special reads them as tokens"
+        note(f"warning: {', '.join(sorted(found))} in prompts are read as letters{remedy}")
+
+
 def end_ids(source: "Weights", tokenizer: "Tokenizer | None") -> tuple[int, ...]:
-    """Tokens that end a text: of generation_config.json, else config.json, else the tokenizer."""
-    files = {file.name: file for file in source.carried}
-    for name in ("generation_config.json", "config.json"):
-        if name not in files:
-            continue
-        found = json.loads(files[name].read_text("utf-8")).get("eos_token_id")
-        ids = found if isinstance(found, list) else [found]
-        if found is not None:
-            if not all(isinstance(i, int) for i in ids):
-                raise ValueError(f"{files[name]}: eos_token_id is {found!r}, not a token id")
-            return tuple(ids)
-    return () if tokenizer is None else (tokenizer.eos_id,)
+    """Tokens that end a text: of the tokenizer and the files beside it."""
+    from data.conventions import end_ids
+
+    if tokenizer is not None:
+        return tokenizer.end_ids
+    return end_ids({f.name: f.read_text("utf-8") for f in source.carried if f.suffix == ".json"})
+
+
+def stops_of(options: Generate, tokenizer: "Tokenizer | None") -> tuple[list[str], list[int]]:
+    """--stop as strings to look for in the text, and as ids of special tokens, which are no part of
+    the text. ValueError for a string that holds one of these and more."""
+    strings: list[str] = []
+    ids: list[int] = []
+    for stop in options.stop:
+        hidden = [] if tokenizer is None else [x for x in tokenizer.specials if x in stop]
+        if tokenizer is not None and stop in hidden:
+            ids.append(tokenizer.token_id(stop))
+        elif hidden:
+            raise ValueError(
+                f"--stop {stop!r} holds the special token {hidden[0]}, which is no part of the "
+                f"text; give --stop {hidden[0]!r} alone"
+            )
+        else:
+            strings.append(stop)
+    return strings, ids
+
+
+def room_for_answers(options: Generate, prompts: "list[np.ndarray]", config: "ModelConfig") -> int:
+    """Longest answer, in tokens; the default is cut to the room that the longest prompt leaves."""
+    if options.max_new_tokens is not None:
+        return options.max_new_tokens
+    longest = max(map(len, prompts))
+    room = config.max_position - longest
+    if room >= DEFAULT_NEW_TOKENS:
+        return DEFAULT_NEW_TOKENS
+    if room > 0:
+        note(
+            f"at most {room} new tokens: the model's max_position is {config.max_position}, the "
+            f"longest prompt has {longest}"
+        )
+    return max(room, 1)
 
 
 # ---- Generation ----------------------------------------------------------------------------------
@@ -246,19 +295,19 @@ def generate(options: Generate, source: "Weights", layout: "Layout") -> int:
     )
     more = {"placement": placement, "count_load": saved is not None}
     generator = Generator(config, make_recipe(options, config, layout), layout, **more)
-    generator.check(prompts, options.max_new_tokens, speculate)
+    new_tokens = room_for_answers(options, prompts, config)
+    generator.check(prompts, new_tokens, speculate)
+    stops, ends = stops_of(options, tokenizer)
+    eos_ids = *end_ids(source, tokenizer), *ends
 
     def decode(ids: Sequence[int]) -> str:
         if tokenizer is None or options.prompt_ids:
             return "".join(f",{i}" for i in ids)
-        return tokenizer.decode(ids, skip_special=True)
+        return tokenizer.decode([i for i in ids if i not in eos_ids], skip_special=True)
 
-    streams = [TextStream(decode, options.stop) for _ in prompts]
-    eos_ids = end_ids(source, tokenizer)
+    streams = [TextStream(decode, stops) for _ in prompts]
     weights = generator.prepare(source.load(generator.abstract_weights), consume=True)
-    session = generator.start(
-        weights, prompts, options.sampling, options.max_new_tokens, eos_ids, speculate
-    )
+    session = generator.start(weights, prompts, options.sampling, new_tokens, eos_ids, speculate)
     first = "," if options.prompt_ids else ""
     answers = Answers(len(prompts), first, quiet=not is_first_process())
     while not session.done:

@@ -134,7 +134,7 @@ class Pretraining:
         connect(trainer.layout.mesh)
         evaluate = held_out_evaluation(trainer, prepared, run.train.eval_batches)
         loop = open_loop(run, trainer, session, evaluate)
-        write_settings(run, prepared.tokenizer.json)
+        write_settings(run, prepared.tokenizer.of_documents().files)
 
         def train() -> str:
             return train_on(
@@ -162,13 +162,11 @@ def held_out_evaluation(trainer: "Trainer", prepared: "Prepared", max_batches: i
 
 def sample_text(trainer: "Trainer", state: "State", prepared: "Prepared", text: str) -> str:
     """`text` continued by generation/, to SAMPLE_LENGTH tokens or the length of a sequence."""
-    import numpy as np
-
     from generation.config import Sampling
     from generation.engine import Generator
 
-    tokenizer = prepared.tokenizer
-    prompt = np.append(np.int32(tokenizer.eos_id), tokenizer.encode(text))
+    tokenizer = prepared.tokenizer.of_documents()
+    prompt = tokenizer.encode_prompt(text)
     room = max(1, min(SAMPLE_LENGTH, trainer.train.seq_len) - len(prompt))
     generator = Generator(trainer.model, trainer.recipe, trainer.layout)
     weights = generator.prepare({tree: state[tree] for tree in ("params", "router_bias")})

@@ -31,7 +31,7 @@ def inspected(
     tokenizer = load_tokenizer(place / "tokenizer.json")
     sampler = PolicySampler(
         model, recipe, layout, Sampling(1.0), rows=128, max_new_tokens=budget,
-        eos_ids=(tokenizer.eos_id,),
+        eos_ids=tokenizer.end_ids,
     )  # fmt: skip
     sampler.publish(params, router_bias)
     prompts = TaskPrompts(task, tokenizer, seed)

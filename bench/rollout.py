@@ -54,7 +54,7 @@ class Bench:
         """128 answers, `rows` written at a time."""
         sampler = PolicySampler(
             self.model, self.recipe, self.layout, Sampling(1.0), rows=rows, max_new_tokens=budget,
-            eos_ids=(self.tokenizer.eos_id,),
+            eos_ids=self.tokenizer.end_ids,
         )  # fmt: skip
         sampler.publish(self.params, self.bias)
 
@@ -74,7 +74,7 @@ class Bench:
             for i in range(answers):
                 sampling = Sampling(1.0, seed=seed * answers + i)
                 session = generator.start(
-                    weights, [self.prompts[i]], sampling, budget, eos_ids=(self.tokenizer.eos_id,)
+                    weights, [self.prompts[i]], sampling, budget, eos_ids=self.tokenizer.end_ids
                 )
                 while not session.done:
                     session.advance()

@@ -65,7 +65,7 @@ def gaps(folder: Path, prompts: int, sampler_dtype, trainer_dtype) -> dict[str, 
     questions = TaskPrompts(configured_task(task), tokenizer, 0).rollout(0, prompts)
     sampler = PolicySampler(
         model, Recipe(sampler_dtype), layout, Sampling(), rows=prompts * GROUP,
-        max_new_tokens=run.rl.max_new_tokens, eos_ids=[tokenizer.eos_id], replay=True,
+        max_new_tokens=run.rl.max_new_tokens, eos_ids=tokenizer.end_ids, replay=True,
     )  # fmt: skip
     sampler.publish(params, bias)
     batch = make_batch(questions.ids, sampler(questions.ids, GROUP, 0), run.train.seq_len)

@@ -39,6 +39,24 @@ _COPY_BLOCK = 64 << 20
 """Bytes compared at a time when a conversion compares all of them."""
 
 
+def carried_files(folder: Path) -> list[Path]:
+    """Files of a folder that an export copies."""
+    return sorted({file for pattern in CARRIED for file in folder.glob(pattern)})
+
+
+def own_files(run_dir: Path) -> list[Path]:
+    """Files of a run folder of ours that belong to its weights: those that came with an import,
+    else what the run keeps of its tokenizer; config.json is the run's own."""
+    imported = carried_files(run_dir / "hf")
+    return imported or [file for file in carried_files(run_dir) if file.name != "config.json"]
+
+
+def tokenizer_file(folder: Path) -> Path | None:
+    """tokenizer.json of the weights in a folder, a release's or a run's; None without one."""
+    found = [file for file in own_files(folder) if file.name == "tokenizer.json"]
+    return found[0] if found else None
+
+
 @dataclasses.dataclass(frozen=True)
 class _Piece:
     """One matrix or vector of the names table inside a stored tensor."""
@@ -97,7 +115,7 @@ class HuggingFaceFolder:
     @property
     def carried(self) -> list[Path]:
         """Configuration, tokenizer and generation files."""
-        return sorted({file for pattern in CARRIED for file in self.path.glob(pattern)})
+        return carried_files(self.path)
 
     def compare_copies(self, samples: int | None = None) -> None:
         """Raise ValueError unless MTP layers repeat embedding and head exactly.

@@ -170,11 +170,16 @@ _SPECIAL = {
 
 
 def _special_tokens(weights: Weights) -> tuple[dict[str, str], dict[str, int]]:
-    """Names {"eos_token": ..} and ids {"eos_token_id": ..} of those that the tokenizer has."""
-    files = [file for file in weights.carried if file.name == "tokenizer.json"]
-    added = json.loads(files[0].read_text("utf-8")).get("added_tokens", ()) if files else ()
+    """Names {"eos_token": ..} and ids {"eos_token_id": ..} of those that the tokenizer has; other
+    names than DeepSeek's are those of tokenizer_config.json."""
+    files = {file.name: file for file in weights.carried if file.suffix == ".json"}
+    texts = {name: json.loads(file.read_text("utf-8")) for name, file in files.items()}
+    added = texts.get("tokenizer.json", {}).get("added_tokens", ())
     ids = {token["content"]: token["id"] for token in added}
-    found = {key: name for key, name in _SPECIAL.items() if name in ids}
+    given = {key: texts.get("tokenizer_config.json", {}).get(key) for key in _SPECIAL}
+    given = {key: x["content"] if isinstance(x, dict) else x for key, x in given.items()}
+    names = {key: given[key] or name for key, name in _SPECIAL.items()}
+    found = {key: name for key, name in names.items() if name in ids}
     return found, {f"{key}_id": ids[name] for key, name in found.items()}
 
 

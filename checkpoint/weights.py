@@ -17,7 +17,7 @@ import tensorstore
 from checkpoint import safetensors
 from checkpoint.config import CheckpointConfig
 from checkpoint.folder import find_steps, unreadable_reason
-from checkpoint.hf_reader import CARRIED, HuggingFaceFolder, is_hf_folder
+from checkpoint.hf_reader import HuggingFaceFolder, is_hf_folder, own_files
 from checkpoint.manager import CheckpointManager
 from model.config import ModelConfig, YarnConfig
 
@@ -81,10 +81,8 @@ class RunFolder:
 
     @property
     def carried(self) -> list[Path]:
-        """Files that came with an import; at least the tokenizer."""
-        imported = {file for pattern in CARRIED for file in (self.path / "hf").glob(pattern)}
-        own = self.path / "tokenizer.json"
-        return sorted(imported) or ([own] if own.exists() else [])
+        """Files that came with an import, or what the run keeps of its tokenizer."""
+        return own_files(self.path)
 
     def scale_inv(self, name: str) -> np.ndarray | None:
         """As `Weights.scale_inv`."""

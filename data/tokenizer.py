@@ -5,23 +5,26 @@ A trained tokenizer has DeepSeek-V3's pre-tokeniser and special tokens: bos, eos
 special tokens at the end of the vocabulary. The report also splits a share of the tokens that join
 punctuation and line breaks at random (V3 report, 4.1); that share is not published and we do not.
 
-The text of a special token inside a document is text. Documents are encoded by a tokenizer without
-any added token, so no document can forge the end of a turn.
+The name of a mark inside a document is text, so no document can forge the end of a turn. Marks
+are special tokens, and added tokens that are named like one (<think>, <｜User｜>, <|EOT|>):
+DeepSeek's own file calls most of these `special: false`. Other added tokens are found in text, as
+tokenizer.json says.
 """
 
+import copy
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-BOS = "<｜begin▁of▁sentence｜>"
-EOS = "<｜end▁of▁sentence｜>"
-PAD = "<｜▁pad▁｜>"
+from data.conventions import BESIDE, BOS, EOS, PAD, read_conventions
+
 THINK = ("<think>", "</think>")
 FIM_HOLE, FIM_BEGIN, FIM_END = (f"<｜fim▁{part}｜>" for part in ("hole", "begin", "end"))
 TURNS = ("<｜User｜>", "<｜Assistant｜>", "<|EOT|>")
@@ -36,6 +39,9 @@ FIRST = (BOS, EOS, PAD)
 LAST = (*THINK, FIM_HOLE, FIM_BEGIN, FIM_END, *TURNS, *TOOLS)
 MIN_VOCAB = len(FIRST) + 256 + len(LAST)
 """Special tokens and single bytes; merges come on top."""
+
+MARK = r"<[|｜][^|｜\s]+[|｜]>|</?think>"
+"""Names of tokens that no text may forge, whatever a tokenizer.json calls them."""
 
 # Patterns of DeepSeek-V3's published tokenizer, applied in this order.
 DIGITS = r"\p{N}{1,3}"
@@ -56,53 +62,113 @@ class FimTokens:
 
 
 class NoTokenError(ValueError):
-    """A text with a character that the tokenizer has no token for; the message names it."""
+    """A name, or a character of a text, that the tokenizer has no token for; the message has it."""
 
 
 class Tokenizer:
-    """A `tokenizer.json` with DeepSeek's names for its special tokens.
+    """A `tokenizer.json` with the conventions of the files beside it (`data/conventions.py`).
 
-    Attributes: json (its text), sha256, vocab_size (largest id + 1), bos_id, eos_id, pad_id,
-    fim (FimTokens, or None if the vocabulary has none), and byte_lengths: int32 [vocab_size], UTF-8
-    bytes that each id stands for (0 for special tokens), or None if tokens are not byte strings.
+    Attributes: json (its text), sha256, vocab_size (largest id + 1), conventions, bos_id, eos_id,
+    pad_id, marks (names that plain text cannot give), mark_names (a pattern of them), specials
+    (those that decoding leaves out), fim (FimTokens, or None if the vocabulary has none), and
+    byte_lengths: int32 [vocab_size], UTF-8 bytes that each id stands for (0 for marks), or None if
+    tokens are not byte strings.
+
+    Args:
+      files: name -> text of the files beside. ValueError if these or a token are no good.
     """
 
-    def __init__(self, json_text: str, bos: str = BOS, eos: str = EOS, pad: str = PAD):
+    def __init__(self, json_text: str, files: Mapping[str, str] | None = None):
         self.json = json_text
         self.sha256 = hashlib.sha256(json_text.encode()).hexdigest()
+        self._beside = dict(files or {})
+        self.conventions = read_conventions(self._beside)
         spec = json.loads(json_text)
         self._full = tokenizers.Tokenizer.from_str(json_text)
-        plain = {**spec, "added_tokens": [], "post_processor": None}
+        added = spec.get("added_tokens", ())
+        named = {token["content"]: bool(token.get("special")) for token in added}
+        self.specials = tuple(name for name, special in named.items() if special)
+        self.marks = tuple(x for x in named if named[x] or re.fullmatch(MARK, x))
+        longest_first = sorted(self.marks, key=len, reverse=True)
+        self.mark_names = "|".join(map(re.escape, longest_first)) or "(?!)"
+        # Special tokens are not looked for in plain text.
+        marked = [{**token, "special": token["content"] in self.marks} for token in added]
+        plain = {**spec, "added_tokens": marked, "post_processor": None}
         self._plain = tokenizers.Tokenizer.from_str(json.dumps(plain))
+        self._plain.encode_special_tokens = True
         for tokenizer in (self._full, self._plain):
             tokenizer.no_truncation()
             tokenizer.no_padding()
         vocab = self._full.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values()) + 1
-        self._special = np.zeros(self.vocab_size, bool)
-        self._special[[vocab[token["content"]] for token in spec.get("added_tokens", ())]] = True
-        self.bos_id, self.eos_id = self.token_id(bos), self.token_id(eos)
-        self.pad_id = vocab.get(pad, self.eos_id)  # DeepSeek's own config pads with eos
+        self._marked = np.zeros(self.vocab_size, bool)
+        self._marked[[vocab[name] for name in self.marks]] = True
+        known = self.conventions
+        self.bos_id, self.eos_id = self.token_id(known.bos), self.token_id(known.eos)
+        self.pad_id = vocab.get(known.pad, self.eos_id)  # DeepSeek's own config pads with eos
+        if known.begins:
+            self.token_id(known.begins)
         has_fim = {FIM_BEGIN, FIM_HOLE, FIM_END} <= vocab.keys()
         self.fim = FimTokens(vocab[FIM_BEGIN], vocab[FIM_HOLE], vocab[FIM_END]) if has_fim else None
-        self.byte_lengths = self._byte_lengths(vocab) if _is_byte_level(spec) else None
+        written = {token["content"]: len(token["content"].encode()) for token in added}
+        self.byte_lengths = self._byte_lengths(vocab, written) if _is_byte_level(spec) else None
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer."""
+        return self.conventions.ends or (self.eos_id,)
+
+    @property
+    def end_id(self) -> int:
+        """The id that ends an answer to learn: eos, if it is among `end_ids`."""
+        return self.eos_id if self.eos_id in self.end_ids else self.end_ids[0]
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Name -> text of the files that a folder keeps of this tokenizer."""
+        pad = self.conventions.pad
+        pad = pad if self._full.token_to_id(pad) is not None else ""
+        beside = self.conventions.write(self._beside, self.end_ids, pad)
+        return {"tokenizer.json": self.json, **beside}
+
+    def of_documents(self) -> "Tokenizer":
+        """The same for a model that learned documents with eos between: prompts begin with it."""
+        other = copy.copy(self)
+        eos = self.conventions.eos
+        other.conventions = dataclasses.replace(self.conventions, begins=eos, ends=())
+        return other
 
     def token_id(self, token: str) -> int:
         """Id of a token by its exact name; ValueError if the vocabulary has no such token."""
         found = self._full.token_to_id(token)
         if found is None:
-            raise ValueError(f"the tokenizer has no token {token!r} among {self.vocab_size}")
+            raise NoTokenError(f"the tokenizer has no token {token!r} among {self.vocab_size}")
         return found
 
     def encode(self, text: str, special: bool = False) -> np.ndarray:
-        """Token ids, int32 [n]. special: read the names of special tokens as those tokens (chat
-        templates); otherwise they are plain text. Nothing is put before or after."""
+        """Token ids, int32 [n]. special: read the names of marks as those tokens (chat templates);
+        otherwise they are plain text. Nothing is put before or after."""
         if special:
             try:
                 return np.asarray(self._full.encode(text, add_special_tokens=False).ids, np.int32)
             except Exception as error:  # the library raises bare Exception
-                raise NoTokenError(self._missing([text]) or str(error)) from None
+                letters = re.sub(MARK, "", text)
+                raise NoTokenError(self._missing([letters]) or str(error)) from None
         return self.encode_batch([text])[0]
+
+    def encode_prompt(self, text: str, special: bool = False) -> np.ndarray:
+        """Token ids of a text to continue, int32 [n], after the token that texts begin with (once,
+        where `special` names it at the start)."""
+        ids = self.encode(text, special)
+        begins = self.conventions.begins
+        first = [self.token_id(begins)] if begins else []
+        if ids[:1].tolist() == first:
+            return ids
+        return np.concatenate([np.array(first, np.int32), ids])
+
+    def marks_in(self, text: str) -> list[str]:
+        """Names of marks in a text, which are letters there unless they are read as special."""
+        return sorted(set(re.findall(self.mark_names, text)))
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of plain texts, int32 [n] each; the texts are encoded in parallel."""
@@ -112,8 +178,8 @@ class Tokenizer:
             raise NoTokenError(self._missing(texts) or str(error)) from None
         rows = [np.asarray(item.ids, np.int32) for item in encoded]
         for row in rows:
-            if self._special[row].any():
-                name = self._full.id_to_token(int(row[self._special[row]][0]))
+            if self._marked[row].any():
+                name = self._full.id_to_token(int(row[self._marked[row]][0]))
                 raise ValueError(
                     f"the tokenizer's model turns plain text into the special token {name!r}; a "
                     "document could forge it. Use a tokenizer whose model has no rule for it."
@@ -133,42 +199,39 @@ class Tokenizer:
         """Text of token ids. skip_special: leave out tokens marked special (not <think>)."""
         return self._full.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
-    def _byte_lengths(self, vocab: dict[str, int]) -> np.ndarray:
-        # A byte-level token's name has one character per byte.
+    def _byte_lengths(self, vocab: dict[str, int], added: dict[str, int]) -> np.ndarray:
+        # A byte-level token's name has one character per byte; an added token's is its text.
         lengths = np.zeros(self.vocab_size, np.int32)
         for name, index in vocab.items():
-            lengths[index] = len(name)
-        lengths[self._special] = 0
+            lengths[index] = added.get(name, len(name))
+        lengths[self._marked] = 0
         return lengths
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Loads a `tokenizer.json`. Special tokens go by DeepSeek's names, or by those that a
-    `tokenizer_config.json` in the same folder gives. ValueError if there is no bos or eos."""
+    """Loads a `tokenizer.json` with what the files beside it say (`data/conventions.py`): names of
+    its tokens, how prompts begin, ends, template. ValueError if there is no bos or eos."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise ValueError(
             f"tokenizer {path.absolute()} is no file; give a tokenizer.json, or '' to train"
         )
-    beside = path.with_name("tokenizer_config.json")
+    beside = [path.with_name(name) for name in BESIDE]
     try:
-        names = json.loads(beside.read_text("utf-8")) if beside.is_file() else {}
+        files = {file.name: file.read_text("utf-8") for file in beside if file.is_file()}
         text = path.read_text("utf-8")
         tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the tokenizers library raises bare Exception
         raise ValueError(f"tokenizer {path} cannot be read: {error}") from error
-    known = {"bos": BOS, "eos": EOS, "pad": PAD}
-    for key in known:
-        given = names.get(f"{key}_token")
-        given = given.get("content") if isinstance(given, dict) else given
-        known[key] = given or known[key]
     try:
-        return Tokenizer(text, **known)
-    except ValueError as error:
+        return Tokenizer(text, files)
+    except NoTokenError as error:
         raise ValueError(
-            f"tokenizer {path}: {error}. Name its tokens (bos_token, eos_token) in {beside.name} "
-            "beside it."
+            f"tokenizer {path}: {error}. Name its tokens (bos_token, eos_token) in "
+            f"{beside[0].name} beside it."
         ) from error
+    except ValueError as error:
+        raise ValueError(f"tokenizer {path}: {error}") from error
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:

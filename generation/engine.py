@@ -25,6 +25,7 @@ from generation.config import Sampling, Speculation
 from generation.decode import unstack
 from generation.payoff import Trial, measure, pays
 from generation.replicas import Copies
+from generation.sampling import check_drawn
 from generation.stats import Stats
 from generation.steps import CHUNK, Program, State, Steps, without_drafts
 from model.blueprint import Tree, blueprint
@@ -260,11 +261,12 @@ class Session:
     def advance(self) -> list[np.ndarray]:
         """New ids of every row, int32 [n] each: first those of the prefill, then up to CHUNK steps.
 
-        Rows that have ended give none; `done` says when all have.
+        Rows that have ended give none; `done` says when all have. FloatingPointError for logits
+        that are not numbers.
         """
         if self._fresh is not None:
             first, self._fresh = self._fresh, None
-            return [first[row : row + 1] for row in range(self._rows)]
+            return [check_drawn(first[row : row + 1]) for row in range(self._rows)]
         running = ~self.finished
         arguments = self._weights, self._state, self._eos, self._chunk
         advance = self._compiled(self._programs.advance, *arguments)
@@ -278,7 +280,7 @@ class Session:
         stats.decode_seconds += time.perf_counter() - began
         self.finished |= out["finished_B"][: self._rows]
         tokens = [
-            out["tokens_BN"][row, : out["counts_B"][row]] if running[row] else np.zeros(0, np.int32)
+            check_drawn(out["tokens_BN"][row, : out["counts_B"][row] * running[row]])
             for row in range(self._rows)
         ]
         stats.decoded_tokens += sum(len(row) for row in tokens)

@@ -1,28 +1,16 @@
 """From what people give to token ids: texts, files of prompts, conversations."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from generation.chat import chat_pieces
+from generation.chat import check_fields
 
 Prompt = str | list[Mapping[str, str]]
 """A text to continue, or the messages of a conversation."""
-
-
-class Encoder(Protocol):
-    """What is needed of a tokenizer."""
-
-    def encode(self, text: str) -> np.ndarray:
-        """Ids of plain text, int32 [n]."""
-        ...
-
-    def token_id(self, token: str) -> int:
-        """Id of a token by its name; ValueError without it."""
-        ...
 
 
 def parse_ids(text: str) -> np.ndarray:
@@ -53,6 +41,10 @@ def _record(where: str, line: str) -> Prompt:
     except ValueError as error:
         raise ValueError(f"{where}: not JSON ({error})") from None
     if isinstance(record, dict) and len(record.keys() & {"prompt", "messages"}) == 1:
+        try:
+            check_fields(record)
+        except ValueError as error:
+            raise ValueError(f"{where} {error}") from None
         if isinstance(record.get("prompt"), str):
             return record["prompt"]
         if isinstance(record.get("messages"), list):
@@ -64,24 +56,3 @@ def as_conversation(prompt: Prompt, system: str) -> list[Mapping[str, str]]:
     """A text as the user's only message; `system`, when not empty, put first."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return [{"role": "system", "content": system}, *messages] if system else list(messages)
-
-
-def encode_text(tokenizer: Encoder, text: str, first: int) -> np.ndarray:
-    """Ids, int32 [n], of a text to continue, after the token that documents begin with."""
-    return np.concatenate([np.array([first], np.int32), tokenizer.encode(text)])
-
-
-def encode_chat(
-    tokenizer: Encoder, messages: Sequence[Mapping[str, str]], think: bool
-) -> np.ndarray:
-    """Ids, int32 [n], of a conversation; ValueError when the vocabulary lacks its tokens."""
-    pieces = chat_pieces(messages, think)
-    try:
-        marks = [[tokenizer.token_id(p.text)] if p.special else [] for p in pieces]
-    except ValueError as error:
-        raise ValueError(f"{error}; conversations need it, so give the prompt as text") from None
-    parts = [
-        mark if piece.special else tokenizer.encode(piece.text)
-        for mark, piece in zip(marks, pieces, strict=True)
-    ]
-    return np.concatenate([np.asarray(part, np.int32) for part in parts])

@@ -1,18 +1,31 @@
 """From logits to a token: temperature, top-k, top-p, and drawing.
 
 Everything works on the distribution that results (`probabilities`), so that speculative decoding
-can compare the distributions of draft and model. Letters: B rows, V vocabulary.
+can compare the distributions of draft and model. Logits that are not all finite give a distribution
+of NaN, and that the token NO_TOKEN, which `check_drawn` makes an error of.
+
+Letters: B rows, V vocabulary.
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from generation.config import Sampling
 
+NO_TOKEN = -1
+"""Drawn from what is no distribution."""
+
 
 def probabilities(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
-    """Distribution that tokens are drawn from, fp32 [B, V]; one-hot at temperature 0."""
+    """Distribution that tokens are drawn from, fp32 [B, V]; one-hot at temperature 0; NaN where
+    the logits are not all finite."""
     logits_BV = logits_BV.astype(jnp.float32)
+    finite_B1 = jnp.isfinite(logits_BV).all(axis=-1, keepdims=True)
+    return jnp.where(finite_B1, _probabilities(logits_BV, sampling), jnp.nan)
+
+
+def _probabilities(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
     if sampling.temperature == 0:
         return jax.nn.one_hot(jnp.argmax(logits_BV, axis=-1), logits_BV.shape[-1])
     p_BV = jax.nn.softmax(logits_BV / sampling.temperature, axis=-1)
@@ -52,6 +65,19 @@ def row_keys(
 def draw(keys_B: jax.Array, p_BV: jax.Array, sampling: Sampling) -> jax.Array:
     """One token per row from its distribution, int32 [B]; greedy needs no random numbers."""
     if sampling.temperature == 0:
-        return jnp.argmax(p_BV, axis=-1).astype(jnp.int32)
-    draw_row = jax.vmap(lambda key, p: jax.random.categorical(key, jnp.log(p)))
-    return draw_row(keys_B, p_BV).astype(jnp.int32)
+        token_B = jnp.argmax(p_BV, axis=-1)
+    else:
+        draw_row = jax.vmap(lambda key, p: jax.random.categorical(key, jnp.log(p)))
+        token_B = draw_row(keys_B, p_BV)
+    return jnp.where(jnp.isnan(p_BV[:, 0]), NO_TOKEN, token_B).astype(jnp.int32)
+
+
+def check_drawn(tokens: np.ndarray) -> np.ndarray:
+    """The same tokens; FloatingPointError if one was drawn from logits that are not numbers."""
+    if (tokens == NO_TOKEN).any():
+        raise FloatingPointError(
+            "the model's logits are not finite numbers, so no token can be drawn; its weights are "
+            "damaged, or too large for --dtype. Score some tokens (generate.py score), or take an "
+            "earlier checkpoint"
+        )
+    return tokens

@@ -37,13 +37,21 @@ class Scorer:
         """Main head's logits [B, T, V], then those of each MTP module if asked for; fp32.
 
         At most `rows` sequences. Module k at position i has seen token i + k and predicts token
-        i + k + 1; positions without a token k ahead hold NaN.
+        i + k + 1; positions without a token k ahead hold NaN. FloatingPointError for other logits
+        that are not finite.
         """
         padded_BT = np.zeros((self.rows, ids_BT.shape[1]), np.int32)
         padded_BT[: len(ids_BT)] = ids_BT
         placed_BT = jax.device_put(padded_BT, batch_sharding(self._layout, ("batch", "seq")))
         results = self._run(weights["params"], weights["router_bias"], placed_BT)
         heads = [whole(logits_BTV)[: len(ids_BT)] for logits_BTV in results]
+        for depth, head in enumerate(heads):
+            if not np.isfinite(head[:, : head.shape[1] - depth]).all():
+                name = f"MTP module {depth}" if depth else "the model"
+                raise FloatingPointError(
+                    f"the logits of {name} are not all finite numbers; its weights are damaged, or "
+                    "too large for --dtype"
+                )
         for depth, head in enumerate(heads[1:], 1):
             head[:, max(0, head.shape[1] - depth) :] = np.nan
         return heads

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from generation.config import Sampling
 from generation.decode import Decoder, expert_load, expert_routes, make_decoder
-from generation.sampling import draw, kept_tokens, probabilities, row_keys
+from generation.sampling import NO_TOKEN, draw, kept_tokens, probabilities, row_keys
 from generation.speculate import accept_or_redraw
 from model.blueprint import Tree
 from model.config import ModelConfig
@@ -213,6 +213,8 @@ class Steps:
             p_B2V[:, 0],
             self._sampling,
         )
+        # A draft from logits that are not numbers is an error too.
+        first_B = jnp.where(state["draft_B"] < 0, NO_TOKEN, first_B)
         second_B = draw(keys(lengths_B + 2, MAIN), p_B2V[:, 1], self._sampling)
         # Behind a refused draft the second entry is garbage; the next step writes it again.
         next_ids_B2 = jnp.stack([first_B, second_B], axis=1)

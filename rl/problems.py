@@ -22,6 +22,9 @@ class Problem:
     """Name of the task, or of the reward that a file of prompts asks for."""
     name: str = ""
     """Name of the problem; '' takes the prompt itself. Two wordings of one problem share it."""
+    opened: bool = True
+    """Whether the chat template opens the answer to a conversation with <think>; a text says so
+    itself."""
 
     @property
     def key(self) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from generation.chat import chat_pieces
+from generation.chat import check_fields, check_messages
 from rl.jsonl import read_jsonl, type_name
 from rl.problems import Problem, Prompt
 
@@ -70,6 +70,7 @@ def final_answer(answer: str) -> tuple[str, str]:
 
 
 def _problem(fields: dict[str, Any], need_answers: bool) -> Problem:
+    check_fields(fields)
     forms = [form for form in _FORMS if form in fields]
     if len(forms) != 1:
         found = f"both {forms[0]!r} and {forms[1]!r}" if forms else f"the fields {sorted(fields)}"
@@ -102,7 +103,7 @@ def _prompt(form: str, value: Any) -> Prompt:
         return value
     if not isinstance(value, list):
         raise ValueError(f'"messages" is {type_name(value)}, not a list')
-    chat_pieces(value)  # raises for roles, contents and order
+    check_messages(value)
     for message in value:
         if message.keys() != {"role", "content"}:
             raise ValueError(f"a message has the fields {sorted(message)}, not role and content")

@@ -10,7 +10,7 @@ import numpy as np
 
 from data.randomness import DOCUMENT_ORDER, random_permutation
 from data.tokenizer import NoTokenError, Tokenizer
-from generation.prompts import encode_chat
+from generation.chat import encode_chat, opens_thought
 from rl.config import RLConfig
 from rl.jsonl import MAX_SHOWN
 from rl.problems import Problem, Prompt, split_problems
@@ -152,6 +152,10 @@ def file_prompts(config: RLConfig, tokenizer: Tokenizer, seed: int) -> FilePromp
 
     found = read_prompts(Path(config.prompts), need_answers=judged, check=check)
     problems = [in_template(problem, config.template) for problem in found]
+    asked = next((p.prompt for p in problems if not isinstance(p.prompt, str)), None)
+    if asked and tokenizer.conventions.template:
+        thinks = opens_thought(tokenizer, asked)
+        problems = [dataclasses.replace(problem, opened=thinks) for problem in problems]
     return FilePrompts(*split_problems(problems, config.held_out), tokenizer, seed)
 
 
@@ -178,20 +182,29 @@ def judges_code(config: RLConfig, prompts: Prompts) -> bool:
 
 
 def encode_prompt(tokenizer: Tokenizer, problem: Problem) -> np.ndarray:
-    """Ids of a text to continue as they are, int32 [n]; a conversation through the chat template.
+    """Ids, int32 [n], of a text to continue, after the token that texts begin with; or of a
+    conversation through the chat template, asked to think.
 
     Raises ValueError for a character that the tokenizer has no token for, and for a conversation
     if it lacks the template's tokens.
     """
     try:
         if isinstance(problem.prompt, str):
-            return tokenizer.encode(problem.prompt)
+            return tokenizer.encode_prompt(problem.prompt)
         return encode_chat(tokenizer, problem.prompt, think=True)
     except NoTokenError as error:
         raise ValueError(
             f"prompt {shown(problem)} cannot be read: {error}. Change the prompt, or take another "
             "tokenizer"
         ) from None
+
+
+def marks_in(prompts: Prompts) -> list[str]:
+    """Names of marks in the texts of a file, which are letters there."""
+    if not isinstance(prompts, FilePrompts):
+        return []
+    problems = (*prompts.train, *prompts.kept)
+    return sorted({x for p in problems for x in prompts.tokenizer.marks_in(str(p.prompt))})
 
 
 def shown(problem: Problem) -> str:

@@ -22,6 +22,7 @@ import numpy as np
 from generation.config import Sampling
 from generation.engine import SLOT_BLOCK, Generator, padded_length
 from generation.refill import RefillSteps
+from generation.sampling import check_drawn
 from generation.steps import CHUNK
 from model.blueprint import Tree
 from model.config import ModelConfig
@@ -135,7 +136,8 @@ class PolicySampler:
     ) -> Rollout:
         """Answer every prompt `group_size` times.
 
-        Raises ValueError for prompts that the model cannot read (`Generator.check`), and
+        Raises ValueError for prompts that the model cannot read (`Generator.check`),
+        FloatingPointError for logits that are not numbers, and
         RolloutStoppedError soon after `stop()`, asked every few tokens, says true.
         """
         self._generator.check(prompts, self._budget, self._speculate)
@@ -219,7 +221,7 @@ class _Session:
         return state
 
     def _append(self, answer: int, tokens, logps, kept=None) -> None:
-        self._tokens[answer].append(tokens)
+        self._tokens[answer].append(check_drawn(tokens))
         self._logps[answer].append(logps)
         if kept is not None:
             self._kept[answer].append(kept)

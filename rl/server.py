@@ -31,6 +31,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from checkpoint.hf_reader import own_files
 from checkpoint.hf_writer import export
 from data.tokenizer import Tokenizer
 from model.blueprint import Tree
@@ -190,15 +191,19 @@ class ServerSampler:
             "return_token_ids": True,
             "skip_special_tokens": False,
         }
-        said = self._server.post("/v1/completions", body, stop)
-        try:
-            choices = sorted(said["choices"], key=lambda choice: choice.get("index", 0))
-            found = [self._answer(choice) for choice in choices]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        tried, broken = self._server.retries + 1, ""
+        for attempt in range(tried):
+            if attempt:
+                _sleep(self._server.wait * 2 ** (attempt - 1), stop)
+            found, broken = self._read(self._server.post("/v1/completions", body, stop))
+            if not broken:
+                break
+        else:
             raise ServerError(
-                f"{self._server.url}/v1/completions answered without what is needed "
-                f"({type(error).__name__}: {error}): {str(said)[:300]}"
-            ) from None
+                f"{self._server.url}/v1/completions broke answers off in {tried} tries, with "
+                f"finish_reason {broken}; an answer ends with 'stop' or 'length'. See the server's "
+                "own messages"
+            )
         if len(found) != count:
             raise ServerError(
                 f"{self._server.url}/v1/completions gave {len(found)} answers where n={count} were "
@@ -206,21 +211,54 @@ class ServerSampler:
             )
         return found
 
+    def _read(self, said: Any):
+        """Answers of a reply, and the reasons of those that the server broke off, in words."""
+        try:
+            choices = sorted(said["choices"], key=lambda choice: choice.get("index", 0))
+            reasons = {choice["finish_reason"] for choice in choices} - {"stop", "length"}
+            if reasons:
+                return [], ", ".join(map(repr, reasons))
+            return [self._answer(choice) for choice in choices], ""
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ServerError(
+                f"{self._server.url}/v1/completions answered without what is needed "
+                f"({type(error).__name__}: {error}): {str(said)[:300]}"
+            ) from None
+
     def _answer(self, choice: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, bool]:
-        cut = choice["finish_reason"] == "length"
+        """(ids, log-probabilities, truncated); ValueError for an answer that is not whole, and for
+        ids that are no tokens."""
+        if choice["finish_reason"] not in ("stop", "length"):
+            raise ValueError(f"finish_reason is {choice['finish_reason']!r}, not stop or length")
+        cut, known = choice["finish_reason"] == "length", self._tokenizer
         ids = choice.get("token_ids")
         if ids is None:
-            encoded = self._tokenizer.encode(choice["text"])[: self._budget]
-            end = [] if cut or len(encoded) == self._budget else [self._tokenizer.eos_id]
-            tokens = np.concatenate([encoded, np.array(end, np.int32)]).astype(np.int32)
-            return tokens, np.full(len(tokens), np.nan, np.float32), not end
-        tokens = np.array(ids, np.int32)
-        if not cut and (not len(tokens) or tokens[-1] != self._tokenizer.eos_id):
-            raise ValueError(f"token_ids end with {ids[-1:]}, not with the end token")
+            # Marks are in the text by their names, as skip_special_tokens false asks for.
+            tokens = known.encode(choice["text"], special=True)[: self._budget]
+            ended = bool(len(tokens)) and int(tokens[-1]) in known.end_ids
+            if not (cut or ended or len(tokens) == self._budget):
+                tokens, ended = np.append(tokens, np.int32(known.end_id)), True
+        else:
+            tokens, ended = self._checked(ids), not cut
+            if ended and (not len(tokens) or int(tokens[-1]) not in known.end_ids):
+                raise ValueError(f"token_ids end with {ids[-1:]}, not with an end token")
+        if not len(tokens) or np.isin(tokens[:-1], known.end_ids).any():
+            raise ValueError("the answer is empty, or goes on after its end token")
         logps = (choice.get("logprobs") or {}).get("token_logprobs")
-        if logps is None or len(logps) != len(tokens):
-            return tokens, np.full(len(tokens), np.nan, np.float32), cut
-        return tokens, np.array(logps, np.float32), cut
+        if ids is None or logps is None or len(logps) != len(tokens):
+            return tokens, np.full(len(tokens), np.nan, np.float32), not ended
+        return tokens, np.array(logps, np.float32), not ended
+
+    def _checked(self, ids: list[Any]) -> np.ndarray:
+        """Ids of an answer, int32 [n]; ValueError unless each is a token, and they fit."""
+        size = self._tokenizer.vocab_size
+        wrong = [i for i in ids if isinstance(i, bool) or not isinstance(i, int)]
+        wrong += [i for i in ids if i not in wrong and not 0 <= i < size]
+        if wrong:
+            raise ValueError(f"token_ids hold {wrong[0]!r}; the tokenizer has ids 0..{size - 1}")
+        if len(ids) > self._budget:
+            raise ValueError(f"{len(ids)} token_ids where max_tokens is {self._budget}")
+        return np.array(ids, np.int32)
 
 
 def _sleep(seconds: float, stop: Stop) -> None:
@@ -272,9 +310,8 @@ class LiveWeights:
 
     @property
     def carried(self) -> list[Path]:
-        """The run's tokenizer."""
-        own = self.path / "tokenizer.json"
-        return [own] if own.exists() else []
+        """What the run keeps of its tokenizer."""
+        return own_files(self.path)
 
     def scale_inv(self, name: str) -> np.ndarray | None:
         """None: these weights were not released in FP8."""

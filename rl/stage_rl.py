@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 
+from checkpoint.hf_reader import tokenizer_file
 from configs.schema import RunConfig
 from data.tokenizer import Tokenizer, load_tokenizer
 from generation.config import Sampling
@@ -21,6 +22,7 @@ from rl.prompts import (
     TaskPrompts,
     file_prompts,
     judges_code,
+    marks_in,
     misfits,
     refuse,
     rewards_of,
@@ -90,13 +92,14 @@ def make_trainer(run: RunConfig, recipe: Recipe, layout: Layout) -> PolicyTraine
 
 
 def policy_tokenizer(run: RunConfig, init_from: str) -> Tokenizer:
-    """data.tokenizer; else what the run has used before; else what belongs to the weights that it
-    starts from; else the characters of the task. ValueError if it is larger than the model's."""
-    before, given = (Path(f) / "tokenizer.json" for f in (run.run_dir, init_from or run.run_dir))
-    found = next((path for path in (before, given) if path.is_file()), None)
-    if run.data.tokenizer:
-        tokenizer = load_tokenizer(run.data.tokenizer)
-    elif found is not None:
+    """What the run has used before; else data.tokenizer; else what belongs to the weights that it
+    starts from; else the characters of the task.
+
+    ValueError if data.tokenizer is another than the run's, or it is larger than the model's.
+    """
+    kept, given = (tokenizer_file(Path(f)) for f in (run.run_dir, init_from or run.run_dir))
+    named = Path(run.data.tokenizer) if run.data.tokenizer else None
+    if found := kept or named or given:
         tokenizer = load_tokenizer(found)
     elif run.task.name:
         tokenizer = character_tokenizer(configured_task(run.task).vocabulary)
@@ -105,12 +108,28 @@ def policy_tokenizer(run: RunConfig, init_from: str) -> Tokenizer:
             "there is no tokenizer for the prompts: give --init-from a folder with tokenizer.json, "
             "or --data.tokenizer FILE"
         )
+    if kept and named and load_tokenizer(named).sha256 != tokenizer.sha256:
+        raise ValueError(
+            f"--data.tokenizer {named} is another tokenizer than the run began with, {kept}; leave "
+            "the option out, or start in another --run-dir"
+        )
     if tokenizer.vocab_size > run.model.vocab_size:
         raise ValueError(
             f"tokenizer has {tokenizer.vocab_size} ids, model.vocab_size is "
             f"{run.model.vocab_size}; raise the model's to at least that"
         )
     return tokenizer
+
+
+def conventions_in_words(tokenizer: Tokenizer) -> str:
+    """A line about how prompts begin, how answers end, and how conversations are laid out."""
+    known = tokenizer.conventions
+    ends = ", ".join(tokenizer.decode([i]) for i in tokenizer.end_ids)
+    template = "the tokenizer's own template" if known.template else "the template of V3 and R1"
+    return (
+        f"tokenizer    {tokenizer.vocab_size} ids; texts begin with {known.begins or 'nothing'}, "
+        f"answers end with {ends}; conversations by {template}"
+    )
 
 
 def check_prompts(run: RunConfig, prompts: Prompts) -> None:
@@ -166,7 +185,7 @@ def make_sampler(trainer: Trainer, run: RunConfig, tokenizer: Tokenizer, greedy:
     sampling = Sampling(temperature, top_k=rl.top_k, top_p=rl.top_p)
     return PolicySampler(
         trainer.model, trainer.recipe, trainer.layout, sampling,
-        rows=rows, max_new_tokens=rl.max_new_tokens, eos_ids=(tokenizer.eos_id,),
+        rows=rows, max_new_tokens=rl.max_new_tokens, eos_ids=tokenizer.end_ids,
         speculate=rl.speculate, replay=rl.replay_routing and not greedy,
     )  # fmt: skip
 
@@ -220,14 +239,17 @@ def run_stage(run: RunConfig, trainer: Trainer, session: Session) -> int:
     assert isinstance(trainer, PolicyTrainer)
     say = session.say
     tokenizer = policy_tokenizer(run, session.init_from)
+    say(conventions_in_words(tokenizer))
     prompts = make_prompts(run, tokenizer)
+    if letters := marks_in(prompts):
+        say(f"warning: {', '.join(letters)} in prompts are read as letters")
     if judges_code(run.rl, prompts):
         say(f"code         runs {described_isolation(run.rl.unsafe_code)}")
     connect(trainer.layout.mesh)
     with open_scorer(run) as scorer:
         checkpoints, state = open_state(run, trainer, session)
         loop = make_loop(run, trainer, state, checkpoints, prompts, scorer, session)
-        write_settings(run, tokenizer.json)
+        write_settings(run, tokenizer.files)
         return to_end(loop, run, say, loop.run, lambda: finish(loop.run_dir, say))
 
 

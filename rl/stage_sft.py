@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from checkpoint.hf_reader import tokenizer_file
 from configs.schema import RunConfig
 from data.tokenizer import Tokenizer, load_tokenizer
 from model.recipe import Recipe
@@ -23,7 +24,7 @@ from rl.examples.sampled import sampled_traces
 from rl.examples.teacher import StudentTrainer, Teacher, load_policy
 from rl.examples.traces import read_traces
 from rl.prompts import TaskPrompts, misfits, refuse
-from rl.stage_rl import make_sampler, policy_tokenizer
+from rl.stage_rl import conventions_in_words, make_sampler, policy_tokenizer
 from rl.stopping import RolloutStoppedError
 from rl.verdict.scoring import TaskScorer
 from runtime.processes import connect
@@ -80,12 +81,13 @@ def run_stage(run: RunConfig, trainer: Trainer, session: Session) -> int:
     say = session.say
     tokenizer = policy_tokenizer(run, session.init_from or run.sft.policy)
     check_policy_tokenizer(run.sft.policy, tokenizer)
+    say(conventions_in_words(tokenizer))
     connect(trainer.layout.mesh)
     evaluate = held_out_accuracy(run, trainer, tokenizer, say)
     policy = None
     if run.sft.policy:
         policy = load_policy(run.sft.policy, run.train, trainer.recipe, trainer.layout)
-    write_settings(run, tokenizer.json)
+    write_settings(run, tokenizer.files)
     try:
         examples = packed_examples(run, trainer, tokenizer, policy, say)
     except RolloutStoppedError:
@@ -115,8 +117,8 @@ def make_teacher(run: RunConfig, trainer: Trainer, policy: Any) -> Teacher:
 
 def check_policy_tokenizer(policy: str, tokenizer: Tokenizer) -> None:
     """Raise ValueError if the folder `policy` has a tokenizer, and another one."""
-    found = Path(policy) / "tokenizer.json"
-    if policy and found.is_file() and load_tokenizer(found).sha256 != tokenizer.sha256:
+    found = tokenizer_file(Path(policy)) if policy else None
+    if found and load_tokenizer(found).sha256 != tokenizer.sha256:
         raise ValueError(
             f"sft.policy {policy} has another tokenizer than this run; its answers would be other "
             "tokens here. Take a policy with the same, or give its texts: --sft.examples "
@@ -136,7 +138,9 @@ def packed_examples(
         path = Path(place)
         folder = "://" in place or path.is_dir()
         sources.append(
-            read_traces(place, tokenizer).examples if folder else read_examples(path, tokenizer)
+            read_traces(place, tokenizer).examples
+            if folder
+            else read_examples(path, tokenizer, say)
         )
     if sft.demonstrations:
         task = configured_task(run.task)

@@ -203,3 +203,87 @@ def test_a_character_without_a_token_is_named():
     for read in (tokenizer.encode, lambda text: tokenizer.encode(text, special=True)):
         with pytest.raises(NoTokenError, match="no token for 'c'"):
             read("abcd")
+
+
+# ---- Added tokens and conventions ----------------------------------------------------------------
+
+
+def with_added(trained, *names, pop=()):
+    """The file's JSON with added tokens that are not special; `pop` are taken from the model."""
+    spec = json.loads(trained.json)
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    for name in (*names, *pop):
+        index = spec["model"]["vocab"].pop(name) if name in pop else 300 + names.index(name)
+        spec["added_tokens"].append({"id": index, "content": name, **flags})
+    return json.dumps(spec)
+
+
+@pytest.mark.parametrize(
+    ("added", "pop", "texts"),
+    [
+        (("[CUSTOM]", "<tools>", "    "), (), ("a [CUSTOM] b", "<tools>x</tools>", "if:\n    x")),
+        (("ab",), (), ("cab", "a b")),
+        ((), ("õ", "÷"), ("x÷y", "aõb", "\U0001f5f5")),
+    ],
+)
+def test_added_tokens_are_found_in_text_as_tokenizer_json_says(trained, added, pop, texts):
+    text = with_added(trained, *added, pop=pop)
+    ours, full = Tokenizer(text), tokenizers.Tokenizer.from_str(text)
+    for words in (*texts, f"x{EOS}"):
+        wanted = full.encode(words.replace(EOS, ""), add_special_tokens=False).ids
+        ids = ours.encode(words).tolist()
+        assert ids == wanted if EOS not in words else ours.eos_id not in ids
+        if not pop:  # a byte that is a token of its own is decoded as a byte
+            assert ours.decode(ids) == words
+        if EOS not in words:
+            assert ours.byte_lengths[ids].sum() == len(words.encode())
+
+
+def test_names_of_marks_in_a_text_are_told(trained):
+    assert trained.marks_in(f"a{EOS}b<think>") == ["<think>", EOS]
+    assert trained.marks_in("a <b> | c") == []
+
+
+@pytest.mark.parametrize(
+    ("files", "first"),
+    [
+        ({}, [1]),
+        ({"config.json": {"model_type": "deepseek_v3"}}, [0]),
+        ({"tokenizer_config.json": {"bos_token": {"content": BOS}, "eos_token": EOS}}, [0]),
+        ({"tokenizer_config.json": {"add_bos_token": True}}, [0]),
+        ({"tokenizer_config.json": {"add_bos_token": False}}, []),
+        ({"tokenizer_config.json": {"prompt_begins_with": EOS}}, [1]),
+        ({"tokenizer_config.json": {"prompt_begins_with": ""}}, []),
+        ({"special_tokens_map.json": {"bos_token": EOS, "eos_token": BOS}}, [0]),
+    ],
+)
+def test_a_text_to_continue_begins_by_one_rule_that_is_kept(trained, files, first):
+    tokenizer = Tokenizer(trained.json, {name: json.dumps(x) for name, x in files.items()})
+    for one in (tokenizer, Tokenizer(tokenizer.json, tokenizer.files)):
+        assert one.encode_prompt("hat").tolist() == [*first, *trained.encode("hat").tolist()]
+    learned = tokenizer.of_documents()
+    assert learned.encode_prompt("")[0] == learned.eos_id
+    marked = tokenizer.encode_prompt(f"{BOS}hat", special=True).tolist()
+    assert marked.count(0) == 1
+
+
+def test_ends_of_generation_config_count(trained):
+    def ends(**files):
+        return Tokenizer(trained.json, {f"{n}.json": json.dumps(x) for n, x in files.items()})
+
+    assert ends().end_ids == (1,)
+    assert ends(config={"eos_token_id": 5}).end_ids == (5,)
+    both = ends(config={"eos_token_id": 5}, generation_config={"eos_token_id": [7, 1], "top_p": 1})
+    assert (both.end_ids, both.end_id) == ((7, 1), 1)
+    assert json.loads(both.files["generation_config.json"]) == {"eos_token_id": [7, 1], "top_p": 1}
+    with pytest.raises(ValueError, match="not a token id"):
+        ends(generation_config={"eos_token_id": "<end>"})
+    with pytest.raises(ValueError, match=r"generation_config\.json is not JSON"):
+        Tokenizer(trained.json, {"generation_config.json": "{"})
+
+
+def test_a_beginning_without_a_token_is_named(trained, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(trained.json, "utf-8")
+    (tmp_path / "tokenizer_config.json").write_text('{"prompt_begins_with": "[GO]"}')
+    with pytest.raises(ValueError, match=r"no token '\[GO\]'"):
+        load_tokenizer(tmp_path / "tokenizer.json")

@@ -1,11 +1,13 @@
 """Text around generation: streams of ids, stop strings, conversations, files of prompts."""
 
+import json
+
 import numpy as np
 import pytest
 
-from data.tokenizer import train_tokenizer
-from generation.chat import chat_pieces
-from generation.prompts import as_conversation, encode_chat, parse_ids, read_prompts
+from data.tokenizer import Tokenizer, train_tokenizer
+from generation.chat import chat_text, check_messages, encode_chat
+from generation.prompts import as_conversation, parse_ids, read_prompts
 from generation.text import LONGEST_WINDOW, TextStream
 
 TOKENIZER = train_tokenizer(["the cat sat on the mat"] * 3, 320)
@@ -88,7 +90,7 @@ RELEASED = (
 
 @pytest.mark.parametrize(("think", "end"), [(False, ""), (True, "<think>\n")])
 def test_conversation_is_the_released_template(think, end):
-    assert "".join(piece.text for piece in chat_pieces(MESSAGES, think)) == RELEASED + end
+    assert chat_text(TOKENIZER, MESSAGES, "\ue000", think) == RELEASED + end
     expected = TOKENIZER.encode(RELEASED + end, special=True)
     np.testing.assert_array_equal(encode_chat(TOKENIZER, MESSAGES, think), expected)
 
@@ -112,19 +114,14 @@ def test_content_cannot_forge_a_turn():
 )
 def test_conversations_that_are_none(messages, message):
     with pytest.raises(ValueError, match=message):
-        chat_pieces(messages)
+        check_messages(messages)
 
 
 def test_vocabulary_without_turns_is_named():
-    class Plain:
-        def encode(self, text):
-            return TOKENIZER.encode(text)
-
-        def token_id(self, token):
-            return TOKENIZER.token_id("<|nothing|>" if token == "<｜User｜>" else token)
-
-    with pytest.raises(ValueError, match="conversations need it"):
-        encode_chat(Plain(), MESSAGES, False)
+    spec = json.loads(TOKENIZER.json)
+    spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] != "<｜User｜>"]
+    with pytest.raises(ValueError, match=r"no token '<｜User｜>' .* conversations need it"):
+        encode_chat(Tokenizer(json.dumps(spec)), MESSAGES, False)
 
 
 # ---- files of prompts ----------------------------------------------------------------------------

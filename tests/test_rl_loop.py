@@ -533,7 +533,7 @@ def test_answers_longer_than_there_is_room():
     prompts = TaskPrompts(task, character_tokenizer(task.vocabulary), seed=0)
     stages.check_prompts(run, prompts)
     short = dataclasses.replace(run.train, seq_len=PROMPT + BUDGET - 2)
-    with pytest.raises(ValueError, match=r"has 4 tokens, with rl.max_new_tokens=6 10; train.seq_l"):
+    with pytest.raises(ValueError, match=r"has 5 tokens, with rl.max_new_tokens=6 11; train.seq_l"):
         stages.check_prompts(dataclasses.replace(run, train=short), prompts)
     near = dataclasses.replace(run, model=model(max_position=9))
     with pytest.raises(ValueError, match=r"model.max_position has room for 9"):

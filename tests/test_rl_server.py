@@ -105,6 +105,40 @@ def test_text_alone_is_encoded_again_without_log_probabilities(serve):
     assert cut.truncated.all()
 
 
+def test_marks_in_a_text_are_tokens_and_an_end_is_added_where_it_stopped(serve):
+    def answered(text, reason, budget=40):
+        choices = [{"text": text, "finish_reason": reason}]
+        rollout = serve(lambda path, body: (200, {"choices": choices}), budget=budget)(
+            PROMPTS[:1], 1, 0
+        )
+        return rollout.tokens[0].tolist(), bool(rollout.truncated[0])
+
+    a, b = TOKENIZER.encode("a").tolist(), TOKENIZER.encode("b").tolist()
+    think, end = TOKENIZER.token_id("<think>"), TOKENIZER.token_id("</think>")
+    assert answered("<think>a</think>b", "stop") == ([think, *a, end, *b, EOS], False)
+    assert answered("a<｜end▁of▁sentence｜>", "stop") == ([*a, EOS], False)
+    assert answered("a", "length") == (a, True)
+    with pytest.raises(ServerError, match="goes on after its end"):
+        answered("a<｜end▁of▁sentence｜>b", "stop")
+
+
+@pytest.mark.parametrize("reason", ["abort", "content_filter", "error", "tool_calls", None])
+def test_an_answer_that_was_broken_off_is_asked_again(serve, reason):
+    tries = []
+
+    def reply(path, body):
+        tries.append(0)
+        broken = {"text": "the answer is 4, or rath", "finish_reason": reason}
+        good = choice([3, EOS]) if len(tries) > 2 else broken
+        return 200, {"choices": [choice([4, EOS]), good]}
+
+    assert serve(reply)(PROMPTS[:1], 2, 0).tokens[1].tolist() == [3, EOS]
+    assert len(tries) == 3
+    tries.clear()
+    with pytest.raises(ServerError, match=f"broke answers off in 2 tries.* {reason!r}"):
+        serve(reply, retries=1)(PROMPTS[:1], 2, 0)
+
+
 def test_it_tries_again(serve):
     tries = []
 
@@ -124,10 +158,32 @@ def test_it_tries_again(serve):
         (lambda path, body: (200, b"<html>"), "no JSON: b'<html>'"),
         (lambda path, body: (200, {"choices": []}), "gave 0 answers where n=1"),
         (lambda path, body: (200, {"data": 3}), "without what is needed .KeyError: 'choices'"),
-        (lambda path, body: (200, {"choices": [choice([3])]}), "not with the end token"),
+        (lambda path, body: (200, {"choices": [choice([3])]}), "not with an end token"),
+        (lambda path, body: (200, {"choices": [choice([300, EOS])]}), "hold 300; .*0..299"),
+        (lambda path, body: (200, {"choices": [choice([-1, EOS])]}), "hold -1"),
+        (lambda path, body: (200, {"choices": [choice([3.5, EOS])]}), "hold 3.5"),
+        (lambda path, body: (200, {"choices": [choice([True, EOS])]}), "hold True"),
+        (lambda path, body: (200, {"choices": [choice([3] * 9, cut=True)]}), "max_tokens is 6"),
+        (lambda path, body: (200, {"choices": [choice([EOS, 3, EOS])]}), "goes on after its end"),
+        (lambda path, body: (200, {"choices": [choice([], cut=True)]}), "answer is empty"),
         (lambda path, body: time.sleep(3) or (200, {}), "no answer in 2 tries.*[Tt]ime"),
     ],
-    ids=["always 500", "404", "no JSON", "no answers", "another API", "no end", "hangs"],
+    ids=[
+        "always 500",
+        "404",
+        "no JSON",
+        "no answers",
+        "another API",
+        "no end",
+        "no token",
+        "below 0",
+        "no integer",
+        "a bool",
+        "too long",
+        "two ends",
+        "empty",
+        "hangs",
+    ],
 )
 def test_what_goes_wrong_is_named(serve, reply, says):
     with pytest.raises(ServerError, match=says):

@@ -12,9 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.loader import process_rows
-from data.tokenizer import train_tokenizer
-from generation.chat import ASSISTANT, EOS, USER
-from generation.prompts import encode_chat
+from data.tokenizer import EOS, TURNS, train_tokenizer
+from generation.chat import encode_chat
 from model.blueprint import bind
 from model.loss import LossWeights, inputs_and_targets, make_examples, mtp_targets, training_loss
 from model.recipe import Recipe
@@ -33,6 +32,7 @@ from sharding.config import MeshConfig
 from tests.layout_helpers import ONE_DEVICE, assert_same_step, take_step
 from tests.small_model import CONFIG, weights
 
+USER, ASSISTANT, _ = TURNS
 PAD = 2
 """Padding's token, which also occurs in examples."""
 
@@ -153,7 +153,7 @@ def test_no_text_can_forge_a_turn():
         ([user("a")], "must end with the assistant's answer, not with role 'user'"),
         ([assistant("a")], "must end with a user message"),
         ([user("a"), assistant("  ")], "message 1: the assistant's answer is empty"),
-        ([user("a"), assistant(None)], "message 1: the assistant's answer is empty"),
+        ([user("a"), assistant(None)], "message 1: content None is no text"),
         ([user("a"), assistant("<think>\nfor ever")], "message 1 opens <think> and never closes"),
         ([user("a"), assistant("b"), assistant("c"), user("d"), assistant("e")], "message 2 of"),
         ([user("a"), assistant("<think>b"), user("c"), assistant("d")], "message 1 opens <think>"),
@@ -166,14 +166,14 @@ def test_conversations_that_cannot_be_learned_are_named(messages, message):
 
 
 def test_a_tokenizer_without_the_tokens_of_conversations_is_named():
-    with pytest.raises(ValueError, match=r"no token .* give prompt and completion as texts"):
+    with pytest.raises(ValueError, match=r"no token .* conversations need it"):
         encode_conversation(character_tokenizer("ab"), [user("a"), assistant("b")])
 
 
 def test_a_pair_is_prompt_completion_and_end():
     example = encode_pair(character_tokenizer("ab:"), "ab:", "ba")
-    np.testing.assert_array_equal(example.ids, [3, 4, 5, 4, 3, 1])
-    np.testing.assert_array_equal(example.learned, [0, 0, 0, 1, 1, 1])
+    np.testing.assert_array_equal(example.ids, [1, 3, 4, 5, 4, 3, 1])  # texts begin with eos
+    np.testing.assert_array_equal(example.learned, [0, 0, 0, 0, 1, 1, 1])
     for pair in (("", "a"), ("a", "")):
         with pytest.raises(ValueError, match="is an empty text"):
             encode_pair(tokenizer(), *pair)

@@ -62,8 +62,8 @@ def test_one_long_prompt_of_a_file_is_found_at_the_start(tmp_path):
     with pytest.raises(ValueError, match=r"2 of 514 prompts cannot be asked") as error:
         stages.make_prompts(run, LETTERS)
     said = str(error.value)
-    assert "'abc abc abc abc abc abc abc abc abc abc ' has 40 tokens, with" in said
-    assert "rl.max_new_tokens=8 88; train.seq_len has room for 41" in said
+    assert "'abc abc abc abc abc abc abc abc abc abc ' has 41 tokens, with" in said
+    assert "rl.max_new_tokens=8 89; train.seq_len has room for 41" in said
     assert "--rl.max-new-tokens" in said
     stages.make_prompts(own_run(place, seq_len=90), LETTERS)
     with pytest.raises(ValueError, match=r"\n  and 492 more$"):
@@ -75,7 +75,7 @@ def test_prompts_held_out_need_room_in_the_model_alone(tmp_path):
     run = own_run(tmp_path, seq_len=40)
     stages.check_prompts(run, prompts)
     near = dataclasses.replace(run, model=dataclasses.replace(run.model, max_position=64))
-    with pytest.raises(ValueError, match=r"1 of 2 [\s\S]* 68; model.max_position has room for 64"):
+    with pytest.raises(ValueError, match=r"1 of 2 [\s\S]* 69; model.max_position has room for 64"):
         stages.check_prompts(near, prompts)
 
 

@@ -488,7 +488,7 @@ BROKEN = {
     '{"messages": [], "answer": "1"}': "must end with a user message",
     '{"messages": [{"role": "user"}], "answer": "1"}': "content None is no text",
     '{"messages": [5], "answer": "1"}': "role must be one of",
-    '{"messages": [{"role": "user", "content": "", "x": 1}], "answer": "1"}': "a message has the",
+    '{"messages": [{"role": "user", "content": "", "x": 1}], "answer": "1"}': "which mean",
     '{"messages": [{"role": "user", "content": ""}], "answer": "1"}': "message is an empty text",
     '{"prompt": "a", "answer": "1", "reward": 1}': '"reward" is a number, not a name',
     '{"prompt": "a", "answer": "1", "reward": ""}': '"reward" is empty',

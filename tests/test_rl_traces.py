@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from data.packing import PackedRows
 from data.store import META, find_store
 from data.tokenizer import train_tokenizer
-from generation.chat import chat_pieces
+from generation.chat import check_messages
 from generation.config import Sampling
 from model.config import ModelConfig
 from model.costs import count_parameters
@@ -55,7 +55,8 @@ SETTINGS = {"checkpoint": "runs/zero/000100", "sampler": dataclasses.asdict(Samp
 
 def attempt(text, problem="a:", correct=True, end=EOS, reward=1.0):
     ids = np.append(LETTERS.encode(text), np.int32(end))
-    return Attempt(Problem(problem, {}), LETTERS.encode(problem), ids, text, correct, reward)
+    prompt = LETTERS.encode_prompt(problem)
+    return Attempt(Problem(problem, {}), prompt, ids, text, correct, reward)
 
 
 # ---- selection ----------------------------------------------------------------------------------
@@ -75,7 +76,7 @@ def test_every_answer_has_one_fate():
         attempt("ccccccccc", correct=False, end=5),
     ]
     filters = {"no h": lambda problem, text: "h" not in text}
-    chosen, fates = select(found, Selection(2, max_tokens=8), filters, EOS, Kept())
+    chosen, fates = select(found, Selection(2, max_tokens=8), filters, [EOS], Kept())
     assert [id(one) for one in chosen] == [id(found[i]) for i in (0, 6, 8)]
     assert fates == {
         "kept": 3, "wrong": 2, "repeated": 1, "unfinished": 1, "long": 1, "no h": 1, "surplus": 1,
@@ -97,10 +98,10 @@ ATTEMPTS = st.lists(
 @given(ATTEMPTS, st.integers(0, 3), st.integers(0, 4), st.integers(0, 40))
 def test_selection_is_the_same_in_rounds_and_keeps_its_promises(found, most, longest, cut):
     selection = Selection(most, longest)
-    whole, fates = select(found, selection, {}, EOS, Kept())
+    whole, fates = select(found, selection, {}, [EOS], Kept())
     kept = Kept()
-    first, fates_1 = select(found[:cut], selection, {}, EOS, kept)
-    second, fates_2 = select(found[cut:], selection, {}, EOS, kept)
+    first, fates_1 = select(found[:cut], selection, {}, [EOS], kept)
+    second, fates_2 = select(found[cut:], selection, {}, [EOS], kept)
     assert [id(one) for one in whole] == [id(one) for one in first + second]
     assert fates_1 + fates_2 == fates
     assert fates.total() == len(found)
@@ -175,7 +176,7 @@ def contents(place):
 def all_chosen(rounds, selection):
     kept, chosen, fates = Kept(), [], Counter()
     for number in range(rounds):
-        some, more = select(a_round(number).attempts, selection, {}, EOS, kept)
+        some, more = select(a_round(number).attempts, selection, {}, [EOS], kept)
         chosen.append(some)
         fates += more
     return chosen, fates
@@ -287,7 +288,7 @@ def test_sampled_conversations_keep_their_ids_and_read_as_messages(tmp_path):
         *messages, {"role": "assistant", "content": "<think>\nwhy</think>so"},
     ]  # fmt: skip
     assert (line["problem"], line["task"]) == ("p", "text")
-    assert len(chat_pieces(line["messages"][:1])) > 0
+    check_messages(line["messages"][:1])
     (example,) = (read_examples(tmp_path / "00000" / LINES, tokenizer)[0],)
     ours, theirs = (tokenizer.decode(x.ids) for x in (example, traces.examples[0]))
     assert ours == theirs

@@ -24,13 +24,19 @@ def evaluate(
 ) -> dict[str, float]:
     """eval/loss (nats/token), eval/bits_per_byte, and eval/mtp_acceptance where there is MTP.
 
-    `rows` of each batch of `num_rows` sequences are this process's part.
+    `rows` of each batch of `num_rows` sequences are this process's part. FloatingPointError for a
+    loss that is not a finite number.
     """
     totals: dict[str, float] = {}
     for batch in reader:
         placed = place_rows(trainer.layout, dict(batch), rows, num_rows)
         for name, value in trainer.evaluate(state["params"], state["router_bias"], placed).items():
             totals[name] = totals.get(name, 0.0) + float(np.asarray(value))
+    if not math.isfinite(totals["nats"]):
+        raise FloatingPointError(
+            f"the held-out loss is {totals['nats']} at step {int(state['step'])}: the weights give "
+            "logits that are not finite numbers; go on from an earlier checkpoint"
+        )
     result = {
         "eval/loss": totals["nats"] / totals["targets"],
         "eval/bits_per_byte": totals["nats"] / math.log(2) / reader.eval_bytes,

@@ -117,14 +117,16 @@ def initial_state(run: Run, trainer: Trainer, session: Session) -> State:
     return state
 
 
-def write_settings(run: Run, tokenizer: str) -> None:
-    """Write config.json and tokenizer.json (`tokenizer`, as JSON) of the run; process 0 alone."""
+def write_settings(run: Run, tokenizer: Mapping[str, str]) -> None:
+    """Write config.json of the run, and the files of its tokenizer (name -> text); process 0
+    alone."""
     if jax.process_index() > 0:
         return
     folder = Path(run.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(run), indent=1))  # pyright: ignore[reportArgumentType]
-    (folder / "tokenizer.json").write_text(tokenizer)
+    for name, text in tokenizer.items():
+        (folder / name).write_text(text, "utf-8")
 
 
 # ---- Train ---------------------------------------------------------------------------------------

@@ -3,16 +3,26 @@
 A line of a file is one of
     {"messages": [{"role": "user", "content": ".."}, {"role": "assistant", "content": ".."}, ..]}
     {"prompt": "text", "completion": "text"}
-and may have other fields, such as the provenance that `rl/examples/traces.py` writes.
+and may have other fields, such as the provenance that `rl/examples/traces.py` writes, but none that
+would change what is read or learned (tools, system, weight, ..): those of messages are in
+`rl/examples/conversations.py`.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from data.tokenizer import Tokenizer
-from rl.examples.conversations import Example, ListedExamples, encode_conversation, encode_pair
+from generation.chat import END_THINK, REASONING, THINK, UNREAD, check_fields
+from rl.examples.conversations import (
+    WEIGHTS,
+    Example,
+    ListedExamples,
+    encode_conversation,
+    encode_pair,
+)
 from rl.jsonl import read_jsonl
 from rl.tasks.task import Task
 
@@ -22,17 +32,29 @@ _STREAM = 3
 """Stream of random numbers, apart from those of `rl/tasks/task.py`."""
 
 
-def read_examples(path: Path, tokenizer: Tokenizer) -> ListedExamples:
-    """Examples of a JSONL file in its order. Raises ValueError as `read_jsonl`."""
+def read_examples(
+    path: Path, tokenizer: Tokenizer, say: Callable[[str], None] = print
+) -> ListedExamples:
+    """Examples of a JSONL file in its order; says which fields are not read, and which names of
+    marks are letters. Raises ValueError as `read_jsonl`."""
     examples: list[Example] = []
     names: list[str] = []
+    letters: set[str] = set()
+    unread: set[str] = set()
 
     def use(number: int, fields: dict[str, Any]) -> None:
         found = _examples(fields, tokenizer)
         examples.extend(found)
         names.extend([f"{path}:{number}"] * len(found))
+        unread.update(fields.keys() - {"messages", "prompt", "completion"})
+        texts = [fields.get("prompt"), *(x["content"] for x in fields.get("messages", ()))]
+        letters.update(tokenizer.marks_in(f"{texts}{fields.get('completion')}"))
 
     read_jsonl(path, "example", use)
+    if unread:
+        say(f"{path}: fields that are not read: {', '.join(sorted(unread))}")
+    if letters := letters - {THINK, END_THINK}:
+        say(f"warning: {', '.join(sorted(letters))} in texts of {path} are read as letters")
     return ListedExamples(examples, names)
 
 
@@ -74,6 +96,7 @@ def task_examples(task: Task, tokenizer: Tokenizer, seed: int, count: int) -> De
 
 
 def _examples(fields: dict[str, Any], tokenizer: Tokenizer) -> list[Example]:
+    check_fields(fields, (*UNREAD, *REASONING, *WEIGHTS))
     pair = [name for name in ("prompt", "completion") if name in fields]
     if ("messages" in fields) == bool(pair) or len(pair) == 1:
         raise ValueError(

@@ -129,19 +129,20 @@ def select(
     found: Sequence[Attempt],
     selection: Selection,
     filters: Mapping[str, Filter],
-    eos_id: int,
+    end_ids: Sequence[int],
     kept: Kept,
 ) -> tuple[list[Attempt], Counter[str]]:
     """The answers to train on, in their order, and the number of answers by fate.
 
-    Fates, each answer having the first that fits: wrong; unfinished (does not end with eos_id);
-    long; the name of the filter that it fails; repeated (the text of an earlier one); surplus
-    (beyond per_prompt); kept. `kept` holds the answers of earlier rounds, and takes these too.
+    Fates, each answer having the first that fits: wrong; unfinished (its last token is none of
+    end_ids); long; the name of the filter that it fails; repeated (the text of an earlier one);
+    surplus (beyond per_prompt); kept. `kept` holds the answers of earlier rounds, and takes these
+    too.
     """
     fates: Counter[str] = Counter()
     chosen = []
     for attempt in found:
-        fate = _fate(attempt, selection, filters, eos_id, kept)
+        fate = _fate(attempt, selection, filters, end_ids, kept)
         fates[fate] += 1
         if fate == "kept":
             kept.add(attempt.problem.key, attempt.digest)
@@ -150,11 +151,15 @@ def select(
 
 
 def _fate(
-    attempt: Attempt, selection: Selection, filters: Mapping[str, Filter], eos_id: int, kept: Kept
+    attempt: Attempt,
+    selection: Selection,
+    filters: Mapping[str, Filter],
+    end_ids: Sequence[int],
+    kept: Kept,
 ) -> str:
     if not attempt.correct:
         return "wrong"
-    if not len(attempt.answer) or attempt.answer[-1] != eos_id:
+    if not len(attempt.answer) or attempt.answer[-1] not in end_ids:
         return "unfinished"
     if selection.max_tokens and len(attempt.answer) > selection.max_tokens:
         return "long"

@@ -48,7 +48,7 @@ def sampled_traces(
     sampler = PolicySampler(
         model, trainer.recipe, trainer.layout, Sampling(sft.temperature),
         rows=min(256, sft.prompts_per_round * sft.answers_per_prompt),
-        max_new_tokens=sft.max_new_tokens, eos_ids=(tokenizer.eos_id,),
+        max_new_tokens=sft.max_new_tokens, eos_ids=tokenizer.end_ids,
     )  # fmt: skip
     sampler.publish(params, router_bias)
     settings = trace_settings(run)

@@ -26,12 +26,11 @@ from data import storage
 from data.sources import Document
 from data.store import TokenStore, build_store, find_store, seal_store
 from data.tokenizer import Tokenizer
+from generation.chat import think_opening
 from rl.examples.conversations import Example, JoinedExamples
 from rl.examples.rejection import Attempt, Filter, Kept, Round, Selection, select
 
 LINES, PROMPTS = "traces.jsonl", "prompt_lengths.npy"
-_OPENED = "<think>\n"
-"""Text of the chat template before the answer to a conversation (`rl/prompts.py`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +87,7 @@ def write_traces(
     kept = _kept(stores)
     for number in range(len(stores), rounds):
         found = answer(number)
-        chosen, fates = select(found.attempts, selection, filters, tokenizer.eos_id, kept)
+        chosen, fates = select(found.attempts, selection, filters, tokenizer.end_ids, kept)
         _write_round(place, number, tokenizer, chosen, found, {"fates": fates, **same})
         say(f"traces, round {number}: " + _in_words(fates))
     traces = read_traces(place, tokenizer)
@@ -175,7 +174,7 @@ def _write_round(
     source = {"round": number, "seed": found.seed, "step": found.step}
     lines = []
     for attempt in chosen:
-        own = _line(attempt) | source
+        own = _line(attempt, tokenizer) | source
         assert not own.keys() & meta["settings"].keys(), (own, meta["settings"])
         lines.append(json.dumps(own | meta["settings"], ensure_ascii=False))
     storage.write_bytes(place, LINES, "".join(line + "\n" for line in lines).encode("utf-8"))
@@ -185,7 +184,7 @@ def _write_round(
     seal_store(place, whole)
 
 
-def _line(attempt: Attempt) -> dict[str, Any]:
+def _line(attempt: Attempt, tokenizer: Tokenizer) -> dict[str, Any]:
     problem = attempt.problem
     own = {
         "problem": problem.key,
@@ -197,7 +196,8 @@ def _line(attempt: Attempt) -> dict[str, Any]:
     }
     if isinstance(problem.prompt, str):
         return {"prompt": problem.prompt, "completion": attempt.text, **own}
-    answer = {"role": "assistant", "content": _OPENED + attempt.text}
+    opened = think_opening(tokenizer.decode(attempt.prompt))
+    answer = {"role": "assistant", "content": opened + attempt.text}
     return {"messages": [*problem.prompt, answer], **own}
 
 

@@ -35,9 +35,11 @@ class Final(NamedTuple):
 def opened(problem: Problem) -> bool:
     """Whether the prompt ends inside the thought, so that an answer to it begins there.
 
-    The chat template opens it for every conversation (`rl/prompts.py`); a text may end in <think>.
+    Most chat templates open it for a conversation (`rl/prompts.py`); a text may end in <think>.
     """
-    return not isinstance(problem.prompt, str) or problem.prompt.rstrip().endswith(OPEN)
+    if isinstance(problem.prompt, str):
+        return problem.prompt.rstrip().endswith(OPEN)
+    return problem.opened
 
 
 def chain_of_thought(text: str) -> str:
