@@ -104,7 +104,11 @@ def _tokenizer(config: DataConfig, sources: list[Source], progress: Progress) ->
     place, name = storage.join(config.cache_dir, "tokenizers"), f"{key}.json"
     kept = storage.read_bytes(place, name)
     if kept is not None:
-        return Tokenizer(kept.decode("utf-8"))
+        try:
+            return Tokenizer(kept.decode("utf-8"))
+        except Exception as error:  # the tokenizers library raises bare Exception
+            file = storage.join(place, name)
+            raise ValueError(f"{file} is damaged ({error}); delete it to train it anew") from None
     start = time.monotonic()
     tokenizer = train_tokenizer(_training_texts(config, sources, progress), config.vocab_size)
     storage.write_bytes(place, name, tokenizer.json.encode("utf-8"))

@@ -39,6 +39,11 @@ def read_bytes(place: str, name: str) -> bytes | None:
     return bytes(result.value) if result.state == "value" else None
 
 
+def names(place: str) -> set[str]:
+    """Names of all values in a place."""
+    return {name.decode("utf-8", "replace") for name in open_place(place).list().result()}
+
+
 def write_bytes(place: str, name: str, value: bytes) -> None:
     """Writes a value; readers see the old one or the new one, never a part."""
     open_place(place).write(name, value).result()

@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -179,8 +180,74 @@ def test_a_damaged_store_is_an_error_that_names_it(tmp_path):
     meta = json.loads((Path(place) / "meta.json").read_text())
     meta["splits"]["train"]["tokens"] += 1
     storage.write_bytes(place, "meta.json", json.dumps(meta).encode())
-    with pytest.raises(ValueError, match=r"train holds \d+ tokens .* delete it to rebuild"):
+    with pytest.raises(ValueError, match=r"train/tokens holds \d+ entries, .* Delete it to build"):
         find_store(place)
+
+
+def copy_of(corpus, folder: Path) -> str:
+    """A copy of the corpus' store, to damage."""
+    return str(shutil.copytree(corpus[1].stores[0].place, folder / "store"))
+
+
+FILES = ("train/tokens/c/0", "held_out/tokens/c/0", "train/offsets/c/0", "train/tokens/zarr.json",
+         "meta.json:cut")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_of_a_store_that_is_gone_is_named_and_never_read_as_zeros(corpus, tmp_path, name):
+    place = copy_of(corpus, tmp_path)
+    file = Path(place) / name.removesuffix(":cut")
+    if name.endswith(":cut"):
+        file.write_bytes(file.read_bytes()[:-20])
+    else:
+        file.unlink()
+    with pytest.raises(ValueError, match=r"is damaged.*Delete it") as refused:
+        find_store(place)
+    assert name.split(":")[0].removesuffix("zarr.json") in str(refused.value) + "meta.json"
+    assert "tensorstore_spec" not in str(refused.value)
+
+
+def test_tokens_that_vanish_or_change_under_a_run_are_an_error(tmp_path, corpus):
+    for change in ("gone", "cut", "bit"):
+        found = find_store(copy_of(corpus, tmp_path / change))
+        assert found is not None
+        file = Path(found.place) / "train/tokens/c/0"
+        whole = file.read_bytes()
+        file.unlink()
+        if change != "gone":
+            altered = bytes([whole[0] ^ 1]) + whole[1:]
+            file.write_bytes(whole[:-7] if change == "cut" else altered)
+        with pytest.raises(ValueError, match="train/tokens/c/0"):
+            found.train.read([(0, 8)])
+
+
+def test_held_out_text_that_is_gone_or_cut_is_an_error(corpus, tmp_path):
+    for change in (b"", None):
+        found = find_store(copy_of(corpus, tmp_path / str(change)))
+        assert found is not None
+        file = Path(found.place) / "held_out_text/00000.txt"
+        file.write_bytes(change if change is not None else file.read_bytes()[:-1])
+        with pytest.raises(ValueError, match=r"held_out_text/00000.txt is gone or cut"):
+            list(found.held_out_text())
+
+
+def test_a_store_whose_tokens_are_all_zero_reads_back(tmp_path):
+    """Id 0 is what is filled in elsewhere; here zeros are written, and nothing is filled in."""
+    tokenizer = train_tokenizer(["a"], 320)
+    writer = store._SplitWriter(str(tmp_path / "train"), "uint16")
+    writer.add(np.zeros(99, np.int32), 0, 99)
+    counts = writer.finish()
+    assert tokenizer.bos_id == 0
+    assert not np.any(store._open_split(str(tmp_path), "train", counts).read([(0, 100)]))
+
+
+def test_a_trained_tokenizer_that_is_damaged_is_named(tmp_path):
+    source = SourceConfig(str(write_corpus(tmp_path / "text")))
+    prepared(tmp_path, source)
+    (file,) = (tmp_path / "cache/tokenizers").iterdir()
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=rf"{file.name} is damaged .*delete it"):
+        prepared(tmp_path, source)
 
 
 def test_processes_of_one_machine_build_once(tmp_path):
