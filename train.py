@@ -18,6 +18,7 @@ from configs.schema import RunConfig
 
 if TYPE_CHECKING:
     from data.prepare import Prepared
+    from data.tokenizer import Tokenizer
     from model.recipe import Recipe
     from sharding.partition import Layout
     from training.loop import Loop
@@ -64,7 +65,8 @@ def make_trainer(run: RunConfig) -> "Trainer":
     from model.kernels import choose
     from model.recipe import Recipe
     from sharding.mesh import make_layout
-    from training.schedule import BatchPlan, check_schedules
+    from training.run import plan_of
+    from training.schedule import check_schedules
 
     check_config(run.data, run.train.seq_len, run.seed)
     if run.train.seq_len > run.model.max_position:
@@ -77,7 +79,7 @@ def make_trainer(run: RunConfig) -> "Trainer":
             f"data.vocab_size={run.data.vocab_size} exceeds model.vocab_size="
             f"{run.model.vocab_size}; make the model's at least as large"
         )
-    check_schedules(run.train, BatchPlan(run.train))
+    check_schedules(run.train, plan_of(run))
     layout = make_layout(run.mesh)
     choice = choose(run.kernels, run.model, run.train.dtype, layout, run.train.fp8)
     recipe = Recipe(run.train.dtype, run.train.remat, choice.kernels, fp8=run.train.fp8)
@@ -89,7 +91,7 @@ def make_trainer(run: RunConfig) -> "Trainer":
 # ---- Pre-training --------------------------------------------------------------------------------
 
 
-def prepare_data(run: RunConfig, say: "Say") -> "Prepared":
+def prepare_data(run: RunConfig, say: "Say", init_from: str = "") -> "Prepared":
     """Tokenizer and token stores; process 0 builds what the others then find."""
     import jax
 
@@ -100,7 +102,8 @@ def prepare_data(run: RunConfig, say: "Say") -> "Prepared":
     if jax.process_index() > 0:
         barrier("data")
     data = corpus_data(run.task, run.data, run.seed, say) if run.task.name else run.data
-    prepared = prepare(data, run.train.seq_len, run.seed, say)
+    own = tokenizer_of_weights(run, data.tokenizer, init_from, say)
+    prepared = prepare(data, run.train.seq_len, run.seed, say, own)
     if jax.process_index() == 0:
         barrier("data")
     if prepared.tokenizer.vocab_size > run.model.vocab_size:
@@ -109,6 +112,29 @@ def prepare_data(run: RunConfig, say: "Say") -> "Prepared":
             f"{run.model.vocab_size}; raise the model's to at least that"
         )
     return prepared
+
+
+def tokenizer_of_weights(
+    run: RunConfig, given: str, init_from: str, say: "Say"
+) -> "Tokenizer | None":
+    """What the run began with, or what belongs to the weights it begins from; None for random ones.
+
+    ValueError if `given` is another, or if nothing tells what the weights' ids mean.
+    """
+    from data.tokenizer import tokenizer_of
+    from training.run import newest_meta
+
+    folder = run.run_dir if newest_meta(run) else init_from
+    if not folder:
+        return None
+    tokenizer = tokenizer_of(given, folder)
+    if tokenizer is None:
+        raise ValueError(
+            f"{folder} has weights and no tokenizer.json; a new tokenizer would give their "
+            "embeddings other meanings. Give theirs: --data.tokenizer FILE"
+        )
+    say(f"tokenizer: of the weights in {folder}, {tokenizer.vocab_size} ids")
+    return tokenizer
 
 
 class Pretraining:
@@ -128,13 +154,15 @@ class Pretraining:
         """Data, loop and result; the status that a process exits with."""
         from data.loader import train_loader
         from runtime.processes import connect
-        from training.run import open_loop, to_end, train_on, write_settings
+        from training.run import check_stores, open_loop, to_end, train_on, write_settings
 
-        prepared = prepare_data(run, session.say)
+        prepared = prepare_data(run, session.say, session.init_from)
         connect(trainer.layout.mesh)
         evaluate = held_out_evaluation(trainer, prepared, run.train.eval_batches)
         loop = open_loop(run, trainer, session, evaluate)
-        write_settings(run, prepared.tokenizer.json)
+        stores = {store.meta["source"]: store.meta["fingerprint"] for store in prepared.stores}
+        check_stores(run, stores, session.say)
+        write_settings(run, prepared.tokenizer.json, stores)
 
         def train() -> str:
             return train_on(
@@ -249,7 +277,7 @@ def train(command: Command) -> int:
     from checkpoint.folder import how_to_resume
     from runtime.processes import when_lost
     from runtime.start import is_first_process, start
-    from training.run import Session, check_initial_weights
+    from training.run import Session, check_initial_weights, check_resumed
     from training.summary import summary
 
     run = command.run
@@ -267,6 +295,7 @@ def train(command: Command) -> int:
         return 0
     session = Session(say, STARTED, command.init_from, command.profile_steps)
     say("\n".join(derived))
+    check_resumed(run, say)
     check_initial_weights(run, command.init_from)
     return stage.run_stage(run, trainer, session)
 

@@ -44,10 +44,15 @@ class Prepared:
 
 
 def prepare(
-    config: DataConfig, seq_len: int, seed: int, progress: Progress = lambda line: None
+    config: DataConfig,
+    seq_len: int,
+    seed: int,
+    progress: Progress = lambda line: None,
+    tokenizer: Tokenizer | None = None,
 ) -> Prepared:
     """Builds or finds tokenizer and token stores. progress: receives lines of text.
 
+    tokenizer: that of the weights to train; None reads or trains the one of `config`.
     seq_len (tokens per row) and seed are kept for the readers; neither changes a store.
     Raises ValueError on any configuration that cannot work and on sources without documents.
     """
@@ -55,11 +60,11 @@ def prepare(
     sources = [find_source(source) for source in config.sources]
     check_disjoint(sources)
     with storage.one_builder(config.cache_dir):
-        tokenizer = _tokenizer(config, sources, progress)
+        tokenizer = tokenizer or _tokenizer(config, sources, progress)
         if config.fim_rate > 0 and tokenizer.fim is None:
             raise ValueError(
-                f"fim_rate={config.fim_rate}, but tokenizer {config.tokenizer!r} has no "
-                "fill-in-the-middle tokens; set fim_rate=0"
+                f"--data.fim-rate is {config.fim_rate}, but the tokenizer has no "
+                "fill-in-the-middle tokens; give --data.fim-rate 0"
             )
         stores = tuple(_store(config, source, tokenizer, progress) for source in sources)
     reports = tuple(SourceReport(**store.meta["report"]) for store in stores)

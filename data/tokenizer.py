@@ -94,6 +94,10 @@ class Tokenizer:
             raise ValueError(f"the tokenizer has no token {token!r} among {self.vocab_size}")
         return found
 
+    def name_of(self, index: int) -> str | None:
+        """Name of an id in the vocabulary; None if it has no such id."""
+        return self._full.id_to_token(index)
+
     def encode(self, text: str, special: bool = False) -> np.ndarray:
         """Token ids, int32 [n]. special: read the names of special tokens as those tokens (chat
         templates); otherwise they are plain text. Nothing is put before or after."""
@@ -169,6 +173,28 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f"tokenizer {path}: {error}. Name its tokens (bos_token, eos_token) in {beside.name} "
             "beside it."
         ) from error
+
+
+def tokenizer_of(given: str, weights: str) -> Tokenizer | None:
+    """The tokenizer in the folder `weights`, whose embeddings mean its ids; else that of the path
+    `given`; None without either. '' is no path.
+
+    Raises ValueError if both are there and give an id different meanings.
+    """
+    own = Path(weights).expanduser() / "tokenizer.json"
+    if not weights or not own.is_file():
+        return load_tokenizer(given) if given else None
+    tokenizer = load_tokenizer(own)
+    other = load_tokenizer(given) if given else tokenizer
+    for index in range(max(tokenizer.vocab_size, other.vocab_size)):
+        then, now = tokenizer.name_of(index), other.name_of(index)
+        if then != now:
+            raise ValueError(
+                f"--data.tokenizer {given} is another tokenizer than {own}, which belongs to the "
+                f"weights: id {index} is {then!r} there and {now!r} here. Leave --data.tokenizer "
+                "out, or start from other weights"
+            )
+    return tokenizer
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -64,6 +64,7 @@ class PolicyLoop:
     """Runs a policy from the step of its state to the last one."""
 
     trainer: PolicyTrainer
+    plan: BatchPlan
     rl: RLConfig
     state: State
     run_dir: Path
@@ -84,7 +85,6 @@ class PolicyLoop:
 
     def __post_init__(self):
         train = self.trainer.train
-        self.plan = BatchPlan(train)
         self.updates = self.rl.updates(train.batch_size)
         self.first_step = int(self.state["step"])
         if train.steps % self.updates or self.first_step % self.updates:
@@ -238,8 +238,9 @@ class PolicyLoop:
 
     def save(self) -> bool:
         """Checkpoint the state, which no rollout is under way from."""
-        mesh = mesh_shape(self.trainer.layout)
-        return self.checkpoints.save(int(self.state["step"]), self.state, self.config, mesh, {})
+        mesh, step = mesh_shape(self.trainer.layout), int(self.state["step"])
+        past = self.plan.history(step)
+        return self.checkpoints.save(step, self.state, self.config, mesh, {}, past)
 
     def _due(self, step: int, every: int) -> bool:
         """Whether a multiple of `every` lies in the rollout that ends (or 0: begins) at `step`."""

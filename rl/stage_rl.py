@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 
 from configs.schema import RunConfig
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import Tokenizer, tokenizer_of
 from generation.config import Sampling
 from model.recipe import Recipe
 from rl.corpus import configured_task
@@ -37,7 +37,8 @@ from sharding.partition import Layout
 from training.display import Display
 from training.loop import Checkpoints
 from training.metrics import read_metrics
-from training.run import Say, Session, open_state, to_end, write_settings
+from training.run import Say, Session, newest_meta, open_state, to_end, write_settings
+from training.schedule import BatchPlan
 from training.step import State, Trainer
 
 
@@ -90,17 +91,14 @@ def make_trainer(run: RunConfig, recipe: Recipe, layout: Layout) -> PolicyTraine
 
 
 def policy_tokenizer(run: RunConfig, init_from: str) -> Tokenizer:
-    """data.tokenizer; else what the run has used before; else what belongs to the weights that it
-    starts from; else the characters of the task. ValueError if it is larger than the model's."""
-    before, given = (Path(f) / "tokenizer.json" for f in (run.run_dir, init_from or run.run_dir))
-    found = next((path for path in (before, given) if path.is_file()), None)
-    if run.data.tokenizer:
-        tokenizer = load_tokenizer(run.data.tokenizer)
-    elif found is not None:
-        tokenizer = load_tokenizer(found)
-    elif run.task.name:
+    """What the run has used before; else what belongs to the weights that it starts from; else
+    data.tokenizer; else the characters of the task. ValueError if data.tokenizer is another than
+    that of the weights, or if it is larger than the model's."""
+    folder = run.run_dir if newest_meta(run) else init_from
+    tokenizer = tokenizer_of(run.data.tokenizer, folder)
+    if tokenizer is None and run.task.name:
         tokenizer = character_tokenizer(configured_task(run.task).vocabulary)
-    else:
+    if tokenizer is None:
         raise ValueError(
             "there is no tokenizer for the prompts: give --init-from a folder with tokenizer.json, "
             "or --data.tokenizer FILE"
@@ -173,9 +171,9 @@ def make_sampler(trainer: Trainer, run: RunConfig, tokenizer: Tokenizer, greedy:
 
 def make_loop(
     run: RunConfig, trainer: PolicyTrainer, state: State, checkpoints: Checkpoints,
-    prompts: Prompts, scorer: Scorer, session: Session,
+    prompts: Prompts, scorer: Scorer, session: Session, plan: BatchPlan | None = None,
 ) -> PolicyLoop:  # fmt: skip
-    """Wire the parts together; `state` is new or restored."""
+    """Wire the parts together; `state` is new or restored, `plan` of its checkpoint."""
     rl, tokenizer = run.rl, prompts.tokenizer
     if not int(state["step"]):  # weights may have been loaded since
         state = trainer.renew_reference(state)
@@ -190,7 +188,8 @@ def make_loop(
         greedy = make_sampler(trainer, run, tokenizer, True, rows)
         evaluation = Evaluation(held_out, prompts, scorer, drawn, greedy)
     return PolicyLoop(
-        trainer=trainer, rl=rl, state=state, run_dir=Path(run.run_dir),
+        trainer=trainer, plan=plan or BatchPlan(run.train), rl=rl, state=state,
+        run_dir=Path(run.run_dir),
         config=dataclasses.asdict(run), prompts=prompts, scorer=scorer, sampler=sampler,
         evaluation=evaluation, checkpoints=checkpoints, save_every=run.checkpoint.every,
         display=Display(run.train.steps), profile=session.profile, started=session.started,
@@ -225,8 +224,8 @@ def run_stage(run: RunConfig, trainer: Trainer, session: Session) -> int:
         say(f"code         runs {described_isolation(run.rl.unsafe_code)}")
     connect(trainer.layout.mesh)
     with open_scorer(run) as scorer:
-        checkpoints, state = open_state(run, trainer, session)
-        loop = make_loop(run, trainer, state, checkpoints, prompts, scorer, session)
+        checkpoints, state, plan = open_state(run, trainer, session)
+        loop = make_loop(run, trainer, state, checkpoints, prompts, scorer, session, plan)
         write_settings(run, tokenizer.json)
         return to_end(loop, run, say, loop.run, lambda: finish(loop.run_dir, say))
 

@@ -31,7 +31,7 @@ from runtime.start import is_first_process
 from sharding.partition import Layout, pipeline_ranks
 from training.metrics import read_metrics
 from training.plots import plot_run
-from training.run import Say, Session, open_loop, to_end, train_on, write_settings
+from training.run import Say, Session, open_loop, plan_of, to_end, train_on, write_settings
 from training.step import State, Trainer
 
 
@@ -150,7 +150,7 @@ def packed_examples(
     say(
         f"{len(examples.lengths)} examples of {examples.lengths.mean():.1f} tokens in "
         f"{rows.rows_per_epoch} rows, {rows.fill:.0%} full: "
-        f"{run.train.steps * run.train.batch_size / rows.rows_per_epoch:.1f} epochs"
+        f"{plan_of(run).at(run.train.steps).first_sequence / rows.rows_per_epoch:.1f} epochs"
     )
     if rows.left_out:
         say(f"left out as longer than a row: {', '.join(rows.left_out[:10])}")
