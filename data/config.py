@@ -8,12 +8,12 @@ class SourceConfig:
     """One source of documents."""
 
     path: str = "stdlib"
-    """Folder, file or glob of text, .jsonl or .parquet; `stdlib` is the interpreter's own source
-    text."""
+    """Folder, file or glob of text, .jsonl, .json, .csv or .parquet, also as .gz or .zst; `stdlib`
+    is the interpreter's own source text."""
     weight: float = 1.0
     """Share of this source's tokens in the mixture (relative to the others')."""
     field: str = "text"
-    """Field that holds the text in JSONL and Parquet."""
+    """Field or column that holds the text in JSON, CSV and Parquet."""
 
 
 @dataclasses.dataclass(frozen=True)

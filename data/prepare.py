@@ -17,7 +17,7 @@ import tokenizers
 from data import storage
 from data.config import DataConfig
 from data.report import SourceReport
-from data.sources import Document, Source, check_disjoint, documents, find_source
+from data.sources import READING, Document, Source, check_disjoint, documents, find_source
 from data.split import check_split, is_held_out, unit_hash
 from data.store import FORMAT, TokenStore, build_store, find_store, seal_store
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -184,7 +184,7 @@ def _told(
 
 def _fingerprint(config: DataConfig, source: Source) -> list:
     """Everything that decides a source's documents and their split."""
-    own = [source.config.path, source.config.field, source.fingerprint()]
+    own = [READING, source.config.path, source.config.field, source.fingerprint()]
     return [*own, config.min_file_bytes, config.held_out]
 
 

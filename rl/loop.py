@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from sharding.partition import local_rows, place_rows
 from training.display import Display
 from training.loop import Checkpoints, anyone, check_skipped
 from training.metrics import MetricsWriter, read_metrics
-from training.schedule import BatchPlan, knobs_at
+from training.schedule import BatchPlan, Plateau, knobs_at
 from training.step import State
 from training.throughput import peak_memory_gib
 from training.trace import Trace
@@ -64,7 +64,6 @@ class PolicyLoop:
     """Runs a policy from the step of its state to the last one."""
 
     trainer: PolicyTrainer
-    plan: BatchPlan
     rl: RLConfig
     state: State
     run_dir: Path
@@ -82,11 +81,14 @@ class PolicyLoop:
     """Steps to trace, counted from the first that runs, with the whole of their rollouts."""
     started: float = dataclasses.field(default_factory=time.monotonic)
     """When the process started, by time.monotonic."""
+    past: Sequence[Plateau] = ()
+    """Batches of the steps that the state has behind it."""
 
     def __post_init__(self):
         train = self.trainer.train
         self.updates = self.rl.updates(train.batch_size)
         self.first_step = int(self.state["step"])
+        self.plan = BatchPlan(train, self.past, self.first_step)
         if train.steps % self.updates or self.first_step % self.updates:
             raise ValueError(
                 f"a rollout serves {self.updates} updates (answers per rollout over "

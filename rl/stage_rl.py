@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import jax
@@ -38,7 +38,7 @@ from training.display import Display
 from training.loop import Checkpoints
 from training.metrics import read_metrics
 from training.run import Say, Session, newest_meta, open_state, to_end, write_settings
-from training.schedule import BatchPlan
+from training.schedule import Plateau
 from training.step import State, Trainer
 
 
@@ -171,9 +171,9 @@ def make_sampler(trainer: Trainer, run: RunConfig, tokenizer: Tokenizer, greedy:
 
 def make_loop(
     run: RunConfig, trainer: PolicyTrainer, state: State, checkpoints: Checkpoints,
-    prompts: Prompts, scorer: Scorer, session: Session, plan: BatchPlan | None = None,
+    prompts: Prompts, scorer: Scorer, session: Session, past: Sequence[Plateau] = (),
 ) -> PolicyLoop:  # fmt: skip
-    """Wire the parts together; `state` is new or restored, `plan` of its checkpoint."""
+    """Wire the parts together; `state` is new or restored, with `past` batches behind it."""
     rl, tokenizer = run.rl, prompts.tokenizer
     if not int(state["step"]):  # weights may have been loaded since
         state = trainer.renew_reference(state)
@@ -188,8 +188,7 @@ def make_loop(
         greedy = make_sampler(trainer, run, tokenizer, True, rows)
         evaluation = Evaluation(held_out, prompts, scorer, drawn, greedy)
     return PolicyLoop(
-        trainer=trainer, plan=plan or BatchPlan(run.train), rl=rl, state=state,
-        run_dir=Path(run.run_dir),
+        trainer=trainer, rl=rl, state=state, past=past, run_dir=Path(run.run_dir),
         config=dataclasses.asdict(run), prompts=prompts, scorer=scorer, sampler=sampler,
         evaluation=evaluation, checkpoints=checkpoints, save_every=run.checkpoint.every,
         display=Display(run.train.steps), profile=session.profile, started=session.started,
@@ -225,7 +224,8 @@ def run_stage(run: RunConfig, trainer: Trainer, session: Session) -> int:
     connect(trainer.layout.mesh)
     with open_scorer(run) as scorer:
         checkpoints, state, plan = open_state(run, trainer, session)
-        loop = make_loop(run, trainer, state, checkpoints, prompts, scorer, session, plan)
+        past = plan.history(int(state["step"]))
+        loop = make_loop(run, trainer, state, checkpoints, prompts, scorer, session, past)
         write_settings(run, tokenizer.json)
         return to_end(loop, run, say, loop.run, lambda: finish(loop.run_dir, say))
 

@@ -1,6 +1,7 @@
 """Tasks with verifiers: what they ask, what their corpus shows, and what no answer may do to them;
 prompts from a user's file."""
 
+import gzip
 import dataclasses
 import hashlib
 import itertools
@@ -427,6 +428,12 @@ def test_every_form_of_prompt(write):
     ]
     marked = write(b"\xef\xbb\xbf" + b'{"prompt": "x", "answer": "y"}')
     assert read_prompts(marked) == [Problem("x", {"answer": "y"})]
+    packed = tmp_path / "packed.jsonl.gz"
+    packed.write_bytes(gzip.compress(marked.read_bytes()))
+    assert read_prompts(packed) == [Problem("x", {"answer": "y"})]
+    packed.write_bytes(packed.read_bytes()[:-4])
+    with pytest.raises(ValueError, match=r"packed\.jsonl\.gz is cut or damaged"):
+        read_prompts(packed)
     assert read_prompts(write({"prompt": "x"}), need_answers=False) == [Problem("x", {})]
     tests = [{"check": "assert f(1) == 2"}]
     path = write({"prompt": "x", "tests": tests, "kind": "code"})
