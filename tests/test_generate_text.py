@@ -1,6 +1,7 @@
 """Text around generation: streams of ids, stop strings, conversations, files of prompts."""
 
 import gzip
+
 import numpy as np
 import pytest
 

@@ -1,8 +1,8 @@
 """Tasks with verifiers: what they ask, what their corpus shows, and what no answer may do to them;
 prompts from a user's file."""
 
-import gzip
 import dataclasses
+import gzip
 import hashlib
 import itertools
 import json
@@ -428,7 +428,7 @@ def test_every_form_of_prompt(write):
     ]
     marked = write(b"\xef\xbb\xbf" + b'{"prompt": "x", "answer": "y"}')
     assert read_prompts(marked) == [Problem("x", {"answer": "y"})]
-    packed = tmp_path / "packed.jsonl.gz"
+    packed = path.with_name("packed.jsonl.gz")
     packed.write_bytes(gzip.compress(marked.read_bytes()))
     assert read_prompts(packed) == [Problem("x", {"answer": "y"})]
     packed.write_bytes(packed.read_bytes()[:-4])
