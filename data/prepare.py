@@ -18,7 +18,7 @@ from data import storage
 from data.config import DataConfig
 from data.report import SourceReport
 from data.sources import READING, Document, Source, check_disjoint, documents, find_source
-from data.split import check_split, is_held_out, unit_hash
+from data.split import HoldOut, check_split, choose_hold_out, unit_hash
 from data.store import FORMAT, TokenStore, build_store, find_store, seal_store
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
@@ -129,10 +129,10 @@ def _training_texts(config: DataConfig, sources: list[Source], progress: Progres
     progress(f"tokenizer: training byte-level BPE{sampled}")
     for source in sources:
         unreported = SourceReport(source.config.path)  # the store's pass reports
+        hold_out = _hold_out(config, source)
         for document in documents(source, config.min_file_bytes, unreported):
-            held_out = is_held_out(document.name, config.held_out)
-            if not held_out and unit_hash(document.name, "tokenizer") < share:
-                yield document.text
+            if unit_hash(document.name, "tokenizer") < share:
+                yield from (part.text for part, out in hold_out.sides(document) if not out)
 
 
 # ---- Stores --------------------------------------------------------------------------------------
@@ -151,7 +151,10 @@ def _store(
     report = SourceReport(source.config.path)
     found = documents(source, config.min_file_bytes, report)
     meta = {"source": source.config.path, "fingerprint": fingerprint}
-    meta = build_store(place, _told(found, report, progress), tokenizer, config.held_out, meta)
+    hold_out = _hold_out(config, source)
+    if hold_out.name:
+        progress(f"{source.config.path}: few documents; held out: {hold_out}")
+    meta = build_store(place, _told(found, report, progress), tokenizer, hold_out, meta)
     if report.documents == 0:
         raise ValueError("\n".join(["no document could be read", *report.lines()]))
     counts = meta["splits"]
@@ -166,6 +169,13 @@ def _store(
     store = find_store(place)
     assert store is not None
     return store
+
+
+def _hold_out(config: DataConfig, source: Source) -> HoldOut:
+    """Which text of a source is held out."""
+    unreported = SourceReport(source.config.path)  # the store's pass reports
+    found = documents(source, config.min_file_bytes, unreported)
+    return choose_hold_out(found, config.held_out)
 
 
 def _told(

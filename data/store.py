@@ -22,10 +22,10 @@ import tensorstore as ts
 
 from data import storage
 from data.sources import Document
-from data.split import is_held_out
+from data.split import HoldOut
 from data.tokenizer import Tokenizer
 
-FORMAT = 1
+FORMAT = 2
 META = "meta.json"
 SPLITS = ("train", "held_out")
 SHARD, CHUNK = 1 << 24, 1 << 15
@@ -98,12 +98,12 @@ def build_store(
     place: str,
     documents: Iterable[Document],
     tokenizer: Tokenizer,
-    held_out: float,
+    hold_out: HoldOut,
     meta: dict,
 ) -> dict:
     """Tokenizes documents into a store, but does not seal it: `seal_store` does, when all is well.
 
-    Files of a broken-off build are removed first. held_out: share of documents held out.
+    Files of a broken-off build are removed first. hold_out: which text is held out.
     meta: entries to keep in meta.json. Returns all entries, with the counts of each split.
     """
     storage.delete(place)
@@ -112,9 +112,9 @@ def build_store(
     text = _TextWriter(place)
     byte_exact = tokenizer.byte_lengths is not None
     for batch in _batches(documents):
-        encoded = tokenizer.encode_batch([document.text for document in batch])
-        for document, ids in zip(batch, encoded, strict=True):
-            out = is_held_out(document.name, held_out)
+        sided = [side for document in batch for side in hold_out.sides(document)]
+        encoded = tokenizer.encode_batch([document.text for document, _ in sided])
+        for (document, out), ids in zip(sided, encoded, strict=True):
             if out:
                 text.add(document.text)
                 if tokenizer.byte_lengths is not None:

@@ -9,9 +9,10 @@ import pytest
 import zstandard
 
 from data.config import SourceConfig
+from data.readers import Document
 from data.report import NAMES_KEPT, SourceReport
 from data.sources import check_disjoint, documents, find_source
-from data.split import check_split, is_held_out
+from data.split import HoldOut, check_split, choose_hold_out, is_held_out
 
 
 def read(path, min_bytes=1, field="text"):
@@ -378,10 +379,56 @@ def test_split_takes_its_share_and_raising_it_only_adds():
     assert not any(is_held_out(n, 0.0) for n in names)
 
 
-def test_an_empty_side_of_the_split_is_an_error_with_the_numbers():
+def corpus_of(*sizes: int) -> list[Document]:
+    return [Document(f"f{n}", "word " * size, 5 * size) for n, size in enumerate(sizes)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 32, 100])
+@pytest.mark.parametrize("share", [0.01, 0.05, 0.9])
+def test_no_side_of_a_small_corpus_is_empty(count, share):
+    for first in range(20):
+        found = [Document(f"{first}/{n}", "some words " * 99, 1089) for n in range(count)]
+        hold_out = choose_hold_out(found, share)
+        sides = [side for document in found for side in hold_out.sides(document)]
+        assert {out for _, out in sides} == {True, False}
+        assert "".join(d.text for d, _ in sides) == "".join(d.text for d in found)  # nothing lost
+        assert all(d.text_bytes == len(d.text.encode()) for d, _ in sides)
+        if hold_out.name:
+            held = sum(d.text_bytes for d, out in sides if out)
+            assert held <= max(1.1 * share, 0.02) * 1089 * count + 20
+
+
+def test_where_the_hash_serves_it_decides_as_ever():
+    found = corpus_of(*[9] * 100)
+    hold_out = choose_hold_out(iter(found), 0.2)
+    assert hold_out == HoldOut(0.2)
+    assert all(hold_out.sides(d) == [(d, is_held_out(d.name, 0.2))] for d in found)
+    assert choose_hold_out(found, 0.0) == HoldOut(0.0)
+    assert not any(out for d in found for _, out in HoldOut(0.0).sides(d))
+
+
+def test_one_document_holds_out_its_last_lines():
+    text = "".join(f"line {n} é\n" for n in range(100))
+    (document,) = [Document("only.txt", text, len(text.encode()))]
+    hold_out = choose_hold_out([document], 0.05)
+    (head, _), (tail, _) = hold_out.sides(document)
+    assert head.text + tail.text == text
+    assert tail.text.startswith("line 9")
+    assert str(hold_out) == "the last 0.05 of only.txt"
+
+
+def test_a_large_document_of_two_is_not_held_out_whole():
+    for large in (0, 1):
+        found = corpus_of(*[10_000 if n == large else 1 for n in range(2)])
+        sides = [s for d in found for s in choose_hold_out(found, 0.05).sides(d)]
+        assert sum(d.text_bytes for d, out in sides if out) <= 0.05 * 50_005 + 5
+
+
+def test_too_little_text_for_two_sides_names_the_option():
     check_split("s", 5, 0, 0.0)
     check_split("s", 5, 1, 0.1)
-    with pytest.raises(ValueError, match=r"none of its 5 documents.*held_out=0.05 keeps about 0.2"):
-        check_split("s", 5, 0, 0.05)
-    with pytest.raises(ValueError, match="all 2 documents fall into the held-out split"):
-        check_split("s", 0, 2, 0.9)
+    assert (
+        choose_hold_out([Document("a", "x", 1)], 0.05).sides(Document("a", "x", 1))[0][1] is False
+    )
+    with pytest.raises(ValueError, match=r"1 documents are too little text.*--data.held-out 0"):
+        check_split("s", 1, 0, 0.05)

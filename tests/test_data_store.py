@@ -306,12 +306,22 @@ def test_a_source_without_documents_says_what_was_wrong_with_its_files(tmp_path)
         prepared(tmp_path, SourceConfig(str(tmp_path / "text")))
 
 
-def test_an_empty_side_of_the_split_is_an_error_and_leaves_no_store(tmp_path):
-    (tmp_path / "one.txt").write_text("one document")
-    with pytest.raises(ValueError, match="none of its 1 documents falls into the held-out split"):
-        prepared(tmp_path, SourceConfig(str(tmp_path / "one.txt")), held_out=0.01)
-    (place,) = (tmp_path / "cache/stores").iterdir()
-    assert find_store(str(place)) is None
+def test_one_document_is_enough_and_too_little_text_leaves_no_store(tmp_path):
+    (tmp_path / "one.txt").write_text("one document\n" * 9)
+    lines: list[str] = []
+    source = (SourceConfig(str(tmp_path / "one.txt")),)
+    config = DataConfig(source, str(tmp_path / "cache"), "", 320, 0.2)
+    (found,) = prepare(config, SEQ_LEN, 0, lines.append).stores
+    assert (found.train.documents, found.held_out.documents) == (1, 1)
+    assert b"".join(found.held_out_text()) == b"one document\n" * 2
+    assert f"{source[0].path}: few documents; held out: the last 0.2 of one.txt" in lines
+    (tmp_path / "one.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"--data\.held-out 0 to go without"):
+        prepare(config, SEQ_LEN, 0)
+    assert (
+        len([place for place in (tmp_path / "cache/stores").iterdir() if find_store(str(place))])
+        == 1
+    )
 
 
 def test_nothing_held_out_is_a_choice(tmp_path):
@@ -325,6 +335,6 @@ def test_fim_without_fim_tokens_is_refused(tmp_path):
     spec["added_tokens"] = [t for t in spec["added_tokens"] if "fim" not in t["content"]]
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec), "utf-8")
     options = {"tokenizer": str(tmp_path / "tokenizer.json")}
-    with pytest.raises(ValueError, match=r"fim_rate=0\.1, but tokenizer .* set fim_rate=0"):
+    with pytest.raises(ValueError, match=r"fim-rate is 0\.1, but .* give --data\.fim-rate 0"):
         prepared(tmp_path, **options)
     assert prepared(tmp_path, **options, fim_rate=0.0).tokenizer.fim is None
