@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 STARTED = time.monotonic()
 SAMPLE_LENGTH = 128
+LAST_EVALUATION = 1 << 20
+"""Tokens that the evaluation at the end of a run scores at most."""
 RECIPES = Path(__file__).resolve().parent / "runs"
 """Folder of the scripts that --recipe runs."""
 
@@ -158,7 +160,7 @@ class Pretraining:
 
         prepared = prepare_data(run, session.say, session.init_from)
         connect(trainer.layout.mesh)
-        evaluate = held_out_evaluation(trainer, prepared, run.train.eval_batches)
+        evaluate = held_out_evaluation(trainer, prepared, run.train.eval_batches, session.say)
         loop = open_loop(run, trainer, session, evaluate)
         stores = {store.meta["source"]: store.meta["fingerprint"] for store in prepared.stores}
         check_stores(run, stores, session.say)
@@ -174,7 +176,7 @@ class Pretraining:
         )
 
 
-def held_out_evaluation(trainer: "Trainer", prepared: "Prepared", max_batches: int):
+def held_out_evaluation(trainer: "Trainer", prepared: "Prepared", max_batches: int, say: "Say"):
     """A function from state to held-out metrics; None without held-out text; 0 batches: all."""
     from data.evaluation import held_out_reader
     from sharding.partition import local_rows
@@ -185,7 +187,17 @@ def held_out_evaluation(trainer: "Trainer", prepared: "Prepared", max_batches: i
     num_rows = trainer.train.micro_batch_size or trainer.train.batch_size
     rows = local_rows(trainer.layout, num_rows)
     reader = held_out_reader(prepared, num_rows, max_batches, rows)
-    return lambda state: evaluate(trainer, state, reader, rows, num_rows)
+    return lambda state: evaluate(trainer, state, reader, rows, num_rows, say)
+
+
+def last_batches(trainer: "Trainer", prepared: "Prepared", say: "Say") -> int:
+    """Batches of the evaluation at the end: 0, all, or as many as LAST_EVALUATION has."""
+    total = sum(store.held_out.tokens for store in prepared.stores)
+    if total <= LAST_EVALUATION or not all(store.meta["byte_exact"] for store in prepared.stores):
+        return 0
+    num_rows = trainer.train.micro_batch_size or trainer.train.batch_size
+    say(f"evaluating {LAST_EVALUATION:,} of {total:,} held-out tokens, evenly spaced")
+    return max(1, LAST_EVALUATION // (num_rows * trainer.train.seq_len))
 
 
 def sample_text(trainer: "Trainer", state: "State", prepared: "Prepared", text: str) -> str:
@@ -215,7 +227,8 @@ def finish(loop: "Loop", prepared: "Prepared", run: RunConfig, say: "Say") -> No
     from runtime.start import is_first_process
     from training.plots import plot_run
 
-    evaluate = held_out_evaluation(loop.trainer, prepared, 0)
+    batches = last_batches(loop.trainer, prepared, say)
+    evaluate = held_out_evaluation(loop.trainer, prepared, batches, say)
     if evaluate is not None:
         result, gzip = evaluate(loop.state), gzip_bits_per_byte(prepared.stores)
         accepted = result.get("eval/mtp_acceptance")

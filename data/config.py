@@ -31,6 +31,9 @@ class DataConfig:
     """Size of a trained tokenizer's vocabulary, special tokens included."""
     held_out: float = 0.05
     """Share of documents kept for evaluation, chosen by a hash of each document's name."""
+    held_out_tokens: int = 1_000_000
+    """At most about so many tokens of 4 bytes are held out of a source, whatever the share; 0: no
+    bound."""
     segment_mask: bool = False
     """Attend only within a document (SFT); pre-training packs without a mask (V3 report, 4.1)."""
     fim_rate: float = 0.1

@@ -20,9 +20,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from data.config import SourceConfig
-from data.files import kind_of
+from data.files import COMPRESSED, kind_of
 from data.readers import Document, parquet_module, read_documents
-from data.report import SourceReport
+from data.report import Progress, SourceReport, told
 
 READING = 2
 """Version of how files are read; goes up when the same files would give other documents."""
@@ -50,8 +50,8 @@ class Source:
 
     @property
     def size(self) -> int:
-        """Bytes on disk."""
-        return sum(max(file.size, 0) for file in self.files)
+        """Bytes of text, about: those on disk, and four times as many where they are compressed."""
+        return sum(max(file.size, 0) * (1 if _is_plain(file.path) else 4) for file in self.files)
 
     def fingerprint(self) -> str:
         """Hash of the files' names, sizes and mtimes: equal while the text is surely the same."""
@@ -59,13 +59,13 @@ class Source:
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def find_source(config: SourceConfig) -> Source:
+def find_source(config: SourceConfig, progress: Progress = lambda line: None) -> Source:
     """Lists a source's files, sorted by name.
 
     Raises ValueError if the path does not exist or holds no file, or if it holds Parquet files and
     pyarrow cannot be imported.
     """
-    root, paths = _expand(config.path)
+    root, paths = _expand(config.path, progress)
     files = sorted((_examine(path, root) for path in paths), key=lambda file: file.name)
     if any(kind_of(file.path) == ".parquet" for file in files):
         parquet_module(config.path)
@@ -104,7 +104,8 @@ def check_disjoint(sources: Iterable[Source]) -> None:
     """Raises ValueError if two sources share a file: held-out text of one would train in the
     other."""
     owner: dict[str, str] = {}
-    for source in sources:
+    sources = list(sources)
+    for source in sources if len(sources) > 1 else ():
         for real in sorted({os.path.realpath(file.path) for file in source.files}):
             other = owner.setdefault(real, source.config.path)
             if other != source.config.path:
@@ -118,7 +119,7 @@ def check_disjoint(sources: Iterable[Source]) -> None:
 # ---- Listing -------------------------------------------------------------------------------------
 
 
-def _expand(path: str) -> tuple[Path, list[Path]]:
+def _expand(path: str, progress: Progress) -> tuple[Path, list[Path]]:
     """The folder that names are relative to, and the files."""
     if path == STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
@@ -131,7 +132,8 @@ def _expand(path: str) -> tuple[Path, list[Path]]:
         return root, paths
     given = Path(path).expanduser()
     if given.is_dir():
-        paths = list(_walk(given, frozenset()))
+        found = _walk(given, frozenset())
+        paths = list(told(found, progress, lambda count: f"{path}: {count} files listed so far"))
         if not paths:
             raise ValueError(f"source {path!r}: no files match '**/*' in folder {given.resolve()}")
         return given, paths
@@ -175,6 +177,10 @@ def _fixed_part(pattern: Path) -> Path:
             break
         fixed /= part
     return fixed
+
+
+def _is_plain(path: Path) -> bool:
+    return path.suffix.lower() not in (*COMPRESSED, ".parquet")
 
 
 def _examine(path: Path, root: Path) -> SourceFile:

@@ -2,9 +2,11 @@
 
 import concurrent.futures
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,8 @@ import pytest
 from data_helpers import SEQ_LEN, prepared, write_corpus
 
 from data import prepare as prepare_module
-from data import storage, store
+from data import report, storage, store
+from data import split as split_module
 from data.config import DataConfig, SourceConfig
 from data.prepare import check_config, prepare
 from data.sources import find_source
@@ -258,16 +261,54 @@ def test_processes_of_one_machine_build_once(tmp_path):
 
 
 def test_a_large_corpus_trains_the_tokenizer_on_a_sample(tmp_path, monkeypatch):
+    """Of many files some, of one large file its beginning: the rest is not read at all."""
     folder = write_corpus(tmp_path / "text")
+    with (tmp_path / "all.jsonl").open("w") as lines:
+        for file in sorted(folder.iterdir()):
+            lines.write(json.dumps({"text": file.read_text()}) + "\n")
     size = find_source(SourceConfig(str(folder))).size
     monkeypatch.setattr(prepare_module, "TRAINING_TEXT", size // 4)
-    lines = []
+    monkeypatch.setattr(prepare_module, "SAMPLE", 1000)
+    for place in (folder, tmp_path / "all.jsonl"):
+        said: list[str] = []
+        config = DataConfig((SourceConfig(str(place)),), str(tmp_path / "c"), "", 320, 0.2)
+        sources = [find_source(source) for source in config.sources]
+        sampled = list(prepare_module._training_texts(config, sources, said.append))
+        assert "% of the text" in said[0]
+        assert len(sampled) < 20  # of 40
+        assert sum(map(len, sampled)) == pytest.approx(size / 4, rel=0.2)
+        prepare(config, SEQ_LEN, 0)
+
+
+def test_what_is_held_out_of_a_large_corpus_is_bounded(tmp_path, monkeypatch):
+    text = "some words of text\n"
+    (tmp_path / "text").mkdir()
+    for n in range(40):
+        (tmp_path / f"text/{n}.txt").write_text(text * 100)
+    (tmp_path / "one.txt").write_text(text * 4000)
+    monkeypatch.setattr(split_module, "LOOKED_AT", 1000)
+    for place in (tmp_path / "text", tmp_path / "one.txt"):
+        (found,) = prepared(tmp_path, SourceConfig(str(place)), held_out_tokens=500).stores
+        assert 0 < found.held_out.text_bytes <= 3 * 4 * 500
+        kept = found.held_out.text_bytes + found.train.text_bytes
+        assert kept == 4000 * len(text)  # nothing is lost
+
+
+def test_what_takes_long_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "SECONDS_PER_LINE", -1.0)
+    folder = write_corpus(tmp_path / "text", files=3)
+    lines: list[str] = []
     config = DataConfig((SourceConfig(str(folder)),), str(tmp_path / "c"), "", 320, 0.2)
-    prepare(config, SEQ_LEN, 0, lines.append)
-    assert lines[0].endswith("on 25% of the documents")
-    sources = [find_source(source) for source in config.sources]
-    sampled = list(prepare_module._training_texts(config, sources, lines.append))
-    assert 4 <= len(sampled) <= 16  # of 40, a fifth held out: 8 expected
+    (tmp_path / "c").mkdir()
+    with open(tmp_path / "c/.lock", "w") as lock, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = pool.submit(prepare, config, SEQ_LEN, 0, lines.append)
+        while not any("waiting for it" in line for line in lines):
+            time.sleep(0.01)
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        done.result()
+    assert f"{folder}: 2 files listed so far" in lines
+    assert any(line.startswith(f"{folder}: 2 documents, ") for line in lines)
 
 
 # ---- Configurations that cannot work -------------------------------------------------------------

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import train
+import training.evaluate
 import training.loop
 import training.run
 from checkpoint.config import CheckpointConfig
@@ -261,6 +262,24 @@ def test_the_tokenizer_of_initial_weights_comes_along_or_another_is_refused(
     data = dataclasses.replace(config.data, tokenizer=str(other), fim_rate=0)
     with pytest.raises(ValueError, match=r"Leave --data\.tokenizer out"):
         train.prepare_data(dataclasses.replace(config, data=data), print, str(stopped))
+
+
+def test_the_evaluation_at_the_end_is_bounded_and_says_how_far_it_is(
+    options, stopped, monkeypatch, capsys
+):
+    config = parse([*options, "--run-dir", str(stopped)]).run
+    prepared = train.prepare_data(config, print)
+    trainer = train.make_trainer(config)
+    assert train.last_batches(trainer, prepared, print) == 0
+    monkeypatch.setattr(train, "LAST_EVALUATION", 600)
+    said: list[str] = []
+    assert train.last_batches(trainer, prepared, said.append) == 600 // (8 * 32)
+    assert "evaluating 600 of" in said[0]
+    monkeypatch.setattr(training.evaluate, "SECONDS_PER_LINE", -1.0)
+    evaluate = train.held_out_evaluation(trainer, prepared, 2, said.append)
+    assert evaluate is not None
+    assert evaluate(final_state(options, stopped))["eval/loss"] > 0
+    assert said[1:] == [f"evaluating held-out text: {n} of 2 batches are done" for n in (0, 1)]
 
 
 @pytest.mark.slow

@@ -19,7 +19,11 @@ FIXED = {
         "model": "the weights are of another model",
         "seed": "the order of the data would be another, and texts of this epoch come again",
     },
-    "pretrain": {"train.seq_len": _ROWS, "data.held_out": _SPLIT},
+    "pretrain": {
+        "train.seq_len": _ROWS,
+        "data.held_out": _SPLIT,
+        "data.held_out_tokens": _SPLIT,
+    },
     "sft": {"train.seq_len": _ROWS},
     "distill": {"train.seq_len": _ROWS},
     "rl": {
