@@ -111,7 +111,7 @@ class HeldOut:
             raise ValueError(
                 "this tokenizer's tokens are not strings of bytes, so bits per byte is exact only "
                 f"over the whole held-out text ({-(-total // self.seq_len)} rows of {self.seq_len} "
-                "tokens). Set eval_batches=0."
+                "tokens). Give --train.eval-batches 0."
             )
         return sum(int(lengths[self._read(low + 1, high)].sum()) for low, high in spans)
 

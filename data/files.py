@@ -2,8 +2,11 @@
 byte order in front is no part of a text."""
 
 import gzip
+import hashlib
 import io
+import os
 import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -32,8 +35,8 @@ def open_file(path: Path) -> BinaryIO:
     for suffix in reversed(path.suffixes):
         if suffix.lower() not in COMPRESSED:
             break
-        raw = _Gzip(opened) if suffix.lower() == ".gz" else _Zstandard(opened)
-        opened = io.BufferedReader(raw, PART)
+        parts = _gzip(opened) if suffix.lower() == ".gz" else _zstandard(opened)
+        opened = io.BufferedReader(_Stream(opened, parts), PART)
     return opened
 
 
@@ -43,24 +46,28 @@ def read_file(path: Path) -> bytes:
         return file.read().removeprefix(BOM)
 
 
-class _Decompressed(io.RawIOBase):
-    """A stream of what `_next` gives; b"" is the end."""
+def digests(paths: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of the bytes of those paths that are files."""
+    found = {}
+    for path in filter(os.path.isfile, paths):
+        with open(path, "rb") as file:
+            found[path] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
-    def __init__(self, source: BinaryIO):
-        self._source, self._left = source, b""
 
-    def _next(self) -> bytes:
-        raise NotImplementedError
+class _Stream(io.RawIOBase):
+    """What `parts` gives, end to end; `source` is closed with it."""
+
+    def __init__(self, source: BinaryIO, parts: Iterator[bytes]):
+        self._source, self._parts, self._left = source, parts, b""
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer) -> int:
-        if not self._left:
-            self._left = self._next()
-        part = self._left[: len(buffer)]
+        self._left = self._left or next(self._parts, b"")
+        part, self._left = self._left[: len(buffer)], self._left[len(buffer) :]
         buffer[: len(part)] = part
-        self._left = self._left[len(part) :]
         return len(part)
 
     def close(self) -> None:
@@ -68,39 +75,27 @@ class _Decompressed(io.RawIOBase):
         super().close()
 
 
-class _Gzip(_Decompressed):
-    def __init__(self, source: BinaryIO):
-        super().__init__(source)
-        self._file = gzip.GzipFile(fileobj=source)
-
-    def _next(self) -> bytes:
-        try:
-            return self._file.read(PART)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise DamagedFileError(f"gzip: {error}") from None
+def _gzip(source: BinaryIO) -> Iterator[bytes]:
+    file = gzip.GzipFile(fileobj=source)
+    try:
+        while part := file.read(PART):
+            yield part
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DamagedFileError(f"gzip: {error}") from None
 
 
-class _Zstandard(_Decompressed):
+def _zstandard(source: BinaryIO) -> Iterator[bytes]:
     """Frame after frame; unlike the library's reader it tells a cut file from a whole one."""
-
-    def __init__(self, source: BinaryIO):
-        super().__init__(source)
-        self._frame, self._input = None, b""
-
-    def _next(self) -> bytes:
-        found = b""
-        while not found:
-            self._input = self._input or self._source.read(PART)
-            if not self._input:
-                if self._frame is not None:
-                    raise DamagedFileError("zstd: the file is cut")
-                return b""
-            self._frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
+    frame = None
+    while part := source.read(PART):
+        while part:
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
             try:
-                found = self._frame.decompress(self._input)
+                if found := frame.decompress(part):
+                    yield found
             except zstandard.ZstdError as error:
                 raise DamagedFileError(f"zstd: {error}") from None
-            self._input = b""
-            if self._frame.eof:
-                self._input, self._frame = self._frame.unused_data, None
-        return found
+            part = frame.unused_data if frame.eof else b""
+            frame = None if frame.eof else frame
+    if frame is not None:
+        raise DamagedFileError("zstd: the file is cut")

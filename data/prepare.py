@@ -82,9 +82,9 @@ def check_config(config: DataConfig, seq_len: int, seed: int) -> None:
         if not ok:
             raise ValueError(f"data config: {message}")
 
-    require(seq_len > 0, f"seq_len is {seq_len}; it must be positive")
-    require(0 <= seed < 1 << 32, f"seed is {seed}, outside 0..2^32-1")
-    require(len(config.sources) > 0, "sources is empty; name at least one")
+    require(seq_len > 0, f"--train.seq-len is {seq_len}; it must be positive")
+    require(0 <= seed < 1 << 32, f"--seed is {seed}, outside 0..2^32-1")
+    require(len(config.sources) > 0, "--data.sources is empty; name at least one")
     for source in config.sources:
         require(
             0 < source.weight < float("inf"),
@@ -94,9 +94,13 @@ def check_config(config: DataConfig, seq_len: int, seed: int) -> None:
     paths = [source.path for source in config.sources]
     twice = sorted({path for path in paths if paths.count(path) > 1})
     require(not twice, f"sources {twice} are listed twice; raise the weight instead")
-    require(0 <= config.held_out < 1, f"held_out is {config.held_out}, outside 0..1 (1 excluded)")
-    require(config.held_out_tokens >= 0, f"held_out_tokens is {config.held_out_tokens}, below 0")
-    require(0 <= config.fim_rate <= 1, f"fim_rate is {config.fim_rate}, outside 0..1")
+    require(
+        0 <= config.held_out < 1, f"--data.held-out is {config.held_out}, outside 0..1 (1 excluded)"
+    )
+    require(
+        config.held_out_tokens >= 0, f"--data.held-out-tokens is {config.held_out_tokens}, below 0"
+    )
+    require(0 <= config.fim_rate <= 1, f"--data.fim-rate is {config.fim_rate}, outside 0..1")
 
 
 # ---- Tokenizer -----------------------------------------------------------------------------------

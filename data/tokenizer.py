@@ -205,8 +205,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """
     if vocab_size < MIN_VOCAB:
         raise ValueError(
-            f"vocab_size={vocab_size} is too small: {len(FIRST) + len(LAST)} special tokens and "
-            f"256 bytes need at least {MIN_VOCAB}"
+            f"--data.vocab-size {vocab_size} is too small: {len(FIRST) + len(LAST)} special tokens "
+            f"and 256 bytes need at least {MIN_VOCAB}"
         )
     bpe = tokenizers.Tokenizer(models.BPE())
     splits = [pre_tokenizers.Split(tokenizers.Regex(p), "isolated") for p in (DIGITS, CJK, WORDS)]

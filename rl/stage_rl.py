@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 
 from configs.schema import RunConfig
+from data.files import digests
 from data.tokenizer import Tokenizer, tokenizer_of
 from generation.config import Sampling
 from model.recipe import Recipe
@@ -37,7 +38,7 @@ from sharding.partition import Layout
 from training.display import Display
 from training.loop import Checkpoints
 from training.metrics import read_metrics
-from training.run import Say, Session, newest_meta, open_state, to_end, write_settings
+from training.run import Say, Session, check_stores, newest_meta, open_state, to_end, write_settings
 from training.schedule import Plateau
 from training.step import State, Trainer
 
@@ -226,7 +227,9 @@ def run_stage(run: RunConfig, trainer: Trainer, session: Session) -> int:
         checkpoints, state, plan = open_state(run, trainer, session)
         past = plan.history(int(state["step"]))
         loop = make_loop(run, trainer, state, checkpoints, prompts, scorer, session, past)
-        write_settings(run, tokenizer.json)
+        texts = digests([run.rl.prompts])
+        check_stores(run, texts, say)
+        write_settings(run, tokenizer.json, texts)
         return to_end(loop, run, say, loop.run, lambda: finish(loop.run_dir, say))
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema import RunConfig
+from data.files import digests
 from data.tokenizer import Tokenizer, load_tokenizer
 from model.recipe import Recipe
 from rl.corpus import configured_task
@@ -31,7 +32,16 @@ from runtime.start import is_first_process
 from sharding.partition import Layout, pipeline_ranks
 from training.metrics import read_metrics
 from training.plots import plot_run
-from training.run import Say, Session, open_loop, plan_of, to_end, train_on, write_settings
+from training.run import (
+    Say,
+    Session,
+    check_stores,
+    open_loop,
+    plan_of,
+    to_end,
+    train_on,
+    write_settings,
+)
 from training.step import State, Trainer
 
 
@@ -85,7 +95,9 @@ def run_stage(run: RunConfig, trainer: Trainer, session: Session) -> int:
     policy = None
     if run.sft.policy:
         policy = load_policy(run.sft.policy, run.train, trainer.recipe, trainer.layout)
-    write_settings(run, tokenizer.json)
+    texts = digests(run.sft.examples)
+    check_stores(run, texts, say)
+    write_settings(run, tokenizer.json, texts)
     try:
         examples = packed_examples(run, trainer, tokenizer, policy, say)
     except RolloutStoppedError:

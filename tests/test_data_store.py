@@ -322,9 +322,9 @@ def test_what_takes_long_is_told(tmp_path, monkeypatch):
         ({"sources": (SourceConfig("a", weight=-1.0),)}, "'a' has weight -1.0"),
         ({"sources": (SourceConfig("a", weight=float("nan")),)}, "'a' has weight nan"),
         ({"sources": (SourceConfig("a"), SourceConfig("a"))}, r"\['a'\] are listed twice"),
-        ({"held_out": 1.0}, "held_out is 1.0"),
-        ({"held_out": -0.1}, "held_out is -0.1"),
-        ({"fim_rate": 1.5}, "fim_rate is 1.5"),
+        ({"held_out": 1.0}, "--data.held-out is 1.0"),
+        ({"held_out": -0.1}, "--data.held-out is -0.1"),
+        ({"fim_rate": 1.5}, "--data.fim-rate is 1.5"),
     ],
 )
 def test_bad_values_are_refused_before_any_file_is_read(change, message):
@@ -333,9 +333,9 @@ def test_bad_values_are_refused_before_any_file_is_read(change, message):
 
 
 def test_bad_sizes_and_seeds_are_refused():
-    with pytest.raises(ValueError, match="seq_len is 0"):
+    with pytest.raises(ValueError, match="--train.seq-len is 0"):
         check_config(DataConfig(), 0, 0)
-    with pytest.raises(ValueError, match="seed is -1"):
+    with pytest.raises(ValueError, match="--seed is -1"):
         check_config(DataConfig(), 8, -1)
 
 

@@ -200,6 +200,20 @@ def test_a_resumed_run_keeps_its_tokenizer_tokens_and_rows(
         assert manager.meta(4)["batches"] == [[0, 0, 0, 8, 32], [3, 24, 768, 16, 32]]
 
 
+def test_a_resumed_run_says_that_a_text_has_changed(options, stopped, tmp_path):
+    config = parse([*options, "--run-dir", str(stopped)]).run
+    recorded = json.loads((stopped / "config.json").read_text())["stores"]
+    lines: list[str] = []
+    training.run.check_stores(config, recorded, lines.append)
+    assert not lines
+    (path,) = recorded
+    training.run.check_stores(config, {path: "other"}, lines.append)
+    assert lines[0] == f"changed since this run began: the text of {path}"
+    new = dataclasses.replace(config, run_dir=str(tmp_path))
+    training.run.check_stores(new, {path: "other"}, lines.append)
+    assert len(lines) == 2
+
+
 def test_a_checkpoint_without_batches_goes_on_from_those_of_its_configuration(
     options, stopped, tmp_path
 ):

@@ -39,7 +39,7 @@ FREE = ("model.init_std", "model.max_position", "model.yarn", "model.rope_theta"
 """Fields of the model that may change: it is trained to longer texts by them."""
 UNSAID = ("run_dir",)
 """Where the run lies is no property of it."""
-NEW_ORDER = ("data", "task", "sft")
+NEW_ORDER = ("data", "task", "sft", "rl.prompts")
 """Parts of the configuration that say what rows there are, and in which order."""
 NO_ORDER = ("data.cache_dir", "data.tokenizer", "data.vocab_size")
 """Of these, what does not: a run keeps its tokenizer."""

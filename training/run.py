@@ -128,7 +128,10 @@ def check_stores(run: Run, stores: Mapping[str, str], say: Say) -> None:
     """Say of which sources the text has changed since the run's folder was written; `stores` has
     what stands for the text of each."""
     file = Path(run.run_dir) / "config.json"
-    recorded = json.loads(file.read_text()).get("stores", {}) if file.is_file() else {}
+    try:
+        recorded = json.loads(file.read_text()).get("stores", {}) if file.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}); delete it, it is written anew") from None
     changed = [name for name in stores if recorded.get(name, stores[name]) != stores[name]]
     if changed and newest_meta(run):
         say(f"changed since this run began: the text of {', '.join(changed)}")
