@@ -333,7 +333,7 @@ def test_bad_values_are_refused_before_any_file_is_read(change, message):
 
 
 def test_bad_sizes_and_seeds_are_refused():
-    with pytest.raises(ValueError, match="--train.seq-len is 0"):
+    with pytest.raises(ValueError, match=r"--train\.seq-len is 0"):
         check_config(DataConfig(), 0, 0)
     with pytest.raises(ValueError, match="--seed is -1"):
         check_config(DataConfig(), 8, -1)
