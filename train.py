@@ -18,6 +18,7 @@ from configs.schema import RunConfig
 
 if TYPE_CHECKING:
     from data.prepare import Prepared
+    from data.tokenizer import Tokenizer
     from model.recipe import Recipe
     from sharding.partition import Layout
     from training.loop import Loop
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 STARTED = time.monotonic()
 SAMPLE_LENGTH = 128
+LAST_EVALUATION = 1 << 20
+"""Tokens that the evaluation at the end of a run scores at most."""
 RECIPES = Path(__file__).resolve().parent / "runs"
 """Folder of the scripts that --recipe runs."""
 
@@ -64,7 +67,8 @@ def make_trainer(run: RunConfig) -> "Trainer":
     from model.kernels import choose
     from model.recipe import Recipe
     from sharding.mesh import make_layout
-    from training.schedule import BatchPlan, check_schedules
+    from training.run import plan_of
+    from training.schedule import check_schedules
 
     check_config(run.data, run.train.seq_len, run.seed)
     if run.train.seq_len > run.model.max_position:
@@ -77,7 +81,7 @@ def make_trainer(run: RunConfig) -> "Trainer":
             f"data.vocab_size={run.data.vocab_size} exceeds model.vocab_size="
             f"{run.model.vocab_size}; make the model's at least as large"
         )
-    check_schedules(run.train, BatchPlan(run.train))
+    check_schedules(run.train, plan_of(run))
     layout = make_layout(run.mesh)
     choice = choose(run.kernels, run.model, run.train.dtype, layout, run.train.fp8)
     recipe = Recipe(run.train.dtype, run.train.remat, choice.kernels, fp8=run.train.fp8)
@@ -89,7 +93,7 @@ def make_trainer(run: RunConfig) -> "Trainer":
 # ---- Pre-training --------------------------------------------------------------------------------
 
 
-def prepare_data(run: RunConfig, say: "Say") -> "Prepared":
+def prepare_data(run: RunConfig, say: "Say", init_from: str = "") -> "Prepared":
     """Tokenizer and token stores; process 0 builds what the others then find."""
     import jax
 
@@ -100,7 +104,8 @@ def prepare_data(run: RunConfig, say: "Say") -> "Prepared":
     if jax.process_index() > 0:
         barrier("data")
     data = corpus_data(run.task, run.data, run.seed, say) if run.task.name else run.data
-    prepared = prepare(data, run.train.seq_len, run.seed, say)
+    own = tokenizer_of_weights(run, data.tokenizer, init_from, say)
+    prepared = prepare(data, run.train.seq_len, run.seed, say, own)
     if jax.process_index() == 0:
         barrier("data")
     if prepared.tokenizer.vocab_size > run.model.vocab_size:
@@ -109,6 +114,30 @@ def prepare_data(run: RunConfig, say: "Say") -> "Prepared":
             f"{run.model.vocab_size}; raise the model's to at least that"
         )
     return prepared
+
+
+def tokenizer_of_weights(
+    run: RunConfig, given: str, init_from: str, say: "Say"
+) -> "Tokenizer | None":
+    """What the run began with, or what belongs to the weights it begins from; None for random ones.
+
+    ValueError if `given` is another, or if nothing tells what the weights' ids mean.
+    """
+    from checkpoint.hf_reader import tokenizer_file
+    from data.tokenizer import tokenizer_of
+    from training.run import newest_meta
+
+    folder = run.run_dir if newest_meta(run) else init_from
+    if not folder:
+        return None
+    tokenizer = tokenizer_of(given, tokenizer_file(Path(folder)))
+    if tokenizer is None:
+        raise ValueError(
+            f"{folder} has weights and no tokenizer.json; a new tokenizer would give their "
+            "embeddings other meanings. Give theirs: --data.tokenizer FILE"
+        )
+    say(f"tokenizer: of the weights in {folder}, {tokenizer.vocab_size} ids")
+    return tokenizer
 
 
 class Pretraining:
@@ -128,13 +157,15 @@ class Pretraining:
         """Data, loop and result; the status that a process exits with."""
         from data.loader import train_loader
         from runtime.processes import connect
-        from training.run import open_loop, to_end, train_on, write_settings
+        from training.run import check_stores, open_loop, to_end, train_on, write_settings
 
-        prepared = prepare_data(run, session.say)
+        prepared = prepare_data(run, session.say, session.init_from)
         connect(trainer.layout.mesh)
-        evaluate = held_out_evaluation(trainer, prepared, run.train.eval_batches)
+        evaluate = held_out_evaluation(trainer, prepared, run.train.eval_batches, session.say)
         loop = open_loop(run, trainer, session, evaluate)
-        write_settings(run, prepared.tokenizer.of_documents().files)
+        stores = {store.meta["source"]: store.meta["fingerprint"] for store in prepared.stores}
+        check_stores(run, stores, session.say)
+        write_settings(run, prepared.tokenizer.of_documents().files, stores)
 
         def train() -> str:
             return train_on(
@@ -146,7 +177,7 @@ class Pretraining:
         )
 
 
-def held_out_evaluation(trainer: "Trainer", prepared: "Prepared", max_batches: int):
+def held_out_evaluation(trainer: "Trainer", prepared: "Prepared", max_batches: int, say: "Say"):
     """A function from state to held-out metrics; None without held-out text; 0 batches: all."""
     from data.evaluation import held_out_reader
     from sharding.partition import local_rows
@@ -157,7 +188,17 @@ def held_out_evaluation(trainer: "Trainer", prepared: "Prepared", max_batches: i
     num_rows = trainer.train.micro_batch_size or trainer.train.batch_size
     rows = local_rows(trainer.layout, num_rows)
     reader = held_out_reader(prepared, num_rows, max_batches, rows)
-    return lambda state: evaluate(trainer, state, reader, rows, num_rows)
+    return lambda state: evaluate(trainer, state, reader, rows, num_rows, say)
+
+
+def last_batches(trainer: "Trainer", prepared: "Prepared", say: "Say") -> int:
+    """Batches of the evaluation at the end: 0, all, or as many as LAST_EVALUATION has."""
+    total = sum(store.held_out.tokens for store in prepared.stores)
+    if total <= LAST_EVALUATION or not all(store.meta["byte_exact"] for store in prepared.stores):
+        return 0
+    num_rows = trainer.train.micro_batch_size or trainer.train.batch_size
+    say(f"evaluating {LAST_EVALUATION:,} of {total:,} held-out tokens, evenly spaced")
+    return max(1, LAST_EVALUATION // (num_rows * trainer.train.seq_len))
 
 
 def sample_text(trainer: "Trainer", state: "State", prepared: "Prepared", text: str) -> str:
@@ -185,7 +226,8 @@ def finish(loop: "Loop", prepared: "Prepared", run: RunConfig, say: "Say") -> No
     from runtime.start import is_first_process
     from training.plots import plot_run
 
-    evaluate = held_out_evaluation(loop.trainer, prepared, 0)
+    batches = last_batches(loop.trainer, prepared, say)
+    evaluate = held_out_evaluation(loop.trainer, prepared, batches, say)
     if evaluate is not None:
         result, gzip = evaluate(loop.state), gzip_bits_per_byte(prepared.stores)
         accepted = result.get("eval/mtp_acceptance")
@@ -247,7 +289,7 @@ def train(command: Command) -> int:
     from checkpoint.folder import how_to_resume
     from runtime.processes import when_lost
     from runtime.start import is_first_process, start
-    from training.run import Session, check_initial_weights
+    from training.run import Session, check_initial_weights, check_resumed
     from training.summary import summary
 
     run = command.run
@@ -265,6 +307,7 @@ def train(command: Command) -> int:
         return 0
     session = Session(say, STARTED, command.init_from, command.profile_steps)
     say("\n".join(derived))
+    check_resumed(run, say)
     check_initial_weights(run, command.init_from)
     return stage.run_stage(run, trainer, session)
 

@@ -86,7 +86,7 @@ class CheckpointManager:
         return [s for s, path in find_steps(self._folder) if unreadable_reason(path) is None]
 
     def meta(self, step: int) -> dict[str, Any]:
-        """JSON saved with the arrays of `step`: step, config, mesh, metrics, checksums."""
+        """JSON saved with the arrays of `step`: step, config, mesh, metrics, checksums, batches."""
         return read_meta(self._path(step))
 
     def save(
@@ -96,6 +96,7 @@ class CheckpointManager:
         config: Mapping[str, Any],
         mesh: Any,
         metrics: Mapping[str, float],
+        batches: Any = (),
     ) -> bool:
         """Save `state`; returns when the arrays may be donated, usually before they are on disk.
 
@@ -104,6 +105,7 @@ class CheckpointManager:
           state: tree of jax arrays.
           config, mesh: what JSON can hold, for people and for a later check.
           metrics: numbers of this step. `eval/loss`, when there, is what "best" means.
+          batches: the run's batch sizes so far (training/schedule.py:Plateau), as JSON can hold.
         Returns:
           False when it failed at once. A failure is a warning, not the end of the run, and leaves
           what was saved before; one that shows later is reported by the next `save` or `wait`. A
@@ -124,6 +126,7 @@ class CheckpointManager:
             "mesh": mesh,
             "metrics": {name: _to_json(float(value)) for name, value in metrics.items()},
             "checksums": checksums(arrays),
+            "batches": batches,
         }
         self._saving = step
         self._retention.note(step, _held_out_loss(meta["metrics"]))

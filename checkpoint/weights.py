@@ -106,11 +106,15 @@ class RunFolder:
         name = f"{tree}/{path}"
         if self._open is None or self._open[0] != name:
             self._open = name, self._store(name)
-        return self._open[1][index].read().result().astype(dtype)
+        return self._result(name, self._open[1][index].read()).astype(dtype)
 
     def _store(self, name: str) -> Any:
+        spec = array_spec(self.step_folder, name)
+        return self._result(name, tensorstore.open(spec, read=True))
+
+    def _result(self, name: str, pending: Any) -> Any:
         try:
-            return tensorstore.open(array_spec(self.step_folder, name), read=True).result()
+            return pending.result()
         except ValueError as error:
             raise ValueError(f"{self.step_folder}: {name} cannot be read ({error})") from None
 
@@ -129,13 +133,18 @@ class RunFolder:
 
 
 def array_spec(step_folder: Path, name: str) -> dict[str, Any]:
-    """Place of the array `name` in Orbax's checkpoint, as a tensorstore spec (zarr in OCDBT)."""
+    """Place of the array `name` in Orbax's checkpoint, as a tensorstore spec (zarr in OCDBT).
+
+    Missing data is an error, not zeros, which are therefore written like all else.
+    """
     base = f"file://{(step_folder / 'state').absolute()}"
     return {
         "driver": "zarr",
         "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"},
         "recheck_cached_data": False,
         "recheck_cached_metadata": False,
+        "fill_missing_data_reads": False,
+        "store_data_equal_to_fill_value": True,
     }
 
 

@@ -8,12 +8,12 @@ class SourceConfig:
     """One source of documents."""
 
     path: str = "stdlib"
-    """Folder, file or glob of text, .jsonl or .parquet; `stdlib` is the interpreter's own source
-    text."""
+    """Folder, file or glob of text, .jsonl, .json, .csv or .parquet, also as .gz or .zst; `stdlib`
+    is the interpreter's own source text."""
     weight: float = 1.0
     """Share of this source's tokens in the mixture (relative to the others')."""
     field: str = "text"
-    """Field that holds the text in JSONL and Parquet."""
+    """Field or column that holds the text in JSON, CSV and Parquet."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,9 @@ class DataConfig:
     """Size of a trained tokenizer's vocabulary, special tokens included."""
     held_out: float = 0.05
     """Share of documents kept for evaluation, chosen by a hash of each document's name."""
+    held_out_tokens: int = 1_000_000
+    """At most about so many tokens of 4 bytes are held out of a source, whatever the share; 0: no
+    bound."""
     segment_mask: bool = False
     """Attend only within a document (SFT); pre-training packs without a mask (V3 report, 4.1)."""
     fim_rate: float = 0.1

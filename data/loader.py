@@ -93,8 +93,9 @@ def train_loader(
     available, needed = sum(s.tokens_per_epoch for s in sources), batch_size * seq_len + 1
     if available < needed:
         raise ValueError(
-            f"the corpus is too small for one batch: {available} training tokens, but batch_size="
-            f"{batch_size} rows of seq_len={seq_len} need {needed}. Add text, or lower either."
+            f"the corpus is too small for one batch: {available} training tokens, but "
+            f"--train.batch-size {batch_size} rows of --train.seq-len {seq_len} need {needed}. Add "
+            "text, or lower either."
         )
     micro_batch_size = micro_batch_size or batch_size
     local = range(micro_batch_size) if local is None else local

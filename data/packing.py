@@ -61,10 +61,10 @@ class PackedRows:
         segments: bool = False,
     ):
         if not 0 <= fim_rate <= 1:
-            raise ValueError(f"fim_rate={fim_rate} is outside 0..1")
+            raise ValueError(f"--data.fim-rate {fim_rate} is outside 0..1")
         if fim_rate > 0 and fim is None:
             raise ValueError(
-                f"fim_rate={fim_rate}, but the tokenizer has no FIM tokens; set it to 0"
+                f"--data.fim-rate {fim_rate}, but the tokenizer has no FIM tokens; set it to 0"
             )
         self.split, self.seq_len, self.seed = split, seq_len, seed
         self.fim_rate, self.fim, self.segments = fim_rate, fim, segments
@@ -72,8 +72,8 @@ class PackedRows:
         self.rows_per_epoch = (self.tokens_per_epoch - 1) // seq_len
         if self.rows_per_epoch < 1:
             raise ValueError(
-                f"{self.tokens_per_epoch} training tokens do not fill one row: seq_len={seq_len} "
-                f"needs {seq_len + 1}. Add text or lower seq_len."
+                f"{self.tokens_per_epoch} training tokens do not fill one row: --train.seq-len "
+                f"{seq_len} needs {seq_len + 1}. Add text or lower it."
             )
         self._epochs: dict[int, Epoch] = {}
         self._lock = threading.Lock()

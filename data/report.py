@@ -1,8 +1,24 @@
 """Yield of a source and what was left out of it, by name: nothing is skipped in silence."""
 
 import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator
 
 NAMES_KEPT = 5
+SECONDS_PER_LINE = 5.0
+
+Progress = Callable[[str], None]
+"""Takes a line for people."""
+
+
+def told[T](items: Iterable[T], progress: Progress, line: Callable[[int], str]) -> Iterator[T]:
+    """Passes items on, and every few seconds tells `line` of how many there were."""
+    last = time.monotonic()
+    for count, item in enumerate(items, 1):
+        yield item
+        if time.monotonic() - last > SECONDS_PER_LINE:
+            last = time.monotonic()
+            progress(line(count))
 
 
 @dataclasses.dataclass

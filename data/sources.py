@@ -1,4 +1,4 @@
-"""Documents from files: text, JSONL and Parquet, in a stable order and under stable names.
+"""Documents from files (data/readers.py), in a stable order and under stable names.
 
 A source is a folder (searched recursively), one file, a glob, or `stdlib`: the running
 interpreter's own standard library, which every machine that can run this project already has. Names
@@ -13,28 +13,22 @@ lies.
 import dataclasses
 import glob
 import hashlib
-import importlib
 import json
 import os
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from data.config import SourceConfig
-from data.report import SourceReport
+from data.files import COMPRESSED, kind_of
+from data.readers import Document, parquet_module, read_documents
+from data.report import Progress, SourceReport, told
 
+READING = 2
+"""Version of how files are read; goes up when the same files would give other documents."""
 STDLIB = "stdlib"
 STDLIB_LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
 """Folders of the standard library that are other people's packages or test data."""
-
-
-class Document(NamedTuple):
-    """One text under its stable name."""
-
-    name: str
-    text: str
-    text_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +50,8 @@ class Source:
 
     @property
     def size(self) -> int:
-        """Bytes on disk."""
-        return sum(max(file.size, 0) for file in self.files)
+        """Bytes of text, about: those on disk, and four times as many where they are compressed."""
+        return sum(max(file.size, 0) * (1 if _is_plain(file.path) else 4) for file in self.files)
 
     def fingerprint(self) -> str:
         """Hash of the files' names, sizes and mtimes: equal while the text is surely the same."""
@@ -65,16 +59,16 @@ class Source:
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def find_source(config: SourceConfig) -> Source:
+def find_source(config: SourceConfig, progress: Progress = lambda line: None) -> Source:
     """Lists a source's files, sorted by name.
 
     Raises ValueError if the path does not exist or holds no file, or if it holds Parquet files and
     pyarrow cannot be imported.
     """
-    root, paths = _expand(config.path)
+    root, paths = _expand(config.path, progress)
     files = sorted((_examine(path, root) for path in paths), key=lambda file: file.name)
-    if any(file.path.suffix.lower() == ".parquet" for file in files):
-        _parquet_module(config.path)
+    if any(kind_of(file.path) == ".parquet" for file in files):
+        parquet_module(config.path)
     return Source(config, tuple(files))
 
 
@@ -94,9 +88,9 @@ def documents(source: Source, min_bytes: int, report: SourceReport) -> Iterator[
         if file.size < 0 or not file.path.is_file():  # never open a pipe: it would block
             report.skip("unreadable", file.name)
             continue
-        read = _READERS.get(file.path.suffix.lower(), _read_text)
+        found = read_documents(file.path, file.name, source.config.field, report.skip)
         try:
-            for document in read(file, source.config.field, report.skip):
+            for document in found:
                 if document.text_bytes < max(min_bytes, 1):
                     report.skip("empty", document.name)
                     continue
@@ -110,7 +104,8 @@ def check_disjoint(sources: Iterable[Source]) -> None:
     """Raises ValueError if two sources share a file: held-out text of one would train in the
     other."""
     owner: dict[str, str] = {}
-    for source in sources:
+    sources = list(sources)
+    for source in sources if len(sources) > 1 else ():
         for real in sorted({os.path.realpath(file.path) for file in source.files}):
             other = owner.setdefault(real, source.config.path)
             if other != source.config.path:
@@ -124,7 +119,7 @@ def check_disjoint(sources: Iterable[Source]) -> None:
 # ---- Listing -------------------------------------------------------------------------------------
 
 
-def _expand(path: str) -> tuple[Path, list[Path]]:
+def _expand(path: str, progress: Progress) -> tuple[Path, list[Path]]:
     """The folder that names are relative to, and the files."""
     if path == STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
@@ -137,7 +132,8 @@ def _expand(path: str) -> tuple[Path, list[Path]]:
         return root, paths
     given = Path(path).expanduser()
     if given.is_dir():
-        paths = list(_walk(given, frozenset()))
+        found = _walk(given, frozenset())
+        paths = list(told(found, progress, lambda count: f"{path}: {count} files listed so far"))
         if not paths:
             raise ValueError(f"source {path!r}: no files match '**/*' in folder {given.resolve()}")
         return given, paths
@@ -183,6 +179,10 @@ def _fixed_part(pattern: Path) -> Path:
     return fixed
 
 
+def _is_plain(path: Path) -> bool:
+    return path.suffix.lower() not in (*COMPRESSED, ".parquet")
+
+
 def _examine(path: Path, root: Path) -> SourceFile:
     # A file name may be any bytes; what UTF-8 cannot say is written as \xNN, so names always print.
     relative = Path(os.path.relpath(path, root)).as_posix()
@@ -192,80 +192,3 @@ def _examine(path: Path, root: Path) -> SourceFile:
     except OSError:
         return SourceFile(name, path, -1, -1)
     return SourceFile(name, path, status.st_size, status.st_mtime_ns)
-
-
-# ---- Reading -------------------------------------------------------------------------------------
-
-Skip = Callable[[str, str], None]
-
-
-def _read_text(file: SourceFile, field: str, skip: Skip) -> Iterator[Document]:
-    """A whole file as one document, byte for byte: line ends and NUL bytes stay as they are."""
-    del field
-    content = file.path.read_bytes()
-    try:
-        yield Document(file.name, content.decode("utf-8"), len(content))
-    except UnicodeDecodeError:
-        skip("not UTF-8", file.name)
-
-
-def _read_jsonl(file: SourceFile, field: str, skip: Skip) -> Iterator[Document]:
-    """One document per line; blank lines hold none."""
-    with file.path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            name = f"{file.name}:{number}"
-            try:
-                record = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError:
-                skip("not UTF-8", name)
-            except (ValueError, RecursionError):
-                skip("malformed line", name)
-            else:
-                text = record.get(field) if isinstance(record, dict) else None
-                yield from _field_document(name, text, field, skip)
-
-
-def _read_parquet(file: SourceFile, field: str, skip: Skip) -> Iterator[Document]:
-    """One document per row, read in batches of rows."""
-    parquet, ArrowInvalid = _parquet_module(file.name)
-    try:
-        table = parquet.ParquetFile(file.path)
-    except ArrowInvalid:
-        skip("not a Parquet file", file.name)
-        return
-    if field not in table.schema_arrow.names:
-        skip(f"no text in field {field!r}", file.name)
-        return
-    row = 0
-    for batch in table.iter_batches(batch_size=256, columns=[field]):
-        for text in batch.column(0).to_pylist():
-            row += 1
-            yield from _field_document(f"{file.name}:{row}", text, field, skip)
-
-
-_READERS = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
-
-
-def _field_document(name: str, text: object, field: str, skip: Skip) -> Iterator[Document]:
-    if not isinstance(text, str):
-        skip(f"no text in field {field!r}", name)
-        return
-    try:
-        text_bytes = len(text.encode("utf-8"))
-    except UnicodeEncodeError:  # JSON can spell lone surrogates, which are no text
-        skip("not UTF-8", name)
-        return
-    yield Document(name, text, text_bytes)
-
-
-def _parquet_module(asked_by: str):
-    try:
-        parquet = importlib.import_module("pyarrow.parquet")
-        return parquet, importlib.import_module("pyarrow").ArrowInvalid
-    except ImportError as error:
-        raise ValueError(
-            f"source {asked_by!r} holds Parquet files, and pyarrow cannot be imported: install it "
-            "(pip install pyarrow), or convert the files to JSONL"
-        ) from error

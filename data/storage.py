@@ -6,7 +6,7 @@ reader sees one completely or not at all.
 """
 
 import contextlib
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import tensorstore as ts
@@ -39,6 +39,11 @@ def read_bytes(place: str, name: str) -> bytes | None:
     return bytes(result.value) if result.state == "value" else None
 
 
+def names(place: str) -> set[str]:
+    """Names of all values in a place."""
+    return {name.decode("utf-8", "replace") for name in open_place(place).list().result()}
+
+
 def write_bytes(place: str, name: str, value: bytes) -> None:
     """Writes a value; readers see the old one or the new one, never a part."""
     open_place(place).write(name, value).result()
@@ -50,8 +55,9 @@ def delete(place: str) -> None:
 
 
 @contextlib.contextmanager
-def one_builder(place: str) -> Generator[None]:
-    """Holds the place's lock: of several processes on one machine only one builds, the others wait.
+def one_builder(place: str, progress: Callable[[str], None]) -> Generator[None]:
+    """Holds the place's lock: of several processes on one machine only one builds, the others say
+    that they wait.
 
     The lock dies with its process. Buckets have no lock: there, let one process prepare the data
     before the others start.
@@ -64,5 +70,9 @@ def one_builder(place: str) -> Generator[None]:
     folder = Path(place).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            progress(f"another process prepares data in {place}; waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield

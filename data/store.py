@@ -12,6 +12,7 @@ document.
 
 import dataclasses
 import json
+import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -21,10 +22,10 @@ import tensorstore as ts
 
 from data import storage
 from data.sources import Document
-from data.split import is_held_out
+from data.split import HoldOut
 from data.tokenizer import Tokenizer
 
-FORMAT = 1
+FORMAT = 2
 META = "meta.json"
 SPLITS = ("train", "held_out")
 SHARD, CHUNK = 1 << 24, 1 << 15
@@ -52,7 +53,7 @@ class Split:
     def read(self, ranges: Sequence[tuple[int, int]]) -> list[np.ndarray]:
         """Token ids [stop - start] of each range (start, stop); the reads run concurrently."""
         reads = [self.array[start:stop].read() for start, stop in ranges]
-        return [read.result() for read in reads]
+        return [_whole(read) for read in reads]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +69,13 @@ class TokenStore:
 
     def held_out_text(self) -> Iterator[bytes]:
         """The held-out documents' UTF-8 text, part by part."""
-        for part in range(self.meta["held_out_text_parts"]):
-            content = storage.read_bytes(self.place, _text_name(part))
-            if content is None:
+        left, parts = self.held_out.text_bytes, self.meta["held_out_text_parts"]
+        for part in range(parts):
+            content = storage.read_bytes(self.place, _text_name(part)) or b""
+            left -= len(content)
+            if not content or (part + 1 == parts and left):
                 raise ValueError(
-                    f"store {self.place}: {_text_name(part)} is gone; delete the store"
+                    f"store {self.place}: {_text_name(part)} is gone or cut; delete the store"
                 )
             yield content
 
@@ -82,20 +85,25 @@ def find_store(place: str) -> TokenStore | None:
     content = storage.read_bytes(place, META)
     if content is None:
         return None
-    meta = json.loads(content)
-    return TokenStore(place, meta, *(_open_split(place, name, meta) for name in SPLITS))
+    try:
+        meta = json.loads(content)
+        counts = [meta["splits"][name] for name in SPLITS]
+        splits = (_open_split(place, *named) for named in zip(SPLITS, counts, strict=True))
+        return TokenStore(place, meta, *splits)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"store {place} is damaged: {error}. Delete it to build it anew") from None
 
 
 def build_store(
     place: str,
     documents: Iterable[Document],
     tokenizer: Tokenizer,
-    held_out: float,
+    hold_out: HoldOut,
     meta: dict,
 ) -> dict:
     """Tokenizes documents into a store, but does not seal it: `seal_store` does, when all is well.
 
-    Files of a broken-off build are removed first. held_out: share of documents held out.
+    Files of a broken-off build are removed first. hold_out: which text is held out.
     meta: entries to keep in meta.json. Returns all entries, with the counts of each split.
     """
     storage.delete(place)
@@ -104,9 +112,9 @@ def build_store(
     text = _TextWriter(place)
     byte_exact = tokenizer.byte_lengths is not None
     for batch in _batches(documents):
-        encoded = tokenizer.encode_batch([document.text for document in batch])
-        for document, ids in zip(batch, encoded, strict=True):
-            out = is_held_out(document.name, held_out)
+        sided = [side for document in batch for side in hold_out.sides(document)]
+        encoded = tokenizer.encode_batch([document.text for document, _ in sided])
+        for (document, out), ids in zip(sided, encoded, strict=True):
             if out:
                 text.add(document.text)
                 if tokenizer.byte_lengths is not None:
@@ -219,7 +227,7 @@ def _create_array(place: str, dtype: str):
     little_endian = {"name": "bytes", "configuration": {"endian": "little"}}
     sharding = {
         "chunk_shape": [CHUNK],
-        "codecs": [little_endian],
+        "codecs": [little_endian, {"name": "crc32c"}],
         "index_codecs": [little_endian, {"name": "crc32c"}],
     }
     metadata = {
@@ -232,22 +240,39 @@ def _create_array(place: str, dtype: str):
     return ts.open(spec, create=True, context=storage.CONTEXT).result()
 
 
-def _open_split(place: str, name: str, meta: dict) -> Split:
-    counts = meta["splits"][name]
-    tokens, offsets = (
-        ts.open(
-            _array_spec(storage.join(place, name, part)), read=True, context=storage.CONTEXT
-        ).result()
-        for part in ("tokens", "offsets")
-    )
-    if tokens.shape != (counts["tokens"],) or offsets.shape != (counts["documents"] + 1,):
-        raise ValueError(
-            f"store {place}: {name} holds {tokens.shape[0]} tokens and {offsets.shape[0] - 1} "
-            f"documents, its {META} says {counts}. The store is damaged: delete it to rebuild it."
-        )
-    starts = np.asarray(offsets.read().result())
+def _open_split(place: str, name: str, counts: dict) -> Split:
+    tokens = _open_array(storage.join(place, name, "tokens"), counts["tokens"])
+    starts = np.zeros(1, np.int64)
+    if counts["documents"]:
+        offsets = _open_array(storage.join(place, name, "offsets"), counts["documents"] + 1)
+        starts = np.asarray(_whole(offsets.read()))
+    if starts[-1] != counts["tokens"]:
+        raise ValueError(f"{name}: documents end at {starts[-1]} of {counts['tokens']} tokens")
     return Split(counts["documents"], counts["tokens"], counts["bytes"], starts, tokens)
 
 
+def _open_array(place: str, length: int) -> Any:
+    """An array [length] for reading, all of whose files are there."""
+    array = _whole(ts.open(_array_spec(place), read=True, context=storage.CONTEXT))
+    if array.shape != (length,):
+        raise ValueError(f"{place} holds {array.shape[0]} entries, {META} says {length}")
+    there, shard = storage.names(place), array.chunk_layout.write_chunk.shape[0]
+    for number in range(-(-length // shard)):
+        if f"c/{number}" not in there:
+            raise ValueError(f"{place}/c/{number} is gone")
+    return array
+
+
+def _whole(pending: Any) -> Any:
+    """Result of a read; ValueError with tensorstore's reason, which names the file."""
+    try:
+        return pending.result()
+    except ValueError as error:
+        reason = re.sub(r" \[[a-z_]+=.*", "", str(error), flags=re.DOTALL)
+        raise ValueError(f"{reason} (missing or altered data; delete the store)") from None
+
+
 def _array_spec(place: str) -> dict:
-    return {"driver": "zarr3", "kvstore": storage.open_place(place).spec().to_json()}
+    """Missing data is an error, as zeros would be tokens; so zeros are written like all else."""
+    strict = {"fill_missing_data_reads": False, "store_data_equal_to_fill_value": True}
+    return {"driver": "zarr3", "kvstore": storage.open_place(place).spec().to_json(), **strict}

@@ -145,6 +145,10 @@ class Tokenizer:
             raise NoTokenError(f"the tokenizer has no token {token!r} among {self.vocab_size}")
         return found
 
+    def name_of(self, index: int) -> str | None:
+        """Name of an id in the vocabulary; None if it has no such id."""
+        return self._full.id_to_token(index)
+
     def encode(self, text: str, special: bool = False) -> np.ndarray:
         """Token ids, int32 [n]. special: read the names of marks as those tokens (chat templates);
         otherwise they are plain text. Nothing is put before or after."""
@@ -234,6 +238,27 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise ValueError(f"tokenizer {path}: {error}") from error
 
 
+def tokenizer_of(given: str, own: Path | None) -> Tokenizer | None:
+    """The tokenizer of the file `own`, which belongs to weights whose embeddings mean its ids; else
+    that of the path `given`; None without either. '' is no path.
+
+    Raises ValueError if both are there and give an id different meanings.
+    """
+    if own is None:
+        return load_tokenizer(given) if given else None
+    tokenizer = load_tokenizer(own)
+    other = load_tokenizer(given) if given else tokenizer
+    for index in range(max(tokenizer.vocab_size, other.vocab_size)):
+        then, now = tokenizer.name_of(index), other.name_of(index)
+        if then != now:
+            raise ValueError(
+                f"--data.tokenizer {given} is another tokenizer than {own}, which belongs to the "
+                f"weights: id {index} is {then!r} there and {now!r} here. Leave --data.tokenizer "
+                "out, or start from other weights"
+            )
+    return tokenizer
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Trains a byte-level BPE of exactly `vocab_size` ids; equal texts give an equal tokenizer.
 
@@ -242,8 +267,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """
     if vocab_size < MIN_VOCAB:
         raise ValueError(
-            f"vocab_size={vocab_size} is too small: {len(FIRST) + len(LAST)} special tokens and "
-            f"256 bytes need at least {MIN_VOCAB}"
+            f"--data.vocab-size {vocab_size} is too small: {len(FIRST) + len(LAST)} special tokens "
+            f"and 256 bytes need at least {MIN_VOCAB}"
         )
     bpe = tokenizers.Tokenizer(models.BPE())
     splits = [pre_tokenizers.Split(tokenizers.Regex(p), "isolated") for p in (DIGITS, CJK, WORDS)]

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from data.files import DamagedFileError, kind_of, read_file
 from generation.chat import check_fields
 
 Prompt = str | list[Mapping[str, str]]
@@ -24,13 +25,20 @@ def parse_ids(text: str) -> np.ndarray:
 def read_prompts(path: Path) -> list[Prompt]:
     """Prompts of a file: a text per line, or in a .jsonl {"prompt": ..} or {"messages": [..]}.
 
-    Lines without text are passed over. Raises ValueError naming the line that is neither.
+    .ndjson and .json are read as .jsonl, and all as .gz and .zst too. Lines without text are passed
+    over. Raises ValueError naming the line that is neither, and for tables and what is not UTF-8.
     """
-    lines = path.read_text("utf-8").split("\n")
+    kind = kind_of(path)
+    if kind in (".csv", ".tsv", ".parquet"):
+        raise ValueError(f"{path}: a table is no list of prompts; give a text or a .jsonl file")
+    try:
+        lines = read_file(path).decode("utf-8").split("\n")
+    except (UnicodeDecodeError, DamagedFileError) as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error})") from None
     rows = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise ValueError(f"{path} holds no prompt")
-    if path.suffix != ".jsonl":
+    if kind not in (".jsonl", ".ndjson", ".json"):
         return [line.removesuffix("\r") for _, line in rows]
     return [_record(f"{path}:{number}", line) for number, line in rows]
 

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from data.files import DamagedFileError, read_file
+
 MAX_SHOWN = 20
 """Broken lines that an error lists; it counts the others."""
 
@@ -18,7 +20,10 @@ def read_jsonl(path: Path, noun: str, use: Callable[[int, dict[str, Any]], None]
     """
     if not path.is_file():
         raise ValueError(f"{noun}s {path} is no file; give a JSONL file, a line for each {noun}")
-    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    try:
+        lines = read_file(path).split(b"\n")
+    except DamagedFileError as error:
+        raise ValueError(f"{noun}s {path} is cut or damaged ({error})") from None
     used = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not used:
         raise ValueError(f"{noun}s {path} holds no {noun}; every line is empty")

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from sharding.partition import local_rows, place_rows
 from training.display import Display
 from training.loop import Checkpoints, anyone, check_skipped
 from training.metrics import MetricsWriter, read_metrics
-from training.schedule import BatchPlan, knobs_at
+from training.schedule import BatchPlan, Plateau, knobs_at
 from training.step import State
 from training.throughput import peak_memory_gib
 from training.trace import Trace
@@ -81,12 +81,14 @@ class PolicyLoop:
     """Steps to trace, counted from the first that runs, with the whole of their rollouts."""
     started: float = dataclasses.field(default_factory=time.monotonic)
     """When the process started, by time.monotonic."""
+    past: Sequence[Plateau] = ()
+    """Batches of the steps that the state has behind it."""
 
     def __post_init__(self):
         train = self.trainer.train
-        self.plan = BatchPlan(train)
         self.updates = self.rl.updates(train.batch_size)
         self.first_step = int(self.state["step"])
+        self.plan = BatchPlan(train, self.past, self.first_step)
         if train.steps % self.updates or self.first_step % self.updates:
             raise ValueError(
                 f"a rollout serves {self.updates} updates (answers per rollout over "
@@ -238,8 +240,9 @@ class PolicyLoop:
 
     def save(self) -> bool:
         """Checkpoint the state, which no rollout is under way from."""
-        mesh = mesh_shape(self.trainer.layout)
-        return self.checkpoints.save(int(self.state["step"]), self.state, self.config, mesh, {})
+        mesh, step = mesh_shape(self.trainer.layout), int(self.state["step"])
+        past = self.plan.history(step)
+        return self.checkpoints.save(step, self.state, self.config, mesh, {}, past)
 
     def _due(self, step: int, every: int) -> bool:
         """Whether a multiple of `every` lies in the rollout that ends (or 0: begins) at `step`."""

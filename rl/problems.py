@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from data.split import is_held_out
+from data.split import is_held_out, unit_hash
 
 Prompt = str | list[dict[str, str]]
 """A text to continue, or the messages of a conversation."""
@@ -45,21 +45,18 @@ def split_problems(
 ) -> tuple[list[Problem], list[Problem]]:
     """Problems to train on and problems held out, both in the order given.
 
-    Raises ValueError if nothing is left to train on, or if share > 0 holds out nothing.
+    Where the hash leaves a side empty, the problem of the lowest hash is held out, with all that
+    share its key. Raises ValueError if share > 0 and there are no two problems.
     """
-    train: list[Problem] = []
-    kept: list[Problem] = []
-    for problem in problems:
-        (kept if held_out(problem, share) else train).append(problem)
-    total = len(train) + len(kept)
-    if not train:
-        raise ValueError(
-            f"all {total} prompts are held out (share {share}) and none is left to train on; "
-            "lower the share or add prompts"
-        )
-    if share > 0 and not kept:
-        raise ValueError(
-            f"none of {total} prompts is held out (share {share} keeps about {share * total:.1f}); "
-            "raise the share, add prompts, or give 0 to go without evaluation"
-        )
-    return train, kept
+    problems = list(problems)
+    sides = {problem.key: held_out(problem, share) for problem in problems}
+    if share > 0 and len(set(sides.values())) < 2:
+        if len(sides) < 2:
+            raise ValueError(
+                f"{len(problems)} prompts about {len(sides)} problem cannot be split; add prompts "
+                "about others, or give --rl.held-out 0 to go without evaluation"
+            )
+        lowest = min(sides, key=lambda key: unit_hash(key, "held-out"))
+        sides = {key: key == lowest for key in sides}
+    train = [problem for problem in problems if not sides[problem.key]]
+    return train, [problem for problem in problems if sides[problem.key]]

@@ -3,14 +3,15 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import jax
 
 from checkpoint.hf_reader import tokenizer_file
 from configs.schema import RunConfig
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.files import digests
+from data.tokenizer import Tokenizer, tokenizer_of
 from generation.config import Sampling
 from model.recipe import Recipe
 from rl.corpus import configured_task
@@ -39,7 +40,8 @@ from sharding.partition import Layout
 from training.display import Display
 from training.loop import Checkpoints
 from training.metrics import read_metrics
-from training.run import Say, Session, open_state, to_end, write_settings
+from training.run import Say, Session, check_stores, newest_meta, open_state, to_end, write_settings
+from training.schedule import Plateau
 from training.step import State, Trainer
 
 
@@ -92,26 +94,17 @@ def make_trainer(run: RunConfig, recipe: Recipe, layout: Layout) -> PolicyTraine
 
 
 def policy_tokenizer(run: RunConfig, init_from: str) -> Tokenizer:
-    """What the run has used before; else data.tokenizer; else what belongs to the weights that it
-    starts from; else the characters of the task.
-
-    ValueError if data.tokenizer is another than the run's, or it is larger than the model's.
-    """
-    kept, given = (tokenizer_file(Path(f)) for f in (run.run_dir, init_from or run.run_dir))
-    named = Path(run.data.tokenizer) if run.data.tokenizer else None
-    if found := kept or named or given:
-        tokenizer = load_tokenizer(found)
-    elif run.task.name:
+    """What the run has used before; else what belongs to the weights that it starts from; else
+    data.tokenizer; else the characters of the task. ValueError if data.tokenizer is another than
+    that of the weights, or if it is larger than the model's."""
+    folder = run.run_dir if newest_meta(run) else init_from
+    tokenizer = tokenizer_of(run.data.tokenizer, tokenizer_file(Path(folder)) if folder else None)
+    if tokenizer is None and run.task.name:
         tokenizer = character_tokenizer(configured_task(run.task).vocabulary)
-    else:
+    if tokenizer is None:
         raise ValueError(
             "there is no tokenizer for the prompts: give --init-from a folder with tokenizer.json, "
             "or --data.tokenizer FILE"
-        )
-    if kept and named and load_tokenizer(named).sha256 != tokenizer.sha256:
-        raise ValueError(
-            f"--data.tokenizer {named} is another tokenizer than the run began with, {kept}; leave "
-            "the option out, or start in another --run-dir"
         )
     if tokenizer.vocab_size > run.model.vocab_size:
         raise ValueError(
@@ -192,9 +185,9 @@ def make_sampler(trainer: Trainer, run: RunConfig, tokenizer: Tokenizer, greedy:
 
 def make_loop(
     run: RunConfig, trainer: PolicyTrainer, state: State, checkpoints: Checkpoints,
-    prompts: Prompts, scorer: Scorer, session: Session,
+    prompts: Prompts, scorer: Scorer, session: Session, past: Sequence[Plateau] = (),
 ) -> PolicyLoop:  # fmt: skip
-    """Wire the parts together; `state` is new or restored."""
+    """Wire the parts together; `state` is new or restored, with `past` batches behind it."""
     rl, tokenizer = run.rl, prompts.tokenizer
     if not int(state["step"]):  # weights may have been loaded since
         state = trainer.renew_reference(state)
@@ -209,7 +202,7 @@ def make_loop(
         greedy = make_sampler(trainer, run, tokenizer, True, rows)
         evaluation = Evaluation(held_out, prompts, scorer, drawn, greedy)
     return PolicyLoop(
-        trainer=trainer, rl=rl, state=state, run_dir=Path(run.run_dir),
+        trainer=trainer, rl=rl, state=state, past=past, run_dir=Path(run.run_dir),
         config=dataclasses.asdict(run), prompts=prompts, scorer=scorer, sampler=sampler,
         evaluation=evaluation, checkpoints=checkpoints, save_every=run.checkpoint.every,
         display=Display(run.train.steps), profile=session.profile, started=session.started,
@@ -247,9 +240,12 @@ def run_stage(run: RunConfig, trainer: Trainer, session: Session) -> int:
         say(f"code         runs {described_isolation(run.rl.unsafe_code)}")
     connect(trainer.layout.mesh)
     with open_scorer(run) as scorer:
-        checkpoints, state = open_state(run, trainer, session)
-        loop = make_loop(run, trainer, state, checkpoints, prompts, scorer, session)
-        write_settings(run, tokenizer.files)
+        checkpoints, state, plan = open_state(run, trainer, session)
+        past = plan.history(int(state["step"]))
+        loop = make_loop(run, trainer, state, checkpoints, prompts, scorer, session, past)
+        texts = digests([run.rl.prompts])
+        check_stores(run, texts, say)
+        write_settings(run, tokenizer.files, texts)
         return to_end(loop, run, say, loop.run, lambda: finish(loop.run_dir, say))
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from checkpoint.hf_reader import tokenizer_file
 from configs.schema import RunConfig
+from data.files import digests
 from data.tokenizer import Tokenizer, load_tokenizer
 from model.recipe import Recipe
 from rl.corpus import configured_task
@@ -32,7 +33,16 @@ from runtime.start import is_first_process
 from sharding.partition import Layout, pipeline_ranks
 from training.metrics import read_metrics
 from training.plots import plot_run
-from training.run import Say, Session, open_loop, to_end, train_on, write_settings
+from training.run import (
+    Say,
+    Session,
+    check_stores,
+    open_loop,
+    plan_of,
+    to_end,
+    train_on,
+    write_settings,
+)
 from training.step import State, Trainer
 
 
@@ -87,7 +97,9 @@ def run_stage(run: RunConfig, trainer: Trainer, session: Session) -> int:
     policy = None
     if run.sft.policy:
         policy = load_policy(run.sft.policy, run.train, trainer.recipe, trainer.layout)
-    write_settings(run, tokenizer.files)
+    texts = digests(run.sft.examples)
+    check_stores(run, texts, say)
+    write_settings(run, tokenizer.files, texts)
     try:
         examples = packed_examples(run, trainer, tokenizer, policy, say)
     except RolloutStoppedError:
@@ -154,7 +166,7 @@ def packed_examples(
     say(
         f"{len(examples.lengths)} examples of {examples.lengths.mean():.1f} tokens in "
         f"{rows.rows_per_epoch} rows, {rows.fill:.0%} full: "
-        f"{run.train.steps * run.train.batch_size / rows.rows_per_epoch:.1f} epochs"
+        f"{plan_of(run).at(run.train.steps).first_sequence / rows.rows_per_epoch:.1f} epochs"
     )
     if rows.left_out:
         say(f"left out as longer than a row: {', '.join(rows.left_out[:10])}")

@@ -11,6 +11,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import tensorstore
 from safetensors.numpy import load_file
 
 import checkpoint.hf_import
@@ -22,7 +23,7 @@ from checkpoint import fp8, safetensors
 from checkpoint.checksum import checksums, part_checksum
 from checkpoint.hf_reader import HuggingFaceFolder
 from checkpoint.hf_writer import export, is_quantized
-from checkpoint.weights import differences, load_initial, open_weights
+from checkpoint.weights import RunFolder, array_spec, differences, load_initial, open_weights
 from data.tokenizer import train_tokenizer
 from generation.engine import Generator
 from model.recipe import Recipe
@@ -97,6 +98,20 @@ def test_import_in_small_blocks(tmp_path, monkeypatch):
     source = HuggingFaceFolder(hf_folder(tmp_path / "hf", [tensors(weights())]))
     checkpoint.hf_import.import_folder(source, tmp_path / "run")
     assert_equal(open_weights(tmp_path / "run").load(abstract(mesh=LAYOUTS["cube"])), weights())
+
+
+@pytest.mark.parametrize("chunk", [".zarray", "0.0"])
+def test_an_array_that_is_gone_from_a_checkpoint_is_an_error_not_zeros(tmp_path, chunk):
+    folder = RunFolder(run_folder(tmp_path / "run", weights()))
+    name = "params/head/kernel"
+    store = array_spec(folder.step_folder, name)["kvstore"]
+    tensorstore.KvStore.open(store).result().delete_range(
+        tensorstore.KvStore.KeyRange(chunk, chunk + "~")
+    ).result()
+    with pytest.raises(ValueError, match=rf"{folder.step_folder}: {name} cannot be read"):
+        folder.read("params", "head/kernel", (slice(2), slice(2)), np.float32)
+    with pytest.raises(ValueError, match="cannot be read"):
+        export(folder, tmp_path / "hf")
 
 
 def test_import_as_bf16(tmp_path):

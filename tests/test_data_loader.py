@@ -133,7 +133,7 @@ def test_too_small_a_corpus_says_what_it_has_and_needs(corpus):
     # By default a tenth of the documents are rearranged, which adds three tokens to each.
     train = corpus.stores[0].train
     available = train.tokens + 3 * round(0.1 * train.documents)
-    message = rf"{available} training tokens, but batch_size=9999 rows .* need 159985\."
+    message = rf"{available} training tokens, but --train.batch-size 9999 rows .* need 159985\."
     with pytest.raises(ValueError, match=message):
         train_loader(corpus, 9999)
 
@@ -233,7 +233,7 @@ def test_bytes_of_a_part_need_byte_level_tokens(tmp_path):
     assert p.stores[0].meta["byte_exact"] is False
     whole = held_out_reader(p, 1)
     assert whole.eval_bytes == p.stores[0].held_out.text_bytes
-    with pytest.raises(ValueError, match=r"exact only over the whole .* Set eval_batches=0"):
+    with pytest.raises(ValueError, match=r"only over the whole .* Give --train.eval-batches 0"):
         held_out_reader(p, 1, max_batches=1)
 
 

@@ -179,7 +179,7 @@ def test_a_corpus_that_fills_no_row_is_an_error_with_the_numbers(split):
 
 
 def test_bad_rates_are_refused(split):
-    with pytest.raises(ValueError, match=r"fim_rate=1\.1 is outside"):
+    with pytest.raises(ValueError, match=r"--data\.fim-rate 1\.1 is outside"):
         PackedRows(split, SEQ_LEN, SEED, 1.1, FIM)
     with pytest.raises(ValueError, match="no FIM tokens"):
         PackedRows(split, SEQ_LEN, SEED, 0.1, None)

@@ -2,8 +2,11 @@
 
 import concurrent.futures
 import dataclasses
+import fcntl
 import json
 import os
+import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +14,8 @@ import pytest
 from data_helpers import SEQ_LEN, prepared, write_corpus
 
 from data import prepare as prepare_module
-from data import storage, store
+from data import report, storage, store
+from data import split as split_module
 from data.config import DataConfig, SourceConfig
 from data.prepare import check_config, prepare
 from data.sources import find_source
@@ -179,8 +183,74 @@ def test_a_damaged_store_is_an_error_that_names_it(tmp_path):
     meta = json.loads((Path(place) / "meta.json").read_text())
     meta["splits"]["train"]["tokens"] += 1
     storage.write_bytes(place, "meta.json", json.dumps(meta).encode())
-    with pytest.raises(ValueError, match=r"train holds \d+ tokens .* delete it to rebuild"):
+    with pytest.raises(ValueError, match=r"train/tokens holds \d+ entries, .* Delete it to build"):
         find_store(place)
+
+
+def copy_of(corpus, folder: Path) -> str:
+    """A copy of the corpus' store, to damage."""
+    return str(shutil.copytree(corpus[1].stores[0].place, folder / "store"))
+
+
+FILES = ("train/tokens/c/0", "held_out/tokens/c/0", "train/offsets/c/0", "train/tokens/zarr.json",
+         "meta.json:cut")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_of_a_store_that_is_gone_is_named_and_never_read_as_zeros(corpus, tmp_path, name):
+    place = copy_of(corpus, tmp_path)
+    file = Path(place) / name.removesuffix(":cut")
+    if name.endswith(":cut"):
+        file.write_bytes(file.read_bytes()[:-20])
+    else:
+        file.unlink()
+    with pytest.raises(ValueError, match=r"is damaged.*Delete it") as refused:
+        find_store(place)
+    assert name.split(":")[0].removesuffix("zarr.json") in str(refused.value) + "meta.json"
+    assert "tensorstore_spec" not in str(refused.value)
+
+
+def test_tokens_that_vanish_or_change_under_a_run_are_an_error(tmp_path, corpus):
+    for change in ("gone", "cut", "bit"):
+        found = find_store(copy_of(corpus, tmp_path / change))
+        assert found is not None
+        file = Path(found.place) / "train/tokens/c/0"
+        whole = file.read_bytes()
+        file.unlink()
+        if change != "gone":
+            altered = bytes([whole[0] ^ 1]) + whole[1:]
+            file.write_bytes(whole[:-7] if change == "cut" else altered)
+        with pytest.raises(ValueError, match="train/tokens/c/0"):
+            found.train.read([(0, 8)])
+
+
+def test_held_out_text_that_is_gone_or_cut_is_an_error(corpus, tmp_path):
+    for change in (b"", None):
+        found = find_store(copy_of(corpus, tmp_path / str(change)))
+        assert found is not None
+        file = Path(found.place) / "held_out_text/00000.txt"
+        file.write_bytes(change if change is not None else file.read_bytes()[:-1])
+        with pytest.raises(ValueError, match=r"held_out_text/00000.txt is gone or cut"):
+            list(found.held_out_text())
+
+
+def test_a_store_whose_tokens_are_all_zero_reads_back(tmp_path):
+    """Id 0 is what is filled in elsewhere; here zeros are written, and nothing is filled in."""
+    tokenizer = train_tokenizer(["a"], 320)
+    writer = store._SplitWriter(str(tmp_path / "train"), "uint16")
+    writer.add(np.zeros(99, np.int32), 0, 99)
+    counts = writer.finish()
+    assert tokenizer.bos_id == 0
+    assert not np.any(store._open_split(str(tmp_path), "train", counts).read([(0, 100)]))
+
+
+def test_a_trained_tokenizer_that_is_damaged_is_named(tmp_path):
+    source = SourceConfig(str(write_corpus(tmp_path / "text")))
+    prepared(tmp_path, source)
+    (file,) = (tmp_path / "cache/tokenizers").iterdir()
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=rf"{file.name} is damaged .*delete it"):
+        prepared(tmp_path, source)
 
 
 def test_processes_of_one_machine_build_once(tmp_path):
@@ -191,16 +261,54 @@ def test_processes_of_one_machine_build_once(tmp_path):
 
 
 def test_a_large_corpus_trains_the_tokenizer_on_a_sample(tmp_path, monkeypatch):
+    """Of many files some, of one large file its beginning: the rest is not read at all."""
     folder = write_corpus(tmp_path / "text")
+    with (tmp_path / "all.jsonl").open("w") as lines:
+        for file in sorted(folder.iterdir()):
+            lines.write(json.dumps({"text": file.read_text()}) + "\n")
     size = find_source(SourceConfig(str(folder))).size
     monkeypatch.setattr(prepare_module, "TRAINING_TEXT", size // 4)
-    lines = []
+    monkeypatch.setattr(prepare_module, "SAMPLE", 1000)
+    for place in (folder, tmp_path / "all.jsonl"):
+        said: list[str] = []
+        config = DataConfig((SourceConfig(str(place)),), str(tmp_path / "c"), "", 320, 0.2)
+        sources = [find_source(source) for source in config.sources]
+        sampled = list(prepare_module._training_texts(config, sources, said.append))
+        assert "% of the text" in said[0]
+        assert len(sampled) < 20  # of 40
+        assert sum(map(len, sampled)) == pytest.approx(size / 4, rel=0.2)
+        prepare(config, SEQ_LEN, 0)
+
+
+def test_what_is_held_out_of_a_large_corpus_is_bounded(tmp_path, monkeypatch):
+    text = "some words of text\n"
+    (tmp_path / "text").mkdir()
+    for n in range(40):
+        (tmp_path / f"text/{n}.txt").write_text(text * 100)
+    (tmp_path / "one.txt").write_text(text * 4000)
+    monkeypatch.setattr(split_module, "LOOKED_AT", 1000)
+    for place in (tmp_path / "text", tmp_path / "one.txt"):
+        (found,) = prepared(tmp_path, SourceConfig(str(place)), held_out_tokens=500).stores
+        assert 0 < found.held_out.text_bytes <= 3 * 4 * 500
+        kept = found.held_out.text_bytes + found.train.text_bytes
+        assert kept == 4000 * len(text)  # nothing is lost
+
+
+def test_what_takes_long_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "SECONDS_PER_LINE", -1.0)
+    folder = write_corpus(tmp_path / "text", files=3)
+    lines: list[str] = []
     config = DataConfig((SourceConfig(str(folder)),), str(tmp_path / "c"), "", 320, 0.2)
-    prepare(config, SEQ_LEN, 0, lines.append)
-    assert lines[0].endswith("on 25% of the documents")
-    sources = [find_source(source) for source in config.sources]
-    sampled = list(prepare_module._training_texts(config, sources, lines.append))
-    assert 4 <= len(sampled) <= 16  # of 40, a fifth held out: 8 expected
+    (tmp_path / "c").mkdir()
+    with open(tmp_path / "c/.lock", "w") as lock, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = pool.submit(prepare, config, SEQ_LEN, 0, lines.append)
+        while not any("waiting for it" in line for line in lines):
+            time.sleep(0.01)
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        done.result()
+    assert f"{folder}: 2 files listed so far" in lines
+    assert any(line.startswith(f"{folder}: 2 documents, ") for line in lines)
 
 
 # ---- Configurations that cannot work -------------------------------------------------------------
@@ -214,9 +322,9 @@ def test_a_large_corpus_trains_the_tokenizer_on_a_sample(tmp_path, monkeypatch):
         ({"sources": (SourceConfig("a", weight=-1.0),)}, "'a' has weight -1.0"),
         ({"sources": (SourceConfig("a", weight=float("nan")),)}, "'a' has weight nan"),
         ({"sources": (SourceConfig("a"), SourceConfig("a"))}, r"\['a'\] are listed twice"),
-        ({"held_out": 1.0}, "held_out is 1.0"),
-        ({"held_out": -0.1}, "held_out is -0.1"),
-        ({"fim_rate": 1.5}, "fim_rate is 1.5"),
+        ({"held_out": 1.0}, "--data.held-out is 1.0"),
+        ({"held_out": -0.1}, "--data.held-out is -0.1"),
+        ({"fim_rate": 1.5}, "--data.fim-rate is 1.5"),
     ],
 )
 def test_bad_values_are_refused_before_any_file_is_read(change, message):
@@ -225,9 +333,9 @@ def test_bad_values_are_refused_before_any_file_is_read(change, message):
 
 
 def test_bad_sizes_and_seeds_are_refused():
-    with pytest.raises(ValueError, match="seq_len is 0"):
+    with pytest.raises(ValueError, match=r"--train\.seq-len is 0"):
         check_config(DataConfig(), 0, 0)
-    with pytest.raises(ValueError, match="seed is -1"):
+    with pytest.raises(ValueError, match="--seed is -1"):
         check_config(DataConfig(), 8, -1)
 
 
@@ -239,12 +347,22 @@ def test_a_source_without_documents_says_what_was_wrong_with_its_files(tmp_path)
         prepared(tmp_path, SourceConfig(str(tmp_path / "text")))
 
 
-def test_an_empty_side_of_the_split_is_an_error_and_leaves_no_store(tmp_path):
-    (tmp_path / "one.txt").write_text("one document")
-    with pytest.raises(ValueError, match="none of its 1 documents falls into the held-out split"):
-        prepared(tmp_path, SourceConfig(str(tmp_path / "one.txt")), held_out=0.01)
-    (place,) = (tmp_path / "cache/stores").iterdir()
-    assert find_store(str(place)) is None
+def test_one_document_is_enough_and_too_little_text_leaves_no_store(tmp_path):
+    (tmp_path / "one.txt").write_text("one document\n" * 9)
+    lines: list[str] = []
+    source = (SourceConfig(str(tmp_path / "one.txt")),)
+    config = DataConfig(source, str(tmp_path / "cache"), "", 320, 0.2)
+    (found,) = prepare(config, SEQ_LEN, 0, lines.append).stores
+    assert (found.train.documents, found.held_out.documents) == (1, 1)
+    assert b"".join(found.held_out_text()) == b"one document\n" * 2
+    assert f"{source[0].path}: few documents; held out: the last 0.2 of one.txt" in lines
+    (tmp_path / "one.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"--data\.held-out 0 to go without"):
+        prepare(config, SEQ_LEN, 0)
+    assert (
+        len([place for place in (tmp_path / "cache/stores").iterdir() if find_store(str(place))])
+        == 1
+    )
 
 
 def test_nothing_held_out_is_a_choice(tmp_path):
@@ -258,6 +376,6 @@ def test_fim_without_fim_tokens_is_refused(tmp_path):
     spec["added_tokens"] = [t for t in spec["added_tokens"] if "fim" not in t["content"]]
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec), "utf-8")
     options = {"tokenizer": str(tmp_path / "tokenizer.json")}
-    with pytest.raises(ValueError, match=r"fim_rate=0\.1, but tokenizer .* set fim_rate=0"):
+    with pytest.raises(ValueError, match=r"fim-rate is 0\.1, but .* give --data\.fim-rate 0"):
         prepared(tmp_path, **options)
     assert prepared(tmp_path, **options, fim_rate=0.0).tokenizer.fim is None

@@ -63,7 +63,7 @@ def test_a_corpus_with_few_merges_is_filled_with_place_holders():
 
 def test_too_small_a_vocabulary_is_an_error_with_the_numbers():
     assert train_tokenizer(TEXTS, MIN_VOCAB).vocab_size == MIN_VOCAB
-    with pytest.raises(ValueError, match=f"vocab_size=100 .* at least {MIN_VOCAB}"):
+    with pytest.raises(ValueError, match=f"--data.vocab-size 100 .* at least {MIN_VOCAB}"):
         train_tokenizer(TEXTS, 100)
 
 

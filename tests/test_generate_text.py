@@ -1,5 +1,6 @@
 """Text around generation: streams of ids, stop strings, conversations, files of prompts."""
 
+import gzip
 import json
 
 import numpy as np
@@ -145,6 +146,31 @@ def test_records_that_are_none_are_named_with_their_line(tmp_path, line):
     path.write_text('{"prompt": "good"}\n' + line + "\n")
     with pytest.raises(ValueError, match=r"prompts\.jsonl:2: "):
         read_prompts(path)
+
+
+def test_a_mark_of_byte_order_and_compression_are_no_part_of_a_prompt(tmp_path):
+    mark = b"\xef\xbb\xbf"
+    (tmp_path / "a.txt").write_bytes(mark + b"one\ntwo\n")
+    assert read_prompts(tmp_path / "a.txt") == ["one", "two"]
+    for name in ("a.jsonl", "a.ndjson", "a.json"):
+        (tmp_path / name).write_bytes(mark + b'{"prompt": "one"}\n')
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(mark + b'{"prompt": "one"}\n'))
+        assert read_prompts(tmp_path / name) == read_prompts(tmp_path / f"{name}.gz") == ["one"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.txt", "text".encode("utf-16"), "is not UTF-8 text"),
+        ("a.jsonl.gz", gzip.compress(b"x" * 99)[:-9], "is not UTF-8 text .gzip"),
+        ("a.csv", b"prompt\nx\n", "a table is no list of prompts"),
+        ("a.json", b'["x"]', r"a\.json:1: expected"),
+    ],
+)
+def test_other_files_of_prompts_are_refused_by_name(tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name}.*{says}|{says}"):
+        read_prompts(tmp_path / name)
 
 
 def test_file_without_prompts_is_refused(tmp_path):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from configs import preset
-from data.tokenizer import train_tokenizer
+from data.tokenizer import load_tokenizer, train_tokenizer
 from model.recipe import Recipe
 from rl import stage_rl as stages
 from rl.config import RLConfig, TaskConfig
@@ -68,7 +68,7 @@ def folder(tmp_path_factory) -> pathlib.Path:
 
 
 def tokenizer(folder):
-    return stages.load_tokenizer(folder / "tokenizer.json")
+    return load_tokenizer(folder / "tokenizer.json")
 
 
 def test_prompts_of_a_file(folder):

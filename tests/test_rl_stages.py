@@ -124,7 +124,7 @@ class Saved:
     def __init__(self):
         self.at: list[int] = []
 
-    def save(self, step, state, config, mesh, metrics):
+    def save(self, step, state, config, mesh, metrics, batches):
         self.at.append(step)
         return True
 

@@ -2,6 +2,7 @@
 prompts from a user's file."""
 
 import dataclasses
+import gzip
 import hashlib
 import itertools
 import json
@@ -382,10 +383,20 @@ def test_split_keeps_order_and_grows_with_the_share():
     assert {r.prompt for r in kept} < {r.prompt for r in split_problems(problems, 0.5)[1]}
     assert split_problems(problems[::-1], 0.2) == (train[::-1], kept[::-1])
     assert split_problems(problems, 0.0) == (problems, [])
-    with pytest.raises(ValueError, match="none of 1 prompts"):
-        split_problems(train[:1], 0.2)
-    with pytest.raises(ValueError, match="all 1 prompts are held out"):
-        split_problems(kept[:1], 0.2)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.9])
+@pytest.mark.parametrize("count", [2, 3, 30])
+def test_a_small_file_of_prompts_holds_out_one_problem_at_least(count, share):
+    for first in range(20):
+        problems = [Problem(f"{first} {i}", {}, name=f"{first} {i // 2}") for i in range(2 * count)]
+        train, kept = split_problems(problems, share)
+        assert train
+        assert kept
+        assert not {r.key for r in train} & {r.key for r in kept}  # both wordings on one side
+        assert len(train) + len(kept) == 2 * count
+    with pytest.raises(ValueError, match=r"2 prompts about 1 problem .*--rl\.held-out 0"):
+        split_problems(problems[:2], share)
 
 
 def test_messages_are_split_by_their_content():
@@ -427,6 +438,12 @@ def test_every_form_of_prompt(write):
     ]
     marked = write(b"\xef\xbb\xbf" + b'{"prompt": "x", "answer": "y"}')
     assert read_prompts(marked) == [Problem("x", {"answer": "y"})]
+    packed = path.with_name("packed.jsonl.gz")
+    packed.write_bytes(gzip.compress(marked.read_bytes()))
+    assert read_prompts(packed) == [Problem("x", {"answer": "y"})]
+    packed.write_bytes(packed.read_bytes()[:-4])
+    with pytest.raises(ValueError, match=r"packed\.jsonl\.gz is cut or damaged"):
+        read_prompts(packed)
     assert read_prompts(write({"prompt": "x"}), need_answers=False) == [Problem("x", {})]
     tests = [{"check": "assert f(1) == 2"}]
     path = write({"prompt": "x", "tests": tests, "kind": "code"})

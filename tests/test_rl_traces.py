@@ -366,7 +366,7 @@ STUDENT = ModelConfig(
 class NoCheckpoints:
     """A loop's checkpoints that go nowhere."""
 
-    def save(self, step, state, config, mesh, metrics):
+    def save(self, step, state, config, mesh, metrics, batches):
         return False
 
     def steps(self):

@@ -1,6 +1,7 @@
 """Schedules and the batch plan against closed forms and the published V2/V3 numbers."""
 
 import dataclasses
+import json
 import math
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from configs import deepseek as published
 from training.config import Phase, TrainConfig
-from training.schedule import BatchPlan, check_schedules, knobs_at, value_at
+from training.schedule import BatchPlan, check_schedules, knobs_at, past_batches, value_at
 
 V3 = TrainConfig(
     steps=1,
@@ -181,3 +182,67 @@ def test_a_ramp_that_misses_its_end_is_refused():
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"batch_ramp_step=3 does not lead from .* a divisor of 4"):
         BatchPlan(train)
+
+
+# ---- Resumed -------------------------------------------------------------------------------------
+
+RAMP = TrainConfig(
+    steps=100, seq_len=8, batch_size=24, micro_batch_size=4, batch_ramp_from=8,
+    batch_ramp_tokens=4096 / 3,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("done", range(1, 30))
+def test_an_unchanged_run_that_is_resumed_has_the_plan_of_one_that_was_not(done):
+    whole = BatchPlan(RAMP)
+    resumed = BatchPlan(RAMP, json.loads(json.dumps(whole.history(done))), done)
+    assert [resumed.at(step) for step in range(60)] == [whole.at(step) for step in range(60)]
+    assert resumed.steps_at(1234.5) == whole.steps_at(1234.5)
+    assert resumed.history(60) == whole.history(60)
+    again = BatchPlan(RAMP, resumed.history(done + 7), done + 7)
+    assert again.history(60) == whole.history(60)
+
+
+@pytest.mark.parametrize(("size", "length"), [(16, 10), (1, 10), (4, 20), (4, 10)])
+def test_another_batch_goes_on_from_the_tokens_and_rows_behind_it(size, length):
+    """4 rows of 10 tokens for 10 steps, then other sizes, then the first again."""
+    past = constant().history(10)
+    plan = BatchPlan(TrainConfig(steps=100, seq_len=length, batch_size=size), past, 10)
+    assert [plan.at(step).first_sequence for step in (0, 9, 10, 12)] == [0, 36, 40, 40 + 2 * size]
+    assert plan.tokens_before(10) == 400
+    assert plan.tokens_before(12) == 400 + 2 * size * length
+    assert plan.steps_at(200) == 5
+    assert plan.steps_at(400 + size * length) == 11
+    assert plan.tokens_at(9.5) == 380
+    back = BatchPlan(TrainConfig(steps=100, seq_len=10, batch_size=4), plan.history(12), 12)
+    assert back.at(13).first_sequence == 40 + 2 * size + 4
+    assert back.tokens_before(13) == 400 + 2 * size * length + 40
+    assert back.at(5) == constant().at(5)  # the past stays
+
+
+def test_a_schedule_in_tokens_goes_on_and_a_warm_up_in_steps_keeps_its_tokens():
+    phases = (
+        Phase(10, 1.0, "linear", "steps"),
+        Phase(2000, 0.0, "linear", "tokens"),
+    )
+    grown = TrainConfig(steps=100, seq_len=10, batch_size=16)
+    plan = BatchPlan(grown, constant().history(20), 20)
+    assert value_at(phases, plan, 20) == value_at(phases, constant(), 20) == 1 - 400 / 1600
+    assert value_at(phases, plan, 21) == 1 - (400 + 160) / 1600  # the warm-up ended at 400 tokens
+
+
+def test_a_ramp_goes_on_from_the_tokens_that_were_trained_on():
+    before = TrainConfig(steps=100, seq_len=8, batch_size=4)
+    plan = BatchPlan(RAMP, BatchPlan(before).history(10), 10)
+    whole = BatchPlan(RAMP)
+    tokens = plan.tokens_before(10)
+    assert tokens == 320
+    assert plan.at(10).batch_size == whole.at(int(whole.steps_at(tokens))).batch_size
+    assert plan.at(60).batch_size == 24
+    assert min(plan.micro_batch_counts()) >= 2
+
+
+def test_the_past_of_an_old_checkpoint_is_what_its_own_configuration_says():
+    trained = json.loads(json.dumps(dataclasses.asdict(RAMP)))
+    assert past_batches(trained, 12) == BatchPlan(RAMP).history(12)
+    assert past_batches({"steps": 9, "seq_len": 10, "batch_size": 4}, 5) == constant().history(5)

@@ -1,5 +1,6 @@
 """`train.py` as a person runs it: to the end, stopped and resumed, on another mesh, and refused."""
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -10,9 +11,13 @@ import numpy as np
 import pytest
 
 import train
+import training.evaluate
 import training.loop
+import training.run
+from checkpoint.config import CheckpointConfig
 from checkpoint.manager import CheckpointManager
 from configs.command import parse
+from rl.tasks.characters import character_tokenizer
 from training.metrics import read_metrics
 
 SMALL = [
@@ -170,6 +175,125 @@ def test_sigterm_loses_nothing_and_resume_is_bit_equal(options, straight, stoppe
         np.testing.assert_array_equal(once, twice, err_msg=jax.tree_util.keystr(path))
     losses = [[r["train/loss"] for r in read_metrics(f)] for f in (straight, folder)]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+def test_a_resumed_run_keeps_its_tokenizer_tokens_and_rows(
+    options, corpus, stopped, tmp_path, capsys
+):
+    """One file more, another vocabulary and batch: what was, stays; what changed is said."""
+    folder, more = tmp_path / "resumed", tmp_path / "text"
+    shutil.copytree(stopped, folder)
+    shutil.copytree(corpus, more)
+    (more / "99.py").write_text("quite other words, over and over\n" * 99)
+    before = (folder / "tokenizer.json").read_text()
+    size = ["--train.batch-size", "16", "--data.vocab-size", "500", "--train.eval-every", "0"]
+    text = ["--data.sources.0.path", str(more), "--train.steps", "4"]
+    assert run(options, folder, *size, *text) == 0
+    said = capsys.readouterr().out
+    assert "--train.batch-size 8 -> 16" in said
+    assert f"goes on from {3 * 8 * 32:,} tokens and {3 * 8} rows" in said
+    assert "tokenizer: of the weights" in said
+    assert (folder / "tokenizer.json").read_text() == before
+    assert read_metrics(folder)[-1]["train/tokens"] == 32 * (3 * 8 + 16)
+    with CheckpointManager(folder / "checkpoints", CheckpointConfig(), read_only=True) as manager:
+        assert manager.meta(4)["batches"] == [[0, 0, 0, 8, 32], [3, 24, 768, 16, 32]]
+
+
+def test_a_resumed_run_says_that_a_text_has_changed(options, stopped, tmp_path):
+    config = parse([*options, "--run-dir", str(stopped)]).run
+    recorded = json.loads((stopped / "config.json").read_text())["stores"]
+    lines: list[str] = []
+    training.run.check_stores(config, recorded, lines.append)
+    assert not lines
+    (path,) = recorded
+    training.run.check_stores(config, {path: "other"}, lines.append)
+    assert lines[0] == f"changed since this run began: the text of {path}"
+    new = dataclasses.replace(config, run_dir=str(tmp_path))
+    training.run.check_stores(new, {path: "other"}, lines.append)
+    assert len(lines) == 2
+
+
+def test_a_checkpoint_without_batches_goes_on_from_those_of_its_configuration(
+    options, stopped, tmp_path
+):
+    """As versions wrote it that kept no table of batches."""
+    folder = tmp_path / "old"
+    shutil.copytree(stopped, folder)
+    (file,) = folder.glob("checkpoints/*/meta/metadata")
+    meta = json.loads(file.read_text())
+    del meta["batches"]
+    file.write_text(json.dumps(meta))
+    config = parse([*options, "--run-dir", str(folder), "--train.batch-size", "16"]).run
+    assert training.run.plan_of(config).tokens_before(4) == 32 * (3 * 8 + 16)
+    lines: list[str] = []
+    training.run.check_resumed(config, lines.append)
+    assert "--train.batch-size 8 -> 16" in lines[0]
+    assert lines[1] == "  goes on from 768 tokens and 24 rows"
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--train.seq-len", "16"], "--train.seq-len 32 -> 16: rows of the data would be cut anew"),
+        (["--seed", "7"], "--seed 0 -> 7: the order of the data would be another"),
+        (["--model.routed-scaling-factor", "1"], "--model.routed-scaling-factor 2.5 -> 1.0"),
+        (["--data.tokenizer", "TOKENIZER"], "id 3 is '!' there and 'a' here"),
+    ],
+)
+def test_what_would_rewrite_the_past_of_a_run_is_refused(
+    options, stopped, tmp_path, capsys, more, says
+):
+    other = tmp_path / "tokenizer.json"
+    other.write_text(character_tokenizer("abc").json)
+    more = [str(other) if word == "TOKENIZER" else word for word in more]
+    before = {file: file.read_bytes() for file in stopped.glob("*.json*")}
+    assert run(options, stopped, *more) == 2
+    assert says in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in stopped.glob("*.json*")} == before
+
+
+def test_the_tokenizer_of_initial_weights_comes_along_or_another_is_refused(
+    options, stopped, tmp_path
+):
+    config = parse([*options, "--run-dir", str(tmp_path / "new")]).run
+    lines: list[str] = []
+    own = train.prepare_data(config, lines.append, str(stopped)).tokenizer
+    assert own.json == (stopped / "tokenizer.json").read_text()
+    assert "of the weights" in lines[0]
+    kept = dataclasses.replace(config, run_dir=str(stopped))  # resumed, on another corpus
+    source = dataclasses.replace(config.data.sources[0], path=__file__)
+    data = dataclasses.replace(config.data, sources=(source,), held_out=0)
+    assert (
+        train.prepare_data(dataclasses.replace(kept, data=data), print).tokenizer.json == own.json
+    )
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    with pytest.raises(ValueError, match=r"bare has weights and no tokenizer.json.*--data.tok"):
+        train.prepare_data(config, print, str(bare))
+    other = tmp_path / "other.json"
+    other.write_text(character_tokenizer("abc").json)
+    data = dataclasses.replace(config.data, tokenizer=str(other), fim_rate=0)
+    with pytest.raises(ValueError, match=r"Leave --data\.tokenizer out"):
+        train.prepare_data(dataclasses.replace(config, data=data), print, str(stopped))
+
+
+def test_the_evaluation_at_the_end_is_bounded_and_says_how_far_it_is(
+    options, stopped, monkeypatch, capsys
+):
+    config = parse([*options, "--run-dir", str(stopped)]).run
+    prepared = train.prepare_data(config, print)
+    trainer = train.make_trainer(config)
+    assert train.last_batches(trainer, prepared, print) == 0
+    monkeypatch.setattr(train, "LAST_EVALUATION", 256)
+    said: list[str] = []
+    assert train.last_batches(trainer, prepared, said.append) == 1
+    assert "evaluating 256 of" in said[0]
+    monkeypatch.setattr(training.evaluate, "SECONDS_PER_LINE", -1.0)
+    evaluate = train.held_out_evaluation(trainer, prepared, 1, said.append)
+    assert evaluate is not None
+    assert evaluate(final_state(options, stopped))["eval/loss"] > 0
+    assert said[1:] == ["evaluating held-out text: 0 of 1 batches are done"]
 
 
 @pytest.mark.slow

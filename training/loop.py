@@ -24,7 +24,9 @@ from training.trace import Trace
 class Checkpoints(Protocol):
     """Calls that the loop makes of checkpoint/manager.py."""
 
-    def save(self, step: int, state: Any, config: Any, mesh: Any, metrics: Any) -> bool: ...
+    def save(
+        self, step: int, state: Any, config: Any, mesh: Any, metrics: Any, batches: Any
+    ) -> bool: ...
 
     def steps(self) -> list[int]: ...
 
@@ -124,10 +126,9 @@ class Loop:
     def save(self, record: Mapping[str, float]) -> bool:
         """Checkpoint the state; a held-out loss in `record` was measured on it."""
         measured = {name: value for name, value in record.items() if name.startswith("eval/")}
-        mesh = mesh_shape(self.trainer.layout)
-        return self.checkpoints.save(
-            int(self.state["step"]), self.state, self.config, mesh, measured
-        )
+        mesh, step = mesh_shape(self.trainer.layout), int(self.state["step"])
+        past = self.plan.history(step)
+        return self.checkpoints.save(step, self.state, self.config, mesh, measured, past)
 
     def _expert_loads(self, counts_LE: np.ndarray) -> dict[str, float]:
         """Busiest expert over the mean, by layer; dense layers come first in the numbering."""

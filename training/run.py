@@ -8,13 +8,13 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 
 from checkpoint.config import CheckpointConfig
-from checkpoint.folder import find_steps
+from checkpoint.folder import find_steps, read_meta, unreadable_reason
 from checkpoint.manager import CheckpointManager
 from checkpoint.weights import load_initial, open_initial
 from model.config import ModelConfig
@@ -25,7 +25,8 @@ from sharding.partition import local_rows
 from training.config import TrainConfig
 from training.display import Display
 from training.loop import Checkpoints, Loop
-from training.schedule import BatchPlan
+from training.resume import ANOTHER_ORDER, check_changes
+from training.schedule import BatchPlan, Plateau, check_schedules, past_batches
 from training.step import State, Trainer
 from training.throughput import Throughput
 
@@ -85,19 +86,79 @@ class AnyLoop(Protocol):
 # ---- Open ----------------------------------------------------------------------------------------
 
 
+def newest_meta(run: Run) -> dict[str, Any] | None:
+    """What the newest checkpoint of the run's folder says of itself; None for a new run."""
+    for _, path in reversed(find_steps(Path(run.run_dir) / "checkpoints")):
+        if unreadable_reason(path) is None:
+            return read_meta(path)
+    return None
+
+
+def past_of(meta: Mapping[str, Any] | None) -> list[Plateau]:
+    """Batch sizes so far, of a checkpoint; of an old one those that its configuration says."""
+    if meta is None:
+        return []
+    if "batches" in meta:
+        return [Plateau(*plateau) for plateau in meta["batches"]]
+    trained = meta["config"].get("train")
+    return past_batches(trained, meta["step"]) if trained else []
+
+
+def plan_of(run: Run) -> BatchPlan:
+    """Batches of the run, from its newest checkpoint on where there is one."""
+    meta = newest_meta(run)
+    return BatchPlan(run.train, past_of(meta), meta["step"] if meta else 0)
+
+
+def check_resumed(run: Run, say: Say) -> None:
+    """Say what has changed since the newest checkpoint; ValueError if that would rewrite the
+    past (training/resume.py)."""
+    meta = newest_meta(run)
+    if meta is None or not meta["config"].get("train"):
+        return
+    today = dataclasses.asdict(run)  # pyright: ignore[reportArgumentType]
+    for line in check_changes(meta["config"], today, meta["step"], run.run_dir):
+        say(line)
+    then, now = (plan.at(meta["step"]) for plan in (plan_of(run), BatchPlan(run.train)))
+    if then.first_sequence != now.first_sequence:
+        say(f"  goes on from {then.tokens_before:,} tokens and {then.first_sequence:,} rows")
+
+
+def check_stores(run: Run, stores: Mapping[str, str], say: Say) -> None:
+    """Say of which sources the text has changed since the run's folder was written; `stores` has
+    what stands for the text of each."""
+    file = Path(run.run_dir) / "config.json"
+    try:
+        recorded = json.loads(file.read_text()).get("stores", {}) if file.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}); delete it, it is written anew") from None
+    changed = [name for name in stores if recorded.get(name, stores[name]) != stores[name]]
+    if changed and newest_meta(run):
+        say(f"changed since this run began: the text of {', '.join(changed)}")
+        say(f"  {ANOTHER_ORDER}")
+
+
 def check_initial_weights(run: Run, init_from: str) -> None:
     """Raise what `open_state` would, but before data is prepared."""
     if init_from and not find_steps(Path(run.run_dir) / "checkpoints"):
         open_initial(Path(init_from), run.model)
 
 
-def open_state(run: Run, trainer: Trainer, session: Session) -> tuple[CheckpointManager, State]:
-    """The run's checkpoints, and its state: of the newest good one, or a new one."""
+def open_state(
+    run: Run, trainer: Trainer, session: Session
+) -> tuple[CheckpointManager, State, BatchPlan]:
+    """The run's checkpoints; its state, of the newest good one or new; and its batches from there.
+
+    ValueError if the schedules do not fit to what the run has behind it.
+    """
     checkpoints = CheckpointManager(Path(run.run_dir) / "checkpoints", run.checkpoint)
     state = checkpoints.restore(trainer.abstract_state)
     if state is None:
-        state = initial_state(run, trainer, session)
-    return checkpoints, state
+        return checkpoints, initial_state(run, trainer, session), BatchPlan(run.train)
+    step = int(state["step"])
+    plan = BatchPlan(run.train, past_of(checkpoints.meta(step)), step)
+    check_schedules(run.train, plan)
+    return checkpoints, state, plan
 
 
 def initial_state(run: Run, trainer: Trainer, session: Session) -> State:
@@ -117,14 +178,21 @@ def initial_state(run: Run, trainer: Trainer, session: Session) -> State:
     return state
 
 
-def write_settings(run: Run, tokenizer: Mapping[str, str]) -> None:
-    """Write config.json of the run, and the files of its tokenizer (name -> text); process 0
-    alone."""
+def write_settings(
+    run: Run, tokenizer: Mapping[str, str], stores: Mapping[str, str] | None = None
+) -> None:
+    """Write config.json of the run, and the files of its tokenizer (name -> text); process 0 alone.
+
+    stores: what stands for the text of each source, which `check_stores` compares.
+    """
     if jax.process_index() > 0:
         return
     folder = Path(run.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(run), indent=1))  # pyright: ignore[reportArgumentType]
+    settings = dataclasses.asdict(run)  # pyright: ignore[reportArgumentType]
+    if stores:
+        settings["stores"] = dict(stores)
+    (folder / "config.json").write_text(json.dumps(settings, indent=1))
     for name, text in tokenizer.items():
         (folder / name).write_text(text, "utf-8")
 
@@ -145,11 +213,11 @@ def open_loop(
       evaluate: held-out metrics of a state, or None.
       read_first: adds to a placed batch what the step needs in addition.
     """
-    checkpoints, state = open_state(run, trainer, session)
+    checkpoints, state, plan = open_state(run, trainer, session)
     flops = train_flops_per_token(run.model, run.train.seq_len)
     return Loop(
         trainer=trainer,
-        plan=BatchPlan(run.train),
+        plan=plan,
         state=state,
         run_dir=Path(run.run_dir),
         config=dataclasses.asdict(run),  # pyright: ignore[reportArgumentType]

@@ -7,7 +7,9 @@ tokens and 7.3e-6 do not fit fp32 arithmetic, which is why the step receives the
 
 import bisect
 import math
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple
 
 from training.config import Phase, TrainConfig
 
@@ -25,12 +27,14 @@ class StepBatch(NamedTuple):
     """Tokens trained on before this step (sequences * seq_len)."""
 
 
-class _Plateau(NamedTuple):
-    """Consecutive steps with the same number of micro batches."""
+class Plateau(NamedTuple):
+    """Consecutive steps with batches of the same size."""
 
     first_step: int
     first_sequence: int
-    micro_batches: int
+    first_token: int
+    batch_size: int
+    seq_len: int
 
 
 class BatchPlan:
@@ -42,27 +46,39 @@ class BatchPlan:
     once; every question after that is one bisection, whatever the length of the run. The last
     plateau has no end, so steps beyond `train.steps` can be asked for too.
 
+    A run that was resumed after `done` steps has a past that no configuration changes: its plateaus
+    (`history`), from whose end the plan goes on in the sizes of `train`.
+
     Errors: ValueError when a batch is not a whole number of micro batches or the ramp falls.
     """
 
-    def __init__(self, train: TrainConfig):
+    def __init__(self, train: TrainConfig, past: Iterable[Sequence[int]] = (), done: int = 0):
         _check_batches(train)
         self.micro_batch_size = train.micro_batch_size or train.batch_size
-        self.seq_len = train.seq_len
-        self._plateaus = _plateaus(train, self.micro_batch_size)
+        self._done = done
+        self._plateaus = _plateaus(train, [Plateau(*plateau) for plateau in past], done)
         self._first_steps = [plateau.first_step for plateau in self._plateaus]
-        self._first_sequences = [plateau.first_sequence for plateau in self._plateaus]
+        self._first_tokens = [plateau.first_token for plateau in self._plateaus]
 
     def at(self, step: int) -> StepBatch:
         """Batch of `step` (counted from 0)."""
         if step < 0:
             raise ValueError(f"step is {step}; steps count from 0")
-        plateau = self._plateaus[bisect.bisect_right(self._first_steps, step) - 1]
-        batch_size = plateau.micro_batches * self.micro_batch_size
-        first_sequence = plateau.first_sequence + (step - plateau.first_step) * batch_size
+        plateau = self._plateau(step)
+        sequences = (step - plateau.first_step) * plateau.batch_size
         return StepBatch(
-            batch_size, plateau.micro_batches, first_sequence, first_sequence * self.seq_len
+            plateau.batch_size,
+            plateau.batch_size // self.micro_batch_size,
+            plateau.first_sequence + sequences,
+            plateau.first_token + sequences * plateau.seq_len,
         )
+
+    def history(self, done: int) -> list[Plateau]:
+        """What `done` steps have had, for a plan that goes on from there under other settings."""
+        return [plateau for plateau in self._plateaus if plateau.first_step < done]
+
+    def _plateau(self, step: int) -> Plateau:
+        return self._plateaus[bisect.bisect_right(self._first_steps, step) - 1]
 
     def tokens_before(self, step: int) -> int:
         """Tokens trained on when `step` steps are done."""
@@ -70,19 +86,35 @@ class BatchPlan:
 
     def steps_at(self, tokens: float) -> float:
         """Steps done, with fraction, when `tokens` tokens have been trained on."""
-        sequences = tokens / self.seq_len
-        index = max(0, bisect.bisect_right(self._first_sequences, sequences) - 1)
+        index = max(0, bisect.bisect_right(self._first_tokens, tokens) - 1)
         plateau = self._plateaus[index]
-        batch_size = plateau.micro_batches * self.micro_batch_size
-        return plateau.first_step + (sequences - plateau.first_sequence) / batch_size
+        length = plateau.seq_len
+        sequences = tokens / length - plateau.first_token / length
+        return plateau.first_step + sequences / plateau.batch_size
+
+    def tokens_at(self, steps: float) -> float:
+        """Tokens trained on when `steps` steps are done, linear within a step."""
+        whole = math.floor(steps)
+        plateau = self._plateau(whole)
+        return self.tokens_before(whole) + (steps - whole) * plateau.batch_size * plateau.seq_len
 
     def steps_for(self, tokens: float) -> int:
         """Fewest steps that train on `tokens` tokens or more: a run's length from its budget."""
         return math.ceil(self.steps_at(tokens))
 
     def micro_batch_counts(self) -> tuple[int, ...]:
-        """Numbers of micro batches the run goes through: one compiled step each."""
-        return tuple(plateau.micro_batches for plateau in self._plateaus)
+        """Numbers of micro batches the run still goes through: one compiled step each."""
+        ends = [*self._first_steps[1:], math.inf]
+        ahead = [p for p, end in zip(self._plateaus, ends, strict=True) if end > self._done]
+        return tuple(plateau.batch_size // self.micro_batch_size for plateau in ahead)
+
+
+def past_batches(trained: dict[str, Any], done: int) -> list[Plateau]:
+    """Plateaus of `done` steps under one configuration, as plain data: of a run that kept none."""
+    names = "steps", "seq_len", "batch_size", "micro_batch_size"
+    ramp = "batch_ramp_from", "batch_ramp_tokens", "batch_ramp_step"
+    train = TrainConfig(**{name: trained[name] for name in (*names, *ramp) if name in trained})
+    return BatchPlan(train).history(done)
 
 
 def _check_batches(train: TrainConfig) -> None:
@@ -117,23 +149,40 @@ def _check_batches(train: TrainConfig) -> None:
             )
 
 
-def _plateaus(train: TrainConfig, micro_batch_size: int) -> list[_Plateau]:
-    """Table of the ramp: one plateau per number of micro batches that gets at least one step."""
-    last = train.batch_size // micro_batch_size
-    if not train.batch_ramp_from:
-        return [_Plateau(0, 0, last)]
-    first, added = train.batch_ramp_from // micro_batch_size, train.batch_ramp_step
-    plateaus, step, sequence = [], 0, 0
-    for micro_batches in range(first, last, added):
+def _plateaus(train: TrainConfig, past: list[Plateau], done: int) -> list[Plateau]:
+    """The past, and one plateau per batch size of the ramp that gets at least one more step."""
+    micro = train.micro_batch_size or train.batch_size
+    plateaus, step, sequence, token = list(past), 0, 0, 0
+    if past:
+        first_step, first_sequence, first_token, batch_size, seq_len = past[-1]
+        sequences = (done - first_step) * batch_size
+        step, sequence, token = done, first_sequence + sequences, first_token + sequences * seq_len
+
+    def add(batch_size: int) -> None:
+        # The size of the steps before goes on: no border where nothing changes.
+        if not plateaus or plateaus[-1][3:] != (batch_size, train.seq_len):
+            plateaus.append(Plateau(step, sequence, token, batch_size, train.seq_len))
+
+    first, last = train.batch_ramp_from // micro, train.batch_size // micro
+    added = train.batch_ramp_step
+    for micro_batches in range(first or last, last, added):
         # The nearest of the plateaus changes where the line crosses the half between two.
         share = (micro_batches + added / 2 - first) / (last - first)
-        until_sequence = share * train.batch_ramp_tokens / train.seq_len
-        batch_size = micro_batches * micro_batch_size
-        steps = max(0, math.ceil((until_sequence - sequence) / batch_size))
+        # Exact, so that a plan from the middle of the ramp is the rest of the whole one.
+        until_sequence = Fraction(share * train.batch_ramp_tokens / train.seq_len)
+        batch_size = micro_batches * micro
+        before = Fraction(token, train.seq_len)
+        steps = max(0, math.ceil((until_sequence - before) / batch_size))
         if steps:
-            plateaus.append(_Plateau(step, sequence, micro_batches))
-        step, sequence = step + steps, sequence + steps * batch_size
-    return [*plateaus, _Plateau(step, sequence, last)]
+            add(batch_size)
+        sequences = steps * batch_size
+        step, sequence, token = (
+            step + steps,
+            sequence + sequences,
+            token + sequences * train.seq_len,
+        )
+    add(train.batch_size)
+    return plateaus
 
 
 def check_phases(name: str, phases: tuple[Phase, ...], plan: BatchPlan) -> None:
@@ -192,9 +241,7 @@ def _end_in(phase: Phase, unit: str, plan: BatchPlan) -> float:
         return phase.until
     if unit == "steps":
         return plan.steps_at(phase.until)
-    whole = math.floor(phase.until)
-    batch = plan.at(whole)
-    return batch.tokens_before + (phase.until - whole) * batch.batch_size * plan.seq_len
+    return plan.tokens_at(phase.until)
 
 
 def check_schedules(train: TrainConfig, plan: BatchPlan) -> None:

@@ -8,14 +8,13 @@ from model.costs import cache_bytes_per_token, count_parameters, train_flops_per
 from model.kernels import choose
 from sharding.mesh import describe
 from training.display import human
-from training.run import Run
-from training.schedule import BatchPlan
+from training.run import Run, plan_of
 from training.step import Trainer
 
 
 def summary(run: Run, trainer: Trainer) -> list[str]:
     """Devices, sizes, cost, kernels, memory and length of a run, a line each."""
-    plan, train = BatchPlan(run.train), run.train
+    plan, train = plan_of(run), run.train
     choice = choose(run.kernels, run.model, train.dtype, trainer.layout, train.fp8)
     count = count_parameters(run.model)
     flops = train_flops_per_token(run.model, train.seq_len)

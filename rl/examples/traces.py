@@ -24,6 +24,7 @@ import numpy as np
 
 from data import storage
 from data.sources import Document
+from data.split import HoldOut
 from data.store import TokenStore, build_store, find_store, seal_store
 from data.tokenizer import Tokenizer
 from generation.chat import think_opening
@@ -170,7 +171,7 @@ def _write_round(
         for attempt, text in zip(chosen, texts, strict=True)
     ]
     sampled = _Sampled(tokenizer, [row[:-1] for row in ids])  # the store ends documents itself
-    whole = build_store(place, documents, sampled, 0.0, {"source": place, "traces": meta})
+    whole = build_store(place, documents, sampled, HoldOut(0), {"source": place, "traces": meta})
     source = {"round": number, "seed": found.seed, "step": found.step}
     lines = []
     for attempt in chosen:
