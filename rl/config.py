@@ -186,7 +186,7 @@ class CodeLimits:
     """Address space, in 2^20 bytes."""
     file_mb: int = 16
     """Largest file that it may write, in 2^20 bytes."""
-    output_kb: float = 16_384
+    output_kb: int = 16_384
     """Standard output in 2^10 bytes, beside twice what is expected; more ends the program."""
     processes: int = 16
     """Processes and threads of the program (with rl.unsafe_code: of the user, above those that run

@@ -113,10 +113,8 @@ def run_tests(
             if left <= 0:
                 reasons[number] = f"not run: {limits.total_seconds:g} s for all tests had passed"
                 continue
-            room = limits.output_kb + len(test.stdout) / 2**9  # twice what is expected
-            shorter = dataclasses.replace(
-                limits, seconds=min(limits.seconds, left), output_kb=room
-            )
+            room = limits.output_kb + len(test.stdout) // 2**9  # twice what is expected
+            shorter = dataclasses.replace(limits, seconds=min(limits.seconds, left), output_kb=room)
             reasons[number] = _check_program(code, test, shorter)
     ordered = [reasons[number][:200] for number in range(len(tests))]
     isolation = "limits alone" if limits.unsafe else "bubblewrap"
@@ -180,17 +178,18 @@ def _command(mode: str, folder: str, limits: Limits, further: Sequence[str] = ()
         "RLIMIT_FSIZE": int(limits.file_mb * 2**20),
         "RLIMIT_NPROC": int(limits.processes) + others,
     }
+    given = [f"{name}={value}" for name, value in options.items()]
     # The interpreter itself, not the link of a virtual environment: only the standard library.
-    python = [os.path.realpath(sys.executable), "-I", "-S", "-B", "-X", "int_max_str_digits=0"]
+    python = [os.path.realpath(sys.executable), "-I", "-S", "-B"]
     if limits.unsafe:
-        return [*python, str(_PROGRAM), mode, json.dumps(options)]
+        return [*python, str(_PROGRAM), mode, *given]
     bwrap = shutil.which("bwrap")
     assert bwrap
     command = [bwrap, *_KEPT_IN, *further, "--bind", folder, "/tmp", "--chdir", "/tmp"]
     for place in (*_SYSTEM, os.path.realpath(sys.base_prefix), python[0]):
         command += ["--ro-bind-try", place, place]
     command += ["--ro-bind", str(_PROGRAM), "/program.py", "--remount-ro", "/"]
-    return [*command, *python, "/program.py", mode, json.dumps(options)]
+    return [*command, *python, "/program.py", mode, *given]
 
 
 def _running() -> int:

@@ -1,43 +1,40 @@
 """What runs in the sandbox: limits itself, then runs solution.py of the current folder.
 
-Run as `python -I -S -B sandbox_program.py MODE LIMITS`, LIMITS as JSON: names of RLIMIT_* to
-values. MODE program: the code is the main program; standard input and output are its own. MODE
-functions: the code defines functions; tests arrive on standard input once it has run, and what the
-code prints goes to standard error. For each test that raises nothing, one line goes to standard
-output: `NONCE NUMBER` for a statement, `NONCE NUMBER JSON` for an expression, with its value as
-`wire` writes it. Imports the standard library only. Names that the code uses and nobody defines, as
-`List` in an answer for LeetCode, come from the modules that judges of such problems import.
+Run as `python -I -S -B sandbox_program.py MODE LIMIT..`, every LIMIT as RLIMIT_AS=VALUE. MODE
+program: the code is the main program; standard input and output are its own. MODE functions: the
+code defines functions; tests arrive on standard input once it has run, and what the code prints
+goes to standard error. For each test that raises nothing, one line goes to standard output: `NONCE
+NUMBER` for a statement, `NONCE NUMBER JSON` for an expression, with its value as `wire` writes it.
+Names that the code uses and nobody defines, as `List` in an answer for LeetCode, come from the
+modules that judges of such problems import. Imports the standard library only, and little of it:
+every test pays for that.
 
 As number 1 of its processes it starts the code in another process, passes TERM on, and ends with
 its exit status, 128 + signal if a signal ended it: the kernel spares number 1 most signals.
 """
 
 import builtins
-import contextlib
 import ctypes
-import importlib
-import json
 import os
 import resource
 import signal
 import symtable
 import sys
-import types
 
 _JUDGES_IMPORT = (
     "typing", "collections", "itertools", "functools", "heapq", "bisect", "math", "string", "re",
-    "operator", "random", "copy", "datetime", "statistics", "io", "json", "time",
+    "operator", "random", "copy", "datetime", "statistics", "io", "json", "time", "sys", "os",
 )  # fmt: skip
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
 
 
 def main() -> None:
     """Runs the code in the mode and within the limits that the command line names."""
-    mode, limits = sys.argv[1], json.loads(sys.argv[2])
+    mode, limits = sys.argv[1], [text.split("=") for text in sys.argv[2:]]
     prctl = ctypes.CDLL(None).prctl
-    for name, value in limits.items():
+    for name, text in limits:
         hard = resource.getrlimit(getattr(resource, name))[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        value = int(text) if hard == resource.RLIM_INFINITY else min(int(text), hard)
         resource.setrlimit(getattr(resource, name), (value, value))
     prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     if os.getpid() == 1 and (child := os.fork()):
@@ -48,34 +45,36 @@ def main() -> None:
     with open("solution.py", encoding="utf-8", errors="surrogateescape", newline="") as file:
         source = file.read()
     sys.argv = ["solution.py"]
+    sys.set_int_max_str_digits(0)
     builtins.exit = builtins.quit = sys.exit  # python -S leaves them out
     {"program": run_program, "functions": run_functions}[mode](source)
 
 
 def run_program(source: str) -> None:
     """The code as `__main__`; its exit status is the process's."""
-    module = types.ModuleType("__main__")
+    module = type(sys)("__main__")
     sys.modules["__main__"] = module
     run(source, module)
 
 
-def run(source: str, module: types.ModuleType) -> None:
+def run(source, module):
     """The code in the module, which knows the names of _JUDGES_IMPORT that it does not define."""
     code = compile(source, "solution.py", "exec")
     table = symtable.symtable(source, "solution.py", "exec")
-    known = {one.get_name() for one in table.get_symbols() if one.is_assigned() or one.is_imported()}
-    for name in sorted(_global_names(table) - known - vars(builtins).keys()):
-        if name in _JUDGES_IMPORT + ("sys", "os"):
-            setattr(module, name, importlib.import_module(name))
+    own = [one for one in table.get_symbols() if one.is_assigned() or one.is_imported()]
+    known = {one.get_name() for one in own} | vars(builtins).keys()
+    for name in sorted(_global_names(table) - known):
+        if name in _JUDGES_IMPORT:
+            setattr(module, name, __import__(name))
             continue
-        for place in map(importlib.import_module, _JUDGES_IMPORT):
+        for place in map(__import__, _JUDGES_IMPORT):
             if hasattr(place, name) and not name.startswith("_"):
                 setattr(module, name, getattr(place, name))
                 break
     exec(code, module.__dict__)
 
 
-def _global_names(table: symtable.SymbolTable) -> set[str]:
+def _global_names(table):
     used = {
         one.get_name()
         for one in table.get_symbols()
@@ -86,10 +85,12 @@ def _global_names(table: symtable.SymbolTable) -> set[str]:
 
 def run_functions(source: str) -> None:
     """The code as a module, then every test in its namespace; failures go to standard error."""
+    import json  # not for programs, which would start 5 ms later
+
     tests_file, results = os.dup(0), os.dup(1)
     os.dup2(2, 1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    module = types.ModuleType("solution")
+    module = type(sys)("solution")
     sys.modules["solution"] = module
     write, loads, dumps, fdopen = os.write, json.loads, json.dumps, os.fdopen
     run(source, module)
@@ -102,9 +103,11 @@ def run_functions(source: str) -> None:
             found = eval(compiled, module.__dict__)
             line = "" if kind == "exec" else f" {dumps(wire(plain(found, kind == 'json')))}"
         except BaseException as error:
-            with contextlib.suppress(BaseException):
+            try:
                 sys.stderr.write(f"check {number}: {type(error).__name__}: {error}\n")
                 sys.stderr.flush()
+            except BaseException:
+                continue
         else:
             write(results, f"{work['nonce']} {number}{line}\n".encode())
 
@@ -173,8 +176,10 @@ def same(left, right) -> bool:
     equal to nothing else; two objects that are none compare as their classes define."""
     found = []
     for value in (left, right):
-        with contextlib.suppress(Exception):
+        try:
             found.append(plain(value))
+        except Exception:
+            continue
     if len(found) == 2:
         return found[0] == found[1]
     return not found and left == right

@@ -99,10 +99,10 @@ def same_value(found: Any, expected: Any, tolerance: float = 0.0) -> bool:
         return isinstance(found, str) and found == expected
     if isinstance(found, bool) or not isinstance(found, int | float):
         return False
-    if math.isnan(expected):
-        return math.isnan(found)
     if found == expected or (tolerance > 0 and abs(found - expected) <= tolerance):
         return True
+    if math.isnan(expected):
+        return math.isnan(found)
     floats = isinstance(expected, float) and math.isfinite(expected) and math.isfinite(found)
     return floats and near(Decimal(repr(found)), Decimal(repr(expected)))
 

@@ -11,12 +11,12 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from rl.config import RLConfig
+from rl.config import CodeLimits, RLConfig
 from rl.problems import Problem
 from rl.prompts import rewards_of
 from rl.stopping import RolloutStoppedError, Stop, never
 from rl.tasks.task import Task, summary
-from rl.verdict.pool import CODE, Judge, Pool, named
+from rl.verdict.pool import CODE, CODE_MARGIN, Judge, Pool, named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,12 +162,14 @@ def judge_scorer(rl: RLConfig, task: Task | None) -> JudgeScorer:
             dataclasses.replace(one, options=tags) if one.function == "format" else one
             for one in chosen
         ]
-    if rl.unsafe_code:
-        chosen = [
-            dataclasses.replace(one, options={"unsafe": True}) if one.function in CODE else one
-            for one in chosen
-        ]
-    patience = max(1.0, rl.reward_timeout / RLConfig.reward_timeout)
+    limits = dataclasses.asdict(rl.code) | {"unsafe": rl.unsafe_code}
+    seconds = max(rl.reward_timeout, rl.code.total_seconds + CODE_MARGIN)
+    chosen = [
+        dataclasses.replace(one, options=limits, seconds=seconds) if one.function in CODE else one
+        for one in chosen
+    ]
+    longest = rl.code.total_seconds / CodeLimits.total_seconds
+    patience = max(1.0, rl.reward_timeout / RLConfig.reward_timeout, longest)
     judge = Judge(chosen, Pool(batch_seconds=Pool.batch_seconds * patience))
     return JudgeScorer(judge, {one.name: one.weight for one in chosen}, rl, own)
 
