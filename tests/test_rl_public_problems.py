@@ -90,9 +90,11 @@ def judged(problem: Problem, source: str) -> float:
 
 
 WRONG = (
-    "print(8)", "import sys\nsys.exit(0)", "exit()", "def first(xs): exit()", "raise SystemExit",
-    "import os\nos._exit(0)", "def twice_all(xs): return [2, 5]", "print('a-b')", "pass",
-    "class Solution:\n    def join(self, words, by): return exit()",
+    "exit()", "import os\nos._exit(0)",
+    "def first(xs): exit()\ndef twice_all(xs): exit()\n"
+    "class Solution:\n    def join(self, words, by): exit()",
+    "print(8)\ndef first(xs): return xs\ndef twice_all(xs): return [2, 5]\n"
+    "class Solution:\n    def join(self, words, by): return ['a-b']",
 )  # fmt: skip
 
 
@@ -121,7 +123,8 @@ def test_a_text_that_goes_on_in_the_prompt(tmp_path):
     assert accuracy(problem, "", not KEPT_IN) == 0.0
 
 
-@each(
+@pytest.mark.parametrize(
+    ("record", "message"),
     [
         ({"question": "?", "input_output": "?"}, "line 1: .*neither JSON nor a packed text"),
         ({"question": "?", "input_output": json.dumps({"inputs": ["1"], "outputs": []})},
@@ -138,7 +141,7 @@ def test_a_text_that_goes_on_in_the_prompt(tmp_path):
                                                        "outputs": ["1"] * 601})},
          r"line 1: .*601 tests start a program each, which may take 60 s; --rl\.code\.total-sec"),
         ({"test_list": ["assert f()"]}, "line 1: .*none of the texts"),
-    ]
+    ],
 )  # fmt: skip
 def test_a_record_that_cannot_be_judged_is_refused_with_its_line(record, message, tmp_path):
     with pytest.raises(ValueError, match=message):
@@ -255,9 +258,7 @@ def test_limits_are_options():
     assert "0.5 s for all tests had passed, and none had failed; give --rl.code.total-sec" in said
     with pytest.raises(ValueError, match="30 tests start a program each"):
         check_problem(problem, limits)
-    assert (
-        judge_scorer(RLConfig(prompts="x", code=CodeLimits(total_seconds=300)), None)
-        .judge.rewards[0]
-        .seconds
-        == 305
-    )
+    patient = judge_scorer(RLConfig(prompts="x", code=CodeLimits(total_seconds=300)), None)
+    with patient.judge:
+        assert [reward.seconds for reward in patient.judge.rewards] == [305]
+        assert patient.judge.pool.batch_seconds == 3000
