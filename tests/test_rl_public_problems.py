@@ -93,7 +93,7 @@ WRONG = (
     "exit()", "import os\nos._exit(0)",
     "def first(xs): exit()\ndef twice_all(xs): exit()\n"
     "class Solution:\n    def join(self, words, by): exit()",
-    "print(8)\ndef first(xs): return xs\ndef twice_all(xs): return [2, 5]\n"
+    "print(8)\ndef first(xs): return [0, *xs]\ndef twice_all(xs): return [2, 5]\n"
     "class Solution:\n    def join(self, words, by): return ['a-b']",
 )  # fmt: skip
 

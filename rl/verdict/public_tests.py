@@ -30,7 +30,7 @@ def as_own_line(given: dict[str, Any]) -> dict[str, Any]:
     fields = {name: value for name, value in given.items() if name not in _SOLUTIONS}
     try:
         tests = _tests(fields)
-    except (KeyError, TypeError, AttributeError, SyntaxError, zlib.error) as error:
+    except (KeyError, TypeError, AttributeError, SyntaxError, json.JSONDecodeError) as error:
         why = f"{type(error).__name__}: {error}"
         raise ValueError(f"the tests of this programming problem cannot be read: {why}") from None
     if tests is None:
@@ -132,8 +132,9 @@ def _printed(text: Any) -> str:
 
 def _unpacked(text: str) -> str:
     """The one text in a pickle, compressed, in base64; nothing of the pickle is run."""
-    data = zlib.decompress(base64.b64decode(text))
-    found = [value for _, value, _ in pickletools.genops(data) if isinstance(value, str)]
-    if len(found) != 1:
-        raise ValueError(f"packed tests hold {len(found)} texts, not one")
-    return found[0]
+    try:
+        data = zlib.decompress(base64.b64decode(text))
+        (found,) = (value for _, value, _ in pickletools.genops(data) if isinstance(value, str))
+    except (ValueError, zlib.error):
+        raise ValueError(f"tests are {text[:40]!r}, neither JSON nor a packed text") from None
+    return found
