@@ -105,15 +105,16 @@ def code(problem: Problem, text: str, **limits: Any) -> float:
         source = f"{prelude}\n{text if goes_on else source}"
     allowed = Limits(**limits)
     report = run_tests(source, tests, allowed, every=False)
-    reason = next(filter(None, report.reasons), "")
-    # A program that was stopped before its own limit had no more left of the time for all.
-    stopped = reason.startswith("time limit") and reason != f"time limit of {allowed.seconds:.3g} s"
-    if source and (stopped or reason.startswith("not run")):
+    failed = [reason for reason in report.reasons if reason]
+    # A program stopped before its own limit had no more left of the time for all.
+    late = f"time limit of {allowed.seconds:.3g} s"
+    unjudged = failed and all(reason.startswith(("not run", "time limit")) for reason in failed)
+    if source and unjudged and late not in failed:
         raise TimeoutError(
             f"{allowed.total_seconds:g} s for all tests had passed, and none had failed; give "
             "--rl.code.total-seconds more, or fewer tests"
         )
-    return float(bool(source) and not reason)
+    return float(bool(source) and not failed)
 
 
 def format(problem: Problem, text: str, answer_tags: bool = False) -> float:

@@ -170,15 +170,7 @@ def _probed() -> _Probed:
 
 def _command(mode: str, folder: str, limits: Limits, further: Sequence[str] = ()) -> list[str]:
     """The command that runs solution.py of the folder, in bubblewrap unless `limits` are unsafe."""
-    others = _running() if limits.unsafe else 1  # a new user namespace counts from 0
-    options = {
-        "RLIMIT_CORE": 0,
-        "RLIMIT_CPU": math.ceil(limits.cpu_seconds),
-        "RLIMIT_AS": int(limits.memory_mb * 2**20),
-        "RLIMIT_FSIZE": int(limits.file_mb * 2**20),
-        "RLIMIT_NPROC": int(limits.processes) + others,
-    }
-    given = [f"{name}={value}" for name, value in options.items()]
+    given = _kernel_limits(limits, others=_running() if limits.unsafe else 1)
     # The interpreter itself, not the link of a virtual environment: only the standard library.
     python = [os.path.realpath(sys.executable), "-I", "-S", "-B"]
     if limits.unsafe:
@@ -190,6 +182,18 @@ def _command(mode: str, folder: str, limits: Limits, further: Sequence[str] = ()
         command += ["--ro-bind-try", place, place]
     command += ["--ro-bind", str(_PROGRAM), "/program.py", "--remount-ro", "/"]
     return [*command, *python, "/program.py", mode, *given]
+
+
+def _kernel_limits(limits: CodeLimits, others: int) -> list[str]:
+    """Limits as the program sets them on itself; a new user namespace counts processes from 0."""
+    options = {
+        "RLIMIT_CORE": 0,
+        "RLIMIT_CPU": math.ceil(limits.cpu_seconds),
+        "RLIMIT_AS": int(limits.memory_mb * 2**20),
+        "RLIMIT_FSIZE": int(limits.file_mb * 2**20),
+        "RLIMIT_NPROC": int(limits.processes) + others,
+    }
+    return [f"{name}={value}" for name, value in options.items()]
 
 
 def _running() -> int:
@@ -319,7 +323,7 @@ def _first_process(info: bytes) -> int | None:
     return None
 
 
-def _collect(process: subprocess.Popen, limits: Limits) -> tuple[bytes, bytes, str]:
+def _collect(process: subprocess.Popen, limits: CodeLimits) -> tuple[bytes, bytes, str]:
     """Output until both streams close, or the reason to stop before that."""
     end, room = time.monotonic() + limits.seconds, int(limits.output_kb * 2**10)
     texts: dict[Any, bytearray] = {process.stdout: bytearray(), process.stderr: bytearray()}
