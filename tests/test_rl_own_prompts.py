@@ -289,7 +289,7 @@ def test_own_prompts_and_rewards_train(folder):
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
     named = r"reward often failed \(raised\), counted as 0: RuntimeError: often "
-    named += rf"\({folder}/rewards\.py, line 23\)"
+    named += rf"\({folder}/rewards\.py, line 24\)"
     assert len(re.findall(named, said)) == 1
     assert re.search(r"step 2/2 .*REWARDS FAILED \d+%", said)
     assert re.search(
@@ -319,6 +319,44 @@ def test_own_prompts_and_rewards_train(folder):
         axis.lines and all(len(one.get_xdata()) for one in axis.lines) for axis in figure.axes
     )
     assert (folder / "own" / "rl.png").exists()
+
+
+@pytest.mark.slow
+def test_the_lines_of_the_document_for_own_prompts(tmp_path):
+    """As they stand in docs/r1.md, with a narrower model and fewer steps behind them."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/r1.md").read_text(), re.DOTALL)
+    (block,) = (block for block in blocks if "runs/own_prompts.jsonl" in block)
+    base = "--train.eval-every 0 --train.steps 2 --train.seq-len 64"
+    narrow = (
+        "--model.hidden-size 32 --model.num-layers 2 --model.num-heads 2 --model.dense-ffn-size 32 "
+        f"--model.expert-ffn-size 16 --compilation-cache {tmp_path}/programs"
+    )
+    lines = block.replace("--run-dir runs/own_base", f"--run-dir runs/own_base {narrow} {base}")
+    lines = lines.replace("--train.steps 20", f"--train.steps 2 {narrow}").replace(
+        "eval-every 10", "eval-every 2"
+    )
+    lines = lines.replace("runs/", f"{tmp_path}/").replace("python ", f"{sys.executable} ")
+    done = subprocess.run(
+        ["bash", "-ec", lines], cwd=ROOT, env=os.environ | {"XLA_FLAGS": QUICK_XLA},
+        text=True, capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"held out, \d+ prompts: mean reward at temperature 1: [01]\.", done.stdout)
+    assert (tmp_path / "own" / "rl.png").exists()
+
+
+def test_the_document_shows_what_a_reward_gets(tmp_path, folder):
+    """Its Problem is the one that a reward is called with."""
+    text = (ROOT / "docs/r1.md").read_text()
+    (shown,) = re.findall(r"```python\n(Problem\(.*?\n\))\n```", text, re.DOTALL)
+    (line,) = re.findall(r'^\{"prompt": "What is 17 .*\}$', text, re.MULTILINE)
+    (tmp_path / "one.jsonl").write_text(line + "\n")
+    config = RLConfig(prompts=str(tmp_path / "one.jsonl"), template="r1_zero", held_out=0)
+    (problem,) = file_prompts(config, tokenizer(folder), 0).train
+    before, after = eval(shown, {"Problem": Problem}).prompt.split("[..]")
+    assert problem.prompt.startswith(before.rstrip())
+    assert problem.prompt.endswith(after)
+    assert dataclasses.replace(eval(shown, {"Problem": Problem}), prompt=problem.prompt) == problem
 
 
 @pytest.mark.slow
