@@ -141,6 +141,13 @@ def test_a_text_that_goes_on_in_the_prompt(tmp_path):
                                                        "outputs": ["1"] * 601})},
          r"line 1: .*601 tests start a program each, which may take 60 s; --rl\.code\.total-sec"),
         ({"test_list": ["assert f()"]}, "line 1: .*none of the texts"),
+        ({"text": "?", "test_list": [""]}, "line 1: .*is empty, so that every answer would pass"),
+        ({"question": "?", "test": "class TestF:\n    def test_f(self):\n        assert f()\n"},
+         "line 1: TestF needs pytest or unittest, which the sandbox does not run"),
+        ({"question": "?", "test": "def test_f(capsys):\n    assert f()\n"},
+         "line 1: test_f needs pytest"),
+        ({"prompt": "?", "kind": "code", "tests": [{"check": "'A text.'\nclass A:\n    pass\n"
+          "if __name__ == '__main__':\n    assert False"}]}, "line 1: .*defines A and calls nothing"),
     ],
 )  # fmt: skip
 def test_a_record_that_cannot_be_judged_is_refused_with_its_line(record, message, tmp_path):

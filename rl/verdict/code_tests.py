@@ -75,11 +75,21 @@ def _useless(check: str) -> str:
         known = {*sys.stdlib_module_names, "solution"}
         if unknown := [name for name in names if name.partition(".")[0] not in known]:
             return f"imports {unknown[0]}; the sandbox has Python's standard library alone"
-    functions = [one for one in tree.body if isinstance(one, ast.FunctionDef)]
-    rest = (ast.FunctionDef, ast.Import, ast.ImportFrom, ast.Assign)
-    if functions and all(isinstance(one, rest) for one in tree.body):
-        return f"defines {functions[0].name} and calls nothing, so that every answer would pass"
-    return ""
+    defined = [one.name for one in tree.body if isinstance(one, _DEFINITIONS)]
+    if all(isinstance(one, _IDLE) or _is_idle(one) for one in tree.body) and defined:
+        return f"defines {defined[0]} and calls nothing, so that every answer would pass"
+    return "" if tree.body else "is empty, so that every answer would pass"
+
+
+_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+_IDLE = (*_DEFINITIONS, ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign, ast.Pass)
+
+
+def _is_idle(statement: ast.stmt) -> bool:
+    """A text that stands alone, and what only a main program runs."""
+    if isinstance(statement, ast.If):
+        return "__name__" in ast.unparse(statement.test)
+    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
 
 
 def _read_test(entry: dict) -> Test | None:

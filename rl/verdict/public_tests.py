@@ -77,11 +77,16 @@ def _tests(fields: dict[str, Any]) -> list[dict] | None:
 def _called(fields: dict[str, Any]) -> str:
     """The text of a `test` with the calls that run it."""
     test = fields.pop("test")
-    names = [one.name for one in ast.parse(test).body if isinstance(one, ast.FunctionDef)]
-    if "check" in names:
+    body = ast.parse(test).body
+    functions = {one.name: one for one in body if isinstance(one, ast.FunctionDef)}
+    if "check" in functions:
         fields["prelude"] = str(fields.get("prompt", ""))
         return f"{test}\ncheck({fields['entry_point']})"
-    return "\n".join([test, *(f"{name}()" for name in names if name.startswith("test"))])
+    names = [name for name in functions if name.startswith("test")]
+    classes = [one.name for one in body if isinstance(one, ast.ClassDef) and "Test" in one.name]
+    if odd := classes + [name for name in names if functions[name].args.args]:
+        raise ValueError(f"{odd[0]} needs pytest or unittest, which the sandbox does not run")
+    return "\n".join([test, *(f"{name}()" for name in names)])
 
 
 def _cases(found: Any, name: str = "") -> list[dict]:
