@@ -173,6 +173,33 @@ class TaskConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class CodeLimits:
+    """What a program that a model wrote may use (`rl/verdict/sandbox.py`)."""
+
+    seconds: float = 6.0
+    """Wall time of one program."""
+    cpu_seconds: float = 6.0
+    """CPU time of one process, rounded up to whole seconds."""
+    total_seconds: float = 60.0
+    """Wall time of all tests of one answer; what is not done by then has failed."""
+    memory_mb: int = 1024
+    """Address space, in 2^20 bytes."""
+    file_mb: int = 16
+    """Largest file that it may write, in 2^20 bytes."""
+    output_kb: int = 16_384
+    """Standard output in 2^10 bytes, beside twice what is expected; more ends the program."""
+    processes: int = 16
+    """Processes and threads of the program (with rl.unsafe_code: of the user, above those that run
+    when it starts); not counted for root."""
+
+    def __post_init__(self):
+        for name in CodeLimits.__dataclass_fields__:
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"limit {name} is {value!r}; give a number above 0")
+
+
+@dataclasses.dataclass(frozen=True)
 class RLConfig:
     """Rollouts of stage rl: prompts, answers, rewards. The objective says what is learned.
 
@@ -193,10 +220,12 @@ class RLConfig:
     not 1. They add to a task's verifier; for a file of prompts, empty is accuracy."""
     reward_timeout: float = 5.0
     """Seconds that each of rl.rewards has for one answer, after which it has failed there. Rewards
-    that run code have 25 s or more (`rl/verdict/pool.py:CODE_SECONDS`)."""
+    that run code have rl.code.total_seconds, and 5 s more."""
     unsafe_code: bool = False
     """Run code that the model writes with your rights, limited in time and memory alone, instead of
     in bubblewrap. Without bubblewrap, a run that judges code is refused unless this is set."""
+    code: CodeLimits = CodeLimits()
+    """Limits of every program that a reward runs."""
     prompts_per_step: int = 8
     """Prompts of a rollout."""
     max_new_tokens: int = 256

@@ -96,7 +96,7 @@ class PolicyLoop:
                 f"checkpoint's step {self.first_step}; change train.steps, or start in another "
                 "run_dir"
             )
-        self._named: set[tuple[str, str]] = set()  # failures of rewards
+        self.failures: dict[tuple[str, str], str] = {}  # of rewards: name, kind -> first message
         self._rows = local_rows(self.trainer.layout, self.plan.micro_batch_size)
 
     @property
@@ -109,7 +109,7 @@ class PolicyLoop:
         if self.evaluation is not None and jax.process_index() == 0:
             found = (self.run_dir / "metrics.jsonl").is_file()
             lines = read_metrics(self.run_dir) if found else []
-            measured = any("eval/accuracy" in x for x in lines if x["step"] >= self.first_step)
+            measured = any("eval/length" in x for x in lines if x["step"] >= self.first_step)
         return not anyone(not measured)
 
     def run(self) -> str:
@@ -164,6 +164,8 @@ class PolicyLoop:
         rounds = self._ask(step // self.updates, clock, stop)
         line["policy/rounds"] = len(rounds)
         line["policy/failed_rewards"] = float(np.mean([self._failed(r.scores) for r in rounds]))
+        if step == self.first_step:
+            refuse_failures([r.scores for r in rounds])
         asked, objective = rounds[0], self.rl.objective
         if len(rounds) > 1:
             asked = choose(rounds, objective, self.rl.prompts_per_step)
@@ -181,10 +183,12 @@ class PolicyLoop:
             "tokens": lengths(asked.rollout),
             "truncated": asked.rollout.truncated,
             "reward": asked.scores.rewards,
-            "correct": asked.scores.correct,
             "advantage": batch["advantages"],
         }
-        transcripts.write(step, _per_answer(asked.questions, asked.group_size), asked.texts, seen)
+        if asked.scores.correct is not None:
+            seen["correct"] = asked.scores.correct
+        problems = _per_answer(asked.questions, asked.group_size)
+        transcripts.write(step, problems, asked.texts, seen, asked.scores.parts)
         return line
 
     def _ask(self, number: int, clock: "_Clock", stop: Stop) -> list[Asked]:
@@ -210,8 +214,8 @@ class PolicyLoop:
         """Failed rewards per answer; each kind is named once, when it first happens."""
         for name, kinds in scores.messages.items():
             for kind, message in kinds.items():
-                if (name, kind) not in self._named:
-                    self._named.add((name, kind))
+                if (name, kind) not in self.failures:
+                    self.failures[name, kind] = message
                     self.display.note(f"reward {name} failed ({kind}), counted as 0: {message}")
         return failed_rewards(scores)
 
@@ -342,6 +346,20 @@ class _Clock:
         self._last = now
 
 
+def refuse_failures(rounds: Sequence[Scores]) -> None:
+    """Raise ValueError, on all processes, if a reward failed on every answer of these rounds."""
+    answers, said = sum(scores.answers for scores in rounds), ""
+    for name in rounds[0].parts:
+        failed = sum(sum(scores.failures.get(name, {}).values()) for scores in rounds)
+        if failed == answers:
+            said = f"reward {name}: {next(iter(rounds[0].messages[name].values()))}"
+    if anyone(bool(said)):
+        raise ValueError(
+            f"a reward failed on all {answers} answers of the first rollout, which teaches "
+            f"nothing; correct it and run again. {said or 'Process 0 says which'}"
+        )
+
+
 def _per_answer(questions: Questions, group_size: int) -> list[Any]:
     return [problem for problem in questions.problems for _ in range(group_size)]
 
@@ -350,5 +368,4 @@ def _described(asked: Asked) -> Line:
     """Length, accuracy and rewards of the answers."""
     scores = asked.scores
     line = {f"policy/{name}": x for name, x in describe(asked.rollout, scores).items()}
-    line["policy/reward"] = float(np.mean(scores.rewards))
     return line | {f"policy/reward/{name}": float(x.mean()) for name, x in scores.parts.items()}

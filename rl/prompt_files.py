@@ -6,7 +6,8 @@ A line is one of
     {"question": "text", "answer": "solution #### 1,234"}      as GSM8K has it
 with "reward" (or "kind") to name the rule that scores it, if lines differ in that. An answer is a
 text, a number, or a list of these; "tests" may stand in its place, for code. Every other field is
-kept in the problem, for the rule that scores it.
+kept in the problem, for the rule that scores it. Records of public sets of programming problems are
+read as they are (`rl/verdict/public_tests.py`).
 """
 
 import re
@@ -17,6 +18,7 @@ from typing import Any
 from generation.chat import check_fields, check_messages
 from rl.jsonl import read_jsonl, type_name
 from rl.problems import Problem, Prompt
+from rl.verdict.public_tests import as_own_line
 
 _FORMS = ("prompt", "question", "messages")
 _RULES = ("reward", "kind")
@@ -70,6 +72,7 @@ def final_answer(answer: str) -> tuple[str, str]:
 
 
 def _problem(fields: dict[str, Any], need_answers: bool) -> Problem:
+    fields = as_own_line(fields)
     check_fields(fields)
     forms = [form for form in _FORMS if form in fields]
     if len(forms) != 1:

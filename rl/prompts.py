@@ -146,9 +146,9 @@ def file_prompts(config: RLConfig, tokenizer: Tokenizer, seed: int) -> FilePromp
 
     def check(problem: Problem) -> None:
         if judged:
-            check_problem(problem)
+            check_problem(problem, config.code)
         if "code" in named:
-            check_tests(problem)
+            check_tests(problem, config.code)
 
     found = read_prompts(Path(config.prompts), need_answers=judged, check=check)
     problems = [in_template(problem, config.template) for problem in found]

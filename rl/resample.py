@@ -79,7 +79,8 @@ def choose(rounds: Sequence[Asked], config: GRPOConfig, prompts: int) -> Asked:
         name: np.array(answers(lambda asked, name=name: asked.scores.parts[name]))
         for name in first.scores.parts
     }
-    correct = np.array(answers(lambda asked: asked.scores.correct))
+    known = first.scores.correct is not None
+    correct = np.array(answers(lambda asked: asked.scores.correct)) if known else None
     return Asked(
         Questions(
             [asked.questions.problems[p] for asked, p in chosen],

@@ -246,21 +246,37 @@ def run_stage(run: RunConfig, trainer: Trainer, session: Session) -> int:
         texts = digests([run.rl.prompts])
         check_stores(run, texts, say)
         write_settings(run, tokenizer.files, texts)
-        return to_end(loop, run, say, loop.run, lambda: finish(loop.run_dir, say))
+        return to_end(loop, run, say, loop.run, lambda: finish(loop, say))
 
 
-def finish(run_dir: Path, say: Say) -> None:
-    """The last evaluation in words, and the plot; process 0 alone."""
+def finish(loop: PolicyLoop, say: Say) -> None:
+    """The first and the last evaluation in words, failed rewards, and the plot; process 0 alone."""
     if not is_first_process():
         return
-    lines = [r for r in read_metrics(run_dir) if "eval/accuracy" in r]
-    if lines:
-        start, end = lines[0], lines[-1]
+    lines = read_metrics(loop.run_dir)
+    if loop.evaluation and (text := compared([r for r in lines if "eval/length" in r])):
+        say(f"held out, {len(loop.evaluation.questions.ids)} prompts: {text}")
+    failed = [r["policy/failed_rewards"] for r in lines if r.get("policy/failed_rewards")]
+    if failed:
+        rollouts = sum("policy/failed_rewards" in r for r in lines)
         say(
-            f"held-out accuracy at temperature 1: {start['eval/accuracy']:.3f} -> "
-            f"{end['eval/accuracy']:.3f}; greedy: {start['eval/accuracy_greedy']:.3f} -> "
-            f"{end['eval/accuracy_greedy']:.3f}; length: {start['eval/length']:.1f} -> "
-            f"{end['eval/length']:.1f} tokens"
+            f"REWARDS FAILED, each counted as 0: {sum(failed) / rollouts:.3g} per answer, in "
+            f"{len(failed)} of {rollouts} rollouts"
         )
-    plots = ", ".join(path.name for path in plot_rl(run_dir))
-    say(f"plots: {plots}; answers: samples.jsonl; run folder: {run_dir}")
+    for (name, kind), message in loop.failures.items():
+        say(f"  reward {name} ({kind}): {message}")
+    plots = ", ".join(path.name for path in plot_rl(loop.run_dir))
+    say(f"plots: {plots}; answers: samples.jsonl; run folder: {loop.run_dir}")
+
+
+def compared(lines: list[dict[str, float]]) -> str:
+    """The first evaluation and the last in words; '' for none."""
+    names = {
+        "accuracy": "accuracy at temperature 1", "accuracy_greedy": "greedy",
+        "reward": "mean reward at temperature 1", "reward_greedy": "greedy", "length": "length",
+    }  # fmt: skip
+    return "; ".join(
+        f"{title}: {lines[0][f'eval/{name}']:.3f} -> {lines[-1][f'eval/{name}']:.3f}"
+        for name, title in names.items()
+        if lines and all(f"eval/{name}" in line for line in (lines[0], lines[-1]))
+    )

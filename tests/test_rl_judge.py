@@ -216,9 +216,9 @@ def test_a_worker_that_is_slow_to_start_does_not_keep_a_batch_from_stopping(tmp_
 
 
 def test_deadlines_of_rewards_that_go_by_name():
-    assert [named(name).seconds for name in ("format", "a.py:mine", "code")] == [5, 5, 25]
-    assert [named(name, 1, 60).seconds for name in ("a.py:mine", "accuracy")] == [60, 60]
-    assert [named(name, 1, 2).seconds for name in ("a.py:mine", "accuracy")] == [2, 25]
+    assert [named(name).seconds for name in ("format", "a.py:mine", "code")] == [5, 5, 65]
+    assert [named(name, 1, 60).seconds for name in ("a.py:mine", "accuracy")] == [60, 65]
+    assert [named(name, 1, 2).seconds for name in ("a.py:mine", "accuracy")] == [2, 65]
 
 
 @pytest.mark.parametrize(

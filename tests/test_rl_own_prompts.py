@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from data.tokenizer import load_tokenizer, train_tokenizer
 from model.recipe import Recipe
 from rl import stage_rl as stages
 from rl.config import RLConfig, TaskConfig
+from rl.plots import rl_figure
 from rl.problems import Problem
 from rl.prompts import file_prompts, judges_code, rewards_of
 from rl.tasks import make_task
@@ -53,6 +55,11 @@ def short(problem, text):
 
 def raises(problem, text):
     raise RuntimeError("always")
+
+def often(problem, text):
+    if len(text) % 3:
+        raise RuntimeError("often")
+    return len(text)
 """
 
 
@@ -144,8 +151,11 @@ def test_rewards_that_fail_count_as_nothing(folder):
     assert scores.failures["mixed"] == {
         "raised": 1, "not finite": 1, "not a number": 2, "died": 1, "hung": 1,
     }  # fmt: skip
-    assert "no such thing" in scores.messages["mixed"]["raised"]
-    assert scores.correct.tolist() == [True] * 8  # without "accuracy": a reward above 0
+    assert re.search(
+        r"KeyError: 'no such thing' \(.*rewards\.py, line 7\)", scores.messages["mixed"]["raised"]
+    )
+    assert scores.correct is None  # nothing says what is right
+    assert scores.quality == {}
 
 
 def test_rewards_beside_a_tasks_verifier(folder):
@@ -271,21 +281,94 @@ def run_train(folder: pathlib.Path, name: str, *options: str) -> subprocess.Comp
 
 @pytest.mark.slow
 def test_own_prompts_and_rewards_train(folder):
+    """Without accuracy the mean reward is told; a reward that fails stays in sight."""
     done = run_train(
         folder, "own", "--rl.prompts", str(folder / "prompts.jsonl"), "--rl.held-out", "0.2",
-        "--rl.rewards", "accuracy", f"{folder}/rewards.py:short=0.5",
-        f"{folder}/rewards.py:raises",
+        "--rl.rewards", f"{folder}/rewards.py:short=0.5", f"{folder}/rewards.py:often=0.01",
+    )  # fmt: skip
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    named = r"reward often failed \(raised\), counted as 0: RuntimeError: often "
+    named += rf"\({folder}/rewards\.py, line 24\)"
+    assert len(re.findall(named, said)) == 1
+    assert re.search(r"step 2/2 .*REWARDS FAILED \d+%", said)
+    assert re.search(
+        r"REWARDS FAILED, each counted as 0: [\d.]+ per answer, in 2 of 2 rollouts", said
+    )
+    assert re.search(
+        r"held out, 4 prompts: mean reward at temperature 1: [\d.]+ -> [\d.]+; greedy", said
+    )
+    assert "accuracy" not in said.partition("first step")[2]
+    lines = read_metrics(folder / "own")
+    assert all(0 < r["policy/failed_rewards"] < 1 for r in lines if "policy/reward" in r)
+    assert all(0 < r["policy/reward/short"] < 1 for r in lines if "policy/reward" in r)
+    assert "eval/reward_greedy" in lines[-1]
+    assert not [name for line in lines for name in line if "accuracy" in name or "correct" in name]
+    samples = [json.loads(x) for x in (folder / "own" / "samples.jsonl").read_text().splitlines()]
+    assert all("apples" in line["prompt"] for line in samples)
+    for line in samples:
+        assert line["parts"].keys() == {"short", "often"}
+        worth = 0.5 * line["parts"]["short"] + 0.01 * line["parts"]["often"]
+        assert line["reward"] == pytest.approx(worth)
+    figure = rl_figure(lines)
+    assert [axis.get_title() for axis in figure.axes] == [
+        "reward", "length (tokens)", "entropy (nats/token)", "groups without variance (share)",
+        "parts of the reward",
+    ]  # fmt: skip
+    assert all(
+        axis.lines and all(len(one.get_xdata()) for one in axis.lines) for axis in figure.axes
+    )
+    assert (folder / "own" / "rl.png").exists()
+
+
+@pytest.mark.slow
+def test_the_lines_of_the_document_for_own_prompts(tmp_path):
+    """As they stand in docs/r1.md, with a narrower model and fewer steps behind them."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/r1.md").read_text(), re.DOTALL)
+    (block,) = (block for block in blocks if "runs/own_prompts.jsonl" in block)
+    base = "--train.eval-every 0 --train.steps 2 --train.seq-len 64"
+    narrow = (
+        "--model.hidden-size 32 --model.num-layers 2 --model.num-heads 2 --model.dense-ffn-size 32 "
+        f"--model.expert-ffn-size 16 --compilation-cache {tmp_path}/programs"
+    )
+    lines = block.replace("--run-dir runs/own_base", f"--run-dir runs/own_base {narrow} {base}")
+    lines = lines.replace("--train.steps 20", f"--train.steps 2 {narrow}").replace(
+        "eval-every 10", "eval-every 2"
+    )
+    lines = lines.replace("runs/", f"{tmp_path}/").replace("python ", f"{sys.executable} ")
+    done = subprocess.run(
+        ["bash", "-ec", lines], cwd=ROOT, env=os.environ | {"XLA_FLAGS": QUICK_XLA},
+        text=True, capture_output=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "reward raises failed (raised), counted as 0: RuntimeError" in done.stdout + done.stderr
-    assert (done.stdout + done.stderr).count("counted as 0") == 1  # named once
-    lines = read_metrics(folder / "own")
-    assert [r["policy/failed_rewards"] for r in lines if "policy/reward" in r] == [1.0, 1.0]
-    assert all(0 < r["policy/reward/short"] < 1 for r in lines if "policy/reward" in r)
-    assert "eval/accuracy" in lines[-1]
-    lines = (folder / "own" / "samples.jsonl").read_text().splitlines()
-    assert all("apples" in json.loads(line)["prompt"] for line in lines)
-    assert (folder / "own" / "rl.png").exists()
+    assert re.search(r"held out, \d+ prompts: mean reward at temperature 1: [01]\.", done.stdout)
+    assert (tmp_path / "own" / "rl.png").exists()
+
+
+def test_the_document_shows_what_a_reward_gets(tmp_path, folder):
+    """Its Problem is the one that a reward is called with."""
+    text = (ROOT / "docs/r1.md").read_text()
+    (shown,) = re.findall(r"```python\n(Problem\(.*?\n\))\n```", text, re.DOTALL)
+    (line,) = re.findall(r'^\{"prompt": "What is 17 .*\}$', text, re.MULTILINE)
+    (tmp_path / "one.jsonl").write_text(line + "\n")
+    config = RLConfig(prompts=str(tmp_path / "one.jsonl"), template="r1_zero", held_out=0)
+    (problem,) = file_prompts(config, tokenizer(folder), 0).train
+    before, after = eval(shown, {"Problem": Problem}).prompt.split("[..]")
+    assert problem.prompt.startswith(before.rstrip())
+    assert problem.prompt.endswith(after)
+    assert dataclasses.replace(eval(shown, {"Problem": Problem}), prompt=problem.prompt) == problem
+
+
+@pytest.mark.slow
+def test_a_reward_that_fails_on_a_whole_first_rollout_ends_the_run(folder):
+    done = run_train(
+        folder, "failing", "--rl.prompts", str(folder / "prompts.jsonl"), "--rl.held-out", "0.2",
+        "--rl.rewards", "accuracy", f"{folder}/rewards.py:raises",
+    )  # fmt: skip
+    assert done.returncode == 2, done.stdout + done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert "a reward failed on all 8 answers of the first rollout" in last
+    assert f"reward raises: RuntimeError: always ({folder}/rewards.py, line 20)" in last
 
 
 HANGS = """

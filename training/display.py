@@ -54,7 +54,7 @@ class Display:
         if self._live is not None:
             self._live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
             return
-        evaluated = "eval/bits_per_byte" in metrics or "eval/accuracy" in metrics
+        evaluated = "eval/bits_per_byte" in metrics or "eval/length" in metrics
         matters = evaluated or step + 1 >= self._total_steps
         if matters or self._clock() >= self._next_plain:
             self._next_plain = self._clock() + self._plain_every_s
@@ -85,8 +85,10 @@ _FIELDS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("loss", "train/loss", lambda x: f"{x:.3f}"),
     ("eval", "eval/bits_per_byte", lambda x: f"{x:.3f} bits/byte"),
     ("reward", "policy/reward", lambda x: f"{x:.3f}"),
+    ("REWARDS FAILED", "policy/failed_rewards", lambda x: f"{x:.0%}" if x else ""),
     ("held-out", "eval/accuracy", lambda x: f"{x:.1%}"),
     ("greedy", "eval/accuracy_greedy", lambda x: f"{x:.1%}"),
+    ("held-out reward", "eval/reward", lambda x: f"{x:.3f}"),
     ("length", "policy/length", lambda x: f"{x:.1f}"),
     ("entropy", "policy/entropy", lambda x: f"{x:.3f}"),
     ("gap", "policy/sampler_gap", lambda x: f"{x:.1e}"),

@@ -60,6 +60,8 @@ METRICS: dict[str, Metric] = {
     "perf/mfu": Metric("1", "share of the device's BF16 peak; absent when the peak is unknown"),
     "eval/accuracy": Metric("1", "share of held-out prompts answered rightly at temperature 1"),
     "eval/accuracy_greedy": Metric("1", "the same, taking the most probable token each time"),
+    "eval/reward": Metric("1", "mean reward of held-out prompts at temperature 1, parts weighted"),
+    "eval/reward_greedy": Metric("1", "the same, taking the most probable token each time"),
     "eval/format": Metric("1", "share of the answers at temperature 1 in the form asked for"),
     "eval/step_accuracy": Metric("1", "share of the steps written there that are right"),
     "eval/length": Metric("tokens", "mean length of these answers, end token included"),

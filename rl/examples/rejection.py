@@ -87,6 +87,7 @@ def attempts(
     assert count % len(questions.ids) == 0, (count, len(questions.ids))
     group = count // len(questions.ids)
     rewards_A = scores.rewards
+    assert scores.correct is not None
     return [
         Attempt(
             problem=questions.problems[a // group],

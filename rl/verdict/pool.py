@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from rl.config import CodeLimits
 from rl.problems import Problem
 from rl.stopping import POLL_S, RolloutStoppedError, Stop, never
 from rl.verdict.child import GRACE, Child, ChildError
@@ -32,8 +33,8 @@ MAX_WORKERS = 8
 ORPHAN_SECONDS = 10.0
 """A worker whose judge is gone (killed) stops itself so long after twice the longest deadline, if
 it is in a reward; one that is idle stops at once."""
-CODE_SECONDS = 25.0
-"""Least deadline of the rewards that run code: their tests have Limits.total_seconds."""
+CODE_MARGIN = 5.0
+"""Seconds that a reward which runs code has beyond CodeLimits.total_seconds."""
 CODE = ("accuracy", "code")
 """Names of the rewards that may run code."""
 
@@ -70,7 +71,7 @@ def named(
     function's name in results."""
     name = function.rpartition(":")[2]
     if name in CODE:
-        seconds = max(seconds, CODE_SECONDS)
+        seconds = max(seconds, CodeLimits.total_seconds + CODE_MARGIN)
     return WeightedReward(name, weight, function, seconds)
 
 

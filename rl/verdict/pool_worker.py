@@ -15,6 +15,7 @@ import numbers
 import os
 import pathlib
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -100,7 +101,7 @@ def outcome(
     try:
         value = reward(problem, text, **options)
     except BaseException as error:
-        return {"kind": "raised", "message": _described(error)}
+        return {"kind": "raised", "message": _described(error) + _place(error, reward)}
     value = _plain(value)
     if not isinstance(value, numbers.Real):
         what = f"{type(value).__name__} {str(value)[:MESSAGE]!r}"
@@ -128,6 +129,14 @@ def _described(error: BaseException) -> str:
     except BaseException:
         said = "(its message raises)"
     return f"{type(error).__name__}: {said}"[:MESSAGE]
+
+
+def _place(error: BaseException, reward: Callable[..., Any]) -> str:
+    """Where it was raised, in words: the last line in the reward's own file, if there is one."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = getattr(inspect.unwrap(reward), "__code__", None)
+    found = [one for one in frames if own and one.filename == own.co_filename] or frames[-1:]
+    return "".join(f" ({one.filename}, line {one.lineno})" for one in found[-1:])
 
 
 def _main() -> None:

@@ -19,6 +19,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from rl.config import CodeLimits
 from rl.problems import Problem
 from rl.verdict import worded_answers
 from rl.verdict.answers import (
@@ -32,11 +33,13 @@ from rl.verdict.answers import (
     final_answer,
     opened,
 )
-from rl.verdict.code_tests import read_tests
+from rl.verdict.code_tests import ProgramTest, read_tests
 from rl.verdict.mathematics import equivalence
 from rl.verdict.mathematics.quantities import read_number
 from rl.verdict.sandbox import Limits, run_tests
 
+_START_SECONDS = 0.1
+"""To start a program, with what a busy machine adds."""
 Reward = Callable[..., float]
 """(problem, text, **options) -> float."""
 
@@ -60,16 +63,16 @@ _WORD = re.compile(rf"[{_UNSPACED}]|(?:(?![{_UNSPACED}_\d])\w)+")
 _NO_PROSE = re.compile(r"^ {0,3}```.*?(?:^ {0,3}```|\Z)|\\[A-Za-z]+", re.MULTILINE | re.DOTALL)
 
 
-def accuracy(problem: Problem, text: str, unsafe: bool = False) -> float:
+def accuracy(problem: Problem, text: str, unsafe: bool = False, **limits: Any) -> float:
     """1.0 if the final answer is right, otherwise 0.0 (R1 report, 2.2.2: rule-based accuracy).
 
-    unsafe: of code, see `rl/verdict/sandbox.py:Limits`.
+    unsafe, limits: of code, fields of `rl/verdict/sandbox.py:Limits`.
     Raises ValueError if the problem does not say what is right (see `check_problem`), and
     rl.verdict.mathematics.symbolic.UndecidedError if sympy reaches no verdict in time.
     """
     kind = kind_of(problem)
     if kind == "code":
-        return code(problem, text, unsafe=unsafe)
+        return code(problem, text, unsafe=unsafe, **limits)
     expected = _expected(problem, kind)
     answer, marked = final_answer(text, opened(problem))
     match kind:
@@ -93,13 +96,28 @@ def accuracy(problem: Problem, text: str, unsafe: bool = False) -> float:
 def code(problem: Problem, text: str, **limits: Any) -> float:
     """1.0 if the last code block passes every test of the problem, otherwise 0.0.
 
-    limits: fields of `rl/verdict/sandbox.py:Limits`. ValueError for wrong limits or tests, and
-    where nothing keeps the code in.
+    A problem's "prelude" comes before the code, which may go on in it. limits: fields of
+    `rl/verdict/sandbox.py:Limits`. ValueError for wrong limits or tests, and where nothing keeps
+    the code in; TimeoutError if no test failed, but not all could be run in time.
     """
     tests = read_tests(problem.answer.get("tests"))
     source = code_block(text, opened(problem))
+    prelude = problem.answer.get("prelude", "")
+    if source and prelude and "__future__" not in source:
+        goes_on = "```" not in text and CLOSE not in text  # with the indentation that it has
+        source = f"{prelude}\n{text if goes_on else source}"
     allowed = Limits(**limits)
-    return float(bool(source) and all(run_tests(source, tests, allowed).passed))
+    report = run_tests(source, tests, allowed, every=False)
+    failed = [reason for reason in report.reasons if reason]
+    # A program stopped before its own limit had no more left of the time for all.
+    late = f"time limit of {allowed.seconds:.3g} s"
+    unjudged = failed and all(reason.startswith(("not run", "time limit")) for reason in failed)
+    if source and unjudged and late not in failed:
+        raise TimeoutError(
+            f"{allowed.total_seconds:g} s for all tests had passed, and none had failed; give "
+            "--rl.code.total-seconds more, or fewer tests"
+        )
+    return float(bool(source) and not failed)
 
 
 def format(problem: Problem, text: str, answer_tags: bool = False) -> float:
@@ -162,11 +180,11 @@ def kind_of(problem: Problem) -> str:
     return problem.task
 
 
-def check_problem(problem: Problem) -> None:
+def check_problem(problem: Problem, limits: CodeLimits | None = None) -> None:
     """Raises ValueError if `accuracy` could not judge any answer to this problem."""
     kind = kind_of(problem)
     if kind == "code":
-        read_tests(problem.answer.get("tests"))
+        check_tests(problem, limits)
         return
     expected = _expected(problem, kind)
     if kind == "number":
@@ -175,12 +193,19 @@ def check_problem(problem: Problem) -> None:
         worded_answers.same_choice(str(expected), "A", _choices(problem))
 
 
-def check_tests(problem: Problem) -> None:
+def check_tests(problem: Problem, limits: CodeLimits | None = None) -> None:
     """Raises ValueError if `code` could not judge answers to this problem, whatever they are."""
+    limits = limits or CodeLimits()
     try:
-        read_tests(problem.answer.get("tests"))
+        tests = read_tests(problem.answer.get("tests"))
     except ValueError as error:
         raise ValueError(f"reward code: {error}") from None
+    programs = sum(isinstance(test, ProgramTest) for test in tests)
+    if (needed := programs * _START_SECONDS) > limits.total_seconds:
+        raise ValueError(
+            f"reward code: {programs} tests start a program each, which may take {needed:.0f} s; "
+            f"--rl.code.total-seconds is {limits.total_seconds:g}: raise it, or give fewer tests"
+        )
 
 
 def _expected(problem: Problem, kind: str) -> Any:

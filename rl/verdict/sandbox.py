@@ -38,9 +38,13 @@ import time
 from collections.abc import Sequence
 from typing import IO, Any, Literal, NamedTuple
 
+from rl.config import CodeLimits
 from rl.verdict.code_tests import FunctionTest, ProgramTest, Test, ValueTest
+from rl.verdict.printed import same_text
 from rl.verdict.sandbox_values import Unit, units, why_not
 
+_KEPT_OF_STDERR = 2**18
+"""Bytes, from the end."""
 GRACE = 0.3
 """Seconds from TERM to KILL."""
 _PROGRAM = pathlib.Path(__file__).with_name("sandbox_program.py")
@@ -59,34 +63,11 @@ processes (read-only: root may write to /proc/sys), or an empty one; no namespac
 
 
 @dataclasses.dataclass(frozen=True)
-class Limits:
-    """What a program may use."""
+class Limits(CodeLimits):
+    """What a program may use, and what keeps it in."""
 
-    seconds: float = 4.0
-    """Wall time of one program."""
-    cpu_seconds: float = 4.0
-    """CPU time of one process, rounded up to whole seconds."""
-    total_seconds: float = 20.0
-    """Wall time of all tests of one answer; what is not done by then has failed."""
-    memory_mb: int = 512
-    """Address space, in 2^20 bytes."""
-    file_mb: int = 16
-    """Largest file that it may write, in 2^20 bytes."""
-    output_kb: int = 64
-    """Standard output and standard error together, in 2^10 bytes; more ends the program."""
-    processes: int = 16
-    """Processes and threads of the program (if unsafe: of the user, above those that run when it
-    starts); not counted for root."""
     unsafe: bool = False
     """Run it under these limits alone, with the user's rights and no bubblewrap."""
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name == "unsafe":
-                continue
-            if not isinstance(value, int | float) or not 0 < value < float("inf"):
-                raise ValueError(f"limit {field.name} is {value!r}; give a number above 0")
 
 
 class Report(NamedTuple):
@@ -105,9 +86,12 @@ class _Outcome(NamedTuple):
     """Why the program counts as failed; '' if it ended by itself with status 0."""
 
 
-def run_tests(code: str, tests: Sequence[Test], limits: Limits | None = None) -> Report:
+def run_tests(
+    code: str, tests: Sequence[Test], limits: Limits | None = None, every: bool = True
+) -> Report:
     """Runs every test: one process per ProgramTest, one process for all tests of functions.
 
+    every: False ends with the first ProgramTest that fails, or before them if another has failed.
     Whatever the code does, the result is a report. Raises ValueError if nothing keeps the code in
     and `limits` do not say that this is accepted (see `check_isolation`).
     """
@@ -123,10 +107,14 @@ def run_tests(code: str, tests: Sequence[Test], limits: Limits | None = None) ->
     for number, test in enumerate(tests):
         if isinstance(test, ProgramTest):
             left = end - time.monotonic()
+            if not every and any(reasons.values()):
+                reasons[number] = "not run: another test had failed"
+                continue
             if left <= 0:
                 reasons[number] = f"not run: {limits.total_seconds:g} s for all tests had passed"
                 continue
-            shorter = dataclasses.replace(limits, seconds=min(limits.seconds, left))
+            room = limits.output_kb + len(test.stdout) // 2**9  # twice what is expected
+            shorter = dataclasses.replace(limits, seconds=min(limits.seconds, left), output_kb=room)
             reasons[number] = _check_program(code, test, shorter)
     ordered = [reasons[number][:200] for number in range(len(tests))]
     isolation = "limits alone" if limits.unsafe else "bubblewrap"
@@ -182,7 +170,22 @@ def _probed() -> _Probed:
 
 def _command(mode: str, folder: str, limits: Limits, further: Sequence[str] = ()) -> list[str]:
     """The command that runs solution.py of the folder, in bubblewrap unless `limits` are unsafe."""
-    others = _running() if limits.unsafe else 1  # a new user namespace counts from 0
+    given = _kernel_limits(limits, others=_running() if limits.unsafe else 1)
+    # The interpreter itself, not the link of a virtual environment: only the standard library.
+    python = [os.path.realpath(sys.executable), "-I", "-S", "-B"]
+    if limits.unsafe:
+        return [*python, str(_PROGRAM), mode, *given]
+    bwrap = shutil.which("bwrap")
+    assert bwrap
+    command = [bwrap, *_KEPT_IN, *further, "--bind", folder, "/tmp", "--chdir", "/tmp"]
+    for place in (*_SYSTEM, os.path.realpath(sys.base_prefix), python[0]):
+        command += ["--ro-bind-try", place, place]
+    command += ["--ro-bind", str(_PROGRAM), "/program.py", "--remount-ro", "/"]
+    return [*command, *python, "/program.py", mode, *given]
+
+
+def _kernel_limits(limits: CodeLimits, others: int) -> list[str]:
+    """Limits as the program sets them on itself; a new user namespace counts processes from 0."""
     options = {
         "RLIMIT_CORE": 0,
         "RLIMIT_CPU": math.ceil(limits.cpu_seconds),
@@ -190,17 +193,7 @@ def _command(mode: str, folder: str, limits: Limits, further: Sequence[str] = ()
         "RLIMIT_FSIZE": int(limits.file_mb * 2**20),
         "RLIMIT_NPROC": int(limits.processes) + others,
     }
-    # The interpreter itself, not the link of a virtual environment: only the standard library.
-    python = [os.path.realpath(sys.executable), "-I", "-S", "-B"]
-    if limits.unsafe:
-        return [*python, str(_PROGRAM), mode, json.dumps(options)]
-    bwrap = shutil.which("bwrap")
-    assert bwrap
-    command = [bwrap, *_KEPT_IN, *further, "--bind", folder, "/tmp", "--chdir", "/tmp"]
-    for place in (*_SYSTEM, os.path.realpath(sys.base_prefix), python[0]):
-        command += ["--ro-bind-try", place, place]
-    command += ["--ro-bind", str(_PROGRAM), "/program.py", "--remount-ro", "/"]
-    return [*command, *python, "/program.py", mode, json.dumps(options)]
+    return [f"{name}={value}" for name, value in options.items()]
 
 
 def _running() -> int:
@@ -219,20 +212,16 @@ def _check_program(code: str, test: ProgramTest, limits: Limits) -> str:
     if outcome.reason:
         return outcome.reason
     printed = outcome.stdout.decode("utf-8", "replace")
-    if _lines(printed) != _lines(test.stdout):
+    if not same_text(printed, test.stdout):
         return f"printed {printed[:80]!r}, not {test.stdout[:80]!r}"
     return ""
-
-
-def _lines(text: str) -> list[str]:
-    return [line.rstrip() for line in text.rstrip().split("\n")]
 
 
 def _check_functions(code: str, tests: list[FunctionTest | ValueTest], limits: Limits) -> list[str]:
     nonce = secrets.token_hex(16)
     same = f"same_{nonce}"
     parts = [
-        [Unit("eval", test.call.strip())]
+        [Unit("json", test.call.strip())]
         if isinstance(test, ValueTest)
         else units(test.check, same)
         for test in tests
@@ -334,7 +323,7 @@ def _first_process(info: bytes) -> int | None:
     return None
 
 
-def _collect(process: subprocess.Popen, limits: Limits) -> tuple[bytes, bytes, str]:
+def _collect(process: subprocess.Popen, limits: CodeLimits) -> tuple[bytes, bytes, str]:
     """Output until both streams close, or the reason to stop before that."""
     end, room = time.monotonic() + limits.seconds, int(limits.output_kb * 2**10)
     texts: dict[Any, bytearray] = {process.stdout: bytearray(), process.stderr: bytearray()}
@@ -346,8 +335,10 @@ def _collect(process: subprocess.Popen, limits: Limits) -> tuple[bytes, bytes, s
             left = end - time.monotonic()
             for key, _ in selector.select(max(left, 0)):
                 read = os.read(key.fd, 65536)
-                texts[key.fileobj] += read[:room]
-                room -= len(read)
+                texts[key.fileobj] += read
+                if key.fileobj is process.stderr:  # what it says for its author: the end is kept
+                    del texts[key.fileobj][:-_KEPT_OF_STDERR]
+                room -= len(read) * (key.fileobj is process.stdout)
                 if not read:
                     selector.unregister(key.fileobj)
             if room < 0:

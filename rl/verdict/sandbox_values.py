@@ -7,9 +7,14 @@ be never enters it. A class whose `__eq__` always agrees, or a changed `assert`,
 import ast
 import json
 import math
+import sys
 import warnings
+from decimal import Decimal
 from typing import Any, NamedTuple
 
+from rl.verdict.printed import near
+
+sys.set_int_max_str_digits(100_000)  # results of 5,000 digits are no attack, and read in 1 ms
 _UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError)
 
 
@@ -17,7 +22,8 @@ class Unit(NamedTuple):
     """Part of a test of functions: what the sandbox runs, and what has to come of it."""
 
     kind: str
-    """exec: a statement that raises nothing. eval: an expression with the value `expected`."""
+    """exec: a statement that raises nothing. eval: an expression with the value `expected`. json:
+    an expression whose value is read as JSON would have it, so that an iterator is a list."""
     text: str
     expected: Any = None
     identical: bool = False
@@ -30,12 +36,14 @@ class Unit(NamedTuple):
         try:
             found = read_value(text)
             right = found is self.expected if self.identical else found == self.expected
+            said = self.message or _differs(found, self.expected)
         except _UNREADABLE:
             return "the result cannot be read"
-        if right:
-            return ""
-        said = self.message or f"the value is {str(found)[:80]}, not {str(self.expected)[:80]}"
-        return f"AssertionError: {said}"
+        return "" if right else f"AssertionError: {said}"
+
+
+def _differs(found: Any, expected: Any) -> str:
+    return f"the value is {str(found)[:80]}, not {str(expected)[:80]}"
 
 
 def read_value(text: str) -> Any:
@@ -59,6 +67,8 @@ def _read(data: Any) -> Any:
             return {_read(key): _read(item) for key, item in content}
         case "bytes":
             return bytes.fromhex(content)
+        case "int":
+            return int(content, 16)
         case "complex":
             return complex(*content)
     raise ValueError(f"{kind!r} is no kind of value")
@@ -68,7 +78,8 @@ def same_value(found: Any, expected: Any, tolerance: float = 0.0) -> bool:
     """Whether plain data is the JSON value `expected`.
 
     Types are JSON's: true is not 1, a tuple is a list, every key of a dict is a text. Numbers
-    compare by value, 1 and 1.0 being one; with a tolerance they may differ by as much.
+    compare by value, 1 and 1.0 being one; with a tolerance they may differ by as much. A float
+    may be one that is `near`: 0.1 + 0.2 is 0.3.
     """
     if isinstance(expected, bool) or expected is None:
         return found is expected
@@ -88,20 +99,21 @@ def same_value(found: Any, expected: Any, tolerance: float = 0.0) -> bool:
         return isinstance(found, str) and found == expected
     if isinstance(found, bool) or not isinstance(found, int | float):
         return False
+    if found == expected or (tolerance > 0 and abs(found - expected) <= tolerance):
+        return True
     if math.isnan(expected):
         return math.isnan(found)
-    return found == expected or (tolerance > 0 and abs(found - expected) <= tolerance)
+    floats = isinstance(expected, float) and math.isfinite(expected) and math.isfinite(found)
+    return floats and near(Decimal(repr(found)), Decimal(repr(expected)))
 
 
 def why_not(text: str, expected: Any, tolerance: float) -> str:
     """'' if `text`, JSON from the sandbox, is the JSON value `expected`; else what it is."""
     try:
         found = read_value(text)
-        if same_value(found, expected, tolerance):
-            return ""
+        return "" if same_value(found, expected, tolerance) else _differs(found, expected)
     except _UNREADABLE:
         return "the result cannot be read"
-    return f"the value is {str(found)[:80]}, not {str(expected)[:80]}"
 
 
 def is_json(value: Any) -> bool:

@@ -11,12 +11,12 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from rl.config import RLConfig
+from rl.config import CodeLimits, RLConfig
 from rl.problems import Problem
 from rl.prompts import rewards_of
 from rl.stopping import RolloutStoppedError, Stop, never
 from rl.tasks.task import Task, summary
-from rl.verdict.pool import CODE, Judge, Pool, named
+from rl.verdict.pool import CODE, CODE_MARGIN, Judge, Pool, named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Scores:
     """Rewards by name, float64 [A]; NaN where an answer cannot be scored."""
     weights: dict[str, float]
     """Weight of each part in the reward; parts of weight 0 are only watched."""
-    correct: np.ndarray
-    """bool [A]."""
+    correct: np.ndarray | None
+    """bool [A]; None where no reward says what is right."""
     quality: dict[str, float]
     """accuracy, format, step_accuracy (`rl/tasks/task.py:summary`), or fewer of these."""
     failures: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
@@ -42,8 +42,13 @@ class Scores:
         """Weighted sum, float64 [A]."""
         return sum(
             (self.weights[name] * part for name, part in self.parts.items() if self.weights[name]),
-            np.zeros(len(self.correct)),
+            np.zeros(self.answers),
         )
+
+    @property
+    def answers(self) -> int:
+        """Number of answers, A."""
+        return len(next(iter(self.parts.values())))
 
 
 class Scorer(Protocol):
@@ -95,8 +100,8 @@ class JudgeScorer:
     """Scores by rewards in processes of their own, beside a task's verifier if there is one.
 
     A reward that fails on an answer is worth 0 there and is counted. An answer is correct if its
-    part "accuracy" is 1; without that part, if its reward is above 0. With several processes the
-    first one judges for all.
+    part "accuracy" is 1; without that part nobody knows. With several processes the first one
+    judges for all.
     """
 
     judge: Judge
@@ -120,12 +125,11 @@ class JudgeScorer:
             )  # fmt: skip
         weights = dict(self.weights)
         add_overlong(parts, weights, lengths, self.rl)
-        scores = Scores(parts, weights, np.zeros(len(texts), bool), {}, failures, messages)
-        right = parts["accuracy"] == 1 if "accuracy" in parts else scores.rewards > 0
-        quality = {"accuracy": float(right.mean())}
+        right = parts["accuracy"] == 1 if "accuracy" in parts else None
+        quality = {} if right is None else {"accuracy": float(right.mean())}
         if "format" in parts:
             quality["format"] = float(parts["format"].mean())
-        return dataclasses.replace(scores, correct=right, quality=quality)
+        return Scores(parts, weights, right, quality, failures, messages)
 
     def _judge_once(self, problems: Sequence[Problem], texts: Sequence[str], stop: Stop):
         """Values [rewards, A] on every process; failures and messages on the first."""
@@ -162,12 +166,14 @@ def judge_scorer(rl: RLConfig, task: Task | None) -> JudgeScorer:
             dataclasses.replace(one, options=tags) if one.function == "format" else one
             for one in chosen
         ]
-    if rl.unsafe_code:
-        chosen = [
-            dataclasses.replace(one, options={"unsafe": True}) if one.function in CODE else one
-            for one in chosen
-        ]
-    patience = max(1.0, rl.reward_timeout / RLConfig.reward_timeout)
+    limits = dataclasses.asdict(rl.code) | {"unsafe": rl.unsafe_code}
+    seconds = max(rl.reward_timeout, rl.code.total_seconds + CODE_MARGIN)
+    chosen = [
+        dataclasses.replace(one, options=limits, seconds=seconds) if one.function in CODE else one
+        for one in chosen
+    ]
+    longest = rl.code.total_seconds / CodeLimits.total_seconds
+    patience = max(1.0, rl.reward_timeout / RLConfig.reward_timeout, longest)
     judge = Judge(chosen, Pool(batch_seconds=Pool.batch_seconds * patience))
     return JudgeScorer(judge, {one.name: one.weight for one in chosen}, rl, own)
 
