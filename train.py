@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 STARTED = time.monotonic()
 SAMPLE_LENGTH = 128
+OWN_OPTIONS = ("run-dir", "data.cache-dir", "profile")
+"""Options that may differ between processes: names of places, which are compared as places."""
 RECIPES = Path(__file__).resolve().parent / "runs"
 """Folder of the scripts that --recipe runs."""
 
@@ -95,6 +97,7 @@ def prepare_data(run: RunConfig, say: "Say") -> "Prepared":
 
     from data.prepare import prepare
     from rl.corpus import corpus_data
+    from runtime.agreement import agree
     from runtime.processes import barrier
 
     if jax.process_index() > 0:
@@ -108,6 +111,11 @@ def prepare_data(run: RunConfig, say: "Say") -> "Prepared":
             f"tokenizer has {prepared.tokenizer.vocab_size} ids, model.vocab_size is "
             f"{run.model.vocab_size}; raise the model's to at least that"
         )
+    stores = {
+        f"{store.meta['source']} (names, sizes and times of files)": store.meta["fingerprint"]
+        for store in prepared.stores
+    }
+    agree("data", {"tokenizer": prepared.tokenizer.sha256, **stores})
     return prepared
 
 
@@ -247,14 +255,16 @@ def train(command: Command) -> int:
     if command.recipe:
         raise ValueError(f"recipe {command.recipe} is no single run; only main() starts one")
     from checkpoint.folder import how_to_resume
+    from runtime.agreement import agree_on_command
     from runtime.processes import when_lost
     from runtime.start import is_first_process, start
-    from training.run import Session, check_initial_weights
+    from training.run import Session, check_initial_weights, run_folder
     from training.summary import summary
 
     run = command.run
     when_lost(lambda: how_to_resume(Path(run.run_dir) / "checkpoints"))
     start(command, idle=command.print_config)
+    agree_on_command(command, ("run",), OWN_OPTIONS)
     trainer, stage = make_trainer(run), stage_of(run)
 
     def say(line: str) -> None:
@@ -267,8 +277,9 @@ def train(command: Command) -> int:
         return 0
     session = Session(say, STARTED, command.init_from, command.profile_steps)
     say("\n".join(derived))
-    check_initial_weights(run, command.init_from)
-    return stage.run_stage(run, trainer, session)
+    with run_folder(run, trainer, say):
+        check_initial_weights(run, command.init_from)
+        return stage.run_stage(run, trainer, session)
 
 
 if __name__ == "__main__":

@@ -112,6 +112,11 @@ def barrier(name: str) -> None:
         _Watch.current.barrier(name)
 
 
+def exchange(name: str, value: str) -> list[str]:
+    """What every process says under `name`, by its number; all of them ask, each `name` once."""
+    return [value] if _Watch.current is None else _Watch.current.exchange(name, value)
+
+
 def connect(mesh: Mesh) -> None:
     """Let the devices of every combination of mesh axes meet, where they do so over Gloo.
 
@@ -212,6 +217,14 @@ class _Watch:
     def barrier(self, name: str) -> None:
         """Wait for all; a process that ends meanwhile ends this one, too."""
         self._client.wait_at_barrier(f"meshseek/{name}", _LONGEST_WAIT_MS)
+
+    def exchange(self, name: str, value: str) -> list[str]:
+        """Tell all others, hear all others."""
+        key = f"meshseek/say/{name}"
+        self._set(f"{key}/{self._index}", value)
+        self.barrier(name)
+        said = {int(k.rpartition("/")[2]): v for k, v in self._client.key_value_dir_get(key)}
+        return [said[i] for i in range(self._count)]
 
     # ---- Listening ----
 
