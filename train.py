@@ -17,6 +17,8 @@ from configs.command import Command, parse, print_config
 from configs.schema import RunConfig
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from data.prepare import Prepared
     from model.recipe import Recipe
     from sharding.partition import Layout
@@ -62,6 +64,7 @@ def stage_of(run: RunConfig) -> Stage:
 
 def make_trainer(run: RunConfig) -> "Trainer":
     """Check everything that can be checked before data is read or an array exists."""
+    from checkpoint.retention import check_retention
     from data.prepare import check_config
     from model.kernels import choose
     from model.recipe import Recipe
@@ -80,6 +83,7 @@ def make_trainer(run: RunConfig) -> "Trainer":
             f"{run.model.vocab_size}; make the model's at least as large"
         )
     check_schedules(run.train, BatchPlan(run.train))
+    check_retention(run.checkpoint)
     layout = make_layout(run.mesh)
     choice = choose(run.kernels, run.model, run.train.dtype, layout, run.train.fp8)
     recipe = Recipe(run.train.dtype, run.train.remat, choice.kernels, fp8=run.train.fp8)
@@ -139,6 +143,7 @@ class Pretraining:
         from training.run import open_loop, to_end, train_on, write_settings
 
         prepared = prepare_data(run, session.say)
+        check_sample(run, trainer, prepared)
         connect(trainer.layout.mesh)
         evaluate = held_out_evaluation(trainer, prepared, run.train.eval_batches)
         loop = open_loop(run, trainer, session, evaluate)
@@ -168,16 +173,43 @@ def held_out_evaluation(trainer: "Trainer", prepared: "Prepared", max_batches: i
     return lambda state: evaluate(trainer, state, reader, rows, num_rows)
 
 
-def sample_text(trainer: "Trainer", state: "State", prepared: "Prepared", text: str) -> str:
-    """`text` continued by generation/, to SAMPLE_LENGTH tokens or the length of a sequence."""
+def sample_start(trainer: "Trainer", prepared: "Prepared", text: str) -> "np.ndarray":
+    """Ids that a sample begins with, int32 [n]: of `text`, cut where a sequence has no room."""
     import numpy as np
 
+    tokenizer = prepared.tokenizer
+    ids = np.append(np.int32(tokenizer.eos_id), tokenizer.encode(text))
+    return ids[: max(trainer.train.seq_len, 2) - 1]
+
+
+def check_sample(run: RunConfig, trainer: "Trainer", prepared: "Prepared") -> None:
+    """Raise, before training, what the sample would after it, and ValueError for a prompt that
+    would be cut."""
+    from generation.engine import Generator
+    from rl.corpus import sample_prompt
+
+    text = run.sample_prompt or sample_prompt(run.task, run.seed)
+    prompt = sample_start(trainer, prepared, text)
+    needed = 1 + len(prepared.tokenizer.encode(text))
+    if run.sample_prompt and needed > len(prompt):
+        raise ValueError(
+            f"--sample-prompt takes {needed} tokens, one at its start included, and a sequence has "
+            f"room for {len(prompt)} (--train.seq-len {run.train.seq_len}, and one to come); "
+            "shorten it"
+        )
+    Generator(trainer.model, trainer.recipe, trainer.layout).check([prompt], 1, False)
+
+
+def sample_text(trainer: "Trainer", state: "State", prepared: "Prepared", text: str) -> str:
+    """`text` continued by generation/, to SAMPLE_LENGTH tokens, half as many after a long text, or
+    the length of a sequence."""
     from generation.config import Sampling
     from generation.engine import Generator
 
     tokenizer = prepared.tokenizer
-    prompt = np.append(np.int32(tokenizer.eos_id), tokenizer.encode(text))
-    room = max(1, min(SAMPLE_LENGTH, trainer.train.seq_len) - len(prompt))
+    prompt = sample_start(trainer, prepared, text)
+    longest = max(SAMPLE_LENGTH, len(prompt) + SAMPLE_LENGTH // 2)
+    room = max(1, min(longest, trainer.train.seq_len) - len(prompt))
     generator = Generator(trainer.model, trainer.recipe, trainer.layout)
     weights = generator.prepare({tree: state[tree] for tree in ("params", "router_bias")})
     sampling = Sampling(temperature=0.8, seed=prepared.seed)

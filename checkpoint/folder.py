@@ -73,11 +73,8 @@ def checkpoint_bytes(state: Any) -> int:
 
 
 def no_room(folder: Path, needed: int) -> str | None:
-    """Reason why checkpoints of `needed` bytes do not fit onto the folder's disk; None: they do."""
+    """Reason why `needed` bytes do not fit onto the disk of a folder; None: they do."""
     free = shutil.disk_usage(folder).free
     if free >= needed:
         return None
-    return (
-        f"checkpoints of {needed:,} bytes do not fit onto the disk of {folder}, which has {free:,} "
-        "bytes free"
-    )
+    return f"{needed:,} bytes do not fit onto the disk of {folder}, which has {free:,} bytes free"

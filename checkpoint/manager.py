@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,12 +36,26 @@ from checkpoint.folder import (
     unfinished,
     unreadable_reason,
 )
-from checkpoint.retention import KeepNewestAndBest
+from checkpoint.retention import KeepNewestAndBest, check_retention
 
-# Orbax says on every opening that a checkpoint opened for reading is opened for reading.
-logging.getLogger("absl").addFilter(
-    lambda record: not re.search("read.only", record.getMessage(), re.IGNORECASE)
-)
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for what Orbax says on every opening for reading, and for its tracebacks of a save that
+    failed, of which one line is said here."""
+    message = record.getMessage()
+    told = record.exc_info and ("orbax" in record.pathname or "orbax" in message)
+    return not (told or re.search("read.only", message, re.IGNORECASE))
+
+
+def _unraisable(report: "sys.UnraisableHookArgs", before: Any = sys.unraisablehook) -> None:
+    """Writes under way when a save failed find their event loop closed: no news either."""
+    if str(report.exc_value) != "Event loop is closed":
+        before(report)
+
+
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).addFilter(_is_news)
+sys.unraisablehook = _unraisable
 
 ELSEWHERE = "another process could not read it"
 
@@ -59,11 +74,7 @@ class CheckpointManager:
     def __init__(
         self, folder: str | os.PathLike[str], config: CheckpointConfig, read_only: bool = False
     ):
-        if config.keep < 1 or config.keep_best < 0:
-            raise ValueError(
-                f"checkpoint.keep={config.keep}, keep_best={config.keep_best}; keep at least 1 of "
-                "the newest and 0 or more of the best"
-            )
+        check_retention(config)
         self._folder = Path(folder).absolute()
         self._read_only = read_only
         self._asynchronous = config.asynchronous
@@ -347,7 +358,8 @@ def _held_out_loss(metrics: Mapping[str, float | str]) -> float | None:
 
 def _first_line(error: Exception) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()] or [""]
-    return f"{type(error).__name__}: {lines[0][:300]}"
+    line = lines[0] if len(lines[0]) <= 400 else f"{lines[0][:160]} ... {lines[0][-220:]}"
+    return f"{type(error).__name__}: {line}"
 
 
 def _everywhere(ok: bool) -> bool:
@@ -362,5 +374,7 @@ def _of_first(numbers: list[int]) -> list[int]:
     if jax.process_count() == 1:
         return numbers
     count = int(multihost_utils.broadcast_one_to_all(np.int32(len(numbers))))
+    if not count:
+        return []
     mine = np.resize(np.array([*numbers, 0], np.int32), count)
     return np.asarray(multihost_utils.broadcast_one_to_all(mine)).tolist()

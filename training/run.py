@@ -169,14 +169,14 @@ def _check_room(run: Run, trainer: Trainer, say: Say) -> None:
     if left < 1:
         return
     if reason := no_room(folder, size):
-        raise ValueError(f"{reason}; make room, or give another --run-dir")
+        raise ValueError(f"a checkpoint's {reason}; make room, or give another --run-dir")
     config = run.checkpoint
     saves = 1 + (left - 1) // config.every if config.every else 1
     most = min(saves, config.keep + config.keep_best + 1 - len(done))
     if reason := no_room(folder, most * size):
         say(
-            f"warning: {most} checkpoints will lie in {folder} at a time; {reason}. Make room, or "
-            "lower --checkpoint.keep and --checkpoint.keep-best"
+            f"warning: {most} more checkpoints will lie there at a time, and their {reason}; make "
+            "room, or lower --checkpoint.keep and --checkpoint.keep-best"
         )
 
 
