@@ -119,7 +119,7 @@ def prepare_data(run: RunConfig, say: "Say") -> "Prepared":
         f"{store.meta['source']} (names, sizes and times of files)": store.meta["fingerprint"]
         for store in prepared.stores
     }
-    agree("data", {"tokenizer": prepared.tokenizer.sha256, **stores})
+    agree("data", lambda: {"tokenizer": prepared.tokenizer.sha256, **stores})
     return prepared
 
 
@@ -287,7 +287,8 @@ def train(command: Command) -> int:
     if command.recipe:
         raise ValueError(f"recipe {command.recipe} is no single run; only main() starts one")
     from checkpoint.folder import how_to_resume
-    from runtime.agreement import agree_on_command
+    from checkpoint.weights import version_of
+    from runtime.agreement import agree, agree_on_command
     from runtime.processes import when_lost
     from runtime.start import is_first_process, start
     from training.run import Session, check_initial_weights, run_folder
@@ -297,6 +298,10 @@ def train(command: Command) -> int:
     when_lost(lambda: how_to_resume(Path(run.run_dir) / "checkpoints"))
     start(command, idle=command.print_config)
     agree_on_command(command, ("run",), OWN_OPTIONS)
+    agree(
+        "weights",
+        lambda: {place: version_of(place) for place in (command.init_from, run.sft.policy)},
+    )
     trainer, stage = make_trainer(run), stage_of(run)
 
     def say(line: str) -> None:

@@ -155,6 +155,15 @@ def weights_version(weights: Weights) -> str:
     return digest.hexdigest()[:16]
 
 
+def version_of(place: str) -> str:
+    """`weights_version` of a folder; "none" where there are no weights (whoever reads them says
+    why)."""
+    try:
+        return weights_version(open_weights(Path(place))) if place else "none"
+    except (ValueError, OSError):
+        return "none"
+
+
 def array_spec(step_folder: Path, name: str) -> dict[str, Any]:
     """Place of the array `name` in Orbax's checkpoint, as a tensorstore spec (zarr in OCDBT)."""
     base = f"file://{(step_folder / 'state').absolute()}"

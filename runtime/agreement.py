@@ -10,7 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,15 @@ SHOWN = 8
 """Differences that a message names."""
 
 
-def agree(topic: str, facts: Mapping[str, Any]) -> None:
+def agree(topic: str, facts: Callable[[], Mapping[str, Any]]) -> None:
     """Raise ValueError, on every process, that names the `facts` in which processes differ.
 
-    All processes call it, once for each topic. A fact is compared as text.
+    All processes call it, once for each topic; a single one asks for no facts. They are compared
+    as text.
     """
     if jax.process_count() == 1:
         return
-    index, mine = jax.process_index(), {name: str(value) for name, value in facts.items()}
+    index, mine = jax.process_index(), {name: str(value) for name, value in facts().items()}
     first = json.loads(exchange(f"{topic} of process 0", "" if index else json.dumps(mine))[0])
     lines = [
         f"{name}: {first.get(name, 'nothing')} in process 0, {mine.get(name, 'nothing')} in "
@@ -70,9 +71,8 @@ def agree_on_command(
       besides: beginnings of options that each process may have its own of, as it may of those
         in RuntimeOptions.
     """
-    if jax.process_count() > 1:
-        agree("options", option_facts(command, unnamed, besides))
-        agree("code", code_facts())
+    agree("options", lambda: option_facts(command, unnamed, besides))
+    agree("code", code_facts)
 
 
 def option_facts(

@@ -24,18 +24,20 @@ _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 @contextlib.contextmanager
-def hold(file: Path, say: Callable[[str], None]) -> Generator[str]:
+def hold(file: Path, what: str, say: Callable[[str], None]) -> Generator[str]:
     """Hold `file`, which is made and removed here, during the block; gives a token found in it.
 
-    say: told when there is something to wait for. Raises ValueError that names the process that
-    holds it, OSError if the file cannot be written.
+    Args:
+      what: what the file stands for, to begin messages with.
+      say: told when there is something to wait for.
+    Raises ValueError that names the process that holds it, OSError if it cannot be written.
     """
-    handle = _take(file, say)
+    handle = _take(file, what, say)
     token, ended = secrets.token_hex(8), threading.Event()
     now = time.strftime("%Y-%m-%d %H:%M:%S")
     holder = {"host": socket.gethostname(), "process": os.getpid(), "since": now}
     content = json.dumps({**holder, "boot": _boot(), "token": token}) + "\n"
-    beat = threading.Thread(target=_beat, args=(file, handle, token, ended), daemon=True)
+    beat = threading.Thread(target=_beat, args=(file, what, handle, token, ended), daemon=True)
     try:
         os.ftruncate(handle, 0)
         os.pwrite(handle, content.encode(), 0)
@@ -47,7 +49,7 @@ def hold(file: Path, say: Callable[[str], None]) -> Generator[str]:
         if beat.ident is not None:
             beat.join()
         with contextlib.suppress(OSError):
-            if _is_at(handle, file):
+            if _is_at(handle, file) and holds(file, token):
                 file.unlink()
         os.close(handle)
 
@@ -57,7 +59,7 @@ def holds(file: Path, token: str) -> bool:
     return _read(file).get("token") == token
 
 
-def _take(file: Path, say: Callable[[str], None]) -> int:
+def _take(file: Path, what: str, say: Callable[[str], None]) -> int:
     """A handle with the kernel's lock, where there are such, on a file that nobody else holds."""
     while True:
         handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
@@ -66,8 +68,10 @@ def _take(file: Path, say: Callable[[str], None]) -> int:
             if _is_at(handle, file):  # else its last holder has just removed it
                 holder = _read(file)
                 here = bool(locked) and holder.get("boot") == _boot()
-                if locked is False or (holder and not here and _beats(file, holder, say)):
-                    raise ValueError(_in_use(file, holder))
+                if locked is False or (holder and not here and _beats(file, what, holder, say)):
+                    raise ValueError(
+                        f"{what} is in use by {_who(holder)}; wait for its end, or give another"
+                    )
                 return handle
         except BaseException:
             os.close(handle)
@@ -86,10 +90,10 @@ def _lock(handle: int) -> bool | None:
     return True
 
 
-def _beats(file: Path, holder: dict[str, Any], say: Callable[[str], None]) -> bool:
+def _beats(file: Path, what: str, holder: dict[str, Any], say: Callable[[str], None]) -> bool:
     """Whether the file's time changes, which takes SILENT_S to find out that it does not."""
     say(
-        f"{file.parent} was left by {_who(holder)}, or is in use there: looking for signs of life "
+        f"{what} was left by {_who(holder)}, or is in use there: looking for signs of life "
         f"for {SILENT_S:.0f} s"
     )
     first, end = _seen(file), time.monotonic() + SILENT_S
@@ -100,26 +104,19 @@ def _beats(file: Path, holder: dict[str, Any], say: Callable[[str], None]) -> bo
     return False
 
 
-def _beat(file: Path, handle: int, token: str, ended: threading.Event) -> None:
+def _beat(file: Path, what: str, handle: int, token: str, ended: threading.Event) -> None:
     while not ended.wait(BEAT_S):
         with contextlib.suppress(OSError):  # somebody removed the folder, or the disk is away
             holder = _read(file)
             if holder and holder.get("token") != token:
                 print(
-                    f"\n{file.parent} was taken over by {_who(holder)}; this one ends at once and "
+                    f"\n{what} was taken over by {_who(holder)}; this one ends at once and "
                     "writes nothing more",
                     file=sys.stderr,
                     flush=True,
                 )
                 os._exit(2)
             os.utime(handle)
-
-
-def _in_use(file: Path, holder: dict[str, Any]) -> str:
-    return (
-        f"{file.parent} is in use by {_who(holder)}; wait for its end, or give this one another "
-        "folder"
-    )
 
 
 def _who(holder: dict[str, Any]) -> str:

@@ -113,7 +113,7 @@ def run_folder(run: Run, trainer: Trainer, say: Say) -> Generator[None]:
         return
     try:
         _check_writable(folder)
-        with hold(lock, say) as token:
+        with hold(lock, f"--run-dir {folder}", say) as token:
             exchange("holder of the run folder", token)
             _check_shared(folder, True)
             _check_room(run, trainer, say)
