@@ -1,6 +1,6 @@
 """What processes of a run compare at the start, and what they say of a difference."""
 
-import json
+import threading
 import types
 
 import jax
@@ -13,45 +13,58 @@ from runtime.devices import check_devices
 from train import OWN_OPTIONS
 
 
-def in_two(monkeypatch, index: int, first: dict, second: dict) -> str:
-    """What process `index` of two raises when they have these facts; "" when they agree."""
-    said = {}
+def apart(monkeypatch, *facts: dict[str, str]) -> list[str]:
+    """What processes with these facts, here threads, raise; "" of one that goes on."""
+    barrier, said, raised = threading.Barrier(len(facts)), {}, [""] * len(facts)
+
+    def me() -> int:
+        return int(threading.current_thread().name)
 
     def exchange(name: str, value: str) -> list[str]:
-        both = [json.dumps(first), ""] if name.endswith("of process 0") else said["lines"]
-        return [value if i == index else other for i, other in enumerate(both)]
+        said[name, me()] = value
+        barrier.wait(timeout=10)
+        return [said[name, i] for i in range(len(facts))]
 
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    def one() -> None:
+        try:
+            agree("options", lambda: facts[me()])
+        except ValueError as error:
+            raised[me()] = str(error)
+
+    monkeypatch.setattr(jax, "process_count", lambda: len(facts))
+    monkeypatch.setattr(jax, "process_index", me)
     monkeypatch.setattr(agreement, "exchange", exchange)
-    # What the other one says: of process 1, its line; process 0 never differs from itself.
-    unlike = [f"{k}: {first.get(k, 'nothing')} in process 0, {second.get(k, 'nothing')} in process 1"
-              for k in sorted({*first, *second}) if first.get(k) != second.get(k)]  # fmt: skip
-    said["lines"] = ["", "\n  ".join(unlike)]
-    monkeypatch.setattr(jax, "process_index", lambda: index)
-    try:
-        agree("options", lambda: (first, second)[index])
-    except ValueError as error:
-        return str(error)
-    return ""
+    threads = [threading.Thread(target=one, name=str(i)) for i in range(len(facts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return raised
 
 
-@pytest.mark.parametrize("index", [0, 1])
-def test_a_difference_is_named_on_every_process(monkeypatch, index):
+def test_a_difference_is_named_on_every_process(monkeypatch):
     same = {"--seed": "0", "--config": "tiny"}
-    assert in_two(monkeypatch, index, same, dict(same)) == ""
-    message = in_two(monkeypatch, index, same, same | {"--seed": "1", "--more": "x"})
-    assert "differ in their options" in message
-    assert "--seed: 0 in process 0, 1 in process 1" in message
-    assert "--more: nothing in process 0, x in process 1" in message
-    assert "--config" not in message
+    assert apart(monkeypatch, same, dict(same)) == ["", ""]
+    messages = apart(monkeypatch, same, same, same | {"--seed": "1", "--more": "x"})
+    assert len(set(messages)) == 1
+    assert "differ in their options" in messages[0]
+    assert "--seed: 0 in process 0, 1 in process 2" in messages[0]
+    assert "--more: nothing in process 0, x in process 2" in messages[0]
+    assert "--config" not in messages[0]
 
 
 def test_many_differences_are_cut(monkeypatch):
     first, second = ({f"file{i:02}": f"{i + j}" for i in range(30)} for j in range(2))
-    message = in_two(monkeypatch, 1, first, second)
+    message = apart(monkeypatch, first, second)[0]
     assert "file07" in message
     assert "file08" not in message
     assert "... and 22 more" in message
+
+
+def test_many_processes_that_differ_are_counted(monkeypatch):
+    message = apart(monkeypatch, {"--seed": "0"}, *({"--seed": f"{i}"} for i in range(1, 5)))[0]
+    assert "1 in process 1" in message
+    assert "... and 3 more processes differ" in message
 
 
 def options(*more: str) -> dict[str, str]:
