@@ -30,7 +30,6 @@ from checkpoint.folder import (
     FORMAT,
     checkpoint_bytes,
     find_steps,
-    how_to_resume,
     no_room,
     read_meta,
     unfinished,
@@ -279,7 +278,7 @@ class CheckpointManager:
         if jax.process_count() > 1:
             raise OSError(
                 f"checkpoint of step {self._saving} was not saved to {self._folder}: "
-                f"{_first_line(error)}\n{how_to_resume(self._folder)}"
+                f"{_first_line(error)}"
             ) from error
         self._report_failure(_first_line(error))
 

@@ -161,12 +161,14 @@ def together(
     try:
         return main()
     except refusals as error:
+        if _Watch.current is not None and _from_jax(error):
+            _Watch.current.blame_others(_first_line(error))
         print(f"{program}: {error}", file=sys.stderr, flush=True)
         status, reason = 2, _first_line(error)
     except BaseException as error:
         if _Watch.current is None:
             raise
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        if _from_jax(error):
             _Watch.current.blame_others(_first_line(error))
         traceback.print_exc()
         status, reason = 1, f"{type(error).__name__}: {_first_line(error)}"
@@ -370,6 +372,13 @@ class _Watch:
         self._thread.join()
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self._set(f"{_PULSE}/{self._index}", _LEFT)
+
+
+def _from_jax(error: BaseException | None) -> bool:
+    """Whether it was JAX that failed, as it does when another process is gone."""
+    while error is not None and not isinstance(error, jax.errors.JaxRuntimeError):
+        error = error.__cause__
+    return error is not None
 
 
 def _first_line(error: BaseException) -> str:

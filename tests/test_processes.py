@@ -362,8 +362,14 @@ def test_whatever_ends_one_process_ends_the_other(options, tmp_path, action, say
 @pytest.mark.slow
 def test_data_missing_on_one_host_ends_all(options, tmp_path):
     """While the others wait for a device, not for data."""
-    nowhere = ("--data.sources.0.path", "/nowhere/at/all")
-    ended = train(options, tmp_path / "run", 2, *SHARDED, own=nowhere)
+    prelude = (
+        "import data.prepare, data.sources, dataclasses\n"
+        "def find_source(config):\n"
+        "    place = '/nowhere/at/all' if index == '1' else config.path\n"
+        "    return data.sources.find_source(dataclasses.replace(config, path=place))\n"
+        "data.prepare.find_source = find_source"
+    )
+    ended = train(options, tmp_path / "run", 2, *SHARDED, prelude=prelude)
     assert ended.status == [runtime.processes.LOST, 2], ended.errors
     assert "/nowhere/at/all" in ended.errors[1]
     assert "process 1 of 2 failed" in ended.errors[0]
@@ -414,7 +420,7 @@ def test_processes_find_other_data_under_one_name(options, tmp_path):
     other = tmp_path / "corpus"
     shutil.copytree(options[place], other)
     (other / "00.py").write_text("x = 1\n" * 30)
-    moving = f"import os, shutil; d = {str(tmp_path)!r} + '/' + str(os.getpid()); os.mkdir(d)\n"
+    moving = f"import os, shutil; sys.path.insert(0, {str(HERE)!r}); d = {str(tmp_path)!r} + '/' + str(os.getpid()); os.mkdir(d)\n"
     moving += (
         f"shutil.copytree({options[place]!r} if index == '0' else {str(other)!r}, d + '/text')"
     )

@@ -285,26 +285,22 @@ def to_end(
       train: trains; the name of the signal that ended it early, or ''.
       finish: says and writes what came of the whole run.
     """
-    stopped, done = "", f"{loop.first_step} of {run.train.steps} steps are done"
-    folder = Path(run.run_dir) / "checkpoints"
+    done = f"{loop.first_step} of {run.train.steps} steps are done"
     if loop.complete:
         say(f"the run is complete: {done}")
-    else:
-        if loop.first_step >= run.train.steps:
-            say(f"{done}; the evaluation after them is missing and comes now")
-        elif loop.first_step:
-            say(f"resuming at step {loop.first_step} of {run.train.steps}")
-        try:
-            stopped = train()
-        except OSError as error:  # a full disk, as a rule
-            raise OSError(f"{error}\n{how_to_resume(folder)}") from error
-    loop.checkpoints.wait()
-    step = int(loop.state["step"])
-    if step not in loop.checkpoints.steps():
-        raise OSError(
-            f"step {step} is reached, but its checkpoint could not be written (see above)\n"
-            f"{how_to_resume(folder)}"
-        )
+    elif loop.first_step >= run.train.steps:
+        say(f"{done}; the evaluation after them is missing and comes now")
+    elif loop.first_step:
+        say(f"resuming at step {loop.first_step} of {run.train.steps}")
+    try:
+        stopped = "" if loop.complete else train()
+        loop.checkpoints.wait()
+        step = int(loop.state["step"])
+        if step not in loop.checkpoints.steps():
+            raise OSError(f"step {step} is reached, but could not be saved; see above")
+    except OSError as error:  # a full disk, as a rule
+        last = how_to_resume(Path(run.run_dir) / "checkpoints")
+        raise OSError(f"{error}\n{last}") from error
     if stopped:
         say(f"{stopped}: stopped and saved at step {step} in {run.run_dir}; run again to go on")
     else:
