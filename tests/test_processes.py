@@ -420,11 +420,15 @@ def test_processes_find_other_data_under_one_name(options, tmp_path):
     other = tmp_path / "corpus"
     shutil.copytree(options[place], other)
     (other / "00.py").write_text("x = 1\n" * 30)
-    moving = f"import os, shutil; sys.path.insert(0, {str(HERE)!r}); d = {str(tmp_path)!r} + '/' + str(os.getpid()); os.mkdir(d)\n"
-    moving += (
-        f"shutil.copytree({options[place]!r} if index == '0' else {str(other)!r}, d + '/text')"
+    moving = (
+        "import os, shutil\n"
+        f"sys.path.insert(0, {str(HERE)!r})\n"
+        f"own = {str(tmp_path)!r} + '/' + str(os.getpid())\n"
+        "os.mkdir(own)\n"
+        f"shutil.copytree({options[place]!r} if index == '0' else {str(other)!r}, own + '/text')\n"
+        "os.chdir(own)\n"
+        "import train"
     )
-    moving += "\nos.chdir(d)\nimport train"
     here = [*options[:place], "text", *options[place + 1 :]]
     here += ["--data.cache-dir", str(tmp_path / "cache")]
     ended = train(here, tmp_path / "run", 2, *SHARDED, prelude=moving)
