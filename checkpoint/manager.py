@@ -240,7 +240,8 @@ class CheckpointManager:
             partial_restore=True,
         )
         try:
-            restored = ocp.PyTreeCheckpointHandler().restore(path / "state", args=args)
+            place: Any = path / "state"
+            restored = ocp.PyTreeCheckpointHandler().restore(place, args=args)
         except Exception as error:
             reason = _first_line(error)
         if not _everywhere(reason is None):

