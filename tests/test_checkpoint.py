@@ -1,8 +1,8 @@
 """Checkpoints: other meshes, damage, strangers, full disks, kills."""
 
-import logging
 import contextlib
 import json
+import logging
 import os
 import resource
 import shutil
