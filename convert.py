@@ -86,8 +86,12 @@ def run(command: Import | Export) -> None:
     """Convert. Raises ValueError and OSError for people."""
     from checkpoint.hf_reader import HuggingFaceFolder
     from checkpoint.weights import open_weights
+    from runtime.lock import hold
 
-    with progress_bar() as progress:
+    if not command.dst.parent.is_dir():
+        raise ValueError(f"{command.dst.parent} is no folder; make it first")
+    lock = command.dst.with_name(f"{command.dst.name}.lock")
+    with hold(lock, str(command.dst), say), progress_bar() as progress:
         if isinstance(command, Import):
             from checkpoint.hf_import import import_folder
 

@@ -152,13 +152,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: Generate | Score) -> int:
     """Do what the command line asks for."""
-    from checkpoint.weights import open_weights
+    from checkpoint.weights import open_weights, weights_version
+    from runtime.agreement import agree, agree_on_command
     from runtime.start import start
     from sharding.mesh import make_layout
 
     start(options)
+    agree_on_command(options, ("sampling", "experts"), ("checkpoint", "out", "save-expert-load"))
     layout = make_layout(options.mesh)
     source = open_weights(options.checkpoint)
+    agree("weights", lambda: {"version": weights_version(source)})
     if isinstance(options, Score):
         return score(options, source, layout)
     return generate(options, source, layout)

@@ -17,6 +17,8 @@ from configs.command import Command, parse, print_config
 from configs.schema import RunConfig
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from data.prepare import Prepared
     from data.tokenizer import Tokenizer
     from model.recipe import Recipe
@@ -29,6 +31,8 @@ STARTED = time.monotonic()
 SAMPLE_LENGTH = 128
 LAST_EVALUATION = 1 << 20
 """Tokens that the evaluation at the end of a run scores at most."""
+OWN_OPTIONS = ("run-dir", "data.cache-dir", "profile")
+"""Options that may differ between processes: names of places, which are compared as places."""
 RECIPES = Path(__file__).resolve().parent / "runs"
 """Folder of the scripts that --recipe runs."""
 
@@ -63,6 +67,7 @@ def stage_of(run: RunConfig) -> Stage:
 
 def make_trainer(run: RunConfig) -> "Trainer":
     """Check everything that can be checked before data is read or an array exists."""
+    from checkpoint.retention import check_retention
     from data.prepare import check_config
     from model.kernels import choose
     from model.recipe import Recipe
@@ -82,6 +87,7 @@ def make_trainer(run: RunConfig) -> "Trainer":
             f"{run.model.vocab_size}; make the model's at least as large"
         )
     check_schedules(run.train, plan_of(run))
+    check_retention(run.checkpoint)
     layout = make_layout(run.mesh)
     choice = choose(run.kernels, run.model, run.train.dtype, layout, run.train.fp8)
     recipe = Recipe(run.train.dtype, run.train.remat, choice.kernels, fp8=run.train.fp8)
@@ -99,6 +105,7 @@ def prepare_data(run: RunConfig, say: "Say", init_from: str = "") -> "Prepared":
 
     from data.prepare import prepare
     from rl.corpus import corpus_data
+    from runtime.agreement import agree
     from runtime.processes import barrier
 
     if jax.process_index() > 0:
@@ -113,6 +120,11 @@ def prepare_data(run: RunConfig, say: "Say", init_from: str = "") -> "Prepared":
             f"tokenizer has {prepared.tokenizer.vocab_size} ids, model.vocab_size is "
             f"{run.model.vocab_size}; raise the model's to at least that"
         )
+    stores = {
+        f"{store.meta['source']} (names, sizes and times of files)": store.meta["fingerprint"]
+        for store in prepared.stores
+    }
+    agree("data", lambda: {"tokenizer": prepared.tokenizer.sha256, **stores})
     return prepared
 
 
@@ -160,6 +172,7 @@ class Pretraining:
         from training.run import check_stores, open_loop, to_end, train_on, write_settings
 
         prepared = prepare_data(run, session.say, session.init_from)
+        check_sample(run, trainer, prepared)
         connect(trainer.layout.mesh)
         evaluate = held_out_evaluation(trainer, prepared, run.train.eval_batches, session.say)
         loop = open_loop(run, trainer, session, evaluate)
@@ -201,14 +214,40 @@ def last_batches(trainer: "Trainer", prepared: "Prepared", say: "Say") -> int:
     return max(1, LAST_EVALUATION // (num_rows * trainer.train.seq_len))
 
 
+def sample_start(trainer: "Trainer", prepared: "Prepared", text: str) -> "np.ndarray":
+    """Ids that a sample begins with, int32 [n]: of `text`, cut where a sequence has no room."""
+    ids = prepared.tokenizer.of_documents().encode_prompt(text)
+    return ids[: max(trainer.train.seq_len, 2) - 1]
+
+
+def check_sample(run: RunConfig, trainer: "Trainer", prepared: "Prepared") -> None:
+    """Raise, before training, what the sample would after it, and ValueError for a prompt that
+    would be cut."""
+    from generation.engine import Generator
+    from rl.corpus import sample_prompt
+
+    text = run.sample_prompt or sample_prompt(run.task, run.seed)
+    prompt = sample_start(trainer, prepared, text)
+    needed = len(prepared.tokenizer.of_documents().encode_prompt(text))
+    if run.sample_prompt and needed > len(prompt):
+        raise ValueError(
+            f"--sample-prompt takes {needed} tokens, one at its start included, and a sequence has "
+            f"room for {len(prompt)} (--train.seq-len {run.train.seq_len}, and one to come); "
+            "shorten it"
+        )
+    Generator(trainer.model, trainer.recipe, trainer.layout).check([prompt], 1, False)
+
+
 def sample_text(trainer: "Trainer", state: "State", prepared: "Prepared", text: str) -> str:
-    """`text` continued by generation/, to SAMPLE_LENGTH tokens or the length of a sequence."""
+    """`text` continued by generation/, to SAMPLE_LENGTH tokens, half as many after a long text, or
+    the length of a sequence."""
     from generation.config import Sampling
     from generation.engine import Generator
 
     tokenizer = prepared.tokenizer.of_documents()
-    prompt = tokenizer.encode_prompt(text)
-    room = max(1, min(SAMPLE_LENGTH, trainer.train.seq_len) - len(prompt))
+    prompt = sample_start(trainer, prepared, text)
+    longest = max(SAMPLE_LENGTH, len(prompt) + SAMPLE_LENGTH // 2)
+    room = max(1, min(longest, trainer.train.seq_len) - len(prompt))
     generator = Generator(trainer.model, trainer.recipe, trainer.layout)
     weights = generator.prepare({tree: state[tree] for tree in ("params", "router_bias")})
     sampling = Sampling(temperature=0.8, seed=prepared.seed)
@@ -287,14 +326,21 @@ def train(command: Command) -> int:
     if command.recipe:
         raise ValueError(f"recipe {command.recipe} is no single run; only main() starts one")
     from checkpoint.folder import how_to_resume
+    from checkpoint.weights import version_of
+    from runtime.agreement import agree, agree_on_command
     from runtime.processes import when_lost
     from runtime.start import is_first_process, start
-    from training.run import Session, check_initial_weights, check_resumed
+    from training.run import Session, check_initial_weights, check_resumed, run_folder
     from training.summary import summary
 
     run = command.run
     when_lost(lambda: how_to_resume(Path(run.run_dir) / "checkpoints"))
     start(command, idle=command.print_config)
+    agree_on_command(command, ("run",), OWN_OPTIONS)
+    agree(
+        "weights",
+        lambda: {place: version_of(place) for place in (command.init_from, run.sft.policy)},
+    )
     trainer, stage = make_trainer(run), stage_of(run)
 
     def say(line: str) -> None:
@@ -307,9 +353,10 @@ def train(command: Command) -> int:
         return 0
     session = Session(say, STARTED, command.init_from, command.profile_steps)
     say("\n".join(derived))
-    check_resumed(run, say)
-    check_initial_weights(run, command.init_from)
-    return stage.run_stage(run, trainer, session)
+    with run_folder(run, trainer, say):
+        check_resumed(run, say)
+        check_initial_weights(run, command.init_from)
+        return stage.run_stage(run, trainer, session)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Contents of a checkpoint folder: steps, unfinished saves, and reasons not to trust one."""
 
 import json
+import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -61,3 +63,18 @@ def how_to_resume(folder: Path) -> str:
         f"the last checkpoint is step {good[-1]} in {folder}; run again, with any number of "
         f"processes, to resume from step {good[-1]}"
     )
+
+
+def checkpoint_bytes(state: Any) -> int:
+    """Bytes of the arrays of a state, or of a tree of jax.ShapeDtypeStruct, before compression."""
+    import jax
+
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
+
+
+def no_room(folder: Path, needed: int) -> str | None:
+    """Reason why `needed` bytes do not fit onto the disk of a folder; None: they do."""
+    free = shutil.disk_usage(folder).free
+    if free >= needed:
+        return None
+    return f"{needed:,} bytes do not fit onto the disk of {folder}, which has {free:,} bytes free"

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,13 +26,37 @@ from jax.experimental import multihost_utils
 
 from checkpoint.checksum import checksums
 from checkpoint.config import CheckpointConfig
-from checkpoint.folder import FORMAT, find_steps, read_meta, unfinished, unreadable_reason
-from checkpoint.retention import KeepNewestAndBest
-
-# Orbax says on every opening that a checkpoint opened for reading is opened for reading.
-logging.getLogger("absl").addFilter(
-    lambda record: not re.search("read.only", record.getMessage(), re.IGNORECASE)
+from checkpoint.folder import (
+    FORMAT,
+    checkpoint_bytes,
+    find_steps,
+    no_room,
+    read_meta,
+    unfinished,
+    unreadable_reason,
 )
+from checkpoint.retention import KeepNewestAndBest, check_retention
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for what Orbax says on every opening for reading, and for its tracebacks of a save that
+    failed, of which one line is said here."""
+    message = record.getMessage()
+    told = record.exc_info and ("orbax" in record.pathname or "orbax" in message)
+    return not (told or re.search("read.only", message, re.IGNORECASE))
+
+
+def _unraisable(report: "sys.UnraisableHookArgs", before: Any = sys.unraisablehook) -> None:
+    """Writes under way when a save failed find their event loop closed: no news either."""
+    if str(report.exc_value) != "Event loop is closed":
+        before(report)
+
+
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).addFilter(_is_news)
+sys.unraisablehook = _unraisable
+
+ELSEWHERE = "another process could not read it"
 
 
 class CheckpointManager:
@@ -48,11 +73,7 @@ class CheckpointManager:
     def __init__(
         self, folder: str | os.PathLike[str], config: CheckpointConfig, read_only: bool = False
     ):
-        if config.keep < 1 or config.keep_best < 0:
-            raise ValueError(
-                f"checkpoint.keep={config.keep}, keep_best={config.keep_best}; keep at least 1 of "
-                "the newest and 0 or more of the best"
-            )
+        check_retention(config)
         self._folder = Path(folder).absolute()
         self._read_only = read_only
         self._asynchronous = config.asynchronous
@@ -110,13 +131,15 @@ class CheckpointManager:
           False when it failed at once. A failure is a warning, not the end of the run, and leaves
           what was saved before; one that shows later is reported by the next `save` or `wait`. A
           step that is already saved stays as it is (the state is a function of the step): True.
+        Errors: OSError in one of several processes that fails, for the others wait for it.
         """
         assert not self._read_only, "a read-only manager cannot save"
         self.wait()
         path = self._path(step)
-        if path.exists():
-            if self._retention.knows(step) and unreadable_reason(path) is None:
-                return True
+        there = path.exists()
+        if _everywhere(there and self._retention.knows(step) and unreadable_reason(path) is None):
+            return True
+        if not _everywhere(not there):
             self._set_aside(path)
         arrays = _named_leaves(state)
         meta = {
@@ -129,12 +152,16 @@ class CheckpointManager:
             "batches": batches,
         }
         self._saving = step
+        reason = no_room(self._folder, checkpoint_bytes(state))
+        if not _everywhere(reason is None):
+            self._report_failure(reason or "another process finds the disk full")
+            return False
         self._retention.note(step, _held_out_loss(meta["metrics"]))
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), meta=ocp.args.JsonSave(meta))
         try:
             self._manager.save(step, args=items, force=True)
         except Exception as error:  # whatever the file system says, training goes on
-            self._report_failure(error)
+            self._fail(error)
             return False
         return True if self._asynchronous else self.wait()
 
@@ -152,12 +179,11 @@ class CheckpointManager:
         """
         self.wait()
         problems = []
-        for step, path in reversed(find_steps(self._folder)):
-            reason = unreadable_reason(path)
+        for step in _of_first([step for step, _ in reversed(find_steps(self._folder))]):
+            path = self._path(step)
+            state, reason = self._try_restore(step, abstract_state, partial)
             if reason is None:
-                state, reason = self._try_restore(step, abstract_state, partial)
-                if reason is None:
-                    return state
+                return state
             self._retention.forget(step)
             problems.append(f"{path}: {reason}")
             warnings.warn(
@@ -177,7 +203,7 @@ class CheckpointManager:
         try:
             self._manager.wait_until_finished()
         except Exception as error:
-            self._report_failure(error)
+            self._fail(error)
             return False
         self._saving = None
         return True
@@ -194,27 +220,35 @@ class CheckpointManager:
         self.close()
 
     def _try_restore(self, step: int, abstract: Any, partial: bool) -> tuple[Any, str | None]:
-        """(state, None), or (None, why the checkpoint cannot be read)."""
-        wanted = _named_leaves(abstract)
-        restored, reason = {}, None
-        try:
-            saved = self._manager.item_metadata(step)["state"].tree
-        except Exception as error:
-            return None, _first_line(error)
-        _check_same(self._path(step), saved, wanted, partial)
+        """(state, None), or (None, why the checkpoint cannot be read); alike on every process.
+
+        What each does alone (Orbax's handler, unlike its manager, waits for nobody) comes before
+        what all decide.
+        """
+        path, wanted = self._path(step), _named_leaves(abstract)
+        saved, noted, restored = {}, {}, {}
+        reason = unreadable_reason(path)
+        if reason is None:
+            try:
+                saved = self._manager.item_metadata(step)["state"].tree
+                noted = self.meta(step)["checksums"]
+            except Exception as error:
+                reason = _first_line(error)
+        if not _everywhere(reason is None):
+            return None, reason or ELSEWHERE
+        _check_same(path, saved, wanted, partial)
         args = ocp.args.PyTreeRestore(
             wanted,
             restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
             partial_restore=True,
         )
         try:
-            items = self._manager.restore(step, args=ocp.args.Composite(state=args))
-            restored = items["state"]
+            place: Any = path / "state"
+            restored = ocp.PyTreeCheckpointHandler().restore(place, args=args)
         except Exception as error:
             reason = _first_line(error)
         if not _everywhere(reason is None):
-            return None, reason or "another process could not read it"
-        noted = self.meta(step)["checksums"]
+            return None, reason or ELSEWHERE
         found = checksums(restored)
         changed = [name for name in found if found[name] != noted[name]]
         if changed:
@@ -243,15 +277,24 @@ class CheckpointManager:
         _everywhere(True)
         self._manager.reload()
 
-    def _report_failure(self, error: Exception) -> None:
+    def _fail(self, error: Exception) -> None:
+        """A save failed here; OSError in one of several processes, since the others wait for it."""
+        if jax.process_count() > 1:
+            raise OSError(
+                f"checkpoint of step {self._saving} was not saved to {self._folder}: "
+                f"{_first_line(error)}"
+            ) from error
+        self._report_failure(_first_line(error))
+
+    def _report_failure(self, reason: str) -> None:
         """Warn, forget the step, and give back the space of the half-written folder."""
         step, self._saving = self._saving, None
         assert step is not None, "a save fails only after it began"
         warnings.warn(
-            f"checkpoint of step {step} was not saved to {self._folder}: {_first_line(error)}; "
+            f"checkpoint of step {step} was not saved to {self._folder}: {reason}; "
             "training goes on, earlier checkpoints are untouched",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
         self._retention.forget(step)
         if jax.process_index() == 0:
@@ -318,7 +361,8 @@ def _held_out_loss(metrics: Mapping[str, float | str]) -> float | None:
 
 def _first_line(error: Exception) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()] or [""]
-    return f"{type(error).__name__}: {lines[0][:300]}"
+    line = lines[0] if len(lines[0]) <= 400 else f"{lines[0][:160]} ... {lines[0][-220:]}"
+    return f"{type(error).__name__}: {line}"
 
 
 def _everywhere(ok: bool) -> bool:
@@ -326,3 +370,14 @@ def _everywhere(ok: bool) -> bool:
     if jax.process_count() == 1:
         return ok
     return bool(np.all(multihost_utils.process_allgather(np.array(ok))))
+
+
+def _of_first(numbers: list[int]) -> list[int]:
+    """The numbers of process 0, which may see others in the folder; all of them ask."""
+    if jax.process_count() == 1:
+        return numbers
+    count = int(multihost_utils.broadcast_one_to_all(np.int32(len(numbers))))
+    if not count:
+        return []
+    mine = np.resize(np.array([*numbers, 0], np.int32), count)
+    return np.asarray(multihost_utils.broadcast_one_to_all(mine)).tolist()

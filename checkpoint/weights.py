@@ -5,6 +5,7 @@ single slices in main memory (`read`).
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -23,6 +24,10 @@ from model.config import ModelConfig, YarnConfig
 
 SCALES = "scales.safetensors"
 """In a run folder's `hf/`: the FP8 factors that its weights were imported with."""
+
+_PIECE = 1 << 20
+"""Bytes of the start and of the end of a file that `weights_version` reads: headers and some
+weights, of files that may have terabytes."""
 
 
 class Weights(Protocol):
@@ -130,6 +135,35 @@ class RunFolder:
 
         dtype = self._store(name).dtype.numpy_dtype
         return jax.ShapeDtypeStruct(wanted.shape, dtype, sharding=wanted.sharding)
+
+
+def weights_version(weights: Weights) -> str:
+    """Digest that tells the weights from others that have been or will be in the same folder.
+
+    Of a run folder it covers the checksums of all arrays, of a Hugging Face folder config.json and
+    every safetensors file's size, start and end.
+    """
+    if isinstance(weights, RunFolder):
+        meta = weights.step_folder / "meta" / "metadata"
+        return hashlib.sha256(meta.read_bytes()).hexdigest()[:16]
+    digest = hashlib.sha256((weights.path / "config.json").read_bytes())
+    for file in sorted(weights.path.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as content:
+            digest.update(content.read(_PIECE))
+            content.seek(max(0, size - _PIECE))
+            digest.update(content.read(_PIECE))
+    return digest.hexdigest()[:16]
+
+
+def version_of(place: str) -> str:
+    """`weights_version` of a folder; "none" where there are no weights (whoever reads them says
+    why)."""
+    try:
+        return weights_version(open_weights(Path(place))) if place else "none"
+    except (ValueError, OSError):
+        return "none"
 
 
 def array_spec(step_folder: Path, name: str) -> dict[str, Any]:

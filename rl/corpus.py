@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from data import storage
 from data.config import DataConfig, SourceConfig
 from rl.config import TaskConfig
 from rl.tasks import TASKS, make_task
@@ -64,14 +65,14 @@ def corpus_data(
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
     folder = Path(data.cache_dir) / "corpora" / f"{task.name}-{key}"
     corpus, tokenizer = folder / "corpus.jsonl", folder / "tokenizer.json"
-    if not corpus.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        tokenizer.write_text(character_tokenizer(task.vocabulary).json, encoding="utf-8")
-        lines = itertools.islice(task.corpus(seed, end=""), config.documents)
-        new = corpus.with_suffix(".new")
-        new.write_text("".join(json.dumps({"text": text}) + "\n" for text in lines), "utf-8")
-        new.replace(corpus)
-        say(f"task {task.name}: {config.documents} documents in {corpus}")
+    with storage.one_builder(str(folder)):
+        if not corpus.exists():
+            tokenizer.write_text(character_tokenizer(task.vocabulary).json, encoding="utf-8")
+            lines = itertools.islice(task.corpus(seed, end=""), config.documents)
+            new = corpus.with_suffix(".new")
+            new.write_text("".join(json.dumps({"text": text}) + "\n" for text in lines), "utf-8")
+            new.replace(corpus)
+            say(f"task {task.name}: {config.documents} documents in {corpus}")
     source = SourceConfig(str(corpus))
     return dataclasses.replace(data, sources=(source,), tokenizer=str(tokenizer))
 

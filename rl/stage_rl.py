@@ -34,6 +34,7 @@ from rl.tasks.characters import character_tokenizer
 from rl.trainer import PolicyTrainer
 from rl.verdict.sandbox import described_isolation
 from rl.verdict.scoring import Scorer, TaskScorer, judge_scorer
+from runtime.agreement import agree
 from runtime.processes import connect
 from runtime.start import is_first_process
 from sharding.partition import Layout
@@ -232,6 +233,7 @@ def run_stage(run: RunConfig, trainer: Trainer, session: Session) -> int:
     assert isinstance(trainer, PolicyTrainer)
     say = session.say
     tokenizer = policy_tokenizer(run, session.init_from)
+    agree("data", lambda: {"tokenizer": tokenizer.sha256})
     say(conventions_in_words(tokenizer))
     prompts = make_prompts(run, tokenizer)
     if letters := marks_in(prompts):

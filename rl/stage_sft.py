@@ -7,6 +7,7 @@ can learn besides (`rl/examples/teacher.py`).
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from rl.prompts import TaskPrompts, misfits, refuse
 from rl.stage_rl import conventions_in_words, make_sampler, policy_tokenizer
 from rl.stopping import RolloutStoppedError
 from rl.verdict.scoring import TaskScorer
+from runtime.agreement import agree
 from runtime.processes import connect
 from runtime.start import is_first_process
 from sharding.partition import Layout, pipeline_ranks
@@ -91,6 +93,7 @@ def run_stage(run: RunConfig, trainer: Trainer, session: Session) -> int:
     say = session.say
     tokenizer = policy_tokenizer(run, session.init_from or run.sft.policy)
     check_policy_tokenizer(run.sft.policy, tokenizer)
+    agree("data", lambda: {"tokenizer": tokenizer.sha256})
     say(conventions_in_words(tokenizer))
     connect(trainer.layout.mesh)
     evaluate = held_out_accuracy(run, trainer, tokenizer, say)
@@ -104,6 +107,9 @@ def run_stage(run: RunConfig, trainer: Trainer, session: Session) -> int:
         examples = packed_examples(run, trainer, tokenizer, policy, say)
     except RolloutStoppedError:
         return 0
+    agree(
+        "examples", lambda: {"lengths": hashlib.sha256(examples.lengths.tobytes()).hexdigest()[:12]}
+    )
     read_first: Any = lambda batch: batch  # noqa: E731
     if isinstance(trainer, StudentTrainer):
         assert policy is not None

@@ -1,5 +1,6 @@
 """Devices of this process: a CPU that appears as several, for meshes without hardware."""
 
+import collections
 import os
 
 import jax
@@ -25,3 +26,17 @@ def emulate_devices(count: int, idle: bool = False) -> None:
     )
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", count)
+
+
+def check_devices() -> None:
+    """Raise ValueError, on every process, unless all processes have as many devices."""
+    counts = collections.Counter(device.process_index for device in jax.devices())
+    if len(set(counts.values())) > 1:
+        most = max(counts.values())
+        fewer = [f"process {i} has {counts[i]}" for i in sorted(counts) if counts[i] < most]
+        more = f" and {len(fewer) - 8} processes more" if len(fewer) > 8 else ""
+        raise ValueError(
+            f"the processes have different numbers of devices: {', '.join(fewer[:8])}{more}, the "
+            f"others {most}; give each as many (--emulate, CUDA_VISIBLE_DEVICES, the job's GPUs "
+            "per task)"
+        )

@@ -112,6 +112,11 @@ def barrier(name: str) -> None:
         _Watch.current.barrier(name)
 
 
+def exchange(name: str, value: str) -> list[str]:
+    """What every process says under `name`, by its number; all of them ask, each `name` once."""
+    return [value] if _Watch.current is None else _Watch.current.exchange(name, value)
+
+
 def connect(mesh: Mesh) -> None:
     """Let the devices of every combination of mesh axes meet, where they do so over Gloo.
 
@@ -156,12 +161,14 @@ def together(
     try:
         return main()
     except refusals as error:
+        if _Watch.current is not None and _from_jax(error):
+            _Watch.current.blame_others(_first_line(error))
         print(f"{program}: {error}", file=sys.stderr, flush=True)
         status, reason = 2, _first_line(error)
     except BaseException as error:
         if _Watch.current is None:
             raise
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        if _from_jax(error):
             _Watch.current.blame_others(_first_line(error))
         traceback.print_exc()
         status, reason = 1, f"{type(error).__name__}: {_first_line(error)}"
@@ -212,6 +219,14 @@ class _Watch:
     def barrier(self, name: str) -> None:
         """Wait for all; a process that ends meanwhile ends this one, too."""
         self._client.wait_at_barrier(f"meshseek/{name}", _LONGEST_WAIT_MS)
+
+    def exchange(self, name: str, value: str) -> list[str]:
+        """Tell all others, hear all others."""
+        key = f"meshseek/say/{name}"
+        self._set(f"{key}/{self._index}", value)
+        self.barrier(name)
+        said = {int(k.rpartition("/")[2]): v for k, v in self._client.key_value_dir_get(key)}
+        return [said[i] for i in range(self._count)]
 
     # ---- Listening ----
 
@@ -357,6 +372,13 @@ class _Watch:
         self._thread.join()
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self._set(f"{_PULSE}/{self._index}", _LEFT)
+
+
+def _from_jax(error: BaseException | None) -> bool:
+    """Whether it was JAX that failed, as it does when another process is gone."""
+    while error is not None and not isinstance(error, jax.errors.JaxRuntimeError):
+        error = error.__cause__
+    return error is not None
 
 
 def _first_line(error: BaseException) -> str:

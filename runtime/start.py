@@ -6,7 +6,7 @@ from importlib.util import find_spec
 import jax
 
 from runtime.config import RuntimeOptions
-from runtime.devices import emulate_devices
+from runtime.devices import check_devices, emulate_devices
 from runtime.host_memory import keep_freed_memory
 from runtime.processes import join_processes
 
@@ -32,6 +32,8 @@ def start(options: RuntimeOptions, idle: bool = False) -> None:
         options.join_within,
         options.lost_after,
     )
+    if jax.distributed.is_initialized():
+        check_devices()
 
 
 def is_first_process() -> bool:

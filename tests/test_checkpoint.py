@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import resource
 import shutil
@@ -385,3 +386,18 @@ def test_meta_is_plain_json(tmp_path):
         save(manager, 1)
     meta = json.loads((tmp_path / "step_00000001" / "meta" / "metadata").read_text())
     assert set(meta["checksums"]) >= {"step", "params/w", "opt/0/mu/w", "opt/0/nu/norm"}
+
+
+@pytest.mark.parametrize(
+    ("file", "error", "news"),
+    [
+        ("/site/orbax/checkpoint/_src/futures/future.py", ValueError("RESOURCE_EXHAUSTED"), False),
+        ("/site/elsewhere/future.py", ValueError("RESOURCE_EXHAUSTED"), True),
+        ("/site/orbax/checkpoint/checkpoint_manager.py", None, True),
+    ],
+)
+def test_a_failed_save_is_told_once(file, error, news):
+    """Orbax's tracebacks of it are thousands of lines; other records pass."""
+    told = None if error is None else (type(error), error, None)
+    record = logging.LogRecord("absl", logging.ERROR, file, 1, "a thread raised", (), told)
+    assert logging.getLogger("absl").filter(record) is (record if news else False)

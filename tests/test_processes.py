@@ -39,6 +39,7 @@ import train
 
 victim, step, action, run_dir = *sys.argv[1:4], sys.argv[4]
 index = sys.argv[sys.argv.index("--process-id") + 1] if "--process-id" in sys.argv else "0"
+PRELUDE
 import training.run
 original = training.run.train_on
 
@@ -49,6 +50,16 @@ def act():
     if action == "raise":
         raise ValueError("row 7 of this host is bad")
     os.kill(os.getpid(), getattr(signal, action))
+
+def cannot(*args, **kwargs):
+    raise OSError(5, "this host's disk does not answer")
+
+if index == victim and action in ("no save", "no restore"):
+    import orbax.checkpoint as ocp
+    if action == "no save":
+        ocp.CheckpointManager.save = cannot
+    else:
+        ocp.PyTreeCheckpointHandler.restore = cannot
 
 def train_on(loop, make_loader):
     import data.loader, training.loop
@@ -136,15 +147,24 @@ def started(commands: list[list[str]], folder: Path):
 def train(
     options: list[str], folder: Path, processes: int, *more: str,
     devices: int = 4, action: tuple[int, int, str] = (-1, -1, ""), own: tuple[str, ...] = (),
+    prelude: str = "",
 ) -> Ended:  # fmt: skip
     """Run to the end of all processes. `own`: further options of the last one only.
 
-    action: (process, step, what it does before this step).
+    action: (process, step, what it does before this step). prelude: code that every one runs first.
     """
     coordinator = f"localhost:{free_port()}"
     commands = []
     for i in range(processes):
-        command = [sys.executable, "-c", DRIVER, *map(str, action), str(folder), *options, *more]
+        command = [
+            sys.executable,
+            "-c",
+            DRIVER.replace("PRELUDE", prelude),
+            *map(str, action),
+            str(folder),
+            *options,
+            *more,
+        ]
         command += ["--emulate", str(devices // processes), "--run-dir", str(folder)]
         if processes > 1:
             command += ["--coordinator", coordinator, "--num-processes", str(processes)]
@@ -342,8 +362,14 @@ def test_whatever_ends_one_process_ends_the_other(options, tmp_path, action, say
 @pytest.mark.slow
 def test_data_missing_on_one_host_ends_all(options, tmp_path):
     """While the others wait for a device, not for data."""
-    nowhere = ("--data.sources.0.path", "/nowhere/at/all")
-    ended = train(options, tmp_path / "run", 2, *SHARDED, own=nowhere)
+    prelude = (
+        "import data.prepare, data.sources, dataclasses\n"
+        "def find_source(config):\n"
+        "    place = '/nowhere/at/all' if index == '1' else config.path\n"
+        "    return data.sources.find_source(dataclasses.replace(config, path=place))\n"
+        "data.prepare.find_source = find_source"
+    )
+    ended = train(options, tmp_path / "run", 2, *SHARDED, prelude=prelude)
     assert ended.status == [runtime.processes.LOST, 2], ended.errors
     assert "/nowhere/at/all" in ended.errors[1]
     assert "process 1 of 2 failed" in ended.errors[0]
@@ -355,3 +381,80 @@ def test_what_all_refuse_is_said_by_all(options, tmp_path):
     ended = train(options, tmp_path / "run", 2, "--mesh.fsdp", "3")
     assert ended.status == [2, 2], ended.errors
     assert all("fsdp=3" in error for error in ended.errors)
+
+
+# ---- Started apart -------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("own", "says"),
+    [
+        (("--train.learning-rate.0.value", "1"), "--train.learning-rate.0.value: "),
+        (("--seed", "1"), "--seed: 0 in process 0, 1 in process 1"),
+        (("--print-config",), "--print-config: False in process 0, True in process 1"),
+        (("--emulate", "1"), "process 1 has 1, the others 2"),
+    ],
+)
+def test_processes_started_apart_are_refused_by_all(options, tmp_path, own, says):
+    ended = train(options, tmp_path / "run", 2, *SHARDED, own=own)
+    assert ended.status == [2, 2], ended.errors
+    assert all(says in error for error in ended.errors)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_run_folder_that_is_not_shared_is_refused_by_all(options, tmp_path):
+    ended = train(options, tmp_path / "run", 2, *SHARDED, own=("--run-dir", str(tmp_path / "own")))
+    assert ended.status == [2, 2], ended.errors
+    for error in ended.errors:
+        assert f"what process 0 writes to {tmp_path}/run on" in error
+        assert f"process 1 ({tmp_path}/own on" in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_processes_find_other_data_under_one_name(options, tmp_path):
+    """Each in a working folder of its own, with a corpus of another size."""
+    place = options.index("--data.sources.0.path") + 1
+    other = tmp_path / "corpus"
+    shutil.copytree(options[place], other)
+    (other / "00.py").write_text("x = 1\n" * 30)
+    moving = (
+        "import os, shutil\n"
+        f"sys.path.insert(0, {str(HERE)!r})\n"
+        f"own = {str(tmp_path)!r} + '/' + str(os.getpid())\n"
+        "os.mkdir(own)\n"
+        f"shutil.copytree({options[place]!r} if index == '0' else {str(other)!r}, own + '/text')\n"
+        "os.chdir(own)\n"
+        "import train"
+    )
+    here = [*options[:place], "text", *options[place + 1 :]]
+    here += ["--data.cache-dir", str(tmp_path / "cache")]
+    ended = train(here, tmp_path / "run", 2, *SHARDED, prelude=moving)
+    assert ended.status == [2, 2], ended.errors
+    assert all("the processes of this run differ in their data" in e for e in ended.errors)
+
+
+# ---- What one process alone cannot do ------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_save_that_fails_in_one_process_ends_all(options, tmp_path):
+    ended = train(options, tmp_path / "run", 2, *SHARDED, action=(1, -1, "no save"))
+    assert ended.status == [runtime.processes.LOST, 2], ended.errors
+    assert ended.seconds[0] < ENDS_WITHIN_S
+    assert "this host's disk does not answer" in ended.errors[0]
+    assert "there is no checkpoint in" in ended.errors[1].splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_restore_that_fails_in_one_process_is_no_restore_for_any(options, broken, tmp_path):
+    """They agree that nothing can be restored, and none waits for the other."""
+    folder = tmp_path / "run"
+    shutil.copytree(broken.folder, folder)
+    ended = train(options, folder, 2, *SHARDED, action=(1, -1, "no restore"))
+    assert ended.status == [2, 2], ended.errors
+    assert max(ended.seconds) < ENDS_WITHIN_S
+    assert "another process could not read it" in ended.errors[0]
+    assert "this host's disk does not answer" in ended.errors[1]

@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import signal
+import types
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,6 +21,7 @@ from checkpoint.config import CheckpointConfig
 from checkpoint.manager import CheckpointManager
 from configs.command import parse
 from rl.tasks.characters import character_tokenizer
+from runtime.lock import hold
 from training.metrics import read_metrics
 
 SMALL = [
@@ -378,3 +382,130 @@ def test_print_config_prints_every_field_and_what_follows(capsys):
     assert "model.num_experts=256" in printed
     assert "train.learning_rate.2.shape='cosine'" in printed
     assert "671,026,419,200 total, 37,552,297,472 active, 11,610,068,224 in MTP" in printed
+
+
+# ---- Found before the first step -----------------------------------------------------------------
+
+
+@pytest.fixture
+def no_data(monkeypatch):
+    """Nothing may be prepared."""
+
+    def prepare(*_: object):
+        raise AssertionError("data was prepared")
+
+    monkeypatch.setattr(train, "prepare_data", prepare)
+
+
+@pytest.mark.usefixtures("no_data")
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+def test_a_run_folder_that_is_in_use_is_refused(options, tmp_path, capsys, stage):
+    more = ("--stage", stage, "--sft.examples", str(tmp_path / "none.jsonl"))
+    with hold(tmp_path / ".lock", "the folder", print):
+        before = sorted(tmp_path.iterdir())
+        assert run(options, tmp_path, *more) == 2
+        assert sorted(tmp_path.iterdir()) == before
+    said = capsys.readouterr().err
+    assert f"--run-dir {tmp_path} is in use by process {os.getpid()} on " in said
+
+
+@pytest.mark.usefixtures("no_data")
+@pytest.mark.parametrize("place", ["", "checkpoints", "tensorboard", "metrics.jsonl"])
+def test_a_run_folder_that_cannot_be_written_is_refused(options, tmp_path, capsys, place):
+    folder = tmp_path / "run"
+    if place:
+        folder.mkdir()
+    if place == "metrics.jsonl":
+        (folder / place).mkdir()
+    else:
+        (folder / place).touch()
+    assert run(options, folder, "--compilation-cache", "") == 2
+    assert f"--run-dir {folder} cannot be written (" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_data")
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (("--checkpoint.keep", "0"), "checkpoint.keep=0"),
+        (("--checkpoint.every", "-1"), "checkpoint.every=-1"),
+        (("--train.log-every", "0"), "train.log_every is 0"),
+        (("--train.eval-batches", "-1"), "train.eval_batches is -1"),
+    ],
+)
+def test_numbers_that_would_end_a_run_later_are_refused(options, tmp_path, capsys, given, says):
+    assert run(options, tmp_path / "run", *given) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def disk(monkeypatch, *free: int):
+    """A disk with so many bytes free, at one question after the other; the last answer stays."""
+    answers = iter(free)
+    last = free[-1]
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=next(answers, last)))
+
+
+@pytest.mark.usefixtures("no_data")
+def test_a_disk_without_room_for_a_checkpoint_is_refused(options, tmp_path, capsys, monkeypatch):
+    disk(monkeypatch, 1000)
+    assert run(options, tmp_path / "run") == 2
+    said = capsys.readouterr().err
+    assert "a checkpoint's " in said
+    assert f"fit onto the disk of {tmp_path}/run, which has 1,000 bytes free; make room" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_that_fills_up_ends_the_run_with_its_newest_checkpoint(
+    options, tmp_path, capsys, monkeypatch
+):
+    """Two questions before the run, one of a save; after it there is room for no more."""
+    disk(monkeypatch, 1 << 30, 1 << 30, 1 << 30, 1000)
+    folder, every = tmp_path / "run", ("--checkpoint.every", "2", "--train.eval-every", "0")
+    with pytest.warns(RuntimeWarning, match=r"step \d was not saved.* 1,000 bytes free"):
+        assert run(options, folder, *every) == 2
+    assert CheckpointManager(folder / "checkpoints", CheckpointConfig(), True).steps() == [2]
+    said = capsys.readouterr()
+    assert (
+        said.err.strip()
+        .splitlines()[-1]
+        .startswith(f"the last checkpoint is step 2 in {folder}/checkpoints; run again")
+    )
+    assert "held-out text" not in said.out
+    assert not (folder / ".lock").exists()
+
+
+def test_a_disk_with_room_for_fewer_checkpoints_than_are_kept(
+    options, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(train.Pretraining, "run_stage", lambda *_: 0)
+    disk(monkeypatch, 1 << 30, 1000)
+    assert run(options, tmp_path / "run", "--checkpoint.every", "1") == 0
+    assert "warning: 4 more checkpoints will lie there at a time" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("length", [31, 32])
+def test_a_sample_prompt_without_room_is_refused_before_training(
+    options, tmp_path, capsys, monkeypatch, length
+):
+    """32 tokens a row: one parts documents, one is to come."""
+
+    def begin(*_: object):
+        raise OSError("training begins")
+
+    monkeypatch.setattr("training.run.open_loop", begin)
+    prompt = "\x01" * (length - 1)  # a byte that is in no document is a token
+    assert run(options, tmp_path / "run", "--sample-prompt", prompt) == 2
+    said = capsys.readouterr().err
+    refused = f"--sample-prompt takes {length} tokens, one at its start included, and a sequence"
+    assert (refused in said, "training begins" in said) == (length == 32, length == 31)
+
+
+@pytest.mark.parametrize(("seq_len", "length"), [(1, 1), (2, 1), (4, 3), (32, 5)])
+def test_the_default_sample_prompt_is_cut_to_a_short_row(seq_len, length):
+    """One token stays free for the sample to begin with."""
+    tokenizer = types.SimpleNamespace(eos_id=0, encode=lambda text: np.arange(1, 1 + len(text)))
+    prepared: Any = types.SimpleNamespace(tokenizer=tokenizer)
+    trainer: Any = types.SimpleNamespace(train=types.SimpleNamespace(seq_len=seq_len))
+    assert train.sample_start(trainer, prepared, "def ").tolist() == list(range(length))

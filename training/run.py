@@ -4,9 +4,13 @@ Every stage goes through here: pre-training, sft, distill and rl. A stage says w
 what it leaves in the folder; when a run is complete, resumes or was stopped is said here alone.
 """
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,12 +18,21 @@ import jax
 import numpy as np
 
 from checkpoint.config import CheckpointConfig
-from checkpoint.folder import find_steps, read_meta, unreadable_reason
+from checkpoint.folder import (
+    checkpoint_bytes,
+    find_steps,
+    how_to_resume,
+    no_room,
+    read_meta,
+    unreadable_reason,
+)
 from checkpoint.manager import CheckpointManager
 from checkpoint.weights import load_initial, open_initial
 from model.config import ModelConfig
 from model.costs import train_flops_per_token
 from model.kernels import Requested
+from runtime.lock import hold, holds
+from runtime.processes import exchange
 from sharding.devices import device_kind, num_devices
 from sharding.partition import local_rows
 from training.config import TrainConfig
@@ -29,6 +42,11 @@ from training.resume import ANOTHER_ORDER, check_changes
 from training.schedule import BatchPlan, Plateau, check_schedules, past_batches
 from training.step import State, Trainer
 from training.throughput import Throughput
+
+LOCK = ".lock"
+"""File of a run folder that says which process is at work in it; gone when none is."""
+SEEN_WITHIN_S = 10.0
+"""Time in which a file that one process wrote must be there for all."""
 
 Say = Callable[[str], None]
 """Takes a line for people."""
@@ -81,6 +99,93 @@ class AnyLoop(Protocol):
 
     @property
     def complete(self) -> bool: ...
+
+
+# ---- Folder --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def run_folder(run: Run, trainer: Trainer, say: Say) -> Generator[None]:
+    """The run's folder, for this run alone until the block ends; made when missing.
+
+    Every process of the run calls it. Raises ValueError, before anything is prepared, if the folder
+    cannot be written, is in use by another run, is not one folder for all processes, or if its disk
+    has no room for a checkpoint.
+    """
+    folder = Path(run.run_dir)
+    lock = folder / LOCK
+    if jax.process_index() > 0:
+        token = exchange("holder of the run folder", "")[0]
+        _check_shared(folder, _comes(lambda: holds(lock, token)))
+        yield
+        return
+    try:
+        _check_writable(folder)
+        with hold(lock, f"--run-dir {folder}", say) as token:
+            exchange("holder of the run folder", token)
+            _check_shared(folder, True)
+            _check_room(run, trainer, say)
+            yield
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # nothing came of the run
+
+
+def _check_writable(folder: Path) -> None:
+    """Make the folder; ValueError for what cannot be written in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (".", "checkpoints", "tensorboard"):
+            if (folder / name).exists():
+                tempfile.TemporaryFile(dir=folder / name).close()
+        for name in ("config.json", "tokenizer.json", "metrics.jsonl"):
+            if (folder / name).exists():
+                (folder / name).open("a").close()
+    except OSError as error:
+        raise ValueError(
+            f"--run-dir {folder} cannot be written ({error.strerror}: {error.filename}); give "
+            "another folder"
+        ) from None
+
+
+def _comes(condition: Callable[[], bool]) -> bool:
+    """Whether something becomes true within SEEN_WITHIN_S, as files on a shared disk may late."""
+    end = time.monotonic() + SEEN_WITHIN_S
+    while not (found := condition()) and time.monotonic() < end:
+        time.sleep(0.2)
+    return found
+
+
+def _check_shared(folder: Path, seen: bool) -> None:
+    """Raise ValueError, on every process, unless all of them see what process 0 wrote."""
+    place = f"{folder.absolute()} on {socket.gethostname()}"
+    places = exchange("run folder", json.dumps([place, seen]))
+    said = [(i, *json.loads(text)) for i, text in enumerate(places)]
+    if apart := [f"process {i} ({place})" for i, place, seen in said if not seen]:
+        more = f" and {len(apart) - 8} more" if len(apart) > 8 else ""
+        raise ValueError(
+            f"--run-dir is not one folder: what process 0 writes to {said[0][1]} is not seen by "
+            f"{', '.join(apart[:8])}{more}. Give all processes the same folder on a shared disk"
+        )
+
+
+def _check_room(run: Run, trainer: Trainer, say: Say) -> None:
+    """Raise ValueError if the disk has no room for one checkpoint; say if it has for too few."""
+    folder, done = Path(run.run_dir), find_steps(Path(run.run_dir) / "checkpoints")
+    left = run.train.steps - (done[-1][0] if done else 0)
+    size = checkpoint_bytes(trainer.abstract_state)
+    if left < 1:
+        return
+    if reason := no_room(folder, size):
+        raise ValueError(f"a checkpoint's {reason}; make room, or give another --run-dir")
+    config = run.checkpoint
+    saves = 1 + (left - 1) // config.every if config.every else 1
+    most = min(saves, config.keep + config.keep_best + 1 - len(done))
+    if reason := no_room(folder, most * size):
+        say(
+            f"warning: {most} more checkpoints will lie there at a time, and their {reason}; make "
+            "room, or lower --checkpoint.keep and --checkpoint.keep-best"
+        )
 
 
 # ---- Open ----------------------------------------------------------------------------------------
@@ -257,18 +362,23 @@ def to_end(
       train: trains; the name of the signal that ended it early, or ''.
       finish: says and writes what came of the whole run.
     """
-    stopped, done = "", f"{loop.first_step} of {run.train.steps} steps are done"
+    done = f"{loop.first_step} of {run.train.steps} steps are done"
     if loop.complete:
         say(f"the run is complete: {done}")
-    else:
-        if loop.first_step >= run.train.steps:
-            say(f"{done}; the evaluation after them is missing and comes now")
-        elif loop.first_step:
-            say(f"resuming at step {loop.first_step} of {run.train.steps}")
-        stopped = train()
-    loop.checkpoints.wait()
-    if stopped:
+    elif loop.first_step >= run.train.steps:
+        say(f"{done}; the evaluation after them is missing and comes now")
+    elif loop.first_step:
+        say(f"resuming at step {loop.first_step} of {run.train.steps}")
+    try:
+        stopped = "" if loop.complete else train()
+        loop.checkpoints.wait()
         step = int(loop.state["step"])
+        if step not in loop.checkpoints.steps():
+            raise OSError(f"step {step} is reached, but could not be saved; see above")
+    except OSError as error:  # a full disk, as a rule
+        last = how_to_resume(Path(run.run_dir) / "checkpoints")
+        raise OSError(f"{error}\n{last}") from error
+    if stopped:
         say(f"{stopped}: stopped and saved at step {step} in {run.run_dir}; run again to go on")
     else:
         finish()

@@ -120,9 +120,11 @@ def past_batches(trained: dict[str, Any], done: int) -> list[Plateau]:
 def _check_batches(train: TrainConfig) -> None:
     """Raise ValueError unless start and end of the ramp are whole numbers of micro batches."""
     start, end = train.batch_ramp_from, train.batch_size
-    for name in ("steps", "seq_len", "batch_size"):
-        if getattr(train, name) < 1:
-            raise ValueError(f"train.{name} is {getattr(train, name)}; it must be 1 or more")
+    least = {"steps": 1, "seq_len": 1, "batch_size": 1, "log_every": 1}
+    least |= {"micro_batch_size": 0, "eval_every": 0, "eval_batches": 0, "max_skipped_in_row": 0}
+    for name, low in least.items():
+        if getattr(train, name) < low:
+            raise ValueError(f"train.{name} is {getattr(train, name)}; it must be {low} or more")
     if start > end or start < 0:
         raise ValueError(
             f"train.batch_ramp_from={start} is outside 0..batch_size={end}: the batch only grows; "

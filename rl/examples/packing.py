@@ -69,8 +69,8 @@ class PackedExamples:
     numbered from 1, 0 for padding, "mask": int32 [seq_len], 1 where the target at that position,
     token t + 1, is learned}.
 
-    Attributes: rows_per_epoch; left_out (names of the examples too long for a row); fill (share of
-    the rows' tokens that are no padding).
+    Attributes: rows_per_epoch; lengths (tokens of each example); left_out (names of the examples
+    too long for a row); fill (share of the rows' tokens that are no padding).
 
     Raises ValueError without examples, and for examples longer than seq_len + 1 tokens, unless
     too_long is "leave_out".
@@ -89,6 +89,7 @@ class PackedExamples:
         self.left_out = [examples.name(int(i)) for i in np.flatnonzero(~fits)]
         if self.left_out and too_long == "error":
             raise ValueError(self._too_long(int(examples.lengths.max())))
+        self.lengths = examples.lengths
         self._numbers = np.flatnonzero(fits)
         if not len(self._numbers):
             why = f": all {len(self.left_out)} are longer than a row" if self.left_out else ""

@@ -13,13 +13,12 @@ Letters: N micro batches, B rows, T positions, K kept tokens, D hidden width, V 
 
 import dataclasses
 import functools
-import hashlib
 from pathlib import Path
 
 import jax
 
 from checkpoint.folder import step_of
-from checkpoint.weights import RunFolder, open_weights
+from checkpoint.weights import RunFolder, open_weights, weights_version
 from model.blueprint import Tree, bind
 from model.config import ModelConfig
 from model.loss import LossParts, LossWeights, inputs_and_targets, loss_of_output, make_examples
@@ -33,9 +32,6 @@ from training.step import Gradients, Knobs, State, Trainer, loss_metrics
 
 TEACHER = tuple(f"teacher_{name}" for name in TopK._fields)
 """Arrays of a batch that hold the teacher's distribution, as TopK has them."""
-_PIECE = 1 << 20
-"""Bytes of the start and of the end of a file that `policy_version` reads: headers and some
-weights, of files that may have terabytes."""
 
 
 def load_policy(path: str, train: TrainConfig, recipe: Recipe, layout: Layout):
@@ -54,20 +50,12 @@ def policy_version(path: str) -> dict[str, int | str]:
     """What tells the weights in a folder from others that have been or will be there.
 
     {"policy_step": the newest checkpoint's} of a run folder, {"policy_files": a digest} of a
-    Hugging Face folder: of config.json and of every safetensors file's size, start and end.
+    Hugging Face folder: see `weights_version`.
     """
     weights = open_weights(Path(path))
     if isinstance(weights, RunFolder):
         return {"policy_step": step_of(weights.step_folder)}
-    digest = hashlib.sha256((weights.path / "config.json").read_bytes())
-    for file in sorted(weights.path.glob("*.safetensors")):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size} ".encode())
-        with file.open("rb") as content:
-            digest.update(content.read(_PIECE))
-            content.seek(max(0, size - _PIECE))
-            digest.update(content.read(_PIECE))
-    return {"policy_files": digest.hexdigest()[:16]}
+    return {"policy_files": weights_version(weights)}
 
 
 @dataclasses.dataclass(frozen=True)
