@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from configs.options import parse_options
 from generation.config import ExpertOptions, Sampling, Speculation
 from generation.text import Answers, TextStream
 from runtime.config import RuntimeOptions
@@ -108,9 +109,9 @@ def parse(arguments: Sequence[str]) -> Generate | Score:
     mesh = LAYOUTS.get(first.parse_known_args(rest)[0].layout, Common.mesh)
     if scores:
         default = Score(checkpoint=tyro.MISSING, tokens=tyro.MISSING, mesh=mesh)
-        return tyro.cli(Score, args=rest, default=default, prog="generate.py score")
+        return parse_options(default, rest, "generate.py score")
     default = Generate(checkpoint=tyro.MISSING, mesh=mesh)
-    return tyro.cli(Generate, args=rest, default=default, prog="generate.py")
+    return parse_options(default, rest, "generate.py")
 
 
 def spelled_out(word: str, following: str | None) -> list[str]:

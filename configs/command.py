@@ -10,10 +10,19 @@ import tyro
 
 from configs import PRESETS, preset, summary
 from configs.deepseek import v3_on_its_layout
+from configs.options import parse_options
+from configs.r1 import rl_rate
 from configs.schema import RunConfig
 from rl.config import PUBLISHED
 from runtime.config import RuntimeOptions
 from sharding.config import LAYOUTS
+
+OTHER_NAMES = dict.fromkeys(
+    ("lr", "max-lr", "peak-lr", "learning-rate", "max-learning-rate"), "train.peak-learning-rate"
+) | dict.fromkeys(("max-steps", "num-steps", "iterations", "total-steps"), "train.steps") | {
+    "output-dir": "run-dir", "max-seq-len": "train.seq-len", "seq-length": "train.seq-len",
+}  # fmt: skip
+"""What other programs call an option -> the option."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +66,7 @@ def parse(arguments: Sequence[str] | None = None) -> Command:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", default="tiny")
     first.add_argument("--layout", default="")
+    first.add_argument("--stage", default="")
     first.add_argument("--rl.objective-of", "--rl.objective_of", dest="objective_of", default="")
     chosen, _ = first.parse_known_args(arguments)
     try:
@@ -67,17 +77,14 @@ def parse(arguments: Sequence[str] | None = None) -> Command:
         run = dataclasses.replace(run, mesh=LAYOUTS[chosen.layout])
     if (chosen.config, chosen.layout) == ("v3_671b", "deepseek"):
         run = v3_on_its_layout(run)
+    if chosen.stage == "rl" != run.stage:
+        run = dataclasses.replace(run, train=rl_rate(run.train))
     if chosen.objective_of in PUBLISHED:
         run = dataclasses.replace(run, rl=run.rl.following(chosen.objective_of))
     default = Command(run=run, config=chosen.config, layout=chosen.layout)
     presets = "\n".join(f"  {name:14} {summary(name)}" for name in PRESETS)
-    command = tyro.cli(
-        Command,
-        args=arguments,
-        default=default,
-        description=f"{Command.__doc__}\n\nPresets (--config):\n{presets}",
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    description = f"{Command.__doc__}\n\nPresets (--config):\n{presets}"
+    command = parse_options(default, arguments, "train.py", description, OTHER_NAMES)
     run = command.run
     if not run.run_dir:
         run = dataclasses.replace(run, run_dir=f"runs/{command.config}")

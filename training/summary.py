@@ -9,7 +9,8 @@ from model.kernels import choose
 from sharding.mesh import describe
 from training.display import human
 from training.run import Run
-from training.schedule import BatchPlan
+from training.schedule import BatchPlan, ends_elsewhere, schedules
+from training.schedule import describe as describe_schedule
 from training.step import Trainer
 
 
@@ -36,4 +37,6 @@ def summary(run: Run, trainer: Trainer) -> list[str]:
         f"batch        {last.batch_size} x {train.seq_len} tokens in {last.micro_batches} micro "
         f"batches",
         f"length       {train.steps:,} steps, {human(plan.tokens_before(train.steps))} tokens",
+        f"rate         {describe_schedule(schedules(train)['learning_rate'], plan)}",
+        *(f"warning      {line}" for line in ends_elsewhere(train, plan)),
     ]
