@@ -261,9 +261,9 @@ def train(command: Command) -> int:
         if is_first_process():
             print(line, flush=True)
 
-    derived = summary(run, trainer) + stage.describe(run)
+    derived = summary(run, trainer, command.gpu) + stage.describe(run)
     if command.print_config:
-        print_config(run, derived)
+        print_config(command, derived)
         return 0
     session = Session(say, STARTED, command.init_from, command.profile_steps)
     say("\n".join(derived))

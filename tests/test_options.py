@@ -5,11 +5,13 @@ import dataclasses
 import pytest
 
 import generate
+import train
 from configs import PRESETS, preset
 from configs.command import parse
 from configs.options import option_names
 from training.config import Phase
 from training.schedule import BatchPlan, check_schedules, ends_elsewhere, knobs_at
+from training.summary import room
 
 
 @pytest.mark.parametrize(
@@ -114,3 +116,65 @@ def test_stage_rl_does_not_take_the_rate_of_pretraining():
     assert parse(["--config", "r1_zero", "--stage", "rl"]).run.train == preset("r1_zero").train
     own = ["--config", "tiny", "--stage=rl", "--train.learning-rate.1.value", "1e-6"]
     assert parse(own).run.train.learning_rate[1].value == 1e-6
+
+
+# ---- what a run would be ------------------------------------------------------------------------
+
+
+def printed(capsys, words: str) -> list[str]:
+    assert train.main([*words.split(), "--print-config", "--compilation-cache="]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_print_config_begins_with_what_follows_and_what_differs(capsys):
+    words = "--layout cube --train.batch-size 16 --rl.max-new-tokens 7"
+    lines = printed(capsys, words)
+    assert lines[0] == "devices      8 x cpu (emulated): fsdp 2 x expert 2 x tensor 2"
+    start = lines.index("differs from the preset tiny:")
+    assert lines[start + 1 : lines.index("", start)] == [
+        "  train.batch_size=16 (preset: 8)",
+        "  rl.max_new_tokens=7 (preset: 256), which stage pretrain does not read",
+        "  mesh.fsdp=2 (preset: -1)",
+        "  mesh.expert=2 (preset: 1)",
+        "  mesh.tensor=2 (preset: 1)",
+    ]
+    fields = lines[lines.index("every field that stage pretrain reads:") :]
+    assert "train.batch_size=16" in fields
+    assert not [line for line in fields if line.startswith(("rl.", "sft."))]
+
+
+def test_a_state_that_no_gpu_holds_is_said(capsys):
+    lines = printed(capsys, "--config v3_671b --mesh.expert 8 --mesh.fsdp 1")
+    warning = next(line for line in lines if "the state alone is more than" in line)
+    assert "H200 (141 GB)" in warning
+    assert "--mesh.fsdp" in warning
+    assert not [x for x in printed(capsys, "--layout cube") if "warning" in x or "room" in x]
+
+
+@pytest.mark.parametrize(
+    ("held", "gpu", "line"),
+    [
+        (100e9, "", "A100 (80 GB), H100 (80 GB); spread"),
+        (100e9, "H100", "memory of H100 (80 GB); spread"),
+        (41e9, "H200", "93.1 GiB of an H200"),
+    ],
+)
+def test_room_of_a_gpu(held, gpu, line):
+    assert line in room(int(held), gpu)[0]
+
+
+def test_micro_batches_of_a_ramp_name_the_option_that_mends_them(capsys):
+    """DualPipe halves the micro batches; a ramp that adds one at a time comes by odd numbers."""
+    sizes = ["--train.batch-size", "64", "--train.micro-batch-size", "4", "--mesh.fsdp", "1"]
+    ramp = ["--train.batch-ramp-from", "32", "--train.batch-ramp-tokens", "1e5"]
+    pipe = ["--mesh.pipe", "2", "--mesh.data", "4", "--mesh.schedule", "dualpipe"]
+    words = [*sizes, *ramp, *pipe, "--model.num-layers", "5", "--compilation-cache="]
+    assert train.main([*words, "--print-config"]) == 2
+    error = capsys.readouterr().err
+    assert "got 9" in error
+    assert "train.batch_ramp_from=32 to batch_size=64 in micro batches of 4" in error
+    assert "--train.batch-ramp-step 2 adds 2" in error
+    assert train.main([*words, "--train.batch-ramp-step", "2", "--print-config"]) == 0
+    without = [*sizes, *pipe, "--model.num-layers", "5", "--compilation-cache=", "--print-config"]
+    assert train.main([*without, "--train.batch-size", "36"]) == 2
+    assert "(train.batch_size=36 over train.micro_batch_size=4)" in capsys.readouterr().err
