@@ -4,6 +4,10 @@ The checkpoint is a run folder of train.py or convert.py, or a Hugging Face fold
 score --checkpoint DIR --tokens FILE.npy` writes logits or prints the loss of given tokens.
 """
 
+from runtime.interpreter import check_interpreter
+
+check_interpreter()  # in one line, before an import fails
+
 import argparse
 import dataclasses
 import itertools

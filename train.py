@@ -5,6 +5,10 @@ The stage of the configuration decides what is learned: text, examples, rewards,
 answers. `--help` lists every option, `--print-config` shows what a run would be.
 """
 
+from runtime.interpreter import check_interpreter
+
+check_interpreter()  # in one line, before an import fails
+
 import argparse
 import difflib
 import os

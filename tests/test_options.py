@@ -1,6 +1,10 @@
 """The command lines: near matches for what is no option, rates that are found, one line each."""
 
+import ast
 import dataclasses
+import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -9,6 +13,7 @@ import train
 from configs import PRESETS, preset
 from configs.command import parse
 from configs.options import option_names
+from runtime.interpreter import check_interpreter
 from training.config import Phase
 from training.schedule import BatchPlan, check_schedules, ends_elsewhere, knobs_at
 from training.summary import room
@@ -178,3 +183,63 @@ def test_micro_batches_of_a_ramp_name_the_option_that_mends_them(capsys):
     without = [*sizes, *pipe, "--model.num-layers", "5", "--compilation-cache=", "--print-config"]
     assert train.main([*without, "--train.batch-size", "36"]) == 2
     assert "(train.batch_size=36 over train.micro_batch_size=4)" in capsys.readouterr().err
+
+
+# ---- the wrong Python, the wrong folder ----------------------------------------------------------
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+ENTRIES = ("train.py", "generate.py", "convert.py")
+
+
+@pytest.mark.parametrize("name", [*ENTRIES, "runtime/interpreter.py", "runtime/__init__.py"])
+def test_any_python_3_can_read_what_comes_before_the_check(name):
+    """An older one would otherwise answer with a syntax error."""
+    ast.parse((ROOT / name).read_text(), feature_version=(3, 8))
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_the_check_of_python_comes_first(name):
+    """Before any import that a bare Python lacks."""
+    _, imported, call, *_ = ast.parse((ROOT / name).read_text()).body
+    assert ast.unparse(imported) == "from runtime.interpreter import check_interpreter"
+    assert ast.unparse(call) == "check_interpreter()"
+
+
+@pytest.mark.parametrize(
+    ("version", "packages", "says"),
+    [
+        ((3, 11, 7), (), "this is Python 3.11.7 ("),
+        ((3, 13, 0), ("no_such_package",), ") without no_such_package; the project needs 3.12"),
+    ],
+)
+def test_the_wrong_python_is_told_the_right_command(capsys, monkeypatch, version, packages, says):
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        check_interpreter(version, packages)
+    error = capsys.readouterr().err
+    assert (ended.value.code, error.count("\n")) == (2, 1)
+    assert error.startswith("generate.py: ")
+    assert says in error
+    assert f"{ROOT}/.venv/bin/python " in error
+    check_interpreter((3, 12, 0), ("jax",))
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_an_entry_point_without_packages_in_another_folder(name, tmp_path):
+    """This Python with its own library alone."""
+    program = (
+        "import runpy, sys; sys.path.insert(0, sys.argv[1]); sys.argv = sys.argv[2:]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = [sys.executable, "-I", "-S", "-c", program, str(ROOT), str(ROOT / name)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "without jax" in done.stderr
+
+
+def test_make_in_another_folder_says_where(tmp_path):
+    command = ["make", "-f", str(ROOT / "Makefile"), "train"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"make -C {ROOT} train" in done.stderr
+    assert not list(tmp_path.iterdir())
