@@ -117,8 +117,8 @@ class Loop:
             self.display.note(f"compiling the step{micro} …")
             jax.block_until_ready(self.state)  # steps before it are not part of the pause
             with self.throughput.paused():
-                batch = self.read_first(placed)
-                self.state, metrics = self.trainer.step(self.state, batch, scalars)
+                read = self.read_first(placed)
+                self.state, metrics = self.trainer.step(self.state, read, scalars)
                 jax.block_until_ready(metrics)
         final = done == train.steps
         evaluated = train.eval_every and (final or done % train.eval_every == 0)
