@@ -41,18 +41,13 @@ class CheckpointManager:
       folder: where checkpoints live; made when missing.
       config: retention and mode.
       read_only: never write, rename or clean up (generation, conversion).
-    Errors: ValueError for retention that keeps nothing; OSError when the folder cannot be made,
+    Errors: OSError when the folder cannot be made,
       because a run that could never save should not start.
     """
 
     def __init__(
         self, folder: str | os.PathLike[str], config: CheckpointConfig, read_only: bool = False
     ):
-        if config.keep < 1 or config.keep_best < 0:
-            raise ValueError(
-                f"checkpoint.keep={config.keep}, keep_best={config.keep_best}; keep at least 1 of "
-                "the newest and 0 or more of the best"
-            )
         self._folder = Path(folder).absolute()
         self._read_only = read_only
         self._asynchronous = config.asynchronous

@@ -81,6 +81,24 @@ def test_rates_that_cannot_be(change, message):
         check_schedules(train, BatchPlan(train))
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("log_every", 0), ("eval_every", -1), ("eval_batches", -1),
+     ("max_skipped_in_row", -1), ("balance_weight", -1.0), ("balance_weight", float("nan")),
+     ("ema_decay", 1.0), ("ema_decay", -0.1)],
+)  # fmt: skip
+def test_numbers_of_a_run_that_cannot_be(field, value):
+    with pytest.raises(ValueError, match=f"train.{field} is {value}; it must be"):
+        BatchPlan(dataclasses.replace(preset("tiny").train, **{field: value}))
+
+
+@pytest.mark.parametrize(("field", "value"), [("every", -1), ("keep", 0), ("keep_best", -1)])
+def test_numbers_of_checkpoints_that_cannot_be(capsys, field, value):
+    with pytest.raises(SystemExit):
+        parse([f"--checkpoint.{field.replace('_', '-')}", str(value)])
+    assert f"checkpoint.{field}={value}; it must be" in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_schedules_of_presets_end_with_the_run(name):
     train = preset(name).train

@@ -89,9 +89,14 @@ class BatchPlan:
 def _check_batches(train: TrainConfig) -> None:
     """Raise ValueError unless start and end of the ramp are whole numbers of micro batches."""
     start, end = train.batch_ramp_from, train.batch_size
-    for name in ("steps", "seq_len", "batch_size"):
-        if getattr(train, name) < 1:
-            raise ValueError(f"train.{name} is {getattr(train, name)}; it must be 1 or more")
+    least = dict.fromkeys(("steps", "seq_len", "batch_size", "log_every"), 1)
+    least |= dict.fromkeys(("eval_every", "eval_batches", "max_skipped_in_row"), 0)
+    least |= dict.fromkeys(("balance_weight", "ema_decay"), 0)
+    for name, low in least.items():
+        if not low <= getattr(train, name) < math.inf:
+            raise ValueError(f"train.{name} is {getattr(train, name)}; it must be {low} or more")
+    if train.ema_decay >= 1:
+        raise ValueError(f"train.ema_decay is {train.ema_decay}; it must be below 1")
     if start > end or start < 0:
         raise ValueError(
             f"train.batch_ramp_from={start} is outside 0..batch_size={end}: the batch only grows; "
