@@ -60,6 +60,7 @@ class Loop:
         self.first_step = int(self.state["step"])
         self.pictures = Pictures(self.run_dir)
         self._compiled: set[int] = set()  # numbers of micro batches, a program each
+        self._evaluated = False
 
     @property
     def complete(self) -> bool:
@@ -136,6 +137,9 @@ class Loop:
         record |= {"train/tokens": float(self.plan.tokens_before(done))}
         record |= self.throughput.lap() | {"mem/peak_gib": peak_memory_gib()}
         if evaluated and self.evaluate is not None:
+            if not self._evaluated:
+                self.display.note("compiling the evaluation …")
+            self._evaluated = True
             with self.throughput.paused():
                 record |= self.evaluate(self.state)
         return record
