@@ -1,6 +1,11 @@
 # Everything a person or CI types. Environments are made on first use and made again only when a
 # lock file or pyproject.toml changes.
 
+HERE := $(realpath $(dir $(lastword $(MAKEFILE_LIST))))
+ifneq ($(HERE),$(realpath $(CURDIR)))
+$(error everything here is relative to the checkout: run `make -C $(HERE) $(MAKECMDGOALS)`)
+endif
+
 PYTHON ?= python3.12
 VENV ?= .venv
 # PyTorch lives apart: it may need another Python, and nothing of it may leak into a run.

@@ -4,6 +4,10 @@
 the model. The destination appears when it is complete.
 """
 
+from runtime.interpreter import check_interpreter
+
+check_interpreter()  # in one line, before an import fails
+
 import dataclasses
 import sys
 from collections.abc import Generator, Sequence
@@ -28,7 +32,11 @@ class Import:
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """A Hugging Face folder from a run folder, or from another Hugging Face folder."""
+    """A Hugging Face folder from a run folder, or from another Hugging Face folder.
+
+    MTP modules become layers after the last. transformers leaves them out, and lists their tensors
+    as unexpected unless the model has V3's 61 layers.
+    """
 
     src: tyro.conf.Positional[Path]
     """Run folder, or Hugging Face folder."""

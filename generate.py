@@ -4,6 +4,10 @@ The checkpoint is a run folder of train.py or convert.py, or a Hugging Face fold
 score --checkpoint DIR --tokens FILE.npy` writes logits or prints the loss of given tokens.
 """
 
+from runtime.interpreter import check_interpreter
+
+check_interpreter()  # in one line, before an import fails
+
 import argparse
 import dataclasses
 import itertools
@@ -15,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from configs.options import parse_options
 from generation.config import ExpertOptions, Sampling, Speculation
 from generation.text import Answers, TextStream
 from runtime.config import RuntimeOptions
@@ -116,9 +121,9 @@ def parse(arguments: Sequence[str]) -> Generate | Score:
     mesh = LAYOUTS.get(first.parse_known_args(rest)[0].layout, Common.mesh)
     if scores:
         default = Score(checkpoint=tyro.MISSING, tokens=tyro.MISSING, mesh=mesh)
-        return tyro.cli(Score, args=rest, default=default, prog="generate.py score")
+        return parse_options(default, rest, "generate.py score")
     default = Generate(checkpoint=tyro.MISSING, mesh=mesh)
-    return tyro.cli(Generate, args=rest, default=default, prog="generate.py")
+    return parse_options(default, rest, "generate.py")
 
 
 def spelled_out(word: str, following: str | None) -> list[str]:

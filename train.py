@@ -5,6 +5,10 @@ The stage of the configuration decides what is learned: text, examples, rewards,
 answers. `--help` lists every option, `--print-config` shows what a run would be.
 """
 
+from runtime.interpreter import check_interpreter
+
+check_interpreter()  # in one line, before an import fails
+
 import argparse
 import difflib
 import os
@@ -67,7 +71,6 @@ def stage_of(run: RunConfig) -> Stage:
 
 def make_trainer(run: RunConfig) -> "Trainer":
     """Check everything that can be checked before data is read or an array exists."""
-    from checkpoint.retention import check_retention
     from data.prepare import check_config
     from model.kernels import choose
     from model.recipe import Recipe
@@ -87,7 +90,6 @@ def make_trainer(run: RunConfig) -> "Trainer":
             f"{run.model.vocab_size}; make the model's at least as large"
         )
     check_schedules(run.train, plan_of(run))
-    check_retention(run.checkpoint)
     layout = make_layout(run.mesh)
     choice = choose(run.kernels, run.model, run.train.dtype, layout, run.train.fp8)
     recipe = Recipe(run.train.dtype, run.train.remat, choice.kernels, fp8=run.train.fp8)
@@ -347,9 +349,9 @@ def train(command: Command) -> int:
         if is_first_process():
             print(line, flush=True)
 
-    derived = summary(run, trainer) + stage.describe(run)
+    derived = summary(run, trainer, command.gpu) + stage.describe(run)
     if command.print_config:
-        print_config(run, derived)
+        print_config(command, derived)
         return 0
     session = Session(say, STARTED, command.init_from, command.profile_steps)
     say("\n".join(derived))

@@ -14,16 +14,20 @@ of its own. Nothing is run or allocated, and no machine code is made unless --ma
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from typing import Any, NamedTuple
+from collections.abc import Generator
+from typing import Any, NamedTuple, get_args
 
 import jax
 
@@ -94,25 +98,36 @@ class Seconds(NamedTuple):
 
 
 def mesh_of(text: str) -> MeshConfig:
-    """A named layout, or fields such as `expert=8,exchange=ragged`."""
+    """A named layout, or fields such as `expert=8,exchange=ragged`; ValueError for what is none."""
     if "=" not in text:
         return named_layout(text)
-    types = {field.name: type(field.default) for field in dataclasses.fields(MeshConfig)}
+    fields = {field.name: field for field in dataclasses.fields(MeshConfig)}
     values: dict[str, Any] = {}
     for pair in text.split(","):
         name, _, value = pair.partition("=")
-        if name not in types:
-            raise ValueError(f"mesh: no field {name!r}; there are {', '.join(types)}")
-        values[name] = value.lower() == "true" if types[name] is bool else types[name](value)
+        if name not in fields:
+            raise ValueError(f"--mesh: no field {name!r}; there are {', '.join(fields)}")
+        kind, choices = type(fields[name].default), get_args(fields[name].type)
+        choices = ("true", "false") if kind is bool else choices
+        if choices and value not in choices:
+            raise ValueError(f"--mesh {name}={value}: there are {', '.join(filter(None, choices))}")
+        try:
+            values[name] = value == "true" if kind is bool else kind(value)
+        except ValueError:
+            raise ValueError(f"--mesh {name}={value}: give a number") from None
     return MeshConfig(**values)
 
 
 def trainer_of(options: argparse.Namespace) -> Trainer:
     """The trainer of a preset on absent GPUs."""
+    for name in ("nodes", "per_node", "micro_batches", "sequences"):
+        if getattr(options, name) < 1:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} is {getattr(options, name)}; it must be 1 or more")
     run = preset(options.config)
     model, train = resized(run.model, options), run.train
+    mesh = resolve(mesh_of(options.mesh), options.nodes * options.per_node)
     devices = absent_gpus(options.nodes, options.per_node)
-    mesh = resolve(mesh_of(options.mesh), len(devices))
     assert math.prod(axis_sizes(mesh).values()) == len(devices)
     layout = make_layout(mesh, devices)
     rows = batch_shards(layout) * options.sequences
@@ -145,18 +160,39 @@ def inspect(options: argparse.Namespace) -> tuple[Report, Seconds]:
     trainer = trainer_of(options)
     layout = trainer.layout
     start, processor = time.perf_counter(), processor_seconds()
-    lowered = lower(trainer)
+    with working(f"lowering the step for {layout.mesh.size} GPUs"):
+        lowered = lower(trainer)
     lower_s = time.perf_counter() - start
     flags = INSPECTION | schedule_options(layout.config)
-    if options.machine_code:
-        program = scheduled(lowered.compile(compiler_options=flags))
-    else:
-        program = until_scheduled(lowered, flags)
+    with working("compiling it until buffers are assigned, for V3 some minutes"):
+        if options.machine_code:
+            program = scheduled(lowered.compile(compiler_options=flags))
+        else:
+            program = until_scheduled(lowered, flags)
     compile_s = time.perf_counter() - start - lower_s
     seconds = Seconds(lower_s, compile_s, processor_seconds() - processor)
     if options.text:
         pathlib.Path(options.text).write_text(program.text)
     return read(program, layout.mesh), seconds
+
+
+@contextlib.contextmanager
+def working(on: str) -> Generator[None]:
+    """Say on stderr what is done now, and every half minute that it still is."""
+    begin, done = time.perf_counter(), threading.Event()
+
+    def speak() -> None:
+        print(f"{on} …", file=sys.stderr, flush=True)
+        while not done.wait(30):
+            print(f"  {time.perf_counter() - begin:.0f} s …", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=speak, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def processor_seconds() -> float:
@@ -172,15 +208,51 @@ def show(report: Report, seconds: Seconds) -> None:
         f"per device: {report.arguments / GIB:.2f} GiB of state and batch, "
         f"{report.temporaries / GIB:.2f} GiB of temporaries\n"
     )
+    print("collectives of a step, per device:")
     for op, axes, times, size in report.collectives:
         print(f"{op:20} {axes:24} {times:8} x  {size / GIB:10.3f} GiB in all")
+    for mark, meaning in MARKS.items():
+        if any(mark in axes for _, axes, _, _ in report.collectives):
+            print(f"  {mark}  {meaning}")
     print("\ncalls in the text, loops counted once:")
     for name, count in report.calls.items():
         print(f"{count:6}  {name}")
-    spanning = [span for span in report.spans if span[2]]
-    print(f"\n{len(spanning)} of {len(report.spans)} asynchronous collectives span products:")
-    for op, source, products, others in spanning:
-        print(f"{op:20} {products:3} products, {others:3} of other values  {source}")
+    print("\n".join(["", *overlap(report)]))
+
+
+MARKS = {
+    "?": "in a loop whose length the program does not tell, such as over tiles of experts: counted "
+    "once",
+    "~": "groups are parts of the axes, or no ring",
+}
+"""Marks at axes (programs/collectives.py:by_op_and_axes)."""
+
+
+def overlap(report: Report) -> list[str]:
+    """What runs beside the asynchronous collectives, a line per op, place and pass."""
+    groups: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    for op, source, products, others in report.spans:
+        groups.setdefault((op, place(source)), []).append((products, others))
+    spanning = sum(1 for span in report.spans if span[2])
+    lines = [f"{spanning} of {len(report.spans)} asynchronous collectives have matrix products "
+             "beside them:"]  # fmt: skip
+    for (op, where), spans in sorted(groups.items()):
+        beside = [products for products, _ in spans if products]
+        others = sum(1 for _, others in spans if others)
+        lines.append(
+            f"{op:20} {where:28} {len(beside)} of {len(spans)}, "
+            f"{max(beside, default=0)} products at most; beside another micro batch's: {others}"
+        )
+    return lines
+
+
+def place(source: str) -> str:
+    """Pass and function of an op, from JAX's path to it: `backward: shard_map/all_to_all`."""
+    backward = "transpose(" in source
+    steps = [step for step in source.split("/") if not re.search(r"[()]", step)]
+    skipped = {"while", "body", "cond", "eval_jaxpr", "closed_call", "checkpoint"}
+    named = [step for step in steps if step not in skipped][-2:]
+    return f"{'backward' if backward else 'forward'}: {'/'.join(named) or source or 'unnamed'}"
 
 
 def row(name: str, report: Report, seconds: Seconds) -> str:
@@ -252,7 +324,11 @@ def main(arguments: list[str] | None = None) -> None:
     if options.table:
         title, cases = TABLES[options.table]
         return command.keep(title, table(cases))
-    report, seconds = inspect(options)
+    try:
+        report, seconds = inspect(options)
+    except ValueError as error:
+        print(f"gpu_programs: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     if options.json:
         found = {"report": report._asdict(), "seconds": seconds._asdict()}
         pathlib.Path(options.json).write_text(json.dumps(found))

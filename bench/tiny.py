@@ -31,13 +31,13 @@ def main() -> None:
     )  # fmt: skip
     held_out = next(line for line in done.stdout.splitlines() if line.startswith("held-out text:"))
     records = read_metrics(ROOT / options.run_dir)
-    seconds = sum(record["perf/step_s"] for record in records)
+    seconds = sum(record.get("perf/step_s", 0.0) for record in records)
     last = records[-1]
     lines = [
         f"`python {' '.join(command)}`, the command of `make train`: {held_out}.",
         "",
         f"{len(records)} steps, {last['train/tokens']:,.0f} tokens, {seconds:.0f} s in steps "
-        f"(compilation of the first included, evaluation not); busiest expert "
+        f"(the first, which is compiled, and evaluation not included); busiest expert "
         f"{last['moe/load_max_over_mean']:.2f} times the mean in the last step; "
         f"{last['train/skipped_steps']:.0f} skipped steps; "
         f"{sum(record['moe/dropped_tokens'] for record in records):.0f} dropped tokens.",

@@ -15,3 +15,8 @@ class CheckpointConfig:
     """Checkpoints with the lowest held-out loss kept besides the newest."""
     asynchronous: bool = True
     """Write in the background while training goes on."""
+
+    def __post_init__(self):
+        for name, least in (("every", 0), ("keep", 1), ("keep_best", 0)):
+            if (value := getattr(self, name)) < least:
+                raise ValueError(f"checkpoint.{name}={value}; it must be {least} or more")

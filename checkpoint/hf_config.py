@@ -1,50 +1,65 @@
 """A Hugging Face DeepSeek `config.json` as our ModelConfig, and back.
 
-Meaning, not spelling, is what is carried over: a key that would change the result and that we do
-not implement is an error, and so is a key that is not known here.
+Meaning, not spelling, is what is carried over. Every key is read (_FIELDS and from_hf_config), held
+to the one value that we implement (_FIXED), or ignored because it cannot change what the model
+computes (_NO_EFFECT). A key that is none of these is an error, and so is one that is said twice in
+different ways: programs that read the file disagree on which of the two counts.
 """
 
-from typing import Any
+import math
+import re
+from typing import Any, NamedTuple
 
 from model.config import ModelConfig, YarnConfig
 
-_SAME_MEANING = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "num_hidden_layers": "num_layers",
-    "first_k_dense_replace": "num_dense_layers",
-    "num_attention_heads": "num_heads",
-    "q_lora_rank": "q_lora_rank",
-    "kv_lora_rank": "kv_lora_rank",
-    "qk_nope_head_dim": "qk_nope_head_dim",
-    "qk_rope_head_dim": "qk_rope_head_dim",
-    "v_head_dim": "v_head_dim",
-    "intermediate_size": "dense_ffn_size",
-    "moe_intermediate_size": "expert_ffn_size",
-    "n_routed_experts": "num_experts",
-    "n_shared_experts": "num_shared_experts",
-    "num_experts_per_tok": "experts_per_token",
-    "routed_scaling_factor": "routed_scaling_factor",
-    "norm_topk_prob": "normalize_topk",
-    "max_position_embeddings": "max_position",
-    "rms_norm_eps": "norm_eps",
-}
-"""Their key -> our field, for keys every configuration has and that need no translation."""
 
-_TYPES = {
-    "q_lora_rank": (int, type(None)),
-    "n_shared_experts": (int, type(None)),
-    "routed_scaling_factor": (float, int),
-    "rms_norm_eps": (float, int),
-    "norm_topk_prob": (bool,),
-    "n_group": (int, type(None)),
-    "topk_group": (int, type(None)),
+class _Field(NamedTuple):
+    """One of our fields that a key gives: an integer of `least` or more unless said otherwise."""
+
+    ours: str
+    least: int = 1
+    kind: type[int] | type[float] | type[bool] = int
+    null: bool = False
+    """Whether null is a value, and means that there is no such part."""
+
+
+_FIELDS = {
+    "vocab_size": _Field("vocab_size"),
+    "hidden_size": _Field("hidden_size"),
+    "num_hidden_layers": _Field("num_layers"),
+    "first_k_dense_replace": _Field("num_dense_layers", 0),
+    "num_attention_heads": _Field("num_heads"),
+    "q_lora_rank": _Field("q_lora_rank", null=True),
+    "kv_lora_rank": _Field("kv_lora_rank"),
+    "qk_nope_head_dim": _Field("qk_nope_head_dim"),
+    "qk_rope_head_dim": _Field("qk_rope_head_dim"),
+    "v_head_dim": _Field("v_head_dim"),
+    "intermediate_size": _Field("dense_ffn_size"),
+    "moe_intermediate_size": _Field("expert_ffn_size"),
+    "n_routed_experts": _Field("num_experts"),
+    "n_shared_experts": _Field("num_shared_experts", 0, null=True),
+    "num_experts_per_tok": _Field("experts_per_token"),
+    "routed_scaling_factor": _Field("routed_scaling_factor", kind=float),
+    "norm_topk_prob": _Field("normalize_topk", kind=bool),
+    "max_position_embeddings": _Field("max_position"),
+    "rms_norm_eps": _Field("norm_eps", kind=float),
 }
-"""Types of the keys above and below; the others are int."""
-_OPTIONAL_COUNTS = {"n_group", "topk_group", "num_nextn_predict_layers", "num_mtp_layers"}
+"""Keys that every configuration has."""
+_GROUPS = {"n_group": "num_expert_groups", "topk_group": "groups_per_token"}
+"""Keys that a selection by groups needs."""
 
 _SCORING = {"deepseek_v2": "softmax", "deepseek_v3": "sigmoid", "kimi_k2": "sigmoid"}
-_TOPK_METHOD = {"deepseek_v2": "greedy", "deepseek_v3": "noaux_tc", "kimi_k2": "noaux_tc"}
+_TOPK_METHODS = {
+    "deepseek_v2": ("greedy", "group_limited_greedy"),
+    "deepseek_v3": ("noaux_tc",),
+    "kimi_k2": ("noaux_tc",),
+}
+"""What a model type may say; absence means the first. Programs compute this whatever it says."""
+_CLASS = {
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "kimi_k2": "DeepseekV3ForCausalLM",
+}
 
 _FIXED = {
     "hidden_act": "silu",
@@ -56,24 +71,37 @@ _FIXED = {
     "pretraining_tp": 1,
 }
 """Keys for which we implement one value only, which is also what their absence means."""
+_FIXED_READ = _FIXED | {"partial_rotary_factor": 1.0, "is_encoder_decoder": False}
+"""The same with keys that we do not write."""
 
 _NO_EFFECT = {
     # About files, types and the program that reads them.
-    "architectures", "auto_map", "model_type", "dtype", "torch_dtype", "transformers_version",
-    "quantization_config", "use_cache", "name_or_path", "_name_or_path", "ep_size", "head_dim",
-    "qk_head_dim", "output_router_logits", "output_hidden_states", "output_attentions",
-    "return_dict", "problem_type", "is_encoder_decoder", "chunk_size_feed_forward", "id2label",
+    "auto_map", "model_type", "dtype", "torch_dtype", "transformers_version",
+    "use_cache", "name_or_path", "_name_or_path", "ep_size",
+    "output_router_logits", "output_hidden_states", "output_attentions",
+    "return_dict", "problem_type", "chunk_size_feed_forward", "id2label",
     "label2id", "experts_implementation", "attn_implementation", "_attn_implementation",
     # Tokens: the tokenizer's business.
     "bos_token_id", "eos_token_id", "pad_token_id",
     # Training of somebody else; the released values are not those of the reports.
     "initializer_range", "aux_loss_alpha", "seq_aux",
 }  # fmt: skip
+"""Keys that cannot change what the model computes from its weights."""
 
-_YARN_KEYS = {
-    "type", "rope_type", "rope_theta", "factor", "original_max_position_embeddings", "beta_fast",
-    "beta_slow", "mscale", "mscale_all_dim",
+_YARN = {
+    "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale",
+    "mscale_all_dim",
 }  # fmt: skip
+_ROPE_FIXED = {"partial_rotary_factor": 1.0, "attention_factor": None, "truncate": True}
+_FP8_FIXED = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "weight_block_size": [128, 128],
+    "activation_scheme": "dynamic",
+    "expert_dtype": "fp8",
+}
+_FP8_NO_EFFECT = {"scale_fmt", "dequantize", "modules_to_not_convert", "modules_to_convert"}
+"""The files tell which tensors are FP8 and what their factors are."""
 
 
 def from_hf_config(hf: dict[str, Any]) -> ModelConfig:
@@ -81,94 +109,210 @@ def from_hf_config(hf: dict[str, Any]) -> ModelConfig:
 
     `init_std` is left at our default: `initializer_range` is not what the models were trained from.
 
-    Raises ValueError for another model type, an unknown key, or a value we do not implement.
+    Raises ValueError for another model type, an unknown key, a value we do not implement or that no
+    model can have, and two keys that contradict each other.
     """
     kind = hf.get("model_type")
-    if kind not in _SCORING:
+    if not isinstance(kind, str) or kind not in _SCORING:
         raise ValueError(
             f"config.json: model_type is {kind!r}; only {', '.join(_SCORING)} can be read"
         )
-    if missing := [key for key in _SAME_MEANING if key not in hf]:
+    method = _one_of(hf, "topk_method", _TOPK_METHODS[kind])
+    groups = _GROUPS if method != "greedy" else {}
+    if missing := [key for key in (*_FIELDS, *groups) if key not in hf]:
         raise ValueError(f"config.json: missing {', '.join(missing)}")
-    for key in sorted(hf.keys() & (_SAME_MEANING.keys() | _OPTIONAL_COUNTS)):
-        value, kinds = hf[key], _TYPES.get(key, (int,))
-        _require(hf, key, type(value) in kinds, f"must be {kinds[0].__name__}")
-    for key, value in _FIXED.items():
-        _require(hf, key, hf.get(key, value) == value, f"only {value!r} is implemented")
-    heads = hf.get("num_key_value_heads")
-    _require(hf, "num_key_value_heads", heads in (None, hf["num_attention_heads"]),
-             f"must equal num_attention_heads={hf['num_attention_heads']}")  # fmt: skip
-    fields = {ours: hf[theirs] for theirs, ours in _SAME_MEANING.items()}
-    method = hf.get("topk_method", _TOPK_METHOD[kind])
-    if kind == "deepseek_v2":
-        _require(hf, "norm_topk_prob", not hf["norm_topk_prob"],
-                 "implementations of deepseek_v2 disagree on what true means")  # fmt: skip
-    theta, yarn = _rope(hf)
+    fields = {field.ours: _value(hf, key, field) for key, field in _FIELDS.items()}
     # `greedy` configurations may carry group numbers that nothing reads.
-    grouped = method != "greedy"
-    config = ModelConfig(
-        **fields,
-        num_expert_groups=(hf.get("n_group") or 1) if grouped else 1,
-        groups_per_token=(hf.get("topk_group") or 1) if grouped else 1,
-        scoring=hf.get("scoring_func", _SCORING[kind]),
-        topk_method=method,
-        rope_theta=theta,
-        yarn=yarn,
-        rope_interleaved=hf.get("rope_interleave", True),
-        mtp_depth=hf.get("num_nextn_predict_layers", hf.get("num_mtp_layers", 0)),
-    )
-    read = {"num_key_value_heads", "n_group", "topk_group", "scoring_func", "topk_method",
-            "rope_theta", "rope_scaling", "rope_parameters", "rope_interleave",
-            "num_nextn_predict_layers", "num_mtp_layers"}  # fmt: skip
-    if unknown := sorted(hf.keys() - _SAME_MEANING.keys() - _FIXED.keys() - _NO_EFFECT - read):
+    fields |= {ours: _value(hf, key, _Field(ours)) for key, ours in groups.items()}
+    read = _check_fixed(hf, kind)
+    theta, yarn = _rope(hf)
+    read |= {"rope_theta", "rope_scaling", "rope_parameters"}
+    interleaved = hf.get("rope_interleave", True)
+    _require(type(interleaved) is bool, "rope_interleave", interleaved, "must be true or false")
+    _require(interleaved or kind == "deepseek_v3", "rope_interleave", interleaved,
+             f"no program reads it for {kind}, whose pairs are interleaved")  # fmt: skip
+    known = _FIELDS.keys() | _GROUPS.keys() | _NO_EFFECT | read | {"rope_interleave"}
+    if unknown := sorted(hf.keys() - known):
         raise ValueError(
             f"config.json: unknown keys {', '.join(unknown)}; if they do not change the model's "
             "output, remove them from the file"
         )
-    return config
+    try:
+        return ModelConfig(
+            **fields,
+            scoring=_one_of(hf, "scoring_func", (_SCORING[kind],)),
+            topk_method=method,
+            rope_theta=theta,
+            yarn=yarn,
+            rope_interleaved=interleaved,
+            mtp_depth=_mtp_depth(hf, kind),
+        )
+    except ValueError as error:
+        theirs = {field.ours: key for key, field in _FIELDS.items()}
+        theirs |= {ours: key for key, ours in _GROUPS.items()}
+        said = re.sub(r"\w+", lambda word: theirs.get(word[0], word[0]), str(error))
+        raise ValueError(said.replace("model config:", "config.json:")) from None
 
 
-def _require(hf: dict[str, Any], key: str, ok: bool, why: str) -> None:
+def _check_fixed(hf: dict[str, Any], kind: str) -> set[str]:
+    """Check keys that must say what the others already say; returns the keys."""
+    for key, value in _FIXED_READ.items():
+        _require(hf.get(key, value) == value, key, hf.get(key), f"only {value!r} is implemented")
+    heads, rope = hf["num_attention_heads"], hf["qk_rope_head_dim"]
+    repeated = {
+        "num_key_value_heads": ("num_attention_heads", heads),
+        "head_dim": ("qk_rope_head_dim", rope),
+        "qk_head_dim": ("qk_nope_head_dim + qk_rope_head_dim", hf["qk_nope_head_dim"] + rope),
+    }
+    for key, (others, value) in repeated.items():
+        _require(hf.get(key) is None or hf[key] == value, key, hf.get(key),
+                 f"must equal {others}={value}")  # fmt: skip
+    classes = hf.get("architectures") or [_CLASS[kind]]
+    _require(isinstance(classes, list) and _CLASS[kind] in classes, "architectures", classes,
+             f"model_type {kind} is {_CLASS[kind]}; make them agree")  # fmt: skip
+    if kind == "deepseek_v2":
+        _require(not hf["norm_topk_prob"], "norm_topk_prob", True,
+                 "implementations of deepseek_v2 disagree on what true means")  # fmt: skip
+    _check_quantization(hf.get("quantization_config"))
+    return {*_FIXED_READ, *repeated, "architectures", "quantization_config", "scoring_func",
+            "topk_method", "num_nextn_predict_layers", "num_mtp_layers"}  # fmt: skip
+
+
+def _check_quantization(stored: Any) -> None:
+    """Raise ValueError unless weights are plain, or FP8 in the blocks of checkpoint/fp8.py."""
+    if stored is None or stored == {}:
+        return
+    name = "quantization_config"
+    _require(isinstance(stored, dict), name, stored, "must be an object")
+    for key, value in _FP8_FIXED.items():
+        absent = value if key != "quant_method" else None
+        _require(stored.get(key, absent) == value, f"{name}.{key}", stored.get(key),
+                 f"only {value!r} can be read")  # fmt: skip
+    unknown = sorted(stored.keys() - _FP8_FIXED.keys() - _FP8_NO_EFFECT)
+    _require(not unknown, name, stored, f"unknown keys {', '.join(unknown)}")
+
+
+def _mtp_depth(hf: dict[str, Any], kind: str) -> int:
+    """MTP modules; the key has two names."""
+    names = ("num_nextn_predict_layers", "num_mtp_layers")
+    depths = {key: _value(hf, key, _Field("mtp_depth", 0)) for key in names if key in hf}
+    if len({*depths.values()}) > 1:
+        raise ValueError(f"config.json: {depths} contradict each other; leave one")
+    depth = next(iter(depths.values()), 0)
+    _require(not depth or kind != "deepseek_v2", next(iter(depths), ""), depth,
+             "deepseek_v2 has no such layers")  # fmt: skip
+    return depth
+
+
+def _require(ok: bool, key: str, value: Any, why: str) -> None:
     if not ok:
-        raise ValueError(f"config.json: {key} is {hf.get(key)!r}; {why}")
+        raise ValueError(f"config.json: {key} is {value!r}; {why}")
 
 
-def _number(key: str, value: Any) -> float:
-    if type(value) not in (int, float):
-        raise ValueError(f"config.json: {key} is {value!r}; it must be a number")
-    return float(value)
+def _one_of(hf: dict[str, Any], key: str, values: tuple[Any, ...]) -> Any:
+    value = hf.get(key, values[0])
+    _require(value in values, key, value,
+             f"{hf['model_type']} has {' or '.join(map(repr, values))}")  # fmt: skip
+    return value
+
+
+def _value(hf: dict[str, Any], key: str, field: _Field) -> Any:
+    """The value of a key that must be there, checked."""
+    value = hf[key]
+    if value is None and field.null:
+        return None if field.ours == "q_lora_rank" else 0
+    if field.kind is float:
+        return _number(key, value, above=0.0)
+    if field.kind is bool:
+        _require(type(value) is bool, key, value, "must be true or false")
+    else:
+        ok = type(value) is int and value >= field.least
+        _require(ok, key, value, f"must be an integer of {field.least} or more")
+    return value
+
+
+def _number(key: str, value: Any, above: float = -math.inf, least: float = -math.inf) -> float:
+    """A finite number above `above` and not below `least`."""
+    bound = f" above {above:g}" if above > -math.inf else ""
+    bound += f" of {least:g} or more" if least > -math.inf else ""
+    try:
+        ok = type(value) in (int, float) and math.isfinite(value) and least <= value > above
+        number = float(value) if ok else 0.0
+    except OverflowError:
+        ok, number = False, 0.0
+    _require(ok, key, value, f"must be a number{bound}")
+    return number
 
 
 def _rope(hf: dict[str, Any]) -> tuple[float, YarnConfig | None]:
-    """Base and extension; transformers 5 puts both in `rope_parameters`."""
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise ValueError(f"config.json: rope scaling is {rope!r}; it must be an object")
-    theta = _number("rope_theta", rope.get("rope_theta") or hf.get("rope_theta") or 10000.0)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return theta, None
-    unknown = sorted(rope.keys() - _YARN_KEYS)
-    if kind != "yarn" or unknown:
-        what = f"type {kind!r}" if kind != "yarn" else f"keys {', '.join(unknown)}"
-        raise ValueError(f"config.json: rope scaling: {what} not implemented; only plain yarn is")
-    if missing := [k for k in ("factor", "original_max_position_embeddings") if k not in rope]:
-        raise ValueError(f"config.json: rope scaling: missing {', '.join(missing)}")
-    mscale, all_dim = rope.get("mscale"), rope.get("mscale_all_dim") or 0.0
-    # Without mscale_all_dim, transformers ignores mscale where DeepSeek's code uses it; 1 is both.
-    if (all_dim and not mscale) or (not all_dim and mscale not in (None, 1)):
+    """Base and extension: older files hold them in `rope_theta` and `rope_scaling`, files of
+    transformers 5 in `rope_parameters`. What is said in several places must agree."""
+    thetas, extensions = {}, {}
+    if "rope_theta" in hf:
+        thetas["rope_theta"] = hf["rope_theta"]
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = hf.get(name)
+        _require(rope is None or isinstance(rope, dict), name, rope, "must be an object or null")
+        if not rope:
+            continue
+        if "rope_theta" in rope:
+            thetas[f"{name}.rope_theta"] = rope["rope_theta"]
+        # Theirs may be no more than the place of the base.
+        if rope.keys() - {"rope_theta"}:
+            extensions[name] = _extension(name, rope)
+    numbers = {key: _number(key, value, above=1.0) for key, value in thetas.items()}
+    if len({*numbers.values()}) > 1:
+        raise ValueError(f"config.json: {numbers} contradict each other; leave one")
+    if len({*extensions.values()}) > 1:
         raise ValueError(
-            f"config.json: rope scaling: mscale={mscale} with mscale_all_dim={all_dim}; "
+            f"config.json: rope_scaling={hf['rope_scaling']!r} and rope_parameters="
+            f"{hf['rope_parameters']!r} contradict each other; leave the one that is meant"
+        )
+    theta = next(iter(numbers.values()), 10000.0)
+    return theta, next(iter(extensions.values()), None)
+
+
+def _extension(name: str, rope: dict[str, Any]) -> YarnConfig | None:
+    """The context extension that an object of the file asks for; None for none."""
+    kinds = {key: rope[key] for key in ("rope_type", "type") if key in rope}
+    if len({repr(kind) for kind in kinds.values()}) != 1:
+        raise ValueError(
+            f"config.json: {name} is {rope!r}; it must say its type, once: 'default' or 'yarn'"
+        )
+    kind = next(iter(kinds.values()))
+    if kind not in ("default", "yarn"):
+        raise ValueError(f"config.json: {name}: type {kind!r} not implemented; only plain yarn is")
+    for key, value in _ROPE_FIXED.items():
+        _require(rope.get(key, value) == value, f"{name}.{key}", rope.get(key),
+                 f"only {value!r} is implemented")  # fmt: skip
+    known = {"rope_type", "type", "rope_theta", *_ROPE_FIXED, *(_YARN if kind == "yarn" else ())}
+    if unknown := sorted(rope.keys() - known):
+        raise ValueError(
+            f"config.json: {name}: type {kind!r} has no {', '.join(unknown)}; only plain yarn is "
+            "implemented"
+        )
+    if kind == "default":
+        return None
+    if missing := [k for k in ("factor", "original_max_position_embeddings") if k not in rope]:
+        raise ValueError(f"config.json: {name}: missing {', '.join(missing)}")
+    original = rope["original_max_position_embeddings"]
+    _require(type(original) is int and original > 0, f"{name}.original_max_position_embeddings",
+             original, "must be an integer of 1 or more")  # fmt: skip
+    # Null means the default there.
+    given = {key: value for key, value in rope.items() if value is not None}
+    fast = _number(f"{name}.beta_fast", given.get("beta_fast", 32.0), above=0.0)
+    slow = _number(f"{name}.beta_slow", given.get("beta_slow", 1.0), above=0.0)
+    _require(slow <= fast, f"{name}.beta_slow", slow, f"it exceeds beta_fast={fast:g}")
+    mscale = _number(f"{name}.mscale", given.get("mscale", 0.0), least=0.0)
+    all_dim = _number(f"{name}.mscale_all_dim", given.get("mscale_all_dim", 0.0), least=0.0)
+    # Without mscale_all_dim, transformers ignores mscale where DeepSeek's code uses it; 1 is both.
+    if (all_dim and not mscale) or (not all_dim and (mscale != 1 and "mscale" in given)):
+        raise ValueError(
+            f"config.json: {name}: mscale={mscale:g} with mscale_all_dim={all_dim:g}; "
             "implementations disagree on one without the other, give both or neither"
         )
-    return theta, YarnConfig(
-        factor=_number("factor", rope["factor"]),
-        original_max_position=rope["original_max_position_embeddings"],
-        beta_fast=_number("beta_fast", rope.get("beta_fast") or 32),
-        beta_slow=_number("beta_slow", rope.get("beta_slow") or 1),
-        mscale=_number("mscale", mscale or 1.0),
-        mscale_all_dim=_number("mscale_all_dim", all_dim),
-    )
+    factor = _number(f"{name}.factor", rope["factor"], least=1.0)
+    return YarnConfig(factor, original, fast, slow, mscale or 1.0, all_dim)
 
 
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:
@@ -185,11 +329,11 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
             f"rope_interleaved={config.rope_interleaved}: deepseek_v3 is sigmoid with noaux_tc, "
             "deepseek_v2 is softmax with the others, neither normalised nor half-split"
         )
-    hf: dict[str, Any] = {theirs: getattr(config, ours) for theirs, ours in _SAME_MEANING.items()}
+    hf: dict[str, Any] = {key: getattr(config, field.ours) for key, field in _FIELDS.items()}
     hf |= {key: value for key, value in _FIXED.items() if key != "mlp_bias" or softmax}
     hf |= {
         "model_type": "deepseek_v3" if sigmoid else "deepseek_v2",
-        "architectures": ["DeepseekV3ForCausalLM" if sigmoid else "DeepseekV2ForCausalLM"],
+        "architectures": [_CLASS["deepseek_v3" if sigmoid else "deepseek_v2"]],
         "num_key_value_heads": config.num_heads,
         "n_group": config.num_expert_groups,
         "topk_group": config.groups_per_token,

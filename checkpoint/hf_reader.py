@@ -94,6 +94,7 @@ class HuggingFaceFolder:
         self.config = _read_config(path)
         infos = _read_headers(path)
         self.bytes = sum(info.nbytes for info in infos.values())
+        _check_sizes(self.config, infos)
         first_mtp = self.config.num_layers
         if self.config.mtp_depth and not any(_layer(name) >= first_mtp for name in infos):
             warnings.warn(
@@ -242,14 +243,39 @@ def _layer(name: str) -> int:
 def _read_config(path: Path) -> ModelConfig:
     file = path / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_once)
     except FileNotFoundError:
         raise ValueError(f"{path} is no Hugging Face folder: it has no config.json") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON ({error})") from None
+        raise ValueError(f"{file} is no JSON that can be read ({error})") from None
     if not isinstance(config, dict):
         raise ValueError(f"{file} holds a {type(config).__name__}, not an object")
     return from_hf_config(config)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; ValueError for a key that is there twice, of which a reader takes either."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} is there twice; leave the one that is meant")
+    return found
+
+
+def _check_sizes(config: ModelConfig, infos: dict[str, TensorInfo]) -> None:
+    """Raise ValueError for more layers or experts than the files can hold, before any is listed."""
+    most = max((size for info in infos.values() for size in info.shape), default=0)
+    layers = config.num_layers + config.mtp_depth
+    for name, value, limit in (
+        ("num_hidden_layers with MTP layers", layers, len(infos)),
+        ("n_routed_experts", config.num_experts if config.num_moe_layers else 0, most),
+    ):
+        if value > limit:
+            raise ValueError(
+                f"config.json: {name} is {value}; the files hold {len(infos)} tensors of at most "
+                f"{most} rows, which is not enough"
+            )
 
 
 def _read_headers(path: Path) -> dict[str, TensorInfo]:

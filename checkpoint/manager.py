@@ -35,7 +35,7 @@ from checkpoint.folder import (
     unfinished,
     unreadable_reason,
 )
-from checkpoint.retention import KeepNewestAndBest, check_retention
+from checkpoint.retention import KeepNewestAndBest
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -66,14 +66,13 @@ class CheckpointManager:
       folder: where checkpoints live; made when missing.
       config: retention and mode.
       read_only: never write, rename or clean up (generation, conversion).
-    Errors: ValueError for retention that keeps nothing; OSError when the folder cannot be made,
+    Errors: OSError when the folder cannot be made,
       because a run that could never save should not start.
     """
 
     def __init__(
         self, folder: str | os.PathLike[str], config: CheckpointConfig, read_only: bool = False
     ):
-        check_retention(config)
         self._folder = Path(folder).absolute()
         self._read_only = read_only
         self._asynchronous = config.asynchronous

@@ -5,22 +5,6 @@ from collections.abc import Sequence
 
 from orbax.checkpoint import checkpoint_managers as policies
 
-from checkpoint.config import CheckpointConfig
-
-
-def check_retention(config: CheckpointConfig) -> None:
-    """Raise ValueError for a configuration that keeps nothing, or saves never."""
-    if config.keep < 1 or config.keep_best < 0:
-        raise ValueError(
-            f"checkpoint.keep={config.keep}, keep_best={config.keep_best}; keep at least 1 of "
-            "the newest and 0 or more of the best"
-        )
-    if config.every < 0:
-        raise ValueError(
-            f"checkpoint.every={config.every}; give steps between checkpoints, or 0 for one at the "
-            "end"
-        )
-
 
 class KeepNewestAndBest(policies.PreservationPolicy):
     """Keeps the `keep` newest checkpoints and, besides, the `keep_best` with the lowest loss.

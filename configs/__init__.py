@@ -24,7 +24,7 @@ def preset(name: str) -> RunConfig:
     """The preset called `name`; ValueError with near matches if there is none."""
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = f"; did you mean {near[0]}?" if near else "."
         raise ValueError(f"unknown preset {name!r}{hint} Known: {', '.join(PRESETS)}")
     return PRESETS[name]()
 

@@ -10,10 +10,19 @@ import tyro
 
 from configs import PRESETS, preset, summary
 from configs.deepseek import v3_on_its_layout
+from configs.options import parse_options
+from configs.r1 import rl_rate
 from configs.schema import RunConfig
 from rl.config import PUBLISHED
-from runtime.config import RuntimeOptions
+from runtime.config import GPU_MEMORY_GB, RuntimeOptions
 from sharding.config import LAYOUTS
+
+OTHER_NAMES = dict.fromkeys(
+    ("lr", "max-lr", "peak-lr", "learning-rate", "max-learning-rate"), "train.peak-learning-rate"
+) | dict.fromkeys(("max-steps", "num-steps", "iterations", "total-steps"), "train.steps") | {
+    "output-dir": "run-dir", "max-seq-len": "train.seq-len", "seq-length": "train.seq-len",
+}  # fmt: skip
+"""What other programs call an option -> the option."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +39,10 @@ class Command(RuntimeOptions):
     """Weights that a new run starts from, with fresh optimizer state: a run folder or a Hugging
     Face folder of the same model. A run that has a checkpoint goes on from that."""
     print_config: bool = False
-    """Print the resolved configuration and everything derived from it, then stop."""
+    """Print what follows from the configuration, what differs from the preset, and every field that
+    the stage reads, then stop."""
+    gpu: Literal[("", *GPU_MEMORY_GB)] = ""  # pyright: ignore[reportInvalidTypeForm]
+    """GPU that the run is meant for: the summary says how much of its memory the state leaves."""
     profile: str = ""
     """Steps to trace, FIRST:LAST (counted from the step that runs first), into RUN/profile."""
     recipe: str = ""
@@ -57,6 +69,7 @@ def parse(arguments: Sequence[str] | None = None) -> Command:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", default="tiny")
     first.add_argument("--layout", default="")
+    first.add_argument("--stage", default="")
     first.add_argument("--rl.objective-of", "--rl.objective_of", dest="objective_of", default="")
     chosen, _ = first.parse_known_args(arguments)
     try:
@@ -67,36 +80,42 @@ def parse(arguments: Sequence[str] | None = None) -> Command:
         run = dataclasses.replace(run, mesh=LAYOUTS[chosen.layout])
     if (chosen.config, chosen.layout) == ("v3_671b", "deepseek"):
         run = v3_on_its_layout(run)
+    if chosen.stage == "rl" != run.stage:
+        run = dataclasses.replace(run, train=rl_rate(run.train))
     if chosen.objective_of in PUBLISHED:
         run = dataclasses.replace(run, rl=run.rl.following(chosen.objective_of))
     default = Command(run=run, config=chosen.config, layout=chosen.layout)
     presets = "\n".join(f"  {name:14} {summary(name)}" for name in PRESETS)
-    command = tyro.cli(
-        Command,
-        args=arguments,
-        default=default,
-        description=f"{Command.__doc__}\n\nPresets (--config):\n{presets}",
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    description = f"{Command.__doc__}\n\nPresets (--config):\n{presets}"
+    command = parse_options(default, arguments, "train.py", description, OTHER_NAMES)
     run = command.run
     if not run.run_dir:
         run = dataclasses.replace(run, run_dir=f"runs/{command.config}")
     return dataclasses.replace(command, run=run)
 
 
-def print_config(run: RunConfig, derived: list[str]) -> None:
-    """Every resolved field as key=value, then what follows from them."""
+def print_config(command: Command, derived: list[str]) -> None:
+    """What follows from a run, what differs from its preset, and its fields as key=value."""
+    run, before = command.run, fields_of(preset(command.config))
+    now = fields_of(run)
+    unread = {"pretrain": ("rl.", "sft."), "rl": ("sft.",)}.get(run.stage, ())
+    lines = [*derived, "", f"differs from the preset {command.config}:"]
+    for key, value in now.items():
+        if before.get(key) != value and (key, value) != ("run_dir", f"'runs/{command.config}'"):
+            note = f", which stage {run.stage} does not read" * key.startswith(unread)
+            lines.append(f"  {key}={value} (preset: {before.get(key, 'none')}){note}")
+    lines += ["", f"every field that stage {run.stage} reads:"]
+    lines += [f"{key}={value}" for key, value in now.items() if not key.startswith(unread)]
+    print("\n".join(lines))
 
-    def walk(prefix: str, value: Any) -> None:
-        if dataclasses.is_dataclass(value):
-            for field in dataclasses.fields(value):
-                walk(f"{prefix}.{field.name}" if prefix else field.name, getattr(value, field.name))
-        elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
-            for i, item in enumerate(value):
-                walk(f"{prefix}.{i}", item)
-        else:
-            print(f"{prefix}={value!r}")
 
-    walk("", run)
-    print()
-    print("\n".join(derived))
+def fields_of(value: Any, name: str = "") -> dict[str, str]:
+    """Every field of a tree of dataclasses as text, by its path."""
+    if dataclasses.is_dataclass(value):
+        parts = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+    elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+        parts = list(enumerate(value))
+    else:
+        return {name: repr(value)}
+    named = ((f"{name}.{part}" if name else str(part), inner) for part, inner in parts)
+    return {k: v for path, inner in named for k, v in fields_of(inner, path).items()}

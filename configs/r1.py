@@ -69,6 +69,19 @@ def balancing(steps: int) -> tuple[Phase, ...]:
     return (Phase(0.9 * steps, 0.01, unit="steps"), Phase(steps, 0.0, unit="steps"))
 
 
+def rl_rate(train: TrainConfig) -> TrainConfig:
+    """Pre-training's numbers at the learning rate of R1's reinforcement learning, 3e-6 (R1 report,
+    B.4), for a preset that names another stage: its own rate would wreck a policy."""
+    rate, warm = 3e-6, 10
+    return dataclasses.replace(
+        train,
+        learning_rate=(
+            Phase(warm, rate, "linear", "steps"),
+            Phase(max(train.steps, warm + 1), rate, "constant", "steps"),
+        ),
+    )
+
+
 def r1_base() -> RunConfig:
     """Base model of `r1_zero`: composed permutations, 70% answered at once, 30% in noisy steps.
 

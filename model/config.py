@@ -7,6 +7,7 @@ parameter formula in `model/costs.py`.
 """
 
 import dataclasses
+import math
 from typing import Literal
 
 
@@ -26,6 +27,15 @@ class YarnConfig:
     """Attention temperature coefficient on cos and sin (relative to mscale_all_dim)."""
     mscale_all_dim: float = 1.0
     """Attention temperature coefficient on the softmax scale; 0 leaves the scale alone."""
+
+    def __post_init__(self):
+        _require(1 <= self.factor < math.inf, f"yarn.factor is {self.factor}; it must be 1 or more")
+        original, slow, fast = self.original_max_position, self.beta_slow, self.beta_fast
+        _require(original > 0, f"yarn.original_max_position is {original}; it must be positive")
+        _require(0 < slow <= fast, f"yarn.beta_slow={slow} is outside 0..beta_fast={fast}")
+        for name in ("mscale", "mscale_all_dim"):
+            value = getattr(self, name)
+            _require(0 <= value < math.inf, f"yarn.{name} is {value}; it must be 0 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +112,14 @@ class ModelConfig:
     def __post_init__(self):
         for field in _POSITIVE:
             value = getattr(self, field)
-            _require(value > 0, f"{field} is {value}; it must be positive")
+            _require(0 < value < math.inf, f"{field} is {value}; it must be positive")
+        rank, shared, base = self.q_lora_rank, self.num_shared_experts, self.rope_theta
+        _require(rank is None or rank > 0, f"q_lora_rank is {rank}; it must be positive, or None")
+        _require(shared >= 0, f"num_shared_experts is {shared}; it must be 0 or more")
+        _require(1 < base < math.inf, f"rope_theta is {base}; it must be above 1")
+        _require(
+            0 <= self.init_std < math.inf, f"init_std is {self.init_std}; it must be 0 or more"
+        )
         rope, dense, layers = self.qk_rope_head_dim, self.num_dense_layers, self.num_layers
         _require(rope % 2 == 0, f"qk_rope_head_dim is {rope}; RoPE rotates pairs, give an even one")
         _require(
@@ -143,6 +160,9 @@ _POSITIVE = (
     "experts_per_token",
     "expert_ffn_size",
     "dense_ffn_size",
+    "max_position",
+    "norm_eps",
+    "routed_scaling_factor",
 )
 
 

@@ -65,7 +65,7 @@ def corpus_data(
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
     folder = Path(data.cache_dir) / "corpora" / f"{task.name}-{key}"
     corpus, tokenizer = folder / "corpus.jsonl", folder / "tokenizer.json"
-    with storage.one_builder(str(folder)):
+    with storage.one_builder(str(folder), say):
         if not corpus.exists():
             tokenizer.write_text(character_tokenizer(task.vocabulary).json, encoding="utf-8")
             lines = itertools.islice(task.corpus(seed, end=""), config.documents)

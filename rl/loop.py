@@ -24,6 +24,7 @@ from rl.batches import Batch, cut, make_batch
 from rl.config import GRPOConfig, RLConfig
 from rl.evaluate import Evaluation, Transcripts, describe, failed_rewards, lengths
 from rl.metrics import Metrics, merge, numbers
+from rl.plots import plot_rl
 from rl.prompts import SAMPLE, Prompts, Questions, sampler_seed
 from rl.resample import Asked, choose, differing, reward_arrays
 from rl.rollout import Publishable
@@ -34,7 +35,7 @@ from runtime.signals import StopRequest
 from sharding.devices import mesh_shape
 from sharding.partition import local_rows, place_rows
 from training.display import Display
-from training.loop import Checkpoints, anyone, check_skipped
+from training.loop import Checkpoints, Pictures, anyone, check_skipped
 from training.metrics import MetricsWriter, read_metrics
 from training.schedule import BatchPlan, Plateau, knobs_at
 from training.step import State
@@ -97,6 +98,7 @@ class PolicyLoop:
                 "run_dir"
             )
         self.failures: dict[tuple[str, str], str] = {}  # of rewards: name, kind -> first message
+        self.pictures = Pictures(self.run_dir, plot_rl)
         self._rows = local_rows(self.trainer.layout, self.plan.micro_batch_size)
 
     @property
@@ -123,11 +125,13 @@ class PolicyLoop:
         transcripts = Transcripts(self.run_dir, step, self.rl.transcripts)
         self.sampler.publish(self.state["params"], self.state["router_bias"])
         trace = Trace(self.profile, self.run_dir, self.display)
-        writer, stop = MetricsWriter(self.run_dir, step), StopRequest()
+        writer, stop = MetricsWriter(self.run_dir, step), StopRequest(self.display.note)
         with writer, stop, self.display, trace:
             # Processes of one run agree between rollouts; one alone need not wait for that.
             alone = jax.process_count() == 1
             asked: Stop = (lambda: stop.requested) if alone else never
+            if step < last:
+                self.display.note("compiling the rollout and the step …")
             while step < last and not stopped:
                 begun = step - self.first_step
                 trace.before(range(begun, begun + self.updates), self.state)
@@ -140,11 +144,15 @@ class PolicyLoop:
                 step += self.updates
                 writer.write(step - 1, line)
                 self.display.show(step - 1, line)
+                if "eval/accuracy" in line:
+                    self.pictures.draw()
                 if self._due(step, self.save_every):
                     self.save()
                 if anyone(stop.requested):
                     stopped = stop.signal_name or "a signal to another process"
             self.save()
+            if stopped and (self.run_dir / "metrics.jsonl").is_file():
+                self.pictures.draw(last=True)
             if not stopped and self.evaluation is not None:
                 try:
                     with self._saved():

@@ -3,6 +3,9 @@
 import dataclasses
 from typing import Literal
 
+GPU_MEMORY_GB = {"A100": 80, "H100": 80, "H200": 141, "B200": 180}
+"""Memory of a GPU (NVIDIA data sheets)."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RuntimeOptions:

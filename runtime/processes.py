@@ -165,6 +165,9 @@ def together(
             _Watch.current.blame_others(_first_line(error))
         print(f"{program}: {error}", file=sys.stderr, flush=True)
         status, reason = 2, _first_line(error)
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr, flush=True)
+        status, reason = 130, "interrupted"
     except BaseException as error:
         if _Watch.current is None:
             raise

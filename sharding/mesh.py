@@ -106,6 +106,8 @@ def _check_platform(config: MeshConfig, platform: str) -> None:
 
 def describe(layout: Layout) -> str:
     """One line: device count, kind, and the axes larger than one."""
-    mesh = layout.mesh
+    mesh, local = layout.mesh, layout.mesh.local_devices
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
-    return f"{mesh.size} x {mesh.devices.flat[0].device_kind}" + (f": {axes}" if axes else "")
+    kind = local[0].device_kind if local else mesh.devices.flat[0].device_kind
+    emulated = " (emulated)" * (kind == "cpu" and len(local) > 1)
+    return f"{mesh.size} x {kind}{emulated}" + (f": {axes}" if axes else "")

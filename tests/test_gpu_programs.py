@@ -14,7 +14,7 @@ import tomllib
 import jax
 import pytest
 
-from bench.gpu_programs import FSDP, PAPER, mesh_of
+from bench.gpu_programs import FSDP, PAPER, Seconds, main, mesh_of, show
 from programs.overlap import read_spans
 from programs.scheduled import read_allocations, until_scheduled
 from programs.step import Report, read_calls
@@ -70,6 +70,45 @@ LAYOUTS = {
 }
 """Options, and of the collectives that must be there op and axis. `expert` is a slow test: the cube
 has its exchange, and `ragged` its cut."""
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        ("cubee", "unknown layout 'cubee'"),
+        ("experts=8", "no field 'experts'; there are pipe"),
+        ("expert=eight", "--mesh expert=eight: give a number"),
+        ("expert=8,exchange=raged", "exchange=raged: there are dense, ragged"),
+        ("expert=8,overlap=ture", "overlap=ture: there are true, false"),
+        ("pipe=2,expert=4,schedule=foo", "schedule=foo: there are gpipe"),
+        ("expert=8 --nodes 0", "--nodes is 0; it must be 1 or more"),
+    ],
+)
+def test_a_bad_layout_is_one_line(capsys, monkeypatch, mesh, message):
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)  # other tests of this process
+    with pytest.raises(SystemExit) as ended:
+        main(["--mesh", *mesh.split()])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert error.startswith("gpu_programs: ")
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_what_a_report_says_is_explained_and_short(capsys):
+    path = "jit(_step)/transpose(jvp())/while/body/eval_jaxpr/shard_map/all_to_all"
+    spans = [("all-to-all", path, products, 0) for products in (0, 2, 5)] * 20
+    spans.append(("all-gather", "jit(_step)/jvp()/while/body/dot_general", 3, 1))
+    collectives = [("all-to-all", "expert?", 4, 2**30), ("all-reduce", "expert", 1, 2**20)]
+    show(Report(8, 2**30, 2**31, collectives, spans, {"fusion kLoop": 3}), Seconds(1, 2, 3))
+    said = capsys.readouterr().out
+    assert "?  in a loop whose length the program does not tell" in said
+    assert "~" not in said
+    assert "41 of 61 asynchronous collectives have matrix products" in said
+    backward = next(line for line in said.splitlines() if "backward: shard_map/all_to_all" in line)
+    assert "40 of 60, 5 products at most; beside another micro batch's: 0" in backward
+    assert "jit(" not in said
+    assert len(said.splitlines()) < 20
 
 
 @needs_compiler

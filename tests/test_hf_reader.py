@@ -269,6 +269,27 @@ def test_config_that_is_not_one(tmp_path, text):
     refuse(tmp_path, "config.json")
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            '"vocab_size": 320',
+            '"vocab_size": 320, "vocab_size": 322',
+            "'vocab_size' is there twice",
+        ),
+        ('"num_hidden_layers": 3', '"num_hidden_layers": 1000000000', "is not enough"),
+        ('"n_routed_experts": ', '"n_routed_experts": 100000000', "is not enough"),
+        ('"rms_norm_eps": 1e-06', '"rms_norm_eps": Infinity', "rms_norm_eps is inf"),
+    ],
+)
+def test_configs_that_no_reader_should_follow(tmp_path, old, new, message):
+    file = hf_folder(tmp_path, [tensors(weights())]) / "config.json"
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+    refuse(tmp_path, message)
+
+
 # ---- safetensors files ---------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -171,6 +172,39 @@ def test_terminal_display_rewrites_one_line(monkeypatch):
     assert text.count("\n") == 1
 
 
+def test_a_narrow_terminal_shows_every_field(monkeypatch):
+    """Stage rl in 80 columns: all fields, on three rows."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    line = {
+        "policy/reward": 0.514, "eval/accuracy": 0.333, "eval/accuracy_greedy": 0.3,
+        "policy/length": 15.2, "policy/entropy": 0.812, "policy/sampler_gap": 1.2e-6,
+        "perf/rollout_share": 0.62, "perf/update_share": 0.3, "train/learning_rate": 2e-4,
+        "train/grad_norm": 0.512, "moe/load_max_over_mean": 1.3, "train/skipped_steps": 2,
+    }  # fmt: skip
+    stream = io.StringIO()
+    with display.Display(150, stream) as shown:
+        shown.show(8, {"perf/step_s": 100.0})
+        shown.show(9, line | {"perf/step_s": 2.0})
+    for field in ("ETA 4m40s", "held-out 33.3%", "gap 1.2e-06", "grad 0.51", "skipped 2"):
+        assert field in stream.getvalue()
+    rows = display.wrapped(display.status_line(10, 150, line), 80).splitlines()
+    assert len(rows) == 3
+    assert max(map(len, rows)) <= 80
+    assert "  ".join(rows) == display.status_line(10, 150, line)
+
+
+def test_the_time_left_does_not_count_the_first_step():
+    stream = io.StringIO()
+    with display.Display(11, stream, plain_every_s=0) as shown:
+        shown.show(0, record(0, **{"perf/step_s": 60.0}))
+        shown.show(1, record(1, **{"perf/step_s": 2.0}))
+    first, second = stream.getvalue().splitlines()
+    assert "ETA" not in first
+    assert "ETA 18s" in second
+
+
 def test_status_line_reads_like_prose():
     full = {
         "train/loss": 3.21449, "eval/bits_per_byte": 2.1, "train/learning_rate": 2.2e-4,
@@ -221,6 +255,21 @@ def test_plots_are_drawn_from_the_file(tmp_path):
     assert load.axes[0].get_xlabel() == "tokens"
 
 
+@pytest.mark.parametrize("layers", [1, 4, 58])
+def test_no_label_of_the_load_is_cut(layers):
+    name = "moe/load_max_over_mean/layer_{:02d}".format
+    lines = [record(step, **{name(n): 1.5 for n in range(layers)}) | {"step": step}
+             for step in range(3)]  # fmt: skip
+    figure = plots.expert_load_figure(lines)
+    assert figure is not None
+    FigureCanvasAgg(figure).draw()
+    bar = figure.axes[1].yaxis.label.get_window_extent()
+    title = figure.axes[0].title.get_window_extent()
+    for box in (bar, title):
+        assert 0 <= box.x0 <= box.x1 <= figure.bbox.width
+        assert 0 <= box.y0 <= box.y1 <= figure.bbox.height
+
+
 def test_plots_of_a_dense_run_and_of_nothing(tmp_path):
     write(tmp_path, range(1))
     assert [path.name for path in plots.plot_run(tmp_path)] == ["loss.png"]
@@ -249,6 +298,29 @@ def test_first_interrupt_finishes_the_loop_and_second_ends_it():
         assert stop.signal_name == "SIGINT"
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+def test_a_signal_is_answered_while_the_main_thread_is_busy():
+    """In a call that does not return to Python, as a compilation: said at once, and the second
+    SIGINT quits."""
+    code = (
+        "import hashlib\nfrom runtime.signals import StopRequest\n"
+        "with StopRequest():\n"
+        "    print('ready', flush=True)\n"
+        "    hashlib.pbkdf2_hmac('sha512', b'x', b'y', 10**9)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    first = process.stderr.readline()
+    assert first == "SIGINT: finishing this step; again to quit now\n"
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=20)
+    assert (process.returncode, rest) == (130, "SIGINT: quitting; the step in progress is lost\n")
 
 
 def test_a_process_asked_to_stop_leaves_in_peace():

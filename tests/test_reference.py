@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from checkpoint.hf_config import to_hf_config
+from checkpoint.hf_config import from_hf_config, to_hf_config
 from model.blueprint import bind
 from model.recipe import Recipe
 from model.router import affinities, select
@@ -308,3 +308,21 @@ def test_live_transformers_reads_our_export(case, tmp_path):
     run_reference("load", *flags, "--out", str(tmp_path / "out.npz"))
     with np.load(tmp_path / "out.npz") as out:
         close(out["logits"], ref["logits"], MODEL_ATOL)
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("kind", ["v3", "v2"])
+def test_live_every_field_of_transformers_is_read_refused_or_ignored(kind):
+    """The file that transformers writes, with every field of its class, opens."""
+    program = (
+        f"import dataclasses, json; from transformers import Deepseek{kind.upper()}Config as C; "
+        "c = C(num_experts_per_tok=2, num_attention_heads=16, num_key_value_heads=16); "
+        "print(json.dumps({f.name: getattr(c, f.name) for f in dataclasses.fields(C)} "
+        "| c.to_dict()))"
+    )
+    done = subprocess.run([interpreter(), "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    config = json.loads(done.stdout.splitlines()[-1])
+    read = from_hf_config(config)
+    assert read.num_layers == config["num_hidden_layers"]
+    assert read.mtp_depth == config.get("num_nextn_predict_layers", 0)

@@ -124,7 +124,7 @@ def test_unknown_layout_lists_the_known():
 
 def test_a_mesh_describes_itself():
     mesh = layout(fsdp=2, expert=2, tensor=2).mesh
-    assert describe(Layout(mesh)) == "8 x cpu: fsdp 2 x expert 2 x tensor 2"
+    assert describe(Layout(mesh)) == "8 x cpu (emulated): fsdp 2 x expert 2 x tensor 2"
     assert describe(layout()) == "1 x cpu"
 
 

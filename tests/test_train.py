@@ -146,6 +146,30 @@ def test_run_leaves_everything_behind(straight, capsys):
     assert json.loads((straight / "config.json").read_text())["model"]["hidden_size"] == 32
 
 
+def test_a_stopped_run_has_its_pictures(stopped):
+    """Stopped after the first evaluation, or before: the pictures are there either way."""
+    assert len(read_metrics(stopped)) == 3
+    for name in ("loss.png", "expert_load.png"):
+        assert (stopped / name).stat().st_size > 0
+
+
+def test_pictures_are_drawn_after_every_evaluation(options, tmp_path, monkeypatch, capsys):
+    """And the compilation, of which the speed of the first step is free, is announced."""
+    drawn = []
+    original = training.loop.Pictures.draw
+
+    def draw(pictures, last=False):
+        original(pictures, last)
+        drawn.append((tmp_path / "loss.png").exists())
+
+    monkeypatch.setattr(training.loop.Pictures, "draw", draw)
+    assert run(options, tmp_path) == 0
+    assert drawn == [True, True]
+    printed = capsys.readouterr().out
+    assert printed.index("compiling the step …") < printed.index("first step: ")
+    assert ["perf/step_s" in record for record in read_metrics(tmp_path)] == [False, *[True] * 5]
+
+
 @pytest.mark.slow
 def test_profile_writes_a_trace(options, stopped, tmp_path):
     """Also when the window reaches beyond the last step."""

@@ -64,6 +64,8 @@ class TrainConfig:
     """Update rule and its constants."""
     learning_rate: tuple[Phase, ...] = ()
     """Learning rate."""
+    peak_learning_rate: float = 0.0
+    """Highest learning rate: the values of all phases are scaled to it. 0: as the phases say."""
     bias_update_rate: tuple[Phase, ...] = (Phase(0, 0.001),)
     """Speed of the router-bias update, gamma (V3 report, section 2.1.2)."""
     balance_weight: float = 1e-4

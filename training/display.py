@@ -14,9 +14,10 @@ from rich.text import Text
 class Display:
     """Shows the newest record; process 0 speaks.
 
-    In a terminal one line is rewritten in place. Otherwise (a file, a CI log) a line is printed for
-    the first record, then at most one per `plain_every_s` seconds, and always for a record with an
-    evaluation and for the last step, so that a log stays short and complete where it matters.
+    In a terminal one line is rewritten in place, in as many rows as its width asks for. Otherwise
+    (a file, a CI log) a line is printed for the first record, then at most one per `plain_every_s`
+    seconds, and always for a record with an evaluation and for the last step, so that a log stays
+    short and complete where it matters.
 
     Args:
       total_steps: length of the run.
@@ -38,6 +39,7 @@ class Display:
         self._next_plain = clock()
         self._speaks = jax.process_index() == 0
         self._latest: dict[str, float] = {}
+        self._shown = False
         self._console = Console(file=stream or sys.stdout, highlight=False)
         self._live = None
         if self._speaks and self._console.is_terminal:
@@ -49,10 +51,14 @@ class Display:
         """Show the record of `step` (from 0). Numbers a record lacks keep their last value."""
         if not self._speaks:
             return
+        # The first step waited for the compiler; the time that is left is of the others.
         self._latest |= metrics
+        if not self._shown:
+            self._latest.pop("perf/step_s", None)
+        self._shown = True
         line = status_line(step + 1, self._total_steps, self._latest)
         if self._live is not None:
-            self._live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
+            self._live.update(Text(wrapped(line, self._console.width)), refresh=True)
             return
         evaluated = "eval/bits_per_byte" in metrics or "eval/length" in metrics
         matters = evaluated or step + 1 >= self._total_steps
@@ -102,7 +108,7 @@ _FIELDS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("load", "moe/load_max_over_mean", lambda x: f"{x:.2f}x"),
     ("skipped", "train/skipped_steps", lambda x: f"{x:.0f}" if x else ""),
 )
-"""Label, metric, format, in the order of a reader's interest: a narrow terminal cuts the end."""
+"""Label, metric, format, in the order of a reader's interest."""
 
 
 def status_line(steps_done: int, total_steps: int, metrics: Mapping[str, float]) -> str:
@@ -115,6 +121,17 @@ def status_line(steps_done: int, total_steps: int, metrics: Mapping[str, float])
         if text:
             parts.append(f"{label} {text}".strip())
     return "  ".join(parts)
+
+
+def wrapped(line: str, width: int) -> str:
+    """A status line in rows of at most `width` characters; a field stays whole where it fits."""
+    rows: list[str] = []
+    for field in line.split("  "):
+        if rows and len(rows[-1]) + 2 + len(field) <= width:
+            rows[-1] += f"  {field}"
+        else:
+            rows.append(field)
+    return "\n".join(rows)
 
 
 def human(x: float) -> str:

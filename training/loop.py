@@ -15,6 +15,7 @@ from sharding.devices import mesh_shape
 from sharding.partition import place_rows
 from training.display import Display
 from training.metrics import MetricsWriter
+from training.plots import plot_run
 from training.schedule import BatchPlan, knobs_at
 from training.step import State, Trainer
 from training.throughput import Throughput, peak_memory_gib
@@ -59,6 +60,9 @@ class Loop:
 
     def __post_init__(self):
         self.first_step = int(self.state["step"])
+        self.pictures = Pictures(self.run_dir)
+        self._compiled: set[int] = set()  # numbers of micro batches, a program each
+        self._evaluated = False
 
     @property
     def complete(self) -> bool:
@@ -74,7 +78,7 @@ class Loop:
         last, stopped = self.trainer.train.steps, ""
         with (
             MetricsWriter(self.run_dir, self.first_step) as writer,
-            StopRequest() as stop,
+            StopRequest(self.display.note) as stop,
             self.display,
             Trace(self.profile, self.run_dir, self.display) as trace,
         ):
@@ -85,6 +89,9 @@ class Loop:
                 if record:
                     writer.write(step, record)
                     self.display.show(step, record)
+                    if any(name.startswith("eval/") for name in record):
+                        with self.throughput.paused():
+                            self.pictures.draw()
                 if self.save_every and (step + 1) % self.save_every == 0:
                     with self.throughput.paused():
                         self.save(record)
@@ -93,6 +100,8 @@ class Loop:
                     break
             jax.block_until_ready(self.state)
         self.save({})
+        if stopped:
+            self.pictures.draw(last=True)
         return stopped
 
     def advance(self, step: int, batch: Mapping[str, np.ndarray], rows: range) -> dict[str, float]:
@@ -101,8 +110,19 @@ class Loop:
         knobs = knobs_at(train, self.plan, step)
         placed = place_rows(self.trainer.layout, dict(batch), rows, self.plan.micro_batch_size)
         scalars = {name: np.float32(value) for name, value in knobs.items()}
-        self.state, metrics = self.trainer.step(self.state, self.read_first(placed), scalars)
-        self.throughput.add(self.plan.at(step).batch_size * train.seq_len)
+        at = self.plan.at(step)
+        if at.micro_batches in self._compiled:
+            self.state, metrics = self.trainer.step(self.state, self.read_first(placed), scalars)
+            self.throughput.add(at.batch_size * train.seq_len)
+        else:
+            self._compiled.add(at.micro_batches)
+            micro = f" for {at.micro_batches} micro batches" * (len(self._compiled) > 1)
+            self.display.note(f"compiling the step{micro} …")
+            jax.block_until_ready(self.state)  # steps before it are not part of the pause
+            with self.throughput.paused():
+                read = self.read_first(placed)
+                self.state, metrics = self.trainer.step(self.state, read, scalars)
+                jax.block_until_ready(metrics)
         final = done == train.steps
         evaluated = train.eval_every and (final or done % train.eval_every == 0)
         if not (final or evaluated or done % train.log_every == 0 or step == self.first_step):
@@ -119,6 +139,9 @@ class Loop:
         record |= {"train/tokens": float(self.plan.tokens_before(done))}
         record |= self.throughput.lap() | {"mem/peak_gib": peak_memory_gib()}
         if evaluated and self.evaluate is not None:
+            if not self._evaluated:
+                self.display.note("compiling the evaluation …")
+            self._evaluated = True
             with self.throughput.paused():
                 record |= self.evaluate(self.state)
         return record
@@ -137,6 +160,23 @@ class Loop:
             f"moe/load_max_over_mean/layer_{first + i:02d}": float(row.max() / max(row.mean(), 1.0))
             for i, row in enumerate(counts_LE)
         }
+
+
+class Pictures:
+    """Pictures of a run, drawn again after evaluations by process 0, for 2% of the time at most:
+    they read all records."""
+
+    def __init__(self, run_dir: Path, draw: Callable[[Path], object] = plot_run):
+        self._run_dir, self._draw, self._next = run_dir, draw, 0.0
+
+    def draw(self, last: bool = False) -> None:
+        """Draw if there is time for it; always for the last time."""
+        begin = time.monotonic()
+        if jax.process_index() or not (last or begin >= self._next):
+            return
+        self._draw(self._run_dir)
+        now = time.monotonic()
+        self._next = now + 50 * (now - begin)
 
 
 def check_skipped(loop: Any, step: int, in_row: int, advice: str) -> None:

@@ -82,9 +82,9 @@ def expert_load_figure(records: list[dict[str, float]]) -> Figure | None:
     axis.set_ylabel("layer")
     axis.set_xlabel(_clock(records).removeprefix("train/"))
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axis.set_title("Load of the busiest expert, as a multiple of the mean")
-    figure.colorbar(image, ax=axis, label="max / mean tokens per expert (1 = balanced)",
-                    extend="max")  # fmt: skip
+    axis.set_title("Load of the busiest expert, as a multiple of the mean (1 = balanced)")
+    # Of one layer, the bar is an inch high.
+    figure.colorbar(image, ax=axis, label="max / mean", extend="max")
     return figure
 
 

@@ -268,6 +268,7 @@ def open_state(
 
 def initial_state(run: Run, trainer: Trainer, session: Session) -> State:
     """Random weights, or those of `session.init_from`, with fresh optimizer state."""
+    session.say("compiling the first weights …")
     state = trainer.init(jax.random.key(run.seed))
     if not session.init_from:
         return state

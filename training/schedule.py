@@ -6,6 +6,7 @@ tokens and 7.3e-6 do not fit fp32 arithmetic, which is why the step receives the
 """
 
 import bisect
+import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
@@ -120,11 +121,14 @@ def past_batches(trained: dict[str, Any], done: int) -> list[Plateau]:
 def _check_batches(train: TrainConfig) -> None:
     """Raise ValueError unless start and end of the ramp are whole numbers of micro batches."""
     start, end = train.batch_ramp_from, train.batch_size
-    least = {"steps": 1, "seq_len": 1, "batch_size": 1, "log_every": 1}
-    least |= {"micro_batch_size": 0, "eval_every": 0, "eval_batches": 0, "max_skipped_in_row": 0}
+    least = dict.fromkeys(("steps", "seq_len", "batch_size", "log_every"), 1)
+    least |= dict.fromkeys(("micro_batch_size", "eval_every", "eval_batches"), 0)
+    least |= dict.fromkeys(("max_skipped_in_row", "balance_weight", "ema_decay"), 0)
     for name, low in least.items():
-        if getattr(train, name) < low:
+        if not low <= getattr(train, name) < math.inf:
             raise ValueError(f"train.{name} is {getattr(train, name)}; it must be {low} or more")
+    if train.ema_decay >= 1:
+        raise ValueError(f"train.ema_decay is {train.ema_decay}; it must be below 1")
     if start > end or start < 0:
         raise ValueError(
             f"train.batch_ramp_from={start} is outside 0..batch_size={end}: the batch only grows; "
@@ -199,6 +203,8 @@ def check_phases(name: str, phases: tuple[Phase, ...], plan: BatchPlan) -> None:
             f"train.{name}: phase 1 ({phases[0].shape}) ends at {phases[0].until:g}; "
             "give it a length"
         )
+    if bad := [phase.value for phase in phases if not 0 <= phase.value < math.inf]:
+        raise ValueError(f"train.{name}: a phase has the value {bad[0]}; it must be 0 or more")
     ends = [_in_steps(phase, plan) for phase in phases]
     for index in range(1, len(phases)):
         if ends[index] <= ends[index - 1]:
@@ -248,9 +254,68 @@ def _end_in(phase: Phase, unit: str, plan: BatchPlan) -> float:
 
 def check_schedules(train: TrainConfig, plan: BatchPlan) -> None:
     """Raise ValueError when any schedule of the run is malformed; call once, before training."""
-    check_phases("learning_rate", train.learning_rate, plan)
-    check_phases("bias_update_rate", train.bias_update_rate, plan)
-    check_phases("mtp_weight", train.mtp_weight, plan)
+    peak = train.peak_learning_rate
+    if not (0 <= peak < math.inf) or (peak and not any(p.value for p in train.learning_rate)):
+        raise ValueError(
+            f"train.peak_learning_rate is {peak}; give a number above 0, for a train.learning_rate "
+            "that is not 0 throughout, or 0 to keep the phases' own values"
+        )
+    for name, phases in schedules(train).items():
+        check_phases(name, phases, plan)
+
+
+def schedules(train: TrainConfig) -> dict[str, tuple[Phase, ...]]:
+    """Phases of every scheduled number by the name of its field, the learning rate at its peak."""
+    rates = train.learning_rate
+    highest = max((phase.value for phase in rates), default=0.0)
+    if train.peak_learning_rate and highest:
+        factor = train.peak_learning_rate / highest
+        rates = tuple(dataclasses.replace(phase, value=phase.value * factor) for phase in rates)
+    return {
+        "learning_rate": rates,
+        "bias_update_rate": train.bias_update_rate,
+        "mtp_weight": train.mtp_weight,
+    }
+
+
+def describe(phases: tuple[Phase, ...], plan: BatchPlan) -> str:
+    """A schedule in words: linear to 0.003 until step 20, 0.003 until step 200."""
+
+    def words(phase: Phase) -> str:
+        moves = "" if phase.shape == "constant" else f"{phase.shape} to "
+        until = f" until step {_in_steps(phase, plan):,.0f}" if phase.until else ""
+        return f"{moves}{phase.value:.3g}{until}"
+
+    return ", ".join(map(words, phases))
+
+
+def ends_elsewhere(train: TrainConfig, plan: BatchPlan) -> list[str]:
+    """What is odd about each schedule that does not end with the run, and the remedy.
+
+    Phases at the end that only hold the value before them may end anywhere.
+    """
+    found = []
+    for name, phases in schedules(train).items():
+        values = [phase.value for phase in phases]
+        moving = [
+            phase.shape != "constant" or i == 0 or phase.value != values[i - 1]
+            for i, phase in enumerate(phases)
+        ]
+        last = max(i for i, moves in enumerate(moving) if moves)
+        holds = last < len(phases) - 1
+        end = _in_steps(phases[last], plan)
+        constant = len(phases) == 1 and phases[0].shape == "constant"
+        if constant or abs(end - train.steps) <= 1 or (holds and end < train.steps):
+            continue
+        ratio = train.steps / end
+        option = f"--train.{name.replace('_', '-')}"
+        remedy = (f"{option}.{i}.until {p.until * ratio:.6g}" for i, p in enumerate(phases))
+        odd = "is not reached" if end > train.steps else "holds from there on"
+        found.append(
+            f"train.{name} ends at step {end:,.0f} of train.steps={train.steps:,}: its last value, "
+            f"{values[-1]:.3g}, {odd}; to end with the run: {' '.join(remedy)}"
+        )
+    return found
 
 
 def knobs_at(train: TrainConfig, plan: BatchPlan, step: int) -> dict[str, float]:
@@ -259,8 +324,5 @@ def knobs_at(train: TrainConfig, plan: BatchPlan, step: int) -> dict[str, float]
     A step takes the value at its end: the first warm-up step already moves, and the last step of a
     decay reaches the value the schedule names.
     """
-    return {
-        "learning_rate": value_at(train.learning_rate, plan, step + 1),
-        "bias_update_rate": value_at(train.bias_update_rate, plan, step + 1),
-        "mtp_weight": value_at(train.mtp_weight, plan, step + 1),
-    }
+    named = schedules(train).items()
+    return {name: value_at(phases, plan, step + 1) for name, phases in named}

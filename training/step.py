@@ -85,9 +85,41 @@ class Trainer:
         train = self.train
         micro = train.micro_batch_size or train.batch_size
         check_batch(self.layout, micro)
-        for count in BatchPlan(train).micro_batch_counts():  # the batch may grow
-            check_micro_batches(self.model, self.layout, count)
+        self._check_ramp()
         check_sequence(self.layout, self.train.seq_len)
+
+    def _check_ramp(self) -> None:
+        """Raise ValueError unless the layout takes every number of micro batches of the run."""
+
+        def refused(train: TrainConfig) -> str:
+            try:
+                for count in BatchPlan(train).micro_batch_counts():  # the batch may grow
+                    check_micro_batches(self.model, self.layout, count)
+            except ValueError as error:
+                return str(error)
+            return ""
+
+        train, why = self.train, refused(self.train)
+        if not why:
+            return
+        micro = train.micro_batch_size or train.batch_size
+        if not train.batch_ramp_from:
+            raise ValueError(
+                f"{why} (train.batch_size={train.batch_size} over train.micro_batch_size={micro})"
+            )
+        added = (train.batch_size - train.batch_ramp_from) // micro
+        for step in (step for step in range(2, added + 1) if added % step == 0):
+            if not refused(dataclasses.replace(train, batch_ramp_step=step)):
+                remedy = f"--train.batch-ramp-step {step} adds {step} micro batches at a time"
+                break
+        else:
+            remedy = "--train.batch-ramp-from 0 --train.batch-ramp-tokens 0 leaves the ramp out"
+        raise ValueError(
+            f"{why}. The batch ramp comes there: from train.batch_ramp_from="
+            f"{train.batch_ramp_from} to batch_size={train.batch_size} in micro batches of {micro},"
+            f" {train.batch_ramp_step} more at a time; {remedy}, or choose another "
+            "--train.micro-batch-size"
+        )
 
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformation:

@@ -6,14 +6,20 @@ import jax
 
 from model.costs import cache_bytes_per_token, count_parameters, train_flops_per_token
 from model.kernels import choose
+from runtime.config import GPU_MEMORY_GB
 from sharding.mesh import describe
 from training.display import human
 from training.run import Run, plan_of
+from training.schedule import describe as describe_schedule
+from training.schedule import ends_elsewhere, schedules
 from training.step import Trainer
 
 
-def summary(run: Run, trainer: Trainer) -> list[str]:
-    """Devices, sizes, cost, kernels, memory and length of a run, a line each."""
+def summary(run: Run, trainer: Trainer, gpu: str = "") -> list[str]:
+    """Devices, sizes, cost, kernels, memory and length of a run, a line each.
+
+    gpu: the one that the run is meant for, of GPU_MEMORY_GB; '' names those that are too small.
+    """
     plan, train = plan_of(run), run.train
     choice = choose(run.kernels, run.model, train.dtype, trainer.layout, train.fp8)
     count = count_parameters(run.model)
@@ -31,8 +37,25 @@ def summary(run: Run, trainer: Trainer) -> list[str]:
         f"remat {train.remat}",
         *(f"kernels      {line}" for line in choice.describe()),
         f"state        {held / 2**30:.3g} GiB per device: weights, moments, biases",
+        *room(held, gpu),
         f"cache        {cache_bytes_per_token(run.model):,} bytes/token in bf16",
         f"batch        {last.batch_size} x {train.seq_len} tokens in {last.micro_batches} micro "
         f"batches",
         f"length       {train.steps:,} steps, {human(plan.tokens_before(train.steps))} tokens",
+        f"rate         {describe_schedule(schedules(train)['learning_rate'], plan)}",
+        *(f"warning      {line}" for line in ends_elsewhere(train, plan)),
     ]
+
+
+def room(held: int, gpu: str = "") -> list[str]:
+    """Whether the memory of GPUs holds `held` bytes of state: a line, or none."""
+    small = [name for name, size in GPU_MEMORY_GB.items() if held > size * 1e9]
+    named = [name for name in small if gpu in ("", name)]
+    if named:
+        sizes = ", ".join(f"{name} ({GPU_MEMORY_GB[name]} GB)" for name in named)
+        return [
+            f"warning      the state alone is more than the memory of {sizes}; spread it over more "
+            "devices: --mesh.fsdp, --mesh.expert, --mesh.pipe, --mesh.tensor"
+        ]
+    left = (GPU_MEMORY_GB[gpu] * 1e9 - held) / 2**30 if gpu else 0
+    return [f"room         {left:.3g} GiB of an {gpu} for gradients and activations"] * bool(gpu)
