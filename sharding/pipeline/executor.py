@@ -3,19 +3,19 @@
 The layers are cut into stages; a schedule (`sharding/pipeline/schedule.py`) says in which order
 each rank of `pipe` runs the forward and backward passes of its stages for which micro batch, and a
 table (`sharding/pipeline/ticks.py`) lays that out in ticks. Here a table runs inside one jitted
-step: a scan over ticks, on every rank a switch over what the tick asks for, then the messages to
-the neighbours. The program does not grow with layers, micro batches or ticks.
+step: a scan over ticks, in each a scan over the layers of a chunk, for every layer a switch over
+what the tick asks of it, then the messages to the neighbours. What comes before and after the
+layers stands once in the program, around the scan over layers. The program does not grow with
+layers, micro batches or ticks.
 
 A forward pass keeps what its backward pass needs (what that is decides the layer's own
 recomputation), so a tick costs what the schedule says. Where forward and backward of different
-micro batches share a tick, they are one loop over layers: each step holds a layer forward and a
-layer backward that do not depend on each other.
+micro batches share a tick, a step of the scan over layers holds a layer forward and a layer
+backward that do not depend on each other.
 
 Letters: L layers, N micro batches.
 """
 
-import functools
-import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from jax.sharding import PartitionSpec
 
 from sharding.partition import Layout, along_axis
 from sharding.pipeline.entries import add_entries, add_entry, entry, put_entry, zeros_like_shapes
+from sharding.pipeline.schedule import Kind
 from sharding.pipeline.stage_weights import (
     AXIS,
     Placement,
@@ -36,7 +37,7 @@ from sharding.pipeline.stage_weights import (
     send_back,
     sum_outer,
 )
-from sharding.pipeline.ticks import CODES, IDLE, Table
+from sharding.pipeline.ticks import CODES, Table
 
 Tree = Any
 
@@ -123,15 +124,12 @@ class _Total(NamedTuple):
     d_layers: Tree
 
 
-class _Out(NamedTuple):
-    """Results of a tick, to be stored where the table says."""
+class _Layer(NamedTuple):
+    """What a layer's forward pass leaves behind besides its output."""
 
-    y: jax.Array
-    dx: jax.Array
-    saved: Tree
+    objective: jax.Array
     stats: Tree
-    cotangents: jax.Array
-    """Gradient of every layer's output [slots, ...], which a deferred weight gradient needs."""
+    saved: Tree
 
 
 class _Rank:
@@ -149,7 +147,7 @@ class _Rank:
         micro = self._micro(jnp.int32(0))
         self.x = jax.eval_shape(lambda: self._first(self.outer, micro))
         self.parts = jax.eval_shape(lambda x: self._last(self.outer, x, micro)[1], self.x)
-        self.one = jax.eval_shape(lambda x: self._run_layer(jnp.int32(0), x, micro), self.x)
+        self.one = jax.eval_shape(lambda x: self._run_layer(jnp.int32(0), x, micro)[1], self.x)
 
     def run(self, columns: dict[str, jax.Array]) -> _Total:
         """All ticks; the sums of this rank."""
@@ -162,40 +160,48 @@ class _Rank:
                 lambda s: jnp.zeros((t.num_saved + 1, self.slots, *s.shape), s.dtype), one.saved
             ),
         }
-        if CODES["I"] in t.codes:
+        if self._asks("I"):
             shape = (t.num_saved + 1, self.slots, *x.shape)
             stash["cotangents"] = jnp.zeros(shape, x.dtype)
         (_, total), _ = lax.scan(self._tick, (stash, self._zero_total()), columns)
         return total
 
+    def _asks(self, *kinds: Kind) -> bool:
+        """Whether the table has a tick of one of these kinds."""
+        return any(CODES[kind] in self.table.codes for kind in kinds)
+
     def _tick(self, carry, row):
         stash, total = carry
-        branches = {
-            IDLE: lambda total: (total, self._nothing()),
-            CODES["F"]: lambda total: self._passes(stash, row, total, forward=True),
-            CODES["B"]: lambda total: self._passes(stash, row, total, backward=True),
-            CODES["FB"]: lambda total: self._passes(stash, row, total, forward=True, backward=True),
-            CODES["I"]: lambda total: self._passes(stash, row, total, backward=True, defer=True),
-            CODES["W"]: lambda total: self._weight_gradients(stash, row, total),
-        }
-        used = sorted(self.table.codes | {IDLE})
-        index = jnp.searchsorted(jnp.array(used), row["code"])
-        total, out = lax.switch(index, [branches[code] for code in used], total)
+        now = {kind: row["code"] == code for kind, code in CODES.items()}
+        forward, backward = now["F"] | now["FB"], now["B"] | now["FB"] | now["I"]
+        micro = self._micro(row["f_micro"])
+        x = lax.cond(
+            forward & self.is_first[row["f_chunk"]],
+            lambda: self._first(self.outer, micro),
+            lambda: self._stashed(stash["x"], row["f_x"]),
+        )
+        dy, total = self._output_gradient(stash, row, backward, total)
+        y, dx, d_layers, layers, cotangents = self._layers(stash, row, x, dy, total.d_layers)
         first_row = row["f_chunk"] * self.slots
         total = total._replace(
-            stats=jax.tree.map(lambda a, s: add_entries(a, s, first_row), total.stats, out.stats)
+            d_layers=d_layers,
+            objective=total.objective + layers.objective.sum(),
+            stats=jax.tree.map(
+                lambda a, s: add_entries(a, s, first_row), total.stats, layers.stats
+            ),
         )
+        total = self._input_gradient(row, backward, dx, total)
         stash = stash | {
-            "x": self._deliver(stash["x"], out.y, row, "x"),
-            "dy": self._deliver(stash["dy"], out.dx, row, "dy"),
+            "x": self._deliver(stash["x"], y, row, "x"),
+            "dy": self._deliver(stash["dy"], dx, row, "dy"),
             "saved": jax.tree.map(
-                lambda s, new: put_entry(s, new, row["f_saved"]), stash["saved"], out.saved
+                lambda s, new: put_entry(s, new, row["f_saved"]), stash["saved"], layers.saved
             ),
         }
         # The last stage's output waits where other stages' gradients do, for the loss.
-        stash["dy"] = put_entry(stash["dy"], out.y, row["y_kept"])
+        stash["dy"] = put_entry(stash["dy"], y, row["y_kept"])
         if "cotangents" in stash:
-            stash["cotangents"] = put_entry(stash["cotangents"], out.cotangents, row["i_saved"])
+            stash["cotangents"] = put_entry(stash["cotangents"], cotangents, row["i_saved"])
         return (stash, total), None
 
     def _deliver(self, slots: jax.Array, message: jax.Array, row, kind: str) -> jax.Array:
@@ -231,15 +237,9 @@ class _Rank:
             zeros_like_shapes(self.layers),
         )
 
-    def _nothing(self) -> _Out:
-        stacked = lambda s: jnp.zeros((self.slots, *s.shape), s.dtype)  # noqa: E731
-        cotangents = stacked(self.x) if CODES["I"] in self.table.codes else jnp.zeros(())
-        saved, stats = (jax.tree.map(stacked, part) for part in (self.one.saved, self.one.stats))
-        return _Out(zeros_like_shapes(self.x), zeros_like_shapes(self.x), saved, stats, cotangents)
-
     # -- layers
 
-    def _run_layer(self, row: jax.Array, x: jax.Array, micro: Tree) -> "_Layer":
+    def _run_layer(self, row: jax.Array, x: jax.Array, micro: Tree) -> tuple[jax.Array, _Layer]:
         """One layer forward, and what its backward pass needs besides the weights."""
         weights, constants = entry(self.layers, row), entry(self.layer_constants, row)
 
@@ -253,7 +253,7 @@ class _Rank:
             (pull.opaque_residuals, pull.structured_residuals)
         )
         self._pull = pull
-        return _Layer(y, objective, stats, (x, saved))
+        return y, _Layer(objective, stats, (x, saved))
 
     def _pull_back(self, row: jax.Array, saved, dy: jax.Array) -> tuple[Tree, jax.Array]:
         """Gradients of one layer's weights and input."""
@@ -266,79 +266,82 @@ class _Rank:
         )
         return pull((dy, jnp.float32(1.0)))
 
-    def _step(self, rows, saved, micro: Tree, defer: bool, carry):
-        """One layer forward, one backward, or both; `rows` says which, None for neither.
+    def _layers(self, stash, row, x: jax.Array, dy: jax.Array, d_layers: Tree):
+        """All layers of the chunks that a tick names: forward in their order, backward against it.
 
-        Both are in one branch where both slots hold a layer, so that they can overlap.
+        Returns the output of the last layer, the gradient of the input of the first, the sums of
+        weight gradients, every layer's `_Layer`, and the gradient of every layer's output [slots,
+        ...], which a deferred weight gradient needs.
         """
-        x, dy, d_layers = carry
-
-        def passes(forward: bool, backward: bool):
-            out: Any = None
-            if rows[0] is not None:
-                empty = zeros_like_shapes((self.one.objective, self.one.stats, self.one.saved))
-                out = self._run_layer(rows[0], x, micro) if forward else _Layer(x, *empty)
-            if not backward:
-                return out, dy, d_layers
-            d_weights, dx = self._pull_back(rows[1], saved, dy)
-            return out, dx, d_layers if defer else add_entry(d_layers, d_weights, rows[1])
-
-        asked = [row is not None for row in rows]
-        if self.full:
-            return passes(*asked)
-        cases = list(itertools.product(*([False, True][: 1 + a] for a in asked)))
-        here = [self.active[row].astype(jnp.int32) for row in rows if row is not None]
-        index = functools.reduce(lambda total, bit: 2 * total + bit, here)
-        return lax.switch(index, [functools.partial(passes, *case) for case in cases])
-
-    # -- ticks
-
-    def _passes(
-        self, stash, row, total: _Total, forward: bool = False, backward: bool = False,
-        defer: bool = False,
-    ):  # fmt: skip
-        """A forward pass, a backward pass, or both in one loop over the layers of a chunk."""
-        x: Any = None
-        dy: Any = None
-        saved, micro = None, self._micro(row["f_micro"])
-        if forward:
-            x = lax.cond(
-                self.is_first[row["f_chunk"]],
-                lambda: self._first(self.outer, micro),
-                lambda: self._stashed(stash["x"], row["f_x"]),
-            )
-        if backward:
-            saved = entry(stash["saved"], row["b_saved"])
-            dy, total = self._output_gradient(stash, row, total)
+        micro = self._micro(row["f_micro"])
+        defers = self._asks("I")
 
         def step(carry, i):
             j = self.slots - 1 - i
-            rows = (
-                row["f_chunk"] * self.slots + i if forward else None,
-                row["b_chunk"] * self.slots + j if backward else None,
+            f, b = row["f_chunk"] * self.slots + i, row["b_chunk"] * self.slots + j
+            x, dy, d_layers = carry
+
+            def run(forward: bool, backward: bool, defer: bool = False):
+                out = x, zeros_like_shapes(self.one)
+                if forward:
+                    out = self._run_layer(f, x, micro)
+                if not backward:
+                    return *out, dy, d_layers
+                d_weights, dx = self._pull_back(b, self._saved(stash, row, j), dy)
+                return *out, dx, d_layers if defer else add_entry(d_layers, d_weights, b)
+
+            def deferred():
+                at = row["b_saved"]
+                gradient = self.stages.place(entry(entry(stash["cotangents"], at), j))
+                d_weights, _ = self._pull_back(b, self._saved(stash, row, j), gradient)
+                return x, zeros_like_shapes(self.one), dy, add_entry(d_layers, d_weights, b)
+
+            cases: dict[Kind, Callable] = {
+                "F": lambda: run(True, False),
+                "B": lambda: run(False, True),
+                "FB": lambda: run(True, True),
+                "I": lambda: run(False, True, defer=True),
+                "W": deferred,
+            }
+            y, layer, dx, d_layers = self._switch(
+                cases, row["code"], f, b, lambda: run(False, False)
             )
-            kept = entry(saved, j) if backward else None
-            out, dx, d_layers = self._step(rows, kept, micro, defer, carry)
-            y, layer = (out.y, out._replace(y=None)) if forward else (None, None)
-            return (y, dx, d_layers), (layer, carry[1] if defer else None)
+            return (y, dx, d_layers), (layer, dy if defers else None)
 
-        start = (x, dy, total.d_layers)
-        outputs: Any
-        (x, dy, d_layers), outputs = lax.scan(step, start, jnp.arange(self.slots))
+        carry, outputs = lax.scan(step, (x, dy, d_layers), jnp.arange(self.slots))
         layers, cotangents = outputs
-        total = total._replace(d_layers=d_layers)
-        out = self._nothing()
-        if forward:
-            total = total._replace(objective=total.objective + layers.objective.sum())
-            out = out._replace(y=x, saved=layers.saved, stats=layers.stats)
-        if backward:
-            out = out._replace(dx=dy)
-            total = self._input_gradient(row, dy, total)
-        if defer:
-            out = out._replace(cotangents=cotangents[::-1])
-        return total, out
+        return *carry, layers, cotangents[::-1] if defers else None
 
-    def _output_gradient(self, stash, row, total: _Total) -> tuple[jax.Array, _Total]:
+    def _switch(self, cases: dict[Kind, Callable], code: jax.Array, f, b, nothing: Callable):
+        """The case of a tick's code for the layers in rows `f` and `b`.
+
+        A slot may be empty; then of FB its other half is left.
+        """
+        here_f, here_b = (True, True) if self.full else (self.active[f], self.active[b])
+        is_now = {kind: code == number for kind, number in CODES.items()}
+        forward = (is_now["F"] | is_now["FB"]) & here_f
+        backward = (is_now["B"] | is_now["FB"]) & here_b
+        asked = {
+            "F": forward & ~backward,
+            "B": backward & ~forward,
+            "FB": forward & backward,
+            "I": is_now["I"] & here_b,
+            "W": is_now["W"] & here_b,
+        }
+        halves: tuple[Kind, ...] = ("F", "B") if self._asks("FB") and not self.full else ()
+        used = [kind for kind in cases if self._asks(kind) or kind in halves]
+        index = sum(number * asked[kind] for number, kind in enumerate(used, 1))
+        return lax.switch(index, [nothing, *(cases[kind] for kind in used)])
+
+    def _saved(self, stash, row, slot: jax.Array) -> Tree:
+        """What a layer's forward pass kept, read where it lies."""
+        return jax.tree.map(lambda x: entry(entry(x, row["b_saved"]), slot), stash["saved"])
+
+    # -- around the layers
+
+    def _output_gradient(
+        self, stash, row, backward: jax.Array, total: _Total
+    ) -> tuple[jax.Array, _Total]:
         """Gradient of the chunk's output: received, or on the last stage that of the loss."""
         here = self._stashed(stash["dy"], row["b_dy"])
         micro = self._micro(row["b_micro"])
@@ -354,9 +357,9 @@ class _Rank:
                 d_outer=jax.tree.map(jnp.add, total.d_outer, d_outer),
             )
 
-        return lax.cond(self.is_last[row["b_chunk"]], last, lambda: (here, total))
+        return lax.cond(backward & self.is_last[row["b_chunk"]], last, lambda: (here, total))
 
-    def _input_gradient(self, row, dx: jax.Array, total: _Total) -> _Total:
+    def _input_gradient(self, row, backward: jax.Array, dx: jax.Array, total: _Total) -> _Total:
         """On the first stage, the gradient of what comes before the layers."""
         micro = self._micro(row["b_micro"])
 
@@ -364,31 +367,4 @@ class _Rank:
             _, pull = jax.vjp(lambda outer: self._first(outer, micro), self.outer)
             return total._replace(d_outer=jax.tree.map(jnp.add, total.d_outer, pull(dx)[0]))
 
-        return lax.cond(self.is_first[row["b_chunk"]], first, lambda: total)
-
-    def _weight_gradients(self, stash, row, total: _Total):
-        """The weight gradients that an earlier tick left out."""
-        saved = entry(stash["saved"], row["b_saved"])
-        cotangents = entry(stash["cotangents"], row["b_saved"])
-
-        def step(d_layers, i):
-            at = row["b_chunk"] * self.slots + i
-
-            def add():
-                return add_entry(
-                    d_layers, self._pull_back(at, entry(saved, i), cotangents[i])[0], at
-                )
-
-            return (add() if self.full else lax.cond(self.active[at], add, lambda: d_layers)), None
-
-        d_layers, _ = lax.scan(step, total.d_layers, jnp.arange(self.slots))
-        return total._replace(d_layers=d_layers), self._nothing()
-
-
-class _Layer(NamedTuple):
-    """Result of a layer's forward pass."""
-
-    y: Any
-    objective: jax.Array
-    stats: Tree
-    saved: Tree
+        return lax.cond(backward & self.is_first[row["b_chunk"]], first, lambda: total)
