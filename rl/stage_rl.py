@@ -98,8 +98,9 @@ def policy_tokenizer(run: RunConfig, init_from: str) -> Tokenizer:
     """What the run has used before; else what belongs to the weights that it starts from; else
     data.tokenizer; else the characters of the task. ValueError if data.tokenizer is another than
     that of the weights, or if it is larger than the model's."""
-    folder = run.run_dir if newest_meta(run) else init_from
-    tokenizer = tokenizer_of(run.data.tokenizer, tokenizer_file(Path(folder)) if folder else None)
+    folders = [Path(run.run_dir)] * bool(newest_meta(run)) + [Path(init_from)] * bool(init_from)
+    own = next(filter(None, map(tokenizer_file, folders)), None)
+    tokenizer = tokenizer_of(run.data.tokenizer, own)
     if tokenizer is None and run.task.name:
         tokenizer = character_tokenizer(configured_task(run.task).vocabulary)
     if tokenizer is None:

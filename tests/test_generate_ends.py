@@ -164,13 +164,13 @@ def _run(folder):
 
 
 def test_a_run_keeps_its_tokenizer(tmp_path):
-    run = _run(tmp_path)
+    run = _run(run_folder(tmp_path / "run", weights(SMALL), SMALL))
     write_settings(run, TOKENIZER.of_documents().files)
     assert policy_tokenizer(run, "").sha256 == TOKENIZER.sha256
     other = tmp_path / "other.json"
     other.write_text(train_tokenizer(["other words"], 300).json)
     named = dataclasses.replace(run, data=dataclasses.replace(run.data, tokenizer=str(other)))
-    with pytest.raises(ValueError, match="another tokenizer than the run began with"):
+    with pytest.raises(ValueError, match=r"is another tokenizer than .*tokenizer\.json"):
         policy_tokenizer(named, "")
 
 
@@ -252,4 +252,4 @@ def test_a_held_out_loss_that_is_no_number_is_an_error(monkeypatch):
     monkeypatch.setattr("training.evaluate.place_rows", lambda *a: {})
     state = {"params": {}, "router_bias": {}, "step": np.int32(7)}
     with pytest.raises(FloatingPointError, match="held-out loss is nan at step 7"):
-        evaluate(Trainer(), state, Reader(), range(1), 1)  # pyright: ignore
+        evaluate(Trainer(), state, Reader(), range(1), 1, print)  # pyright: ignore

@@ -153,7 +153,7 @@ def test_the_last_step_reaches_the_final_value_and_the_first_moves():
         ({"batch_ramp_from": 4, "micro_batch_size": 4}, "needs both"),
         ({"batch_ramp_tokens": 10.0}, "needs both"),
         ({"steps": 0}, "steps is 0"),
-        ({"micro_batch_size": -1}, "micro batches of -1"),
+        ({"micro_batch_size": -1}, "train.micro_batch_size is -1"),
         ({"learning_rate": ()}, "learning_rate has no phases"),
         (
             {"learning_rate": (Phase(100, 1.0, "linear", "steps"), Phase(99, 1.0))},

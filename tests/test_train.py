@@ -451,8 +451,6 @@ def test_a_run_folder_that_cannot_be_written_is_refused(options, tmp_path, capsy
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        (("--checkpoint.keep", "0"), "checkpoint.keep=0"),
-        (("--checkpoint.every", "-1"), "checkpoint.every=-1"),
         (("--train.log-every", "0"), "train.log_every is 0"),
         (("--train.eval-batches", "-1"), "train.eval_batches is -1"),
     ],
@@ -529,7 +527,8 @@ def test_a_sample_prompt_without_room_is_refused_before_training(
 @pytest.mark.parametrize(("seq_len", "length"), [(1, 1), (2, 1), (4, 3), (32, 5)])
 def test_the_default_sample_prompt_is_cut_to_a_short_row(seq_len, length):
     """One token stays free for the sample to begin with."""
-    tokenizer = types.SimpleNamespace(eos_id=0, encode=lambda text: np.arange(1, 1 + len(text)))
+    tokenizer = types.SimpleNamespace(encode_prompt=lambda text: np.arange(1 + len(text)))
+    tokenizer.of_documents = lambda: tokenizer
     prepared: Any = types.SimpleNamespace(tokenizer=tokenizer)
     trainer: Any = types.SimpleNamespace(train=types.SimpleNamespace(seq_len=seq_len))
     assert train.sample_start(trainer, prepared, "def ").tolist() == list(range(length))

@@ -123,7 +123,7 @@ def _check_batches(train: TrainConfig) -> None:
     start, end = train.batch_ramp_from, train.batch_size
     least = dict.fromkeys(("steps", "seq_len", "batch_size", "log_every"), 1)
     least |= dict.fromkeys(("micro_batch_size", "eval_every", "eval_batches"), 0)
-    least |= dict.fromkeys(("max_skipped_in_row", "balance_weight", "ema_decay"), 0)
+    least |= dict.fromkeys(("max_skipped_in_row", "ema_decay"), 0)
     for name, low in least.items():
         if not low <= getattr(train, name) < math.inf:
             raise ValueError(f"train.{name} is {getattr(train, name)}; it must be {low} or more")
@@ -260,6 +260,8 @@ def check_schedules(train: TrainConfig, plan: BatchPlan) -> None:
             f"train.peak_learning_rate is {peak}; give a number above 0, for a train.learning_rate "
             "that is not 0 throughout, or 0 to keep the phases' own values"
         )
+    if not 0 <= train.balance_weight < math.inf:
+        raise ValueError(f"train.balance_weight is {train.balance_weight}; it must be 0 or more")
     for name, phases in schedules(train).items():
         check_phases(name, phases, plan)
 
