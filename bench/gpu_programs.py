@@ -10,7 +10,7 @@
 
 The first ones compile one layout, with one sequence per device and micro batch, and print what the
 compiled program says of itself. The last compiles every layout of the results, each in a process
-of its own. Nothing is run or allocated, and no machine code is made unless --machine-code asks.
+of its own. Nothing is run or allocated, and no machine code is made unless --no-memory-only asks.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from configs import preset
 from model.config import ModelConfig
 from model.kernels import choose
 from model.recipe import Recipe
-from programs.absent_gpus import INSPECTION, absent_gpus
+from programs.absent_gpus import GPUS, INSPECTION, absent_gpus
 from programs.scheduled import until_scheduled
 from programs.step import Report, lower, read, scheduled
 from sharding.config import MeshConfig
@@ -58,9 +58,9 @@ STACK = (
     "--dense-layers 1 --experts 16 --moe-layers"
 )
 THROUGH_KERNELS = {
-    "small, one GPU": "--machine-code --config small --per-node 1 --mesh data=1 --kernels mosaic",
-    "small, cube": "--machine-code --config small --mesh cube --kernels mosaic",
-    "V3's widths, 1 + 7 layers, 16 experts, one GPU": f"--machine-code {STACK} 7",
+    "small, one GPU": "--no-memory-only --config small --per-node 1 --mesh data=1 --kernels mosaic",
+    "small, cube": "--no-memory-only --config small --mesh cube --kernels mosaic",
+    "V3's widths, 1 + 7 layers, 16 experts, one GPU": f"--no-memory-only {STACK} 7",
 }
 LAYOUTS = {
     "tiny, cube": "--mesh cube",
@@ -121,13 +121,16 @@ def mesh_of(text: str) -> MeshConfig:
 def trainer_of(options: argparse.Namespace) -> Trainer:
     """The trainer of a preset on absent GPUs."""
     for name in ("nodes", "per_node", "micro_batches", "sequences"):
-        if getattr(options, name) < 1:
+        if getattr(options, name) is not None and getattr(options, name) < 1:
             option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{option} is {getattr(options, name)}; it must be 1 or more")
     run = preset(options.config)
     model, train = resized(run.model, options), run.train
-    mesh = resolve(mesh_of(options.mesh), options.nodes * options.per_node)
-    devices = absent_gpus(options.nodes, options.per_node)
+    mesh = mesh_of(options.mesh)
+    if options.nodes is None:
+        options.nodes = max(1, math.prod(axis_sizes(mesh).values()) // options.per_node)
+    mesh = resolve(mesh, options.nodes * options.per_node)
+    devices = absent_gpus(options.nodes, options.per_node, options.gpu)
     assert math.prod(axis_sizes(mesh).values()) == len(devices)
     layout = make_layout(mesh, devices)
     rows = batch_shards(layout) * options.sequences
@@ -165,10 +168,10 @@ def inspect(options: argparse.Namespace) -> tuple[Report, Seconds]:
     lower_s = time.perf_counter() - start
     flags = INSPECTION | schedule_options(layout.config)
     with working("compiling it until buffers are assigned, for V3 some minutes"):
-        if options.machine_code:
-            program = scheduled(lowered.compile(compiler_options=flags))
-        else:
+        if options.memory_only:
             program = until_scheduled(lowered, flags)
+        else:
+            program = scheduled(lowered.compile(compiler_options=flags))
     compile_s = time.perf_counter() - start - lower_s
     seconds = Seconds(lower_s, compile_s, processor_seconds() - processor)
     if options.text:
@@ -255,6 +258,20 @@ def place(source: str) -> str:
     return f"{'backward' if backward else 'forward'}: {'/'.join(named) or source or 'unnamed'}"
 
 
+def in_figures(report: Report, seconds: Seconds) -> dict[str, Any]:
+    """What --json writes: figures by name, and the report as it is."""
+    names = "op", "axes", "times", "bytes"
+    return {
+        "devices": report.devices,
+        "state_gib": report.arguments / GIB,
+        "temporaries_gib": report.temporaries / GIB,
+        "collectives": [dict(zip(names, one, strict=True)) for one in report.collectives],
+        "processor_seconds": seconds.processor,
+        "report": report._asdict(),
+        "seconds": seconds._asdict(),
+    }
+
+
 def row(name: str, report: Report, seconds: Seconds) -> str:
     """A line of the table."""
     sent = ", ".join(f"{op} {axes} {times}" for op, axes, times, _ in report.collectives)
@@ -289,8 +306,11 @@ def parser() -> Command:
     """Options of the command."""
     found = Command(__doc__)
     found.add_argument("--config", default="tiny", help="preset")
-    found.add_argument("--mesh", default="cube", help="layout: a name or FIELD=VALUE,...")
-    found.add_argument("--nodes", type=int, default=1, help="hosts")
+    found.add_argument(
+        "--mesh", "--layout", default="cube", help="layout: a name or FIELD=VALUE,..."
+    )
+    found.add_argument("--gpu", choices=GPUS, default="h200", help="which one")
+    found.add_argument("--nodes", type=int, help="hosts; by default as many as the layout fills")
     found.add_argument("--per-node", type=int, default=8, help="GPUs of a host")
     found.add_argument("--micro-batches", type=int, default=2, help="micro batches of a step")
     found.add_argument("--sequences", type=int, default=1, help="per batch shard and micro batch")
@@ -299,9 +319,11 @@ def parser() -> Command:
     found.add_argument("--experts", type=int, default=0, help="routed experts; 0: the preset's")
     found.add_argument("--kernels", default="portable", help="as of train.py")
     found.add_argument(
-        "--machine-code",
-        action="store_true",
-        help="compile to the end: three times as long, and nothing more is read from it",
+        "--memory-only",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compile until buffers are assigned; to the end takes three times as long, and "
+        "nothing more is read from it",
     )
     found.add_argument("--json", default="", help="write the report here instead of printing it")
     found.add_argument("--text", default="", help="write the compiled text here")
@@ -330,11 +352,11 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"gpu_programs: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     if options.json:
-        found = {"report": report._asdict(), "seconds": seconds._asdict()}
+        found = in_figures(report, seconds)
         pathlib.Path(options.json).write_text(json.dumps(found))
     else:
         show(report, seconds)
-    if not options.machine_code:
+    if options.memory_only:
         # The compiler is still at work for nobody (programs/scheduled.py).
         sys.stdout.flush()
         os._exit(0)

@@ -6,24 +6,53 @@ cluster would run, with its collectives and its memory. It cannot be run here.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-H200 = """
-gpu_device_info {
+
+class Gpu(NamedTuple):
+    """What XLA must know of a device."""
+
+    name: str
+    capability: int
+    cores: int
+    """Streaming multiprocessors."""
+    memory: int
+    """Bytes that the driver reports."""
+    bandwidth: int
+    """Bytes a second of its memory."""
+    l2_cache: int
+    """Bytes."""
+    clock_ghz: float
+
+
+GPUS = {
+    "h100": Gpu("H100", 9, 132, 85_520_809_984, 3_350_000_000_000, 52_428_800, 1.98),
+    "h800": Gpu("H800", 9, 132, 85_520_809_984, 3_350_000_000_000, 52_428_800, 1.98),
+    "h200": Gpu("H200", 9, 132, 150_000_000_000, 4_800_000_000_000, 52_428_800, 1.98),
+    "b200": Gpu("B200", 10, 148, 191_000_000_000, 8_000_000_000_000, 132_644_864, 1.965),
+}
+"""SXM modules (NVIDIA data sheets). An H800 is an H100 with fewer links to its neighbours, which no
+program shows."""
+
+
+def description(gpu: Gpu) -> str:
+    """A device as XLA's compiler reads it."""
+    return f"""
+gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32
   shared_memory_per_block: 49152 shared_memory_per_core: 233472
   shared_memory_per_block_optin: 232448
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  threads_per_core_limit: 2048 core_count: {gpu.cores} fpus_per_core: 128
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 4800000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 150000000000 cuda_compute_capability { major: 9 }
+  memory_bandwidth: {gpu.bandwidth} l2_cache_size: {gpu.l2_cache} clock_rate_ghz: {gpu.clock_ghz}
+  device_memory_size: {gpu.memory} cuda_compute_capability {{ major: {gpu.capability} }}
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
+}}
 platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 }
-device_description_str: "NVIDIA H200"
+dnn_version_info {{ major: 9 minor: 10 }}
+device_description_str: "NVIDIA {gpu.name}"
 """
-"""What XLA must know of the device: an H200 SXM."""
+
 
 INSPECTION = {
     "xla_gpu_autotune_level": 0,
@@ -35,8 +64,10 @@ INSPECTION = {
 to cuBLAS instead of Triton, and the machine code is slow: for reading, not for running."""
 
 
-def absent_gpus(nodes: int, per_node: int = 8, description: str = H200) -> Sequence[Any]:
+def absent_gpus(nodes: int, per_node: int = 8, gpu: str = "h200") -> Sequence[Any]:
     """Devices of a cluster that is described, not present: `nodes` hosts of `per_node` GPUs.
+
+    gpu: a name of GPUS.
 
     Raises ValueError where JAX's CUDA wheels are missing.
     """
@@ -44,7 +75,7 @@ def absent_gpus(nodes: int, per_node: int = 8, description: str = H200) -> Seque
 
     try:
         topology = topologies.get_topology_desc(
-            platform="cuda", target_config=description, topology=f"{nodes}x1x{per_node}"
+            platform="cuda", target_config=description(GPUS[gpu]), topology=f"{nodes}x1x{per_node}"
         )
     except Exception as error:
         raise ValueError(

@@ -161,7 +161,8 @@ def test_small_trains_through_the_kernels(tmp_path, mesh):
     """Attention with both gradients, seven kernels of the experts, the head; on several GPUs each
     in a region of its own."""
     report = compiled(
-        tmp_path, f"--machine-code --config small --kernels mosaic --mesh {mesh} --micro-batches 2"
+        tmp_path,
+        f"--no-memory-only --config small --kernels mosaic --mesh {mesh} --micro-batches 2",
     )
     # A dense stack, a MoE stack and an MTP module have attention; the last two have experts.
     assert report.calls["mosaic_gpu_v2"] >= 3 * 3 + 2 * 7 + 2, report.calls
@@ -174,7 +175,7 @@ def test_what_is_read_early_is_what_is_compiled(tmp_path):
     """Memory, collectives and spans do not wait for machine code."""
     early, whole = (
         compiled(tmp_path, f"--mesh data=1 --per-node 1 --moe-layers 1 {more}")
-        for more in ("", "--machine-code")
+        for more in ("", "--no-memory-only")
     )
     assert early == whole
 

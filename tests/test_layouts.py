@@ -47,6 +47,7 @@ LAYOUTS = {
     "expert 8": MeshConfig(expert=8),
 }
 QUICK = {
+    "cube": (MeshConfig(fsdp=2, expert=2, tensor=2), 1),
     "hybrid": (MeshConfig(data=2, fsdp=2, expert=2), 1),
     "fsdp 8": (MeshConfig(fsdp=8), 1),
     "data 4 x tensor 2": (MeshConfig(data=4, tensor=2), 1),
@@ -57,10 +58,6 @@ QUICK = {
 }
 """Layout and number of micro batches of a smaller model, so that the default suite has one of every
 kind; slow tests run the whole model on the same axes."""
-
-
-def slow_but(name: str):
-    return name if name == "cube" else pytest.param(name, marks=pytest.mark.slow)
 
 
 class Case(NamedTuple):
@@ -74,7 +71,12 @@ class Case(NamedTuple):
         return step_on(*self)
 
 
-@pytest.fixture(params=[*map(slow_but, LAYOUTS), *(f"{name}, small" for name in QUICK)])
+@pytest.fixture(
+    params=[
+        *(pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS),
+        *(f"{name}, small" for name in QUICK),
+    ]
+)
 def case(request) -> Case:
     if request.param in LAYOUTS:
         return Case(LAYOUTS[request.param], MODEL, 1)

@@ -57,6 +57,7 @@ def bias_of(tree, part: str):
 # Router bias
 
 
+@pytest.mark.slow
 def test_router_bias_is_the_same_on_every_device():
     """Elsewhere: counts were taken per device without a sum, so each device trained its own router
     while the bias claimed to be replicated, and a checkpoint kept one of 8 different values."""
@@ -277,6 +278,7 @@ def test_gradient_norm_is_that_of_all_gradients():
         np.testing.assert_allclose(step_on(mesh).metrics["train/grad_norm"], norm, rtol=SCALAR_RTOL)
 
 
+@pytest.mark.slow
 def test_recomputation_does_not_count_tokens_twice():
     """Elsewhere: a counter written in the forward pass was written again by recomputation."""
     again = take_step(model=LEAN, recipe=Recipe(remat="full"))

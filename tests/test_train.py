@@ -153,6 +153,7 @@ def test_a_stopped_run_has_its_pictures(stopped):
         assert (stopped / name).stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn_after_every_evaluation(options, tmp_path, monkeypatch, capsys):
     """And the compilation, of which the speed of the first step is free, is announced."""
     drawn = []
