@@ -364,9 +364,9 @@ def test_data_missing_on_one_host_ends_all(options, tmp_path):
     """While the others wait for a device, not for data."""
     prelude = (
         "import data.prepare, data.sources, dataclasses\n"
-        "def find_source(config):\n"
+        "def find_source(config, *more):\n"
         "    place = '/nowhere/at/all' if index == '1' else config.path\n"
-        "    return data.sources.find_source(dataclasses.replace(config, path=place))\n"
+        "    return data.sources.find_source(dataclasses.replace(config, path=place), *more)\n"
         "data.prepare.find_source = find_source"
     )
     ended = train(options, tmp_path / "run", 2, *SHARDED, prelude=prelude)

@@ -543,8 +543,8 @@ def test_fine_tuning_then_distillation(tmp_path):
 def test_the_whole_recipe(tmp_path):
     """Every stage of R1 in small, from random weights to the student; then once more at once."""
     short = [
-        "--train.steps", "6", "--rl.prompts-per-step", "2", "--rl.objective.group-size", "2",
-        "--train.eval-every", "6", "--checkpoint.every", "0", "--task.documents", "300",
+        "--train.steps", "24", "--rl.prompts-per-step", "2", "--rl.objective.group-size", "2",
+        "--train.eval-every", "24", "--checkpoint.every", "0", "--task.documents", "300",
         "--task.options", "scripts=2", "length=1", "held_out=0.1", "share_of_chains=0",
         "--model.vocab-size", "34", "--data.vocab-size", "34", "--sft.prompts-per-round", "60",
         "--sft.rounds", "1", "--sft.language", "0", "--sft.demonstrations", "60",
@@ -557,7 +557,7 @@ def test_the_whole_recipe(tmp_path):
             text=True, capture_output=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("the run is complete: 6 of 6 steps") == len(stages)
+    assert done.stdout.count("the run is complete: 24 of 24 steps") == len(stages)
     for stage in stages:
         assert (tmp_path / stage / "config.json").is_file(), stage
     assert "policy/reward/language" in read_metrics(tmp_path / "reasoning")[0]
