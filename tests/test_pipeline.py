@@ -53,10 +53,10 @@ class Case(NamedTuple):
 
 PIPELINES = {
     "gpipe": Case(MeshConfig(pipe=2, schedule="gpipe")),
-    "interleaved": Case(MeshConfig(pipe=2, schedule="interleaved", pipe_chunks=2), model=DEEP),
+    "interleaved": Case(MeshConfig(pipe=2, schedule="interleaved", pipe_chunks=2)),
     "zb1p": Case(MeshConfig(pipe=4, schedule="zb1p"), model=DEEP),
     "dualpipe": Case(MeshConfig(pipe=2, schedule="dualpipe"), model=DEEP),
-    "dualpipev": Case(MeshConfig(pipe=2, schedule="dualpipev"), model=DEEP),
+    "dualpipev": Case(MeshConfig(pipe=2, schedule="dualpipev")),
     "dualpipe 4, all recomputed": Case(MeshConfig(pipe=4, schedule="dualpipe"), 8, remat="full"),
     "1f1b, a layer per stage": Case(MeshConfig(pipe=8), 8, EVEN),
     "dualpipev, a layer per stage": Case(MeshConfig(pipe=4, schedule="dualpipev"), 8, EVEN),
@@ -112,7 +112,7 @@ def test_documents_and_two_mtp_modules_in_a_pipeline():
 @pytest.mark.slow
 def test_pairs_of_micro_batches_are_the_one_device_step():
     layout = MeshConfig(fsdp=2, expert=2, overlap=True)
-    assert_same_step(take_step(layout, model=DEEP, micro=4, train=ROWS), one_device())
+    assert_same_step(take_step(layout, model=MOE, micro=4, train=ROWS), one_device(MOE))
 
 
 def test_a_rank_holds_its_share_of_weights_and_moments():
