@@ -87,7 +87,8 @@ sys.exit(train.main(sys.argv[5:]))
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory) -> list[str]:
-    """A model of a few thousand weights; data and programs are prepared once for all runs."""
+    """A model of a few thousand weights, without MTP; data and programs are prepared once for all
+    runs."""
     folder = tmp_path_factory.mktemp("shared")
     (folder / "corpus").mkdir()
     for i in range(40):
@@ -96,6 +97,7 @@ def options(tmp_path_factory) -> list[str]:
     small = [word for word in SMALL if word not in ("--layout", "cube")]
     return [
         *small, "--train.eval-every", "0", "--data.held-out", "0", "--checkpoint.every", str(SAVED),
+        "--model.mtp-depth", "0",
         "--data.sources.0.path", str(folder / "corpus"), "--data.cache-dir", str(folder / "cache"),
         "--compilation-cache", str(folder / "xla"),
     ]  # fmt: skip
