@@ -17,14 +17,17 @@ COMMAND = ["train.py", "--config", "tiny"]
 
 def main() -> None:
     """Run, collect, print, and with --write record."""
-    parser = Command(__doc__, steps=1, emulate=1)
+    parser = Command(__doc__, steps=1, emulate=1, held_out_tokens=20_000)
     parser.add_argument("--emulate", type=int, default=8, help="devices, as a cube if 8")
     parser.add_argument("--steps", type=int, default=0, help="0: the preset's")
+    parser.add_argument("--held-out-tokens", type=int, default=0, help="0: the preset's")
     parser.add_argument("--run-dir", default="runs/tiny")
     options = parser.options()
     command = [*COMMAND, "--emulate", str(options.emulate)]
     command += ["--layout", "cube"] * (options.emulate == 8)
     command += ["--train.steps", str(options.steps)] * (options.steps > 0)
+    tokens = options.held_out_tokens
+    command += ["--data.held-out-tokens", str(tokens)] * (tokens > 0)
     done = subprocess.run(
         [sys.executable, *command, "--run-dir", options.run_dir],
         cwd=ROOT, check=True, capture_output=True, text=True,
