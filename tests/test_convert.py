@@ -310,11 +310,12 @@ def test_train_refuses_another_model_before_it_prepares_data(tmp_path, capsys, m
 
 @pytest.mark.slow
 def test_train_starts_from_weights(tmp_path, capsys):
-    """A step at learning rate 0 leaves what was loaded; a run that has a checkpoint keeps it."""
+    """A new run's state holds what was loaded when its training begins."""
     model = [f"--model.{f.name.replace('_', '-')}={getattr(CONFIG, f.name)}"
              for f in dataclasses.fields(CONFIG) if type(getattr(CONFIG, f.name)) in (int, float)
              and f.name not in ("mtp_depth", "init_std")]  # fmt: skip
     path = run_folder(tmp_path / "weights", weights())
+    (path / "tokenizer.json").write_text(train_tokenizer(["a few words"], 300).json)
     command = [
         "--config", "tiny", "--layout", "cube", "--train.steps", "1", "--train.seq-len", "16",
         "--train.eval-every", "0", "--checkpoint.every", "0", "--data.vocab-size", "300",
@@ -323,8 +324,7 @@ def test_train_starts_from_weights(tmp_path, capsys):
     ]  # fmt: skip
     loop = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "finish", lambda made, *_: loop.append(made))
-        patch.setattr(training.run, "train_on", lambda *_: "")
+        patch.setattr(training.run, "to_end", lambda made, *_: loop.append(made) or 0)
         assert train.main(command) == 0, capsys.readouterr().err
     assert "fresh optimizer state" in capsys.readouterr().out
     assert_equal({k: loop[0].state[k] for k in ("params", "router_bias")}, weights())
