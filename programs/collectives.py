@@ -124,20 +124,26 @@ class Collective(NamedTuple):
 
 
 def parse(text: str) -> Program:
-    """Computations and instructions of optimised HLO, as `Compiled.as_text()` prints it."""
+    """Computations and instructions of optimised HLO, as `Compiled.as_text()` prints it, or as XLA
+    dumps it: there `%x#2` stands for the third element of `%x`."""
     computations: dict[str, dict[str, Instruction]] = {}
     entry, current = "", None
+    results: dict[str, str] = {}
     for line in text.splitlines():
         head = re.match(rf"(ENTRY )?{NAME} \(.*\{{\s*$", line)
         if head:
-            current = computations.setdefault(head.group(2), {})
+            current, results = computations.setdefault(head.group(2), {}), {}
             entry = head.group(2) if head.group(1) else entry
         elif line.startswith("}"):
             current = None
         elif current is not None:
             instruction = parse_instruction(line)
             if instruction is not None:
+                for operand in instruction.operands:
+                    if "#" in operand and operand not in current:
+                        _add_element(operand, current, results)
                 current[instruction.name] = instruction
+                results[instruction.name] = line.split(" = ", 1)[1]
     if not entry:
         raise ValueError("no ENTRY computation in the text; pass what compile().as_text() returns")
     return Program(computations, entry)
@@ -155,8 +161,28 @@ def parse_instruction(line: str) -> Instruction | None:
     op, _, _ = rest.partition("(")
     close = _closing(rest)
     inner = rest[len(op) + 1 : close]
-    operands = re.findall(r"%([\w.\-]+)", inner)
+    operands = re.findall(r"%([\w.\-]+(?:#\d+)*)", inner)
     return Instruction(name, _shapes(shapes), op, tuple(operands), rest[close + 1 :])
+
+
+def _add_element(name: str, computation: dict[str, Instruction], results: dict[str, str]) -> None:
+    """The get-tuple-element that the operand `name`, such as x#2 or x#0#1, stands for."""
+    base, _, index = name.rpartition("#")
+    if base not in results:
+        _add_element(base, computation, results)
+    text = re.sub(r"/\*.*?\*/", "", results[base])
+    depth, parts = 0, [""]
+    for letter in text[1 : _closing(text)]:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    results[name] = parts[int(index)].strip()
+    element = Instruction(
+        name, _shapes(results[name]), "get-tuple-element", (base,), f", index={index}"
+    )
+    computation[name] = element
 
 
 def _closing(text: str) -> int:

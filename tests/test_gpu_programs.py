@@ -238,6 +238,15 @@ def test_spans_tell_whose_products_they_hold():
     assert span.of_others == ("other",), "weights, which pass through, tie nothing together"
 
 
+def test_elements_of_tuples_may_be_folded_into_operands():
+    """As XLA dumps a program: `%c#1` instead of a line for the second element of `%c`."""
+    folded = [line for line in SCHEDULED.splitlines() if "get-tuple-element" not in line]
+    text = "\n".join(folded)
+    for index, name in enumerate(("i", "a", "b", "w")):
+        text = text.replace(f"%{name})", f"%c#{index})").replace(f"%{name},", f"%c#{index},")
+    assert read_spans(text) == read_spans(SCHEDULED)
+
+
 def test_calls_of_libraries_kernels_and_fusions_are_counted():
     text = """
   %f = f32[4] fusion(%a), kind=kLoop, calls=%c
