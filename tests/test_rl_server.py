@@ -1,5 +1,6 @@
 """Rollouts from a server of OpenAI's completions API: a real one, on this machine's loopback."""
 
+import dataclasses
 import http.server
 import json
 import pathlib
@@ -15,8 +16,10 @@ import pytest
 from checkpoint.weights import open_weights
 from data.tokenizer import train_tokenizer
 from rl.config import RLConfig
+from rl.corpus import configured_task
 from rl.server import Server, ServerError, ServerSampler, export_live
 from rl.stopping import RolloutStoppedError
+from rl.tasks.characters import character_tokenizer
 from tests.small_model import CONFIG, weights
 from tests.test_rl_loop import make_loop, make_trainer, same, tiny_run
 
@@ -295,8 +298,17 @@ def test_weights_reach_the_server_as_a_folder(serve, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_over_a_server_is_the_run_of_our_own_sampler(serve, tmp_path):
-    """Same answers and log-probabilities in, same weights out, bit for bit."""
-    run = tiny_run(tmp_path / "own", replay_routing=False)
+    """Same answers and log-probabilities in, same weights out, bit for bit.
+
+    The model knows no ids but the tokenizer's: a server's others are refused.
+    """
+
+    def run_in(name):
+        run = tiny_run(tmp_path / name, replay_routing=False)
+        ids = character_tokenizer(configured_task(run.task).vocabulary).vocab_size
+        return dataclasses.replace(run, model=dataclasses.replace(run.model, vocab_size=ids))
+
+    run = run_in("own")
     own = make_loop(run, make_trainer(run))
     written = {}
     inner = own.sampler
@@ -324,7 +336,7 @@ def test_a_run_over_a_server_is_the_run_of_our_own_sampler(serve, tmp_path):
     def reply(path, body):
         return 200, {"choices": written[tuple(body["prompt"]), body["seed"]]}
 
-    other = tiny_run(tmp_path / "server", replay_routing=False)
+    other = run_in("server")
     theirs = make_loop(other, make_trainer(other))
     theirs.sampler = serve(reply)
     theirs.sampler._tokenizer = theirs.prompts.tokenizer

@@ -181,7 +181,8 @@ class _Rank:
             lambda: self._stashed(stash["x"], row["f_x"]),
         )
         dy, total = self._output_gradient(stash, row, backward, total)
-        y, dx, d_layers, layers, cotangents = self._layers(stash, row, x, dy, total.d_layers)
+        done: Any = self._layers(stash, row, x, dy, total.d_layers)
+        y, dx, d_layers, layers, cotangents = done
         first_row = row["f_chunk"] * self.slots
         total = total._replace(
             d_layers=d_layers,
@@ -308,6 +309,7 @@ class _Rank:
             )
             return (y, dx, d_layers), (layer, dy if defers else None)
 
+        outputs: Any
         carry, outputs = lax.scan(step, (x, dy, d_layers), jnp.arange(self.slots))
         layers, cotangents = outputs
         return *carry, layers, cotangents[::-1] if defers else None
@@ -321,7 +323,7 @@ class _Rank:
         is_now = {kind: code == number for kind, number in CODES.items()}
         forward = (is_now["F"] | is_now["FB"]) & here_f
         backward = (is_now["B"] | is_now["FB"]) & here_b
-        asked = {
+        asked: dict[Kind, jax.Array] = {
             "F": forward & ~backward,
             "B": backward & ~forward,
             "FB": forward & backward,
@@ -329,7 +331,7 @@ class _Rank:
             "W": is_now["W"] & here_b,
         }
         halves: tuple[Kind, ...] = ("F", "B") if self._asks("FB") and not self.full else ()
-        used = [kind for kind in cases if self._asks(kind) or kind in halves]
+        used: list[Kind] = [kind for kind in cases if self._asks(kind) or kind in halves]
         index = sum(number * asked[kind] for number, kind in enumerate(used, 1))
         return lax.switch(index, [nothing, *(cases[kind] for kind in used)])
 
