@@ -88,8 +88,9 @@ def test_rates_that_cannot_be(change, message):
      ("ema_decay", 1.0), ("ema_decay", -0.1)],
 )  # fmt: skip
 def test_numbers_of_a_run_that_cannot_be(field, value):
+    train = dataclasses.replace(preset("tiny").train, **{field: value})
     with pytest.raises(ValueError, match=f"train.{field} is {value}; it must be"):
-        BatchPlan(dataclasses.replace(preset("tiny").train, **{field: value}))
+        check_schedules(train, BatchPlan(train))
 
 
 @pytest.mark.parametrize(("field", "value"), [("every", -1), ("keep", 0), ("keep_best", -1)])
