@@ -237,8 +237,10 @@ def overlap(report: Report) -> list[str]:
     for op, source, products, others in report.spans:
         groups.setdefault((op, place(source)), []).append((products, others))
     spanning = sum(1 for span in report.spans if span[2])
-    lines = [f"{spanning} of {len(report.spans)} asynchronous collectives have matrix products "
-             "beside them:"]  # fmt: skip
+    lines = [
+        f"{spanning} of {len(report.spans)} asynchronous collectives have matrix products "
+        "beside them:"
+    ]
     for (op, where), spans in sorted(groups.items()):
         beside = [products for products, _ in spans if products]
         others = sum(1 for _, others in spans if others)

@@ -6,11 +6,12 @@ computes (_NO_EFFECT). A key that is none of these is an error, and so is one th
 different ways: programs that read the file disagree on which of the two counts.
 """
 
-import math
 import re
 from typing import Any, NamedTuple
 
-from model.config import ModelConfig, YarnConfig
+from checkpoint.hf_rope import read_rope
+from checkpoint.hf_values import number, require
+from model.config import ModelConfig
 
 
 class _Field(NamedTuple):
@@ -88,11 +89,6 @@ _NO_EFFECT = {
 }  # fmt: skip
 """Keys that cannot change what the model computes from its weights."""
 
-_YARN = {
-    "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale",
-    "mscale_all_dim",
-}  # fmt: skip
-_ROPE_FIXED = {"partial_rotary_factor": 1.0, "attention_factor": None, "truncate": True}
 _FP8_FIXED = {
     "quant_method": "fp8",
     "fmt": "e4m3",
@@ -125,12 +121,16 @@ def from_hf_config(hf: dict[str, Any]) -> ModelConfig:
     # `greedy` configurations may carry group numbers that nothing reads.
     fields |= {ours: _value(hf, key, _Field(ours)) for key, ours in groups.items()}
     read = _check_fixed(hf, kind)
-    theta, yarn = _rope(hf)
+    theta, yarn = read_rope(hf)
     read |= {"rope_theta", "rope_scaling", "rope_parameters"}
     interleaved = hf.get("rope_interleave", True)
-    _require(type(interleaved) is bool, "rope_interleave", interleaved, "must be true or false")
-    _require(interleaved or kind == "deepseek_v3", "rope_interleave", interleaved,
-             f"no program reads it for {kind}, whose pairs are interleaved")  # fmt: skip
+    require(type(interleaved) is bool, "rope_interleave", interleaved, "must be true or false")
+    require(
+        interleaved or kind == "deepseek_v3",
+        "rope_interleave",
+        interleaved,
+        f"no program reads it for {kind}, whose pairs are interleaved",
+    )
     known = _FIELDS.keys() | _GROUPS.keys() | _NO_EFFECT | read | {"rope_interleave"}
     if unknown := sorted(hf.keys() - known):
         raise ValueError(
@@ -157,7 +157,7 @@ def from_hf_config(hf: dict[str, Any]) -> ModelConfig:
 def _check_fixed(hf: dict[str, Any], kind: str) -> set[str]:
     """Check keys that must say what the others already say; returns the keys."""
     for key, value in _FIXED_READ.items():
-        _require(hf.get(key, value) == value, key, hf.get(key), f"only {value!r} is implemented")
+        require(hf.get(key, value) == value, key, hf.get(key), f"only {value!r} is implemented")
     heads, rope = hf["num_attention_heads"], hf["qk_rope_head_dim"]
     repeated = {
         "num_key_value_heads": ("num_attention_heads", heads),
@@ -165,17 +165,37 @@ def _check_fixed(hf: dict[str, Any], kind: str) -> set[str]:
         "qk_head_dim": ("qk_nope_head_dim + qk_rope_head_dim", hf["qk_nope_head_dim"] + rope),
     }
     for key, (others, value) in repeated.items():
-        _require(hf.get(key) is None or hf[key] == value, key, hf.get(key),
-                 f"must equal {others}={value}")  # fmt: skip
+        require(
+            hf.get(key) is None or hf[key] == value,
+            key,
+            hf.get(key),
+            f"must equal {others}={value}",
+        )
     classes = hf.get("architectures") or [_CLASS[kind]]
-    _require(isinstance(classes, list) and _CLASS[kind] in classes, "architectures", classes,
-             f"model_type {kind} is {_CLASS[kind]}; make them agree")  # fmt: skip
+    require(
+        isinstance(classes, list) and _CLASS[kind] in classes,
+        "architectures",
+        classes,
+        f"model_type {kind} is {_CLASS[kind]}; make them agree",
+    )
     if kind == "deepseek_v2":
-        _require(not hf["norm_topk_prob"], "norm_topk_prob", True,
-                 "implementations of deepseek_v2 disagree on what true means")  # fmt: skip
+        require(
+            not hf["norm_topk_prob"],
+            "norm_topk_prob",
+            True,
+            "implementations of deepseek_v2 disagree on what true means",
+        )
     _check_quantization(hf.get("quantization_config"))
-    return {*_FIXED_READ, *repeated, "architectures", "quantization_config", "scoring_func",
-            "topk_method", "num_nextn_predict_layers", "num_mtp_layers"}  # fmt: skip
+    return {
+        *_FIXED_READ,
+        *repeated,
+        "architectures",
+        "quantization_config",
+        "scoring_func",
+        "topk_method",
+        "num_nextn_predict_layers",
+        "num_mtp_layers",
+    }
 
 
 def _check_quantization(stored: Any) -> None:
@@ -183,13 +203,17 @@ def _check_quantization(stored: Any) -> None:
     if stored is None or stored == {}:
         return
     name = "quantization_config"
-    _require(isinstance(stored, dict), name, stored, "must be an object")
+    require(isinstance(stored, dict), name, stored, "must be an object")
     for key, value in _FP8_FIXED.items():
         absent = value if key != "quant_method" else None
-        _require(stored.get(key, absent) == value, f"{name}.{key}", stored.get(key),
-                 f"only {value!r} can be read")  # fmt: skip
+        require(
+            stored.get(key, absent) == value,
+            f"{name}.{key}",
+            stored.get(key),
+            f"only {value!r} can be read",
+        )
     unknown = sorted(stored.keys() - _FP8_FIXED.keys() - _FP8_NO_EFFECT)
-    _require(not unknown, name, stored, f"unknown keys {', '.join(unknown)}")
+    require(not unknown, name, stored, f"unknown keys {', '.join(unknown)}")
 
 
 def _mtp_depth(hf: dict[str, Any], kind: str) -> int:
@@ -199,20 +223,18 @@ def _mtp_depth(hf: dict[str, Any], kind: str) -> int:
     if len({*depths.values()}) > 1:
         raise ValueError(f"config.json: {depths} contradict each other; leave one")
     depth = next(iter(depths.values()), 0)
-    _require(not depth or kind != "deepseek_v2", next(iter(depths), ""), depth,
-             "deepseek_v2 has no such layers")  # fmt: skip
+    require(
+        not depth or kind != "deepseek_v2",
+        next(iter(depths), ""),
+        depth,
+        "deepseek_v2 has no such layers",
+    )
     return depth
-
-
-def _require(ok: bool, key: str, value: Any, why: str) -> None:
-    if not ok:
-        raise ValueError(f"config.json: {key} is {value!r}; {why}")
 
 
 def _one_of(hf: dict[str, Any], key: str, values: tuple[Any, ...]) -> Any:
     value = hf.get(key, values[0])
-    _require(value in values, key, value,
-             f"{hf['model_type']} has {' or '.join(map(repr, values))}")  # fmt: skip
+    require(value in values, key, value, f"{hf['model_type']} has {' or '.join(map(repr, values))}")
     return value
 
 
@@ -222,97 +244,13 @@ def _value(hf: dict[str, Any], key: str, field: _Field) -> Any:
     if value is None and field.null:
         return None if field.ours == "q_lora_rank" else 0
     if field.kind is float:
-        return _number(key, value, above=0.0)
+        return number(key, value, above=0.0)
     if field.kind is bool:
-        _require(type(value) is bool, key, value, "must be true or false")
+        require(type(value) is bool, key, value, "must be true or false")
     else:
         ok = type(value) is int and value >= field.least
-        _require(ok, key, value, f"must be an integer of {field.least} or more")
+        require(ok, key, value, f"must be an integer of {field.least} or more")
     return value
-
-
-def _number(key: str, value: Any, above: float = -math.inf, least: float = -math.inf) -> float:
-    """A finite number above `above` and not below `least`."""
-    bound = f" above {above:g}" if above > -math.inf else ""
-    bound += f" of {least:g} or more" if least > -math.inf else ""
-    try:
-        ok = type(value) in (int, float) and math.isfinite(value) and least <= value > above
-        number = float(value) if ok else 0.0
-    except OverflowError:
-        ok, number = False, 0.0
-    _require(ok, key, value, f"must be a number{bound}")
-    return number
-
-
-def _rope(hf: dict[str, Any]) -> tuple[float, YarnConfig | None]:
-    """Base and extension: older files hold them in `rope_theta` and `rope_scaling`, files of
-    transformers 5 in `rope_parameters`. What is said in several places must agree."""
-    thetas, extensions = {}, {}
-    if "rope_theta" in hf:
-        thetas["rope_theta"] = hf["rope_theta"]
-    for name in ("rope_scaling", "rope_parameters"):
-        rope = hf.get(name)
-        _require(rope is None or isinstance(rope, dict), name, rope, "must be an object or null")
-        if not rope:
-            continue
-        if "rope_theta" in rope:
-            thetas[f"{name}.rope_theta"] = rope["rope_theta"]
-        # Theirs may be no more than the place of the base.
-        if rope.keys() - {"rope_theta"}:
-            extensions[name] = _extension(name, rope)
-    numbers = {key: _number(key, value, above=1.0) for key, value in thetas.items()}
-    if len({*numbers.values()}) > 1:
-        raise ValueError(f"config.json: {numbers} contradict each other; leave one")
-    if len({*extensions.values()}) > 1:
-        raise ValueError(
-            f"config.json: rope_scaling={hf['rope_scaling']!r} and rope_parameters="
-            f"{hf['rope_parameters']!r} contradict each other; leave the one that is meant"
-        )
-    theta = next(iter(numbers.values()), 10000.0)
-    return theta, next(iter(extensions.values()), None)
-
-
-def _extension(name: str, rope: dict[str, Any]) -> YarnConfig | None:
-    """The context extension that an object of the file asks for; None for none."""
-    kinds = {key: rope[key] for key in ("rope_type", "type") if key in rope}
-    if len({repr(kind) for kind in kinds.values()}) != 1:
-        raise ValueError(
-            f"config.json: {name} is {rope!r}; it must say its type, once: 'default' or 'yarn'"
-        )
-    kind = next(iter(kinds.values()))
-    if kind not in ("default", "yarn"):
-        raise ValueError(f"config.json: {name}: type {kind!r} not implemented; only plain yarn is")
-    for key, value in _ROPE_FIXED.items():
-        _require(rope.get(key, value) == value, f"{name}.{key}", rope.get(key),
-                 f"only {value!r} is implemented")  # fmt: skip
-    known = {"rope_type", "type", "rope_theta", *_ROPE_FIXED, *(_YARN if kind == "yarn" else ())}
-    if unknown := sorted(rope.keys() - known):
-        raise ValueError(
-            f"config.json: {name}: type {kind!r} has no {', '.join(unknown)}; only plain yarn is "
-            "implemented"
-        )
-    if kind == "default":
-        return None
-    if missing := [k for k in ("factor", "original_max_position_embeddings") if k not in rope]:
-        raise ValueError(f"config.json: {name}: missing {', '.join(missing)}")
-    original = rope["original_max_position_embeddings"]
-    _require(type(original) is int and original > 0, f"{name}.original_max_position_embeddings",
-             original, "must be an integer of 1 or more")  # fmt: skip
-    # Null means the default there.
-    given = {key: value for key, value in rope.items() if value is not None}
-    fast = _number(f"{name}.beta_fast", given.get("beta_fast", 32.0), above=0.0)
-    slow = _number(f"{name}.beta_slow", given.get("beta_slow", 1.0), above=0.0)
-    _require(slow <= fast, f"{name}.beta_slow", slow, f"it exceeds beta_fast={fast:g}")
-    mscale = _number(f"{name}.mscale", given.get("mscale", 0.0), least=0.0)
-    all_dim = _number(f"{name}.mscale_all_dim", given.get("mscale_all_dim", 0.0), least=0.0)
-    # Without mscale_all_dim, transformers ignores mscale where DeepSeek's code uses it; 1 is both.
-    if (all_dim and not mscale) or (not all_dim and (mscale != 1 and "mscale" in given)):
-        raise ValueError(
-            f"config.json: {name}: mscale={mscale:g} with mscale_all_dim={all_dim:g}; "
-            "implementations disagree on one without the other, give both or neither"
-        )
-    factor = _number(f"{name}.factor", rope["factor"], least=1.0)
-    return YarnConfig(factor, original, fast, slow, mscale or 1.0, all_dim)
 
 
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:

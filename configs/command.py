@@ -17,11 +17,15 @@ from rl.config import PUBLISHED
 from runtime.config import GPU_MEMORY_GB, RuntimeOptions
 from sharding.config import LAYOUTS
 
-OTHER_NAMES = dict.fromkeys(
-    ("lr", "max-lr", "peak-lr", "learning-rate", "max-learning-rate"), "train.peak-learning-rate"
-) | dict.fromkeys(("max-steps", "num-steps", "iterations", "total-steps"), "train.steps") | {
-    "output-dir": "run-dir", "max-seq-len": "train.seq-len", "seq-length": "train.seq-len",
-}  # fmt: skip
+OTHER_NAMES = {
+    **dict.fromkeys(
+        ("lr", "max-lr", "peak-lr", "learning-rate", "max-learning-rate"),
+        "train.peak-learning-rate",
+    ),
+    **dict.fromkeys(("max-steps", "num-steps", "iterations", "total-steps"), "train.steps"),
+    **dict.fromkeys(("max-seq-len", "seq-length"), "train.seq-len"),
+    "output-dir": "run-dir",
+}
 """What other programs call an option -> the option."""
 
 

@@ -35,9 +35,11 @@ def parse_options[T](
     )
     if unknown:
         names = [word for word in unknown if word.startswith("-") and not _is_number(word)]
-        said = _unknown_option(names[0], default, other_names or {}) if names else (
-            f"unexpected word {unknown[0]!r}; an option's value follows its --name."
-        )  # fmt: skip
+        said = (
+            _unknown_option(names[0], default, other_names or {})
+            if names
+            else (f"unexpected word {unknown[0]!r}; an option's value follows its --name.")
+        )
         print(f"{prog}: {said} {prog} --help lists all options", file=sys.stderr)
         raise SystemExit(2)
     return options

@@ -28,8 +28,10 @@ THINK, END_THINK = "<think>", "</think>"
 ROLES = ("system", "user", "assistant")
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names of the field that holds an answer's reasoning apart from its content."""
-UNREAD = ("tools", "functions", "tool_calls", "function_call", "system", "documents",
-          "chat_template", "chat_template_kwargs")  # fmt: skip
+UNREAD = (
+    "tools", "functions", "tool_calls", "function_call", "system", "documents", "chat_template",
+    "chat_template_kwargs",
+)  # fmt: skip
 """Fields beside messages or a prompt that would change what a model reads, and do not here."""
 BUILT_IN = (
     "{{ bos_token }}{{ messages | selectattr('role', 'equalto', 'system')"
@@ -211,8 +213,10 @@ def _laid_out(tokenizer: Tokenizer, message: Mapping[str, Any], guard: str) -> d
     role, content = message["role"], message["content"]
     if role != "assistant":
         return {"role": role, "content": guarded(tokenizer, content, guard)}
-    parts = (part if i % 2 else guarded(tokenizer, part, guard)
-             for i, part in enumerate(split_answer(content)))  # fmt: skip
+    parts = (
+        part if i % 2 else guarded(tokenizer, part, guard)
+        for i, part in enumerate(split_answer(content))
+    )
     found = {"role": role, "content": "".join(parts)}
     thought = reasoning_of(message)
     return found | ({"reasoning_content": guarded(tokenizer, thought, guard)} if thought else {})

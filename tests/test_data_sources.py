@@ -299,8 +299,9 @@ def test_a_bad_byte_in_parquet_costs_its_row(tmp_path):
     (tmp_path / "f.parquet").write_bytes(whole[:4] + bytes(20) + whole[24:])
     found, report = read(tmp_path)
     assert [d.name for d in found] == [f"{n}.parquet:{i}" for n in "abcd" for i in (1, 3)] + [
-        "e.parquet.gz:1", "e.parquet.gz:3",
-    ]  # fmt: skip
+        "e.parquet.gz:1",
+        "e.parquet.gz:3",
+    ]
     assert report.names["not UTF-8"] == ["a.parquet:2", "b.parquet:2", "e.parquet.gz:2"]
     assert [n for names in report.names.values() for n in names if n[0] == "f"] == ["f.parquet"]
 

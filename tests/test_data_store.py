@@ -192,8 +192,13 @@ def copy_of(corpus, folder: Path) -> str:
     return str(shutil.copytree(corpus[1].stores[0].place, folder / "store"))
 
 
-FILES = ("train/tokens/c/0", "held_out/tokens/c/0", "train/offsets/c/0", "train/tokens/zarr.json",
-         "meta.json:cut")  # fmt: skip
+FILES = (
+    "train/tokens/c/0",
+    "held_out/tokens/c/0",
+    "train/offsets/c/0",
+    "train/tokens/zarr.json",
+    "meta.json:cut",
+)
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -258,8 +258,9 @@ def test_plots_are_drawn_from_the_file(tmp_path):
 @pytest.mark.parametrize("layers", [1, 4, 58])
 def test_no_label_of_the_load_is_cut(layers):
     name = "moe/load_max_over_mean/layer_{:02d}".format
-    lines = [record(step, **{name(n): 1.5 for n in range(layers)}) | {"step": step}
-             for step in range(3)]  # fmt: skip
+    lines = [
+        record(step, **{name(n): 1.5 for n in range(layers)}) | {"step": step} for step in range(3)
+    ]
     figure = plots.expert_load_figure(lines)
     assert figure is not None
     FigureCanvasAgg(figure).draw()

@@ -112,8 +112,10 @@ def test_the_remedy_for_a_schedule_that_ends_elsewhere_is_one(steps, odd):
     train = parse(words).run.train
     lines = ends_elsewhere(train, BatchPlan(train))
     assert [line.split()[0].removeprefix("train.") for line in lines] == [
-        "learning_rate", "bias_update_rate", "mtp_weight",
-    ]  # fmt: skip
+        "learning_rate",
+        "bias_update_rate",
+        "mtp_weight",
+    ]
     assert all(
         f"ends at step 400 of train.steps={steps:,}" in line and odd in line for line in lines
     )

@@ -76,9 +76,14 @@ def test_commands_of_the_readme_work_as_written(checkout, tmp_path):
             if "--data.sources.0.path" not in words:
                 words += ["--data.sources.0.path", str(tmp_path / "notes" / "*.py")]
         done = subprocess.run(
-            words, cwd=checkout, env=environment, capture_output=True, text=True, check=False,
+            words,
+            cwd=checkout,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
             timeout=SECONDS,
-        )  # fmt: skip
+        )
         said = f"{shlex.join(words)}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
         assert done.returncode == 0, said
     assert np.load(checkout / "logits.npy").ndim == 3

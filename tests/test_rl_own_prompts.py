@@ -274,9 +274,13 @@ def train_command(folder: pathlib.Path, name: str, *options: str) -> list[str]:
 
 def run_train(folder: pathlib.Path, name: str, *options: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        train_command(folder, name, *options), cwd=ROOT, env=os.environ | {"XLA_FLAGS": QUICK_XLA},
-        text=True, capture_output=True, check=False,
-    )  # fmt: skip
+        train_command(folder, name, *options),
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": QUICK_XLA},
+        text=True,
+        capture_output=True,
+        check=False,
+    )
 
 
 @pytest.mark.slow
@@ -312,9 +316,12 @@ def test_own_prompts_and_rewards_train(folder):
         assert line["reward"] == pytest.approx(worth)
     figure = rl_figure(lines)
     assert [axis.get_title() for axis in figure.axes] == [
-        "reward", "length (tokens)", "entropy (nats/token)", "groups without variance (share)",
+        "reward",
+        "length (tokens)",
+        "entropy (nats/token)",
+        "groups without variance (share)",
         "parts of the reward",
-    ]  # fmt: skip
+    ]
     assert all(
         axis.lines and all(len(one.get_xdata()) for one in axis.lines) for axis in figure.axes
     )
@@ -337,9 +344,13 @@ def test_the_lines_of_the_document_for_own_prompts(tmp_path):
     )
     lines = lines.replace("runs/", f"{tmp_path}/").replace("python ", f"{sys.executable} ")
     done = subprocess.run(
-        ["bash", "-ec", lines], cwd=ROOT, env=os.environ | {"XLA_FLAGS": QUICK_XLA},
-        text=True, capture_output=True, check=False,
-    )  # fmt: skip
+        ["bash", "-ec", lines],
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": QUICK_XLA},
+        text=True,
+        capture_output=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"held out, \d+ prompts: mean reward at temperature 1: [01]\.", done.stdout)
     assert (tmp_path / "own" / "rl.png").exists()
@@ -362,9 +373,16 @@ def test_the_document_shows_what_a_reward_gets(tmp_path, folder):
 @pytest.mark.slow
 def test_a_reward_that_fails_on_a_whole_first_rollout_ends_the_run(folder):
     done = run_train(
-        folder, "failing", "--rl.prompts", str(folder / "prompts.jsonl"), "--rl.held-out", "0.2",
-        "--rl.rewards", "accuracy", f"{folder}/rewards.py:raises",
-    )  # fmt: skip
+        folder,
+        "failing",
+        "--rl.prompts",
+        str(folder / "prompts.jsonl"),
+        "--rl.held-out",
+        "0.2",
+        "--rl.rewards",
+        "accuracy",
+        f"{folder}/rewards.py:raises",
+    )
     assert done.returncode == 2, done.stdout + done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert "a reward failed on all 8 answers of the first rollout" in last

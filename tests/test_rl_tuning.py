@@ -552,9 +552,13 @@ def test_the_whole_recipe(tmp_path):
     stages = "base", "zero", "cold", "reasoning", "sft", "r1", "student"
     command = [sys.executable, "train.py", "--recipe", "r1", "--run-dir", str(tmp_path)]
     done = subprocess.run(
-        [*command, *SMALL, *short], cwd=ROOT, env=os.environ | {"XLA_FLAGS": QUICK_XLA},
-        text=True, capture_output=True, check=False,
-    )  # fmt: skip
+        [*command, *SMALL, *short],
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": QUICK_XLA},
+        text=True,
+        capture_output=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     for stage in stages:
         assert (tmp_path / stage / "config.json").is_file(), stage

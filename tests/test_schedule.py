@@ -187,9 +187,13 @@ def test_a_ramp_that_misses_its_end_is_refused():
 # ---- Resumed -------------------------------------------------------------------------------------
 
 RAMP = TrainConfig(
-    steps=100, seq_len=8, batch_size=24, micro_batch_size=4, batch_ramp_from=8,
+    steps=100,
+    seq_len=8,
+    batch_size=24,
+    micro_batch_size=4,
+    batch_ramp_from=8,
     batch_ramp_tokens=4096 / 3,
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("done", range(1, 30))
