@@ -311,7 +311,7 @@ def parser() -> Command:
     found.add_argument(
         "--mesh", "--layout", default="cube", help="layout: a name or FIELD=VALUE,..."
     )
-    found.add_argument("--gpu", choices=GPUS, default="h200", help="which one")
+    found.add_argument("--gpu", type=str.lower, choices=GPUS, default="h200", help="which one")
     found.add_argument("--nodes", type=int, help="hosts; by default as many as the layout fills")
     found.add_argument("--per-node", type=int, default=8, help="GPUs of a host")
     found.add_argument("--micro-batches", type=int, default=2, help="micro batches of a step")

@@ -72,7 +72,7 @@ def _whole(folder: pathlib.Path, pattern: str, ended: list[BaseException | None]
             size, since = now, time.monotonic()
         elif ended or time.monotonic() - since > STEADY_S:
             return found[0].read_text()
-        if ended and not found:
+        if ended and not now:
             raise ValueError(f"XLA wrote no {pattern}: this is not a program for GPUs")
         time.sleep(POLL_S)
 

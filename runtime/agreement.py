@@ -95,7 +95,9 @@ def option_facts(
 def code_facts() -> dict[str, str]:
     """Digest of each source file of the program; versions and switches of what it stands on."""
     packages = [init.parent for init in ROOT.glob("*/__init__.py")]
-    files = [*ROOT.glob("*.py"), *(file for folder in packages for file in folder.rglob("*.py"))]
+    kinds = "*.py", "*.toml"
+    inside = (file for folder in packages for kind in kinds for file in folder.rglob(kind))
+    files = [*ROOT.glob("*.py"), *inside]
     facts = {str(file.relative_to(ROOT)): _digest(file) for file in files}
     installed = {str(d.name): d.version for d in importlib.metadata.distributions()}
     facts |= {name: installed[name] for name in LIBRARIES if name in installed}
