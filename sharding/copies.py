@@ -58,6 +58,18 @@ def is_gathered(x: jax.Array, names: Names, layout: Layout) -> bool:
     return not set(stored) <= set(cutting_axes(layout, names))
 
 
+def gather_copies(x: jax.Array, stored: PartitionSpec, cutting: tuple[str, ...]) -> jax.Array:
+    """A weight without the shards over axes that shall copy it, `pipe` aside; inside of a region.
+
+    `cutting` are the axes that it stays cut over.
+    """
+    for dim, entry in enumerate(stored):
+        axes = tuple(a for a in axes_of(entry) if a != "pipe" and a not in cutting)
+        if axes:
+            x = lax.all_gather(x, axes, axis=dim, tiled=True)
+    return x
+
+
 def only(partition: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
     """A spec with nothing but these axes in it."""
     kept = (tuple(a for a in axes_of(entry) if a in axes) for entry in partition)
@@ -76,26 +88,37 @@ def add_up(g: jax.Array, names: Names, layout: Layout, among: tuple[str, ...]) -
     dw[D]{U_axes} -> ReduceScatter -> dw[D_axes], to the placement of the moments; what they do not
     cut is an AllReduce.
     """
-    axes = summed_axes(layout, names, among)
+    axes, cutting = summed_axes(layout, names, among), cutting_axes(layout, names)
     target = moment_spec(layout, g.shape[1:], names)
 
     def body(g: jax.Array) -> jax.Array:
-        return reduce_to(g[0], target, axes)
+        return reduce_to(g[0], target, axes, keep=cutting)
 
     parts = PartitionSpec(axes or None, *held_spec(layout, names))
-    return jax.shard_map(body, mesh=layout.mesh, in_specs=parts, out_specs=target, check_vma=False)(g)
+    run = jax.shard_map(body, mesh=layout.mesh, in_specs=parts, out_specs=target, check_vma=False)
+    return run(g)
 
 
-def reduce_to(g: jax.Array, target: PartitionSpec, axes: tuple[str, ...]) -> jax.Array:
-    """This device's part, laid out by `target`, of a sum over `axes`; inside of a region."""
+def reduce_to(
+    g: jax.Array, target: PartitionSpec, axes: tuple[str, ...], keep: tuple[str, ...]
+) -> jax.Array:
+    """This device's part, laid out by `target`, of a sum over `axes`; inside of a region.
+
+    `keep` are axes of the target for which nothing is to do. Over others than these and `axes` the
+    sum is there, and cut.
+    """
     left = set(axes)
+    kind = lambda axis: "sum" if axis in left else "keep" if axis in keep else "cut"  # noqa: E731
     for dim, entry in enumerate(target):
         # In the order in which the axes nest in a dimension, neighbours together.
-        for is_summed, group in itertools.groupby(axes_of(entry), left.__contains__):
-            if is_summed:
-                over = tuple(group)
+        for what, group in itertools.groupby(axes_of(entry), kind):
+            over = tuple(group)
+            if what == "sum":
                 g = lax.psum_scatter(g, over, scatter_dimension=dim, tiled=True)
                 left -= set(over)
+            if what == "cut":
+                size = g.shape[dim] // lax.axis_size(over)
+                g = lax.dynamic_slice_in_dim(g, lax.axis_index(over) * size, size, dim)
     return lax.psum(g, tuple(axis for axis in axes if axis in left)) if left else g
 
 

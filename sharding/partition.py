@@ -276,7 +276,8 @@ def stored_spec(layout: Layout, shape: tuple[int, ...], names: Names) -> Partiti
     ways = math.prod(layout.mesh.shape[axis] for axis in extra)
     own = [dim for dim, name in enumerate(names) if name != "layers"]
     if ways > 1 and len(own) > 1:
-        for dim in sorted(own, key=lambda dim: "fsdp" not in cut[dim]):
+        takers = (dim for dim in own if names[dim] != "vocab")  # a pipeline's ranks cut that
+        for dim in sorted(takers, key=lambda dim: "fsdp" not in cut[dim]):
             taken = math.prod(layout.mesh.shape[axis] for axis in cut[dim])
             if shape[dim] % (taken * ways) == 0:
                 at = cut[dim].index("pipe") if "pipe" in cut[dim] else len(cut[dim])

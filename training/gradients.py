@@ -33,7 +33,7 @@ from sharding.copies import is_gathered, sum_of_shards
 from sharding.partition import Layout, pipeline_ranks
 from sharding.pipeline.executor import run
 from sharding.pipeline.schedule import Schedule, make_schedule
-from sharding.pipeline.stage_weights import place_layers
+from sharding.pipeline.stage_weights import check_vocabulary, place_layers
 from sharding.pipeline.ticks import tick_table
 
 Batch = dict[str, jax.Array]
@@ -146,6 +146,7 @@ def check_micro_batches(config: ModelConfig, layout: Layout, num_micro: int) -> 
     if pipeline_ranks(layout) > 1:
         schedule = make_pipeline_schedule(layout, num_micro)
         place_layers(schedule, config.num_moe_layers, *stage_costs(config))
+        check_vocabulary(layout, config.vocab_size)
 
 
 def pipelined_gradients(
@@ -155,12 +156,13 @@ def pipelined_gradients(
     """The same, with the layers cut over `pipe` and micro batches in flight at the same time."""
     schedule = make_pipeline_schedule(layout, batch["tokens"].shape[0])
     placement = place_layers(schedule, config.num_moe_layers, *stage_costs(config))
-    held = split_weights(params, router_bias)
-    axes: Any = split_weights(blueprint(config).params_axes, blueprint(config).router_bias_axes)
+    plan = blueprint(config)
+    held = jax.tree.map(lambda w, names: hold(w, names, recipe), params, plan.params_axes)
+    axes: Any = split_weights(plan.params_axes, plan.router_bias_axes)
     shared = weights.num_targets, weights.num_sequences, weights.mtp
     stages = pipeline_stages(config, recipe, weights.balance)
     table = tick_table(schedule)
-    examples = jax.vmap(lambda micro: make_examples(micro, config.mtp_depth))(batch)
-    result = run(table, placement, stages, held, axes, examples, shared, layout)
+    weights_of = split_weights(held, router_bias)
+    result = run(table, placement, stages, weights_of, axes, batch, shared, layout)
     parts = merge_parts(result.parts, result.stats, weights.num_sequences)
-    return result.objective, parts, join_weights(result.d_outer, result.d_layers)
+    return result.objective, parts, join_weights(result.gradients)

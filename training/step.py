@@ -222,9 +222,7 @@ class Trainer:
         else:
             in_pairs = self.layout.config.overlap
             if reduces_once(self.layout):
-                found = gradients_of_shards(
-                    self.model, self.recipe, self.layout, *inputs, in_pairs
-                )
+                found = gradients_of_shards(self.model, self.recipe, self.layout, *inputs, in_pairs)
             else:
                 found = accumulated_gradients(self.model, self.recipe, *inputs, in_pairs)
         loss, parts, grads = found
