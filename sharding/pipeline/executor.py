@@ -35,7 +35,8 @@ from sharding.copies import (
     summed_axes,
 )
 from sharding.partition import Layout, Names, along_axes, use_layout
-from sharding.pipeline.entries import add_entries, add_entry, entry, put_entry, zeros_like_shapes
+from sharding.pipeline.arena import Arena, Stored
+from sharding.pipeline.entries import add_entries, entry, put_entry, zeros_like_shapes
 from sharding.pipeline.schedule import Kind
 from sharding.pipeline.stage_weights import (
     AXIS,
@@ -67,13 +68,13 @@ class Stages(NamedTuple):
     [K, B, T]."""
     embed: Callable[[Tree, jax.Array], jax.Array]
     """Their embeddings [B, T, D] = embed(vocab, ids); all ranks together."""
-    first: Callable[[Tree, Tree, jax.Array, Tree], jax.Array]
-    """Input of the first layer: x = first(outer, constants, embedded, micro)."""
+    first: Callable[[Tree, jax.Array, Tree], jax.Array]
+    """Input of the first layer: x = first(weights, embedded, micro)."""
     layer: Callable[[Tree, Tree, jax.Array, Tree], tuple[tuple[jax.Array, jax.Array], Tree]]
     """One layer: (x, objective), stats = layer(weights, constants, x, micro)."""
     last: Callable[..., tuple[tuple[jax.Array, jax.Array], Tree]]
-    """What follows the layers: (hidden, objective), parts = last(outer, constants, x, embedded,
-    micro), with K+1 hidden states [K+1, B, T, D] for the head."""
+    """What follows the layers: (hidden, objective), parts = last(weights, constants, x,
+    embedded, micro), with K+1 hidden states [K+1, B, T, D] for the head."""
     loss: Callable[[Tree, jax.Array, Tree, jax.Array], tuple[jax.Array, Tree]]
     """The loss of hidden state k: objective, parts = loss(vocab, hidden[k], micro, k); all ranks
     together."""
@@ -132,25 +133,30 @@ def run(
     copies = copying_axes(layout) if reduces_once(layout) else ()
     held = Weights(
         fetch_vocabulary(weights.vocab, axes.vocab, layout),
-        jax.tree.map(lambda x, n: gather(x, n, layout), weights.outer, axes.outer),
+        jax.tree.map(lambda x, n: gather(x, n, layout), weights.first, axes.first),
+        jax.tree.map(lambda x, n: gather(x, n, layout), weights.last, axes.last),
         fetch(weights.layers, axes.layers, placement, layout),
-        weights.outer_constants,
+        weights.end_constants,
         fetch(weights.layer_constants, axes.layer_constants, placement, layout),
     )
     full = bool((placement.layer_of >= 0).all())
     first, last = ends_of(table, placement.is_first), ends_of(table, placement.is_last)
     inside = with_vocabulary_on_ranks(layout)
+    is_first, is_last = (at.any(1) for at in placement[1:])
+    places = placement.layer_of.reshape(len(is_first), -1), is_first, is_last
+    is_whole = all(layout.mesh.shape[axis] == 1 for axis in ("fsdp", "tensor"))
 
     def on_rank(held, batch, shared, columns, ends, slots, is_first, is_last):
         active = slots.reshape(-1) >= 0
         with use_layout(inside):
             chunks = active, slots.shape[-1], is_first[0], is_last[0]
             micros = stages.prepare(batch)
-            rank = _Rank(table, stages, held, micros, shared, *chunks, full, (first, last))
-            total = rank.run(jax.tree.map(lambda column: column[:, 0], columns), ends)
+            arena = Arena(held.layers, held.first, held.last, *places, whole=is_whole)
+            rank = _Rank(table, stages, held, arena, micros, shared, *chunks, full, (first, last))
+            total, gradients = rank.run(jax.tree.map(lambda column: column[:, 0], columns), ends)
         on_ranks = lax.psum((total.objective, total.parts), AXIS)
         objective, parts = jax.tree.map(jnp.add, on_ranks, (total.loss, total.loss_parts))
-        stats, gradients = total.stats, jax.tree.map(lambda g: g[None], total.gradients)
+        stats, gradients = total.stats, jax.tree.map(lambda g: g[None], gradients)
         if copies:
             objective, parts, stats = lax.psum((objective, parts, stats), copies)
         return Result(objective, parts, stats, gradients)
@@ -180,14 +186,16 @@ def run(
     ticks = PartitionSpec(None, AXIS)
     placed: Any = Weights(
         jax.tree.map(vocabulary, weights.vocab, axes.vocab),
-        specs(weights.outer, axes.outer),
+        specs(weights.first, axes.first),
+        specs(weights.last, axes.last),
         specs(weights.layers, axes.layers, AXIS),
         whole,
         ranks,
     )
     gradients: Any = Weights(
         parts_of(weights.vocab, axes.vocab, placed.vocab),
-        parts_of(weights.outer, axes.outer, placed.outer, AXIS),
+        parts_of(weights.first, axes.first, placed.first, AXIS),
+        parts_of(weights.last, axes.last, placed.last, AXIS),
         parts_of(weights.layers, axes.layers, placed.layers),
         whole,
         whole,
@@ -204,13 +212,16 @@ def run(
     arrays = (jnp.asarray(x) for x in placement)
     result = run_on_ranks(held, batch, shared, columns, passes, *arrays)
     g = result.gradients
+
+    def at_end(g: jax.Array, names: Names) -> jax.Array:
+        return add_up(g, names, layout, (AXIS, *copies))
+
     return result._replace(
         stats=jax.tree.map(lambda x: by_layer(x, placement), result.stats),
         gradients=Weights(
             send_vocabulary(g.vocab, axes.vocab, layout, copies),
-            jax.tree.map(
-                lambda g, names: add_up(g, names, layout, (AXIS, *copies)), g.outer, axes.outer
-            ),
+            jax.tree.map(at_end, g.first, axes.first),
+            jax.tree.map(at_end, g.last, axes.last),
             send_back(g.layers, axes.layers, placement, layout, copies),
             (),
             (),
@@ -227,7 +238,9 @@ class _Total(NamedTuple):
     """Of `Stages.loss`, and its parts: the same on all ranks."""
     loss_parts: Tree
     stats: Tree
-    gradients: Weights
+    vocab: Tree
+    """Gradients of the vocabulary's weights, and below of the others."""
+    gradients: Stored
 
 
 class _Layer(NamedTuple):
@@ -251,11 +264,16 @@ class _Rank:
     """The program of one rank; its methods are traced."""
 
     def __init__(
-        self, table: Table, stages: Stages, held: Weights, batch: Tree, shared: Tree,
+        self, table: Table, stages: Stages, held: Weights, arena: Arena, batch: Tree, shared: Tree,
         active: jax.Array, slots: int, is_first: jax.Array, is_last: jax.Array, full: bool,
         ends: tuple[Ends, Ends],
     ):  # fmt: skip
-        self.table, self.stages, self.held = table, stages, held
+        self.table, self.stages, self.vocab = table, stages, held.vocab
+        self.end_constants, self.layer_constants = held.end_constants, held.layer_constants
+        self.rank = lax.axis_index(AXIS)
+        self.at_ends = is_first.any(), is_last.any()
+        self.arena = arena
+        self.stored = arena.pack(held.layers, held.first, held.last, self.rank, self.at_ends)
         self.batch, self.shared = batch, shared
         self.active, self.is_first, self.is_last = active, is_first, is_last
         self.slots, self.full = slots, full
@@ -265,7 +283,9 @@ class _Rank:
         self.num_more = more.shape[0]
         self.embedded = jax.eval_shape(self._embed, held.vocab, ids)
         more = jax.ShapeDtypeStruct((self.num_more, *self.embedded.shape), self.embedded.dtype)
-        self.x = jax.eval_shape(lambda e: self._first(held.outer, e, micro), self.embedded)
+        self.x = jax.eval_shape(
+            lambda e: self._first(self._weights("first"), e, micro), self.embedded
+        )
         self.one = jax.eval_shape(lambda x: self._run_layer(jnp.int32(0), x, micro)[1], self.x)
         self.end = jax.eval_shape(lambda x, e: self._run_last(x, e, micro), self.x, more)
         hidden = jax.ShapeDtypeStruct(self.end.hidden.shape[1:], self.end.hidden.dtype)
@@ -273,8 +293,11 @@ class _Rank:
             lambda h: stages.loss(held.vocab, h, micro, jnp.int32(0))[1], hidden
         )
 
-    def run(self, columns: dict[str, jax.Array], ends: tuple[Ends, Ends]) -> _Total:
-        """All ticks; the sums of this rank. `ends` are the passes at both ends, of all ranks."""
+    def run(self, columns: dict[str, jax.Array], ends: tuple[Ends, Ends]) -> tuple[_Total, Weights]:
+        """All ticks; the sums of this rank, and its gradients as weights are.
+
+        `ends` are the passes at both ends, of all ranks.
+        """
         t = self.table
         x, one = self.x, self.one
         stash = {
@@ -288,7 +311,12 @@ class _Rank:
             shape = (t.num_cotangents + 1, self.slots, *x.shape)
             stash["cotangents"] = jnp.zeros(shape, x.dtype)
         (_, total), _ = lax.scan(self._tick, (stash, self._zero_total()), (columns, ends))
-        return total
+        layers, first, last = self.arena.unpack(total.gradients, self.rank, self.at_ends)
+        return total, Weights(total.vocab, first, last, layers, (), ())
+
+    def _weights(self, end: str) -> Tree:
+        """Weights of `first` or `last`, on a rank that is there."""
+        return self.arena.end(end, self.stored, self.rank)
 
     def _asks(self, *kinds: Kind) -> bool:
         """Whether the table has a tick of one of these kinds."""
@@ -304,16 +332,16 @@ class _Rank:
         micro = self._micro(row["f_micro"])
         x = lax.cond(
             forward & self.is_first[row["f_chunk"]],
-            lambda: self._first(self.held.outer, embedded, micro),
+            lambda: self._first(self._weights("first"), embedded, micro),
             lambda: self._stashed(stash["x"], row["f_x"]),
         )
         at_end = backward & self.is_last[row["b_chunk"]]
         dy, d_more, total = self._output_gradient(stash, row, at_end, more, ends, total)
-        done: Any = self._layers(stash, row, x, dy, total.gradients.layers)
+        done: Any = self._layers(stash, row, x, dy, total.gradients)
         y, dx, d_layers, layers, cotangents = done
         first_row = row["f_chunk"] * self.slots
         total = total._replace(
-            gradients=total.gradients._replace(layers=d_layers),
+            gradients=d_layers,
             objective=total.objective + layers.objective.sum(),
             stats=jax.tree.map(
                 lambda a, s: add_entries(a, s, first_row), total.stats, layers.stats
@@ -347,10 +375,8 @@ class _Rank:
     def _embed(self, vocab: Tree, ids: jax.Array) -> jax.Array:
         return self.stages.embed(vocab, ids)
 
-    def _first(self, outer: Tree, embedded: jax.Array, micro: Tree) -> jax.Array:
-        return self.stages.place(
-            self.stages.first(outer, self.held.outer_constants, embedded, micro)
-        )
+    def _first(self, weights: Tree, embedded: jax.Array, micro: Tree) -> jax.Array:
+        return self.stages.place(self.stages.first(weights, embedded, micro))
 
     def _stashed(self, stash: jax.Array, slot: jax.Array) -> jax.Array:
         return self.stages.place(entry(stash, slot))
@@ -368,14 +394,15 @@ class _Rank:
             zero,
             zeros_like_shapes(self.loss_parts),
             jax.tree.map(lambda s: jnp.zeros((rows, *s.shape), s.dtype), self.one.stats),
-            Weights(*map(sums, self.held[:3]), (), ()),
+            sums(self.vocab),
+            sums(self.stored),
         )
 
     # -- layers
 
     def _run_layer(self, row: jax.Array, x: jax.Array, micro: Tree) -> tuple[jax.Array, _Layer]:
         """One layer forward, and what its backward pass needs besides the weights."""
-        weights, constants = entry(self.held.layers, row), entry(self.held.layer_constants, row)
+        weights, constants = self.arena.layer(self.stored, row), entry(self.layer_constants, row)
 
         def layer(weights, x):
             return self.stages.layer(weights, constants, x, micro)
@@ -394,7 +421,7 @@ class _Rank:
         x, leaves = saved
         opaque, structured = jax.tree.unflatten(self._pull_tree, leaves)
         pull = self._pull.replace(
-            args_res=[entry(self.held.layers, row), x],
+            args_res=[self.arena.layer(self.stored, row), x],
             opaque_residuals=opaque,
             structured_residuals=structured,
         )
@@ -422,13 +449,18 @@ class _Rank:
                 if not backward:
                     return *out, dy, d_layers
                 d_weights, dx = self._pull_back(b, self._saved(stash, row, j), dy)
-                return *out, dx, d_layers if defer else add_entry(d_layers, d_weights, b)
+                return *out, dx, d_layers if defer else self.arena.add_layer(d_layers, d_weights, b)
 
             def deferred():
                 at = row["b_cotangents"]
                 gradient = self.stages.place(entry(entry(stash["cotangents"], at), j))
                 d_weights, _ = self._pull_back(b, self._saved(stash, row, j), gradient)
-                return x, zeros_like_shapes(self.one), dy, add_entry(d_layers, d_weights, b)
+                return (
+                    x,
+                    zeros_like_shapes(self.one),
+                    dy,
+                    self.arena.add_layer(d_layers, d_weights, b),
+                )
 
             cases: dict[Kind, Callable] = {
                 "F": lambda: run(True, False),
@@ -498,7 +530,7 @@ class _Rank:
         """Embeddings that this rank needs: of `first` [B, T, D] and of `last` [K, B, T, D]; and those
         of `first` whose gradient is due."""
         zeros = jnp.zeros((2 + self.num_more, *self.embedded.shape), self.embedded.dtype)
-        rank = lax.axis_index(AXIS)
+        rank = self.rank
         again = self._needs(ends, backward=True)[: len(self.first_ranks)]
         needs = self._needs(ends) + [(*need[:3], 1 + self.num_more) for need in again]
 
@@ -506,7 +538,7 @@ class _Rank:
             active, ids, at, place = need
 
             def add(found):
-                new = self._embed(self.held.vocab, ids)
+                new = self._embed(self.vocab, ids)
                 return jnp.where(at == rank, put_entry(found, new, place), found)
 
             return lax.cond(active, add, lambda found: found, found), None
@@ -534,20 +566,23 @@ class _Rank:
         d_hidden, total = self._loss(end.hidden, ends[1], total)
 
         def pull_back():
-            d_outer, dy, d_more = self._pull_last(here, more, end.saved, d_hidden)
-            return self.stages.place(dy), d_more, self._add_outer(total, d_outer)
+            d_last, dy, d_more = self._pull_last(here, more, end.saved, d_hidden)
+            gradients = self.arena.add_end("last", total.gradients, d_last, self.rank)
+            return self.stages.place(dy), d_more, total._replace(gradients=gradients)
 
         return lax.cond(at_end, pull_back, lambda: (here, jnp.zeros_like(more), total))
 
     def _run_last(self, x: jax.Array, more: jax.Array, micro: Tree) -> _End:
         """What follows the layers, and what its gradient needs besides weights and inputs."""
-        constants = self.held.outer_constants
+        constants = self.end_constants
 
-        def last(outer, x, more):
-            return self.stages.last(outer, constants, x, more, micro)
+        def last(weights, x, more):
+            return self.stages.last(weights, constants, x, more, micro)
 
         saveable = (False, True, True)
-        pulled: Any = jax.vjp(last, self.held.outer, x, more, has_aux=True, saveable_args=saveable)
+        pulled: Any = jax.vjp(
+            last, self._weights("last"), x, more, has_aux=True, saveable_args=saveable
+        )
         (hidden, objective), pull, parts = pulled
         saved, self._last_tree = jax.tree.flatten(
             (pull.opaque_residuals, pull.structured_residuals)
@@ -556,10 +591,10 @@ class _Rank:
         return _End(hidden, objective, parts, saved)
 
     def _pull_last(self, x: jax.Array, more: jax.Array, saved, d_hidden: jax.Array):
-        """Gradients of the outer weights, of x and of the embeddings."""
+        """Gradients of the weights, of x and of the embeddings."""
         opaque, structured = jax.tree.unflatten(self._last_tree, saved)
         pull = self._last.replace(
-            args_res=[self.held.outer, x, more],
+            args_res=[self._weights("last"), x, more],
             opaque_residuals=opaque,
             structured_residuals=structured,
         )
@@ -568,7 +603,7 @@ class _Rank:
     def _loss(self, hidden: jax.Array, last: Ends, total: _Total) -> tuple[jax.Array, _Total]:
         """Gradient of this rank's hidden states [K+1, B, T, D], if it is at the end; the head's part
         of the loss of all ends, one hidden state after the other, by all ranks together."""
-        rank, count = lax.axis_index(AXIS), 1 + self.num_more
+        rank, count = self.rank, 1 + self.num_more
         which = [(e, k) for e in range(len(self.last_ranks)) for k in range(count)]
         ends, ks = (jnp.array(column) for column in zip(*which, strict=True))
         needs = last.is_backward[ends], last.b_micro[ends], jnp.array(self.last_ranks)[ends], ks
@@ -584,7 +619,7 @@ class _Rank:
                 h = self.stages.place(lax.psum(mine, AXIS))
                 objective, pull, parts = jax.vjp(
                     lambda vocab, h: self.stages.loss(vocab, h, micro, k),
-                    self.held.vocab, h, has_aux=True,
+                    self.vocab, h, has_aux=True,
                 )  # fmt: skip
                 d_vocab, dh = pull(jnp.ones_like(objective))
                 d_hidden = jnp.where(at == rank, put_entry(d_hidden, dh, k), d_hidden)
@@ -606,14 +641,15 @@ class _Rank:
         """The gradient of what comes before the layers on the first stage, and of all embeddings."""
         micro = self._micro(row["b_micro"])
         needs = self._needs(ends, backward=True)
-        rank = lax.axis_index(AXIS)
+        rank = self.rank
 
         def first():
             _, pull = jax.vjp(
-                lambda outer, e: self._first(outer, e, micro), self.held.outer, embedded
+                lambda w, e: self._first(w, e, micro), self._weights("first"), embedded
             )
-            d_outer, d_embedded = pull(dx)
-            return d_embedded, self._add_outer(total, d_outer)
+            d_first, d_embedded = pull(dx)
+            gradients = self.arena.add_end("first", total.gradients, d_first, self.rank)
+            return d_embedded, total._replace(gradients=gradients)
 
         d_embedded, total = lax.cond(
             backward & self.is_first[row["b_chunk"]], first, lambda: (jnp.zeros_like(dx), total)
@@ -626,17 +662,12 @@ class _Rank:
             def add(total: _Total):
                 # The derivative of the sum over ranks is a sum over ranks: one has a gradient.
                 mine = jnp.where(at == rank, entry(d_all, place), 0)
-                _, pull = jax.vjp(lambda vocab: self._embed(vocab, ids), self.held.vocab)
+                _, pull = jax.vjp(lambda vocab: self._embed(vocab, ids), self.vocab)
                 return self._add_vocab(total, pull(mine)[0])
 
             return lax.cond(active, add, lambda total: total, total), None
 
         return lax.scan(one, total, self._stacked(needs))[0]
 
-    def _add_outer(self, total: _Total, d_outer: Tree) -> _Total:
-        g = total.gradients
-        return total._replace(gradients=g._replace(outer=jax.tree.map(jnp.add, g.outer, d_outer)))
-
     def _add_vocab(self, total: _Total, d_vocab: Tree) -> _Total:
-        g = total.gradients
-        return total._replace(gradients=g._replace(vocab=jax.tree.map(jnp.add, g.vocab, d_vocab)))
+        return total._replace(vocab=jax.tree.map(jnp.add, total.vocab, d_vocab))

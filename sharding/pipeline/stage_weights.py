@@ -35,10 +35,11 @@ class Weights(NamedTuple):
 
     vocab: Tree
     """Embedding and head, of which every rank has a part."""
-    outer: Tree
-    """What else lies around the layers."""
+    first: Tree
+    """What else the first stage computes before the layers, and the last one after them."""
+    last: Tree
     layers: Tree
-    outer_constants: Tree
+    end_constants: Tree
     """Not differentiated, like `layer_constants`."""
     layer_constants: Tree
 
