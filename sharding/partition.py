@@ -33,7 +33,7 @@ class Layout:
     config: MeshConfig = MeshConfig()
     """Options of the collectives; the axes' sizes are the mesh's."""
     copied: tuple[str, ...] = COPIED
-    """Mesh axes over which a matrix that they do not cut yet is stored in shards (`stored_spec`)."""
+    """Mesh axes that also cut stored matrices which would be copies along them (`stored_spec`)."""
 
 
 _active: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout", default=None)

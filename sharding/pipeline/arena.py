@@ -1,10 +1,11 @@
 """One array per rank for the matrices of its stages, and of what lies around the layers.
 
-Ranks run one program, so each reserves the same memory. A pipeline's ends hold fewer layers than the
-others, since they also compute what comes before and after; kept in arrays of its own, that would be
-reserved by every rank, beside layers that the ends do not have. Here a layer is a slot of rows in
-one flat array, and at the ends matrices of `first` and `last` lie in the slots that are empty there;
-what finds no room there lies behind the slots. The same array of fp32 serves the gradients.
+Ranks run one program, so each reserves the same memory. A pipeline's ends hold fewer layers than
+the others, since they also compute what comes before and after; kept in arrays of its own, that
+would be reserved by every rank, beside layers that the ends do not have. Here a layer is a slot of
+rows in one flat array, and at the ends matrices of `first` and `last` lie in the slots that are
+empty there; what finds no room there lies behind the slots. An array of fp32 like it holds the
+gradients.
 
 Small arrays (gains, the router) stay by themselves, and so do all where mesh axes inside of a rank
 cut the weights. Letters: W slots of a rank, R rows of a slot, C columns.
@@ -102,7 +103,7 @@ class Arena:
         return jax.tree.map(place, layers), end
 
     def pack(self, layers: Tree, first: Tree, last: Tree, rank: jax.Array, ends: Any) -> Stored:
-        """Weights laid together. `ends` are whether this rank is at the first, and the last, end."""
+        """Weights laid together. `ends` says whether this rank is at the first and the last end."""
         rows = jnp.zeros((self.rows, COLUMNS), self.dtype)
         for place, x in _pairs(self.layers, layers):
             for slot in range(self.slots):

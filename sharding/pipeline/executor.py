@@ -31,7 +31,6 @@ from sharding.copies import (
     gather,
     held_spec,
     only,
-    reduces_once,
     summed_axes,
 )
 from sharding.partition import Layout, Names, along_axes, use_layout
@@ -109,7 +108,7 @@ class Ends(NamedTuple):
 
 
 def ends_of(table: Table, is_end: np.ndarray) -> Ends:
-    """Passes at one end of the model; `is_end` says which chunks are there: bool [ranks, chunks]."""
+    """Passes at one end of the model; `is_end` says which chunks lie there: bool [ranks, chunks]."""
     ranks = np.flatnonzero(is_end.any(1))
     code, here = table.code[:, ranks], is_end[ranks]
     at = np.arange(len(ranks))
@@ -130,7 +129,7 @@ def run(
     with an entry of what `stages.prepare` returns. Each device of the batch axes runs on its own
     rows, and adds its gradients up by itself until the end.
     """
-    copies = copying_axes(layout) if reduces_once(layout) else ()
+    copies = copying_axes(layout)
     held = Weights(
         fetch_vocabulary(weights.vocab, axes.vocab, layout),
         jax.tree.map(lambda x, n: gather(x, n, layout), weights.first, axes.first),
@@ -527,8 +526,8 @@ class _Rank:
         return jnp.stack(whether), jnp.stack(ids), jnp.array(ranks), jnp.array(places)
 
     def _look_up(self, ends: tuple[Ends, Ends]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Embeddings that this rank needs: of `first` [B, T, D] and of `last` [K, B, T, D]; and those
-        of `first` whose gradient is due."""
+        """Embeddings that this rank needs: of `first` [B, T, D], of `last` [K, B, T, D], and of the
+        `first` whose gradient is due."""
         zeros = jnp.zeros((2 + self.num_more, *self.embedded.shape), self.embedded.dtype)
         rank = self.rank
         again = self._needs(ends, backward=True)[: len(self.first_ranks)]
@@ -601,8 +600,8 @@ class _Rank:
         return pull((d_hidden, jnp.float32(1.0)))
 
     def _loss(self, hidden: jax.Array, last: Ends, total: _Total) -> tuple[jax.Array, _Total]:
-        """Gradient of this rank's hidden states [K+1, B, T, D], if it is at the end; the head's part
-        of the loss of all ends, one hidden state after the other, by all ranks together."""
+        """The head's part of the loss of all ends, one hidden state after the other, by all ranks
+        together; and the gradient of this rank's own hidden states [K+1, B, T, D]."""
         rank, count = self.rank, 1 + self.num_more
         which = [(e, k) for e in range(len(self.last_ranks)) for k in range(count)]
         ends, ks = (jnp.array(column) for column in zip(*which, strict=True))
@@ -638,7 +637,7 @@ class _Rank:
         self, row, backward: jax.Array, embedded: jax.Array, dx: jax.Array, d_more: jax.Array,
         ends: tuple[Ends, Ends], total: _Total,
     ) -> _Total:  # fmt: skip
-        """The gradient of what comes before the layers on the first stage, and of all embeddings."""
+        """Gradient of what comes before the layers on the first stage, and of all embeddings."""
         micro = self._micro(row["b_micro"])
         needs = self._needs(ends, backward=True)
         rank = self.rank

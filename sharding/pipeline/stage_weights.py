@@ -2,8 +2,9 @@
 
 Weights are stored in the model's order, cut along their width over `pipe` and over the batch axes
 that would copy them. At the start of a step each rank fetches whole layers of its stages by an
-all-to-all and an all-gather, and at the end sends the gradients back by their transposes. So any placement of layers on ranks, uneven counts and the second copy of DualPipe
-need nothing else, and a checkpoint does not know of stages.
+all-to-all and an all-gather, and at the end sends the gradients back by their transposes. So any
+placement of layers on ranks, uneven counts and the second copy of DualPipe need nothing else, and a
+checkpoint does not know of stages.
 
 All of it runs on whole devices, not in the region that is manual over `pipe` alone: there XLA would
 make a collective's operand whole over all other axes first. Letters: L layers, W slots for layers
@@ -187,8 +188,11 @@ def vocabulary_spec(layout: Layout, names: Names) -> PartitionSpec:
 
 
 def with_vocabulary_on_ranks(layout: Layout) -> Layout:
-    """The layout inside of a pipeline, whose ranks have a part of the vocabulary each."""
-    computed = {**layout.computed, VOCAB: (*layout.computed[VOCAB], AXIS)}
+    """The layout inside of a pipeline, whose ranks have a part of the vocabulary each.
+
+    What cuts it further cuts a rank's part.
+    """
+    computed = {**layout.computed, VOCAB: (AXIS, *layout.computed[VOCAB])}
     return dataclasses.replace(layout, computed=computed)
 
 
