@@ -22,7 +22,8 @@ from model.loss import (
 from model.moe import MoEStats
 from model.recipe import Recipe
 from sharding.partition import Names, constrain
-from sharding.pipeline.executor import Stages, Weights
+from sharding.pipeline.stage_weights import Weights
+from sharding.pipeline.stages import Stages
 
 ROUTED = ("w_gate", "w_up", "w_down")
 LAYERS = "moe_layers"
