@@ -1,7 +1,7 @@
 """A pipeline's step cut down to the pass that decides its memory: an eighth of the code, as large.
 
 A tick of DualPipe runs one of several kinds of passes. What is carried from tick to tick is the
-same whichever it is, and what a tick needs besides is most where a forward and a backward pass share
+same whichever it is; what a tick needs besides is most where a forward and a backward pass share
 it. So a program whose ticks are all of that kind needs the memory of the whole one, but for what
 only other kinds carry, which has a closed form. It has as many ticks as a rank has forward passes:
 what is sent for the layers and their gradients is what the whole step sends for them.

@@ -129,15 +129,15 @@ def send_back(
     def send_one(g: jax.Array, names: Names) -> jax.Array:
         dim, copies = _cut(names, layout), summed_axes(layout, names, among)
         target = moment_spec(layout, (num_layers, *g.shape[2:]), names)
-        first, last, keep = _in_turn(copies, cutting_axes(layout, names))
+        first, last, keep = _in_turn(target, copies, cutting_axes(layout, names))
 
         def body(g: jax.Array) -> jax.Array:
-            g = reduce_to(g[0], target, first, (*keep, "data"))
+            g = reduce_to(g[0], target, first, (*keep, *last))
             if dim < 0:
                 g = lax.all_gather(g, AXIS, tiled=True)
             else:
                 g = lax.all_to_all(g, AXIS, split_axis=dim, concat_axis=0, tiled=True)
-            return reduce_to(by_layer(g, placement), target, last, (*keep, *COPIED))
+            return reduce_to(by_layer(g, placement), target, last, (*keep, *first))
 
         parts = PartitionSpec(copies or None, AXIS, *held_spec(layout, names)[1:])
         return _on_devices(body, layout, parts, target)(g)
@@ -167,12 +167,12 @@ def send_vocabulary(tree: Tree, axes: Tree, layout: Layout, among: tuple[str, ..
     def send_one(g: jax.Array, names: Names) -> jax.Array:
         dim, vocab, copies = _cut(names, layout), _vocab(names), summed_axes(layout, names, among)
         target = moment_spec(layout, g.shape[1:], names)
-        first, last, keep = _in_turn(copies, cutting_axes(layout, names))
+        first, last, keep = _in_turn(target, copies, cutting_axes(layout, names))
 
         def body(g: jax.Array) -> jax.Array:
-            g = reduce_to(g[0], target, first, (*keep, "data"))
+            g = reduce_to(g[0], target, first, (*keep, *last))
             g = lax.all_to_all(g, AXIS, split_axis=dim, concat_axis=vocab, tiled=True)
-            return reduce_to(g, target, last, (*keep, *COPIED))
+            return reduce_to(g, target, last, (*keep, *first))
 
         parts = PartitionSpec(copies or None, *vocabulary_spec(layout, names))
         return _on_devices(body, layout, parts, target)(g)
@@ -226,12 +226,15 @@ def _cut(names: Names, layout: Layout) -> int:
     return cut.index(True) if any(cut) else -1
 
 
-def _in_turn(copies: tuple[str, ...], cutting: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+def _in_turn(
+    target: PartitionSpec, copies: tuple[str, ...], cutting: tuple[str, ...]
+) -> tuple[tuple[str, ...], ...]:
     """Axes to sum before what goes over `pipe`, after it, and those to leave alone.
 
-    `data` comes last: in a dimension its shards lie inside of those of `pipe`.
+    `data` comes last, of fewer bytes, unless it shares a dimension with the others.
     """
-    last = tuple(axis for axis in copies if axis == "data")
+    shared = any("data" in axes_of(entry) and set(COPIED) & set(axes_of(entry)) for entry in target)
+    last = tuple(axis for axis in copies if axis == "data" and not shared)
     return tuple(axis for axis in copies if axis not in last), last, (*cutting, AXIS)
 
 
