@@ -37,7 +37,8 @@ def test_what_is_laid_in_is_read_added_to_and_taken_out(rank, whole):
     sums, one = jax.tree.map(jnp.zeros_like, stored), jax.tree.map(lambda x: x[0], layers)
     for slot in held:
         got = places.layer(stored, jnp.int32(slot))
-        jax.tree.map(np.testing.assert_array_equal, got, jax.tree.map(lambda x: x[slot], layers))
+        want = jax.tree.map(lambda x: x[slot], layers)  # noqa: B023
+        jax.tree.map(np.testing.assert_array_equal, got, want)
         sums = places.add_layer(sums, one, jnp.int32(slot))
         sums = places.add_layer(sums, one, jnp.int32(slot))
     if AT_END[rank]:
