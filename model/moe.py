@@ -17,7 +17,7 @@ from model.layers import SwiGLU, as_computed, from_stream, router_bias, to_strea
 from model.recipe import Recipe, keep
 from model.router import affinities, balance_loss, expert_counts, select
 from pallas_kernels.fp8 import fp8_expert_ffn
-from pallas_kernels.grouped import combine_rows, expert_sums, gather_rows, part, sort_by_expert
+from pallas_kernels.grouped import combine_rows, expert_sums, gather_rows, part_of, sort_by_expert
 from sharding.experts.dispatch import Local, exchange
 from sharding.experts.rounds import Count, in_rounds
 from sharding.partition import Names, constrain, max_over, on_shards, sum_over, vary
@@ -193,7 +193,7 @@ def weighted_sums(
 
     def one_round(i, floats, plan):
         params, x_ND, weights_NK = floats
-        now = part(plan, i, rows)
+        now = part_of(plan, i, rows)
         return sums(x_ND, weights_NK, params, now), Count(jnp.sum(now.group_sizes_E), jnp.int32(0))
 
     rounds = jnp.maximum((jnp.sum(plan.group_sizes_E) + rows - 1) // rows, 1)

@@ -24,7 +24,7 @@ from sharding.config import MeshConfig
 from sharding.experts import exchange
 from sharding.experts.exchange import assign_slots, collect, level, route, spread
 from sharding.experts.quantize import dequantize, quantize
-from sharding.experts.room import even_share
+from sharding.experts.room import even_share, room
 from sharding.experts.rounds import Count
 from sharding.mesh import axis_sizes, make_layout, make_mesh
 from sharding.partition import (
@@ -192,7 +192,8 @@ def passed_on(config: MeshConfig, ids_RK: np.ndarray):
 
     def region(x, ids, weights):
         held = E // num_shards(axis)
-        rows = len(ids) * even_share(E, held, K, (1, 1))
+        mean = len(ids) * even_share(E, held, K, (1, 1))
+        rows = room(mean, len(ids), config.exchange_capacity)
         y, counted = level(axis, "experts", held, rows, layout.config, count)((), x, ids, weights)
         return y, jnp.reshape(vary(counted.further), 1) + 1
 

@@ -9,7 +9,7 @@ experts that are arrays of their own. Kernels for Hopper ("mosaic", "emulated"),
 """
 
 from pallas_kernels.grouped.experts import expert_ffn
-from pallas_kernels.grouped.permute import combine_rows, gather_rows, part, sort_by_expert
+from pallas_kernels.grouped.permute import combine_rows, gather_rows, part_of, sort_by_expert
 from pallas_kernels.grouped.products import unsupported
 from pallas_kernels.grouped.separate import separate_expert_ffn, separate_experts
 from pallas_kernels.grouped.sums import expert_sums
@@ -19,7 +19,7 @@ __all__ = [
     "expert_ffn",
     "expert_sums",
     "gather_rows",
-    "part",
+    "part_of",
     "separate_expert_ffn",
     "separate_experts",
     "sort_by_expert",

@@ -8,7 +8,7 @@ both of their derivatives, are gathers: a sorted row knows its choice (`order`),
 sorted row (`inverse`). Choices of experts outside [0, E) belong to other shards; they sit in the
 tail after the last group and neither give nor receive anything, whatever the tail rows hold. Where
 fewer rows are kept than there are choices, what is cut off is tail, or belongs to another part
-(`part`).
+(`part_of`).
 """
 
 from functools import partial
@@ -70,7 +70,7 @@ def sort_by_expert(expert_ids_NK: Array, num_experts: int, max_rows: int | None 
     return Plan(order_R[:max_rows], inverse_R, group_sizes_E)
 
 
-def part(plan: Plan, i: Array | int, num_rows: int) -> Plan:
+def part_of(plan: Plan, i: Array | int, num_rows: int) -> Plan:
     """The i-th `num_rows` sorted rows of a plan that keeps all of them, as a plan of their own.
 
     All parts together hold each choice once. A group may be cut by the edge of a part.

@@ -55,7 +55,7 @@ def expert_sums(
         x_ND: tokens.
         weights_NK: router weights, fp32.
         experts: gate and up [E, D, F], down [E, F, D], of the type of x.
-        plan: of `sort_by_expert`, for these tokens; or a `part` of one.
+        plan: of `sort_by_expert`, for these tokens; or of `part_of`.
         backend: as of `expert_ffn`.
 
     Raises:

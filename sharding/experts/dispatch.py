@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from sharding.experts.exchange import level
-from sharding.experts.room import even_load, room
+from sharding.experts.room import buffers
 from sharding.experts.rounds import Count
 from sharding.partition import gather, num_shards, options, scatter_sum, shard_index, sum_over
 
@@ -44,14 +44,14 @@ def exchange(
     Returns:
         The sums, and what was counted here, of whichever tokens.
     """
-    config, (N, K), nodes = options(), ids_NK.shape, num_shards("nodes")
-    of_node = num_local * num_shards("experts_of_node")
-    load = even_load(nodes * of_node, num_local, nodes, N, K, groups)
+    config, (N, K) = options(), ids_NK.shape
+    shards = num_shards("nodes"), num_shards("experts_of_node")
+    of_node = num_local * shards[1]
+    rooms = buffers(of_node * shards[0], shards, N, K, groups, config)
 
     def here(params, x_RD, ids_RK, weights_RK):
         first = shard_index("experts") * num_local
-        rows = room(load.choices, len(x_RD) * min(K, num_local), config.exchange_capacity)
-        return local_experts(params, x_RD, ids_RK - first, weights_RK, rows)
+        return local_experts(params, x_RD, ids_RK - first, weights_RK, rooms.choices.rows)
 
     if config.exchange == "gather":
         # x[N_ep, D] -> AllGather_ep -> x[N, D]; y[N, D]{U_ep} -> ReduceScatter_ep -> y[N_ep, D]
@@ -60,7 +60,7 @@ def exchange(
         y_ND = scatter_sum(y_ND, "experts")
     else:
         axis = "experts_of_node"
-        inside = level(axis, axis, num_local, load.to_device, config, here)
-        across = level("nodes", "experts", of_node, load.to_node, config, inside)
+        inside = level(axis, axis, num_local, rooms.devices.rows, config, here)
+        across = level("nodes", "experts", of_node, rooms.nodes.rows, config, inside)
         y_ND, count = across(params, x_ND, ids_NK, weights_NK)
     return sum_over(y_ND, "expert_ffn"), count  # y[N, D]{U_tp} -> AllReduce_tp -> y[N, D]

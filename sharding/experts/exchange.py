@@ -18,7 +18,6 @@ from jax import Array
 
 from sharding.config import MeshConfig
 from sharding.experts.quantize import dequantize, quantize
-from sharding.experts.room import room
 from sharding.experts.rounds import Count, in_rounds
 from sharding.partition import all_to_all, bound, max_over, num_shards, ragged_all_to_all, vary
 
@@ -73,17 +72,15 @@ class Level(NamedTuple):
         return jnp.where(ids < 0, -1, ids // self.experts % self.shards)
 
 
-def level(
-    name: str, agree: str, experts: int, mean_rows: float, config: MeshConfig, inner: Rows
-) -> Rows:
+def level(name: str, agree: str, experts: int, slots: int, config: MeshConfig, inner: Rows) -> Rows:
     """`inner` run where the experts are: on the shards of logical axis `name`.
 
     Args:
         name: logical axis of the shards.
         agree: logical axis of all devices that exchange here or inside of `inner`.
         experts: experts of a shard, whether it holds them or cuts them further.
-        mean_rows: rows that go from one device to one shard under even load.
-        config: capacity, type on the wire, padded or ragged buffers.
+        slots: room for the rows that go from one device to one shard; more go in further rounds.
+        config: type on the wire, padded or ragged buffers.
         inner: what a shard does with the rows it receives.
     """
     S = num_shards(name)
@@ -91,8 +88,7 @@ def level(
         return inner
 
     def shared(params, x_RD: Array, ids_RK: Array, weights_RK: Array) -> tuple[Array, Count]:
-        R = x_RD.shape[0]
-        C = room(mean_rows, R, config.exchange_capacity)
+        R, C = x_RD.shape[0], slots
         this = Level(name, S, experts, C, config)
         routing = route(this.shard_of(ids_RK), S)
         one_round = partial(_one_round, this, inner)

@@ -10,6 +10,8 @@ Shape letters: N tokens of a device, K choices of a token, E experts, D width.
 import math
 from typing import NamedTuple
 
+from sharding.config import MeshConfig
+
 SPARE = 1.25
 """Room where a user sets none, in means of even load: what routing that its bias keeps even needs.
 More is sent and held at every step; less makes further rounds the rule."""
@@ -49,21 +51,65 @@ def even_share(num_experts: int, experts: int, choices: int, groups: tuple[int, 
     return share
 
 
-class Load(NamedTuple):
-    """Rows of one device under even load."""
+class Buffer(NamedTuple):
+    """A buffer of a device, or one of each shard that it sends to."""
 
-    to_node: float
-    """From one device to one node."""
-    to_device: float
-    """From the devices of one index, one in each node, to one device of a node."""
-    choices: float
-    """Choices that a device computes."""
+    what: str
+    rows: int
+    """It has room for."""
+    mean: float
+    """It gets under even load."""
+    most: int
+    """It could get."""
+    number: int
+    """Of such buffers a device receives."""
+
+    def describe(self, row_bytes: int) -> str:
+        """Size, against even load, and what happens beyond."""
+        size = f"{self.number * self.rows * row_bytes / 2**30:.2g} GiB"
+        rows = f"{self.number} x {self.rows:,} rows" if self.number > 1 else f"{self.rows:,} rows"
+        if self.rows == self.most:
+            return f"{self.what}: {rows} ({size}), which holds everything"
+        return (
+            f"{self.what}: {rows} ({size}), {self.rows / self.mean:.2f} times even load; more goes "
+            f"in further rounds (room for all: {self.most / self.rows:.1f} times as much)"
+        )
 
 
-def even_load(
-    num_experts: int, num_local: int, nodes: int, tokens: int, choices: int, groups: tuple[int, int]
-) -> Load:
-    """Load if devices hold `num_local` experts each, and come with `tokens` tokens each."""
-    of_node = num_experts // nodes
-    sent, fanned = (even_share(num_experts, n, choices, groups) for n in (of_node, num_local))
-    return Load(tokens * sent, tokens * nodes * fanned, tokens * choices)
+class Buffers(NamedTuple):
+    """Those of one layer."""
+
+    nodes: Buffer
+    """Rows from a device for one node."""
+    devices: Buffer
+    """Rows from a device for a device of its node."""
+    choices: Buffer
+    """Choices that a device computes, sorted by expert."""
+
+    def describe(self, row_bytes: int) -> list[str]:
+        """A line for each in use."""
+        used = [b for b in self[:2] if b.number > 1]
+        return [b.describe(row_bytes) for b in (*used, self.choices)]
+
+
+def buffers(
+    num_experts: int, shards: tuple[int, int], tokens: int, choices: int, groups: tuple[int, int],
+    config: MeshConfig,
+) -> Buffers:  # fmt: skip
+    """Buffers of devices that come with `tokens` tokens each; `shards` are nodes, and devices of
+    one, over which the experts are cut."""
+    capacity, (nodes, inside) = config.exchange_capacity, shards
+    of_node, num_local = num_experts // nodes, num_experts // (nodes * inside)
+    received, levels = tokens, []
+    if config.exchange == "gather":
+        received, nodes, inside = tokens * nodes * inside, 1, 1
+    for what, number, held, rows in (
+        ("to a node", nodes, of_node, tokens),
+        ("to a device", inside, num_local, tokens * nodes),
+    ):
+        mean, most = rows * even_share(num_experts, held, choices, groups), received
+        slots = room(mean, most, capacity) if number > 1 else most
+        levels.append(Buffer(what, slots, mean, most, number))
+        received = number * levels[-1].rows
+    mean, most = tokens * choices, received * min(choices, num_local)
+    return Buffers(*levels, Buffer("computed at a time", room(mean, most, capacity), mean, most, 1))
