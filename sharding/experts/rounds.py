@@ -40,19 +40,22 @@ _repeated: contextvars.ContextVar[bool] = contextvars.ContextVar("repeated", def
 def in_rounds(
     one_round: Round, floats: Any, ints: Any, rounds: Array, shape: tuple[int, ...]
 ) -> tuple[Array, Count]:
-    """Sum of this shape over `rounds` rounds, at least one, in fp32; and its gradient.
+    """Sum of this shape over `rounds` rounds, at least one; and its gradient. Both are fp32 sums,
+    in the type of a round's if there is but one.
 
     Rounds that talk to other devices need the same number on each of them.
     """
-    static = Static(_in_fp32(one_round), shape, _repeated.get(), bound(lambda fn, *args: fn(*args)))
+    static = Static(_varying(one_round), shape, _repeated.get(), bound(lambda fn, *args: fn(*args)))
     y, count = _in_rounds(static, floats, ints, rounds)
     return y, count._replace(further=count.further + vary(rounds) - 1)
 
 
-def _in_fp32(one_round: Round) -> Round:
+def _varying(one_round: Round) -> Round:
+    """The same, with results that count as different on all devices."""
+
     def call(i, floats, ints):
         y, count = one_round(i, floats, ints)
-        return vary(y.astype(jnp.float32)), jax.tree.map(lambda n: vary(jnp.int32(n)), count)
+        return vary(y), jax.tree.map(lambda n: vary(jnp.int32(n)), count)
 
     return call
 
@@ -70,14 +73,28 @@ def _again(fn: Callable) -> Callable:
     return call
 
 
-def _loop(fn: Callable[[Array], Any], start: Array | int, rounds: Array, total: Any) -> Any:
-    """`total` plus fn(i) for i from `start` on."""
+def _loop(fn: Callable[[Array], Any], start: int, rounds: Array, total: Any) -> Any:
+    """`total`, of fp32 and int32, plus fn(i) for i from `start` on."""
 
     def step(carry):
         i, total = carry
-        return i + 1, jax.tree.map(jnp.add, total, fn(i))
+        return i + 1, jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, fn(i))
 
     return lax.while_loop(lambda carry: carry[0] < rounds, step, (jnp.int32(start), total))[1]
+
+
+def _and_further(fn: Callable[[Array], Any], rounds: Array, first: Any) -> Any:
+    """`first`, of round 0, plus fn(i) for the rounds that follow. Nothing is converted for one."""
+
+    def add(first):
+        total = _loop(fn, 1, rounds, jax.tree.map(_in_fp32, first))
+        return jax.tree.map(lambda a, b: a.astype(b.dtype), total, first)
+
+    return lax.cond(rounds > 1, add, lambda first: first, first)
+
+
+def _in_fp32(x: Array) -> Array:
+    return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 class Static(NamedTuple):
@@ -104,7 +121,7 @@ def _further(static: Static, floats, ints, rounds: Array, first) -> tuple[Array,
         return _again(static.one_round)(i, floats, ints)
 
     if first is not None:
-        return _loop(again, 1, rounds, first)
+        return _and_further(again, rounds, first)
     zero = vary(jnp.int32(0))
     return _loop(again, 0, rounds, (vary(jnp.zeros(static.shape, jnp.float32)), Count(zero, zero)))
 
@@ -120,24 +137,18 @@ def _kept_sum(static: Static, floats, ints, rounds: Array):
 def _gradient(static: Static, vjp, floats, ints, rounds: Array, dy: Array):
     """Of `floats`; the first round's by `vjp`, unless it is None."""
 
-    def gradient(i):
-        again = _again(lambda x: jax.vjp(lambda x: static.one_round(i, x, ints)[0], x)[1](dy))
-        return jax.tree.map(lambda g: vary(g.astype(jnp.float32)), again(floats)[0])
+    def again(i):
+        def gradient(floats):
+            y, vjp = jax.vjp(lambda x: static.one_round(i, x, ints)[0], floats)
+            return jax.tree.map(vary, vjp(dy.astype(y.dtype))[0])
 
-    def like_floats(total):
-        return jax.tree.map(lambda g, x: g.astype(x.dtype), total, floats)
+        return _again(gradient)(floats)
 
-    if vjp is None:
-        zeros = jax.tree.map(lambda x: vary(jnp.zeros(x.shape, jnp.float32)), floats)
-        return like_floats(_loop(gradient, 0, rounds, zeros))
-    (first,) = jax.tree.map(vary, vjp(dy))
-
-    def add(first):
-        total = jax.tree.map(lambda g: g.astype(jnp.float32), first)
-        return like_floats(_loop(gradient, 1, rounds, total))
-
-    # Sums over rounds are fp32; where there is one round, nothing is converted.
-    return lax.cond(rounds > 1, add, lambda first: first, first)
+    if vjp is not None:
+        return _and_further(again, rounds, jax.tree.map(vary, vjp(dy)[0]))
+    zeros = jax.tree.map(lambda x: vary(jnp.zeros(x.shape, jnp.float32)), floats)
+    total = _loop(again, 0, rounds, zeros)
+    return jax.tree.map(lambda g, x: g.astype(x.dtype), total, floats)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
