@@ -163,7 +163,7 @@ def is_kernel_entry(module: str) -> bool:
 
 
 def test_folders_of_kernels_import_each_other_one_way():
-    order = ["grouped", "attention", "decode", "cross_entropy", "fp8"]
+    order = ["library", "grouped", "attention", "decode", "cross_entropy", "fp8"]
     folders = {
         p.parts[1] for p in product_files() if p.parts[0] == "pallas_kernels" and p.parts[2:]
     }

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels import library
 from pallas_kernels.grouped.expert_ffn_mosaic import expert_ffn_mosaic
 from pallas_kernels.grouped.matmul import check_backend, check_operands, grouped_matmul
 from pallas_kernels.grouped.products import unsupported
@@ -58,8 +59,9 @@ def expert_ffn(
         w_down_EFD: [E, F, D].
         group_sizes_E: rows of each expert, int [E]; their sum must not exceed M (a run-time value:
             not checked).
-        backend: "mosaic" and "emulated" run the kernels (`expert_ffn_mosaic.py`); "portable" loops
-            over tiles and is differentiated by hand; "reference" is dense, in fp32.
+        backend: "mosaic" and "emulated" run the kernels (`expert_ffn_mosaic.py`), "library" those
+            of a library; "portable" loops over tiles and is differentiated by hand; "reference" is
+            dense, in fp32.
         tiling: of "portable": rows of a tile and tiles of a chunk; by default from the shapes.
 
     Returns:
@@ -82,6 +84,8 @@ def expert_ffn(
     M = x_MD.shape[0]
     if M == 0:
         return x_MD
+    if backend == "library":
+        return library.expert_ffn(x_MD, *weights, group_sizes_E)
     if backend != "portable":
         return expert_ffn_mosaic(backend == "emulated", x_MD, *weights, group_sizes_E)
     return _portable(tiling or choose_tiling(M, E, D * F), x_MD, *weights, group_sizes_E)
