@@ -63,6 +63,11 @@ def as_default(layout: Layout) -> Any:
     return jax.default_device(next(own, devices[0]))
 
 
+def first_device(layout: Layout) -> Any:
+    """The first of a layout's devices: all are of one kind."""
+    return layout.mesh.devices.flat[0]
+
+
 def no_emulator(layout: Layout) -> str | None:
     """Reason why kernels cannot be emulated on a layout's devices; None: they can."""
     device = layout.mesh.devices.flat[0]
