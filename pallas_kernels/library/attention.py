@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.library.installed import like, operation, parts, refusal
+from pallas_kernels.library.installed import operation, parts, refusal, untracked
 
 
 class _Call(NamedTuple):
@@ -85,18 +85,26 @@ def _operands(q_BTNH, kv_BTNW, k_rope_BTR, start_BT) -> tuple[tuple[Array, ...],
 
 
 def _forward(call: _Call, *operands):
-    arrays, mask = _operands(*operands)
-    attention = operation("attention", call.part)
-    o_BTNV, sums = attention(*arrays, mask=mask, logits_scale=call.scale, return_residuals=True)
-    named = like((o_BTNV, sums), *arrays)
+    def run(*operands):
+        arrays, mask = _operands(*operands)
+        attention = operation("attention", call.part)
+        return attention(*arrays, mask=mask, logits_scale=call.scale, return_residuals=True)
+
+    found = _untracked(run, operands)
     if call.kept is not None:
-        named = jax.tree.map(lambda x: checkpoint_name(x, call.kept), named)
-    return named[0], (operands, *named)
+        found = jax.tree.map(lambda x: checkpoint_name(x, call.kept), found)
+    return found[0], (operands, *found)
 
 
 def _backward(call: _Call, saved, do_BTNV: Array):
-    operands, o_BTNV, sums = saved
-    arrays, mask = _operands(*operands)
+    operands, o_BTNV, (largest_BNT, sum_BNT) = saved
+    run = partial(_gradients, call)
+    return *_untracked(run, operands, o_BTNV, largest_BNT, sum_BNT, do_BTNV), None
+
+
+def _gradients(call: _Call, q_BTNH, kv_BTNW, k_rope_BTR, start_BT, o_BTNV, largest, total, do_BTNV):
+    """Of q, kv and k_rope."""
+    arrays, mask = _operands(q_BTNH, kv_BTNW, k_rope_BTR, start_BT)
     attention = operation("attention", call.part)
     if attention.vjp is None:
         run = partial(attention, mask=mask, logits_scale=call.scale)
@@ -104,13 +112,20 @@ def _backward(call: _Call, saved, do_BTNV: Array):
     else:
         options = dict(attention.bind(*arrays, mask=mask, logits_scale=call.scale).kwargs)
         del options["return_residuals"]
-        found = attention.vjp(sums, o_BTNV, do_BTNV, *arrays, **options)
+        found = attention.vjp((largest, total), o_BTNV, do_BTNV, *arrays, **options)
         dq, dk, dv = (found[name] for name in "qkv")
-    P = dk.shape[3] - operands[2].shape[2]
+    P = dk.shape[3] - k_rope_BTR.shape[2]
     # Of all heads, so in fp32.
     dk_rope = dk[..., P:].astype(jnp.float32).sum(axis=2).astype(dk.dtype)
-    gradients = dq, jnp.concatenate([dk[..., :P], dv], axis=-1), dk_rope
-    return *like(gradients, *arrays), None
+    return dq, jnp.concatenate([dk[..., :P], dv], axis=-1), dk_rope
+
+
+def _untracked(run, operands, *more: Array):
+    """`untracked`, where there may be no starts."""
+    *arrays, start_BT = operands
+    if start_BT is None:
+        return untracked(lambda q, kv, k, *more: run(q, kv, k, None, *more), *arrays, *more)
+    return untracked(run, *operands, *more)
 
 
 _attend.defvjp(_forward, _backward)

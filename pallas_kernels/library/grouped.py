@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.library.installed import is_ampere, like, operation, parts, refusal
+from pallas_kernels.library.installed import is_ampere, operation, parts, refusal, untracked
 from pallas_kernels.swiglu import swiglu, swiglu_vjp
 
 TILE = 128
@@ -66,9 +66,12 @@ def _rows(x_MK: Array, w: Array, sizes_E: Array, *, transposed: bool = False) ->
 
     numbers = base.TRANS_RHS_RAGGED_DOT_DIM_NUMS if transposed else base.DEFAULT_RAGGED_DOT_DIM_NUMS
     dot = operation("ragged_dot", parts().rows)
-    y_MN = dot(x_MK, w, group_sizes=sizes_E, ragged_dot_dimension_numbers=numbers)
-    own_M1 = jnp.arange(x_MK.shape[0])[:, None] < jnp.sum(sizes_E)
-    return like(jnp.where(own_M1, y_MN, 0), x_MK, w, sizes_E)
+
+    def run(x_MK, w, sizes_E):
+        y_MN = dot(x_MK, w, group_sizes=sizes_E, ragged_dot_dimension_numbers=numbers)
+        return jnp.where(jnp.arange(x_MK.shape[0])[:, None] < jnp.sum(sizes_E), y_MN, 0)
+
+    return untracked(run, x_MK, w, sizes_E)
 
 
 def _weights(x_MK: Array, dy_MN: Array, sizes_E: Array, dtype: Any) -> Array:
@@ -79,14 +82,12 @@ def _weights(x_MK: Array, dy_MN: Array, sizes_E: Array, dtype: Any) -> Array:
     if part == "xla":  # its products reach rows of no group, and 0 * NaN is NaN
         own_M1 = jnp.arange(x_MK.shape[0])[:, None] < jnp.sum(sizes_E)
         x_MK, dy_MN = jnp.where(own_M1, x_MK, 0), jnp.where(own_M1, dy_MN, 0)
-    dw_EKN = operation("ragged_dot", part)(
-        x_MK,
-        dy_MN,
-        group_sizes=sizes_E,
+    dot = partial(
+        operation("ragged_dot", part),
         ragged_dot_dimension_numbers=base.RAGGED_CONTRACTING_DOT_DIM_NUMS,
         preferred_element_type=dtype,
     )
-    return like(dw_EKN, x_MK, dy_MN, sizes_E)
+    return untracked(lambda x, dy, sizes: dot(x, dy, group_sizes=sizes), x_MK, dy_MN, sizes_E)
 
 
 @jax.custom_vjp
@@ -147,13 +148,13 @@ def fp8_rows(x: Any, w: Any, group_sizes_E: Array, dtype: Any) -> Array:
     q_EKN = jnp.pad(w.q, ((0, 0), (0, pad_N), (0, pad_K))).mT
     # Mosaic has no kernel of E4M3 by E4M3 with these scales.
     part = "xla" if parts().rows == "xla" else "triton"
-    y_PN = operation("ragged_dot", part)(
-        _quantized(q_PK, x.scale),
-        _quantized(q_EKN, w.scale.mT),
-        group_sizes=sizes_E,
-        preferred_element_type=dtype,
-    )
-    return like(y_PN[:, :N], x.q, w.q, sizes_E)
+    dot = operation("ragged_dot", part)
+
+    def run(q_PK, scale_Pk, q_EKN, scale_Ekn, sizes_E):
+        x, w = _quantized(q_PK, scale_Pk), _quantized(q_EKN, scale_Ekn)
+        return dot(x, w, group_sizes=sizes_E, preferred_element_type=dtype)
+
+    return untracked(run, q_PK, x.scale, q_EKN, w.scale.mT, sizes_E)[:, :N]
 
 
 def fp8_weights(a_MP: Array, b_NP: Array, group_sizes_E: Array, dtype: Any) -> Array:

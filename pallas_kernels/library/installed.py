@@ -14,12 +14,16 @@ import contextlib
 import contextvars
 import importlib
 import logging
+import os
 from collections.abc import Callable, Generator
 from importlib import metadata
 from typing import Any, NamedTuple
 
 import jax
 from jax import Array
+from jax._src import config
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 from jax.extend import backend
 
 LOCKED = {"tokamax": "0.0.17", "jax-triton": "0.4.1"}
@@ -104,6 +108,8 @@ def parts() -> Parts:
 def operation(kind: str, name: str) -> Any:
     """An operation of the library, by its kind and the name of its implementation."""
     module, _, attribute = CLASSES[kind, name].partition(":")
+    # As Triton does by default; said, so that it does not warn.
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     log = logging.getLogger("absl")
     if _quiet not in log.filters:
         log.addFilter(_quiet)
@@ -125,18 +131,42 @@ def refusal(function: Callable[..., Any], *shapes: jax.ShapeDtypeStruct) -> str 
     return None
 
 
-def like(result: Any, *operands: Array) -> Any:
-    """`result`, marked inside of `jax.shard_map` as varying wherever an operand does.
+def untracked(function: Callable[..., Any], *operands: Array) -> Any:
+    """`function(*operands)` inside of `jax.shard_map`, whose kernels do not say over which axes they
+    vary: nothing is tracked inside, and the results vary wherever an operand does.
 
-    The library's kernels do not say it.
+    Not to be differentiated.
     """
     axes = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in operands))
+    if not axes:
+        return function(*operands)
 
-    def mark(x: Array) -> Array:
+    def vary(x: Array) -> Array:
         missing = tuple(sorted(axes - jax.typeof(x).manual_axis_type.varying))
         return jax.lax.pcast(x, missing, to="varying") if missing else x
 
-    return jax.tree.map(mark, result)
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in operands]
+    with config._check_vma(False):
+        leaves, tree = jax.tree.flatten(jax.eval_shape(function, *shapes))
+    results = _untracked_p.bind(*map(vary, operands), function=function, leaves=tuple(leaves))
+    return jax.tree.unflatten(tree, results)
+
+
+def _compute(*operands: Array, function: Callable[..., Any], leaves: Any) -> list[Array]:
+    with config._check_vma(False):
+        # Whatever has passed an operation varies over nothing.
+        plain = (a.reshape(1, *a.shape).reshape(a.shape) for a in operands)
+        return jax.tree.leaves(function(*plain))
+
+
+_untracked_p = Primitive("untracked")
+"""One operation: a traced function would be traced again, and tracked, where gradients are taken."""
+_untracked_p.multiple_results = True
+_untracked_p.def_impl(_compute)
+_untracked_p.def_abstract_eval(
+    lambda *avals, function, leaves: [avals[0].update(shape=x.shape, dtype=x.dtype) for x in leaves]
+)
+mlir.register_lowering(_untracked_p, mlir.lower_fun(_compute, multiple_results=True))
 
 
 def _major(device: Any) -> int:
