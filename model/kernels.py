@@ -1,7 +1,7 @@
 """Which backend computes each hot path, and why: decided once, before anything is traced.
 
-The kernels of `pallas_kernels` are cut for NVIDIA's Hopper GPUs and bf16; other GPUs have those of a
-library, where it is installed. What they cannot do, here or at all, is found out from the
+The kernels of `pallas_kernels` are cut for NVIDIA's Hopper GPUs and bf16; other GPUs have those of
+a library, where it is installed. What they cannot do, here or at all, is found out from the
 configuration and the devices, and goes to XLA instead.
 """
 

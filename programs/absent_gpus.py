@@ -45,12 +45,14 @@ GPUS = {
     "gb300": Gpu("GB300", (10, 3), 152, 297_021_079_552, 7_928_064_000_000, 135_528_448, 2.07),
 }
 # fmt: on
-"""SXM modules, but for the L40S, a card. H100, H800 and H200 from NVIDIA's data sheets; an H800 is an
-H100 with fewer links to its neighbours, which no program shows. A100, B200, GB200 and GB300 as XLA's
-own descriptions have them, read from devices (xla/backends/gpu/target_config/specs). L40S: NVIDIA's
-data sheet (142 multiprocessors, 864 GB/s, 2.52 GHz); of its 48 GB some 44.5 GiB are reported with
-error correction on; L2 of 48 MB by resellers' sheets; shared memory by NVIDIA's table of compute
-capabilities (100 KB of 8.9, 164 KB of 8.0)."""
+"""SXM modules, but for the L40S, a card.
+
+H100, H800 and H200 from NVIDIA's data sheets; an H800 is an H100 with fewer links to its
+neighbours, which no program shows. A100, B200, GB200 and GB300 as XLA's own descriptions have them,
+read from devices (xla/backends/gpu/target_config/specs). L40S: NVIDIA's data sheet (142
+multiprocessors, 864 GB/s, 2.52 GHz); of its 48 GB some 44.5 GiB are reported with error correction
+on; L2 of 48 MB by resellers' sheets. Shared memory by NVIDIA's table of compute capabilities: 164
+KB for 8.0, 100 KB for 8.9, 228 KB after."""
 
 
 def description(gpu: Gpu) -> str:

@@ -142,7 +142,7 @@ def fp8_rows(x: Any, w: Any, group_sizes_E: Array, dtype: Any) -> Array:
     The library reads weights [K, N]: E4M3 is transposed, at a byte an element.
     """
     sizes_E = _whole_tiles(group_sizes_E)
-    (P, K), N = x.q.shape, w.q.shape[1]
+    K, N = x.q.shape[1], w.q.shape[1]
     pad_K, pad_N = -K % TILE, -N % TILE
     q_PK = jnp.pad(x.q, ((0, 0), (0, pad_K)))
     q_EKN = jnp.pad(w.q, ((0, 0), (0, pad_N), (0, pad_K))).mT

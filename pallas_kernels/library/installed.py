@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import jax
 from jax import Array
 from jax._src import config
+from jax.extend import backend
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
-from jax.extend import backend
 
 LOCKED = {"tokamax": "0.0.17", "jax-triton": "0.4.1"}
 """Versions whose inner functions are used (requirements-gpu-kernels.lock)."""
@@ -132,8 +132,8 @@ def refusal(function: Callable[..., Any], *shapes: jax.ShapeDtypeStruct) -> str 
 
 
 def untracked(function: Callable[..., Any], *operands: Array) -> Any:
-    """`function(*operands)` inside of `jax.shard_map`, whose kernels do not say over which axes they
-    vary: nothing is tracked inside, and the results vary wherever an operand does.
+    """`function(*operands)`, also inside of `jax.shard_map`, where the library's kernels do not say
+    what varies: nothing is tracked inside, and the results vary wherever an operand does.
 
     Not to be differentiated.
     """
@@ -160,7 +160,7 @@ def _compute(*operands: Array, function: Callable[..., Any], leaves: Any) -> lis
 
 
 _untracked_p = Primitive("untracked")
-"""One operation: a traced function would be traced again, and tracked, where gradients are taken."""
+"""One operation: a function traced here is traced again, and tracked, where gradients are taken."""
 _untracked_p.multiple_results = True
 _untracked_p.def_impl(_compute)
 _untracked_p.def_abstract_eval(
