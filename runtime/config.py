@@ -3,9 +3,7 @@
 import dataclasses
 from typing import Literal
 
-GPU_MEMORY_GB = {
-    "A100": 80, "L40S": 48, "H100": 80, "H200": 141, "B200": 180, "GB200": 186, "GB300": 279,
-}  # fmt: skip
+GPU_MEMORY_GB = {"A100": 80, "H100": 80, "H200": 141, "B200": 180}
 """Memory of a GPU (NVIDIA data sheets)."""
 
 
