@@ -44,6 +44,7 @@ from pallas_kernels.decode import mla_decode
 from pallas_kernels.fp8 import fp8_expert_ffn, fp8_linear
 from pallas_kernels.grouped import expert_ffn
 from programs.step import lower
+from runtime.devices import emulate_devices
 from runtime.gpu_host import has_gpus, lines, preflight, this_host
 from sharding.config import MeshConfig
 from sharding.mesh import make_layout
@@ -407,6 +408,8 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument("--minutes", type=float, default=8.0, help="time to use at most")
     command.add_argument("--json", default="gpu_proof.json", help="file for the planner")
     options: argparse.Namespace = command.options(arguments)
+    if not has_gpus():
+        emulate_devices(8)  # the emulator blocks a thread per warpgroup: two cores' would hang it
     dry = jax.default_backend() != "gpu"
     if dry:
         print("no GPU here: the dry form, emulated kernels and tiny shapes; its times mean nothing")
