@@ -1,7 +1,7 @@
 """Kernels of the library as machine code for absent GPUs: registers, spills, shared memory.
 
     make library
-    PYTHONPATH=.gpu-compiler .venv-kernels/bin/python -m bench.library_kernels [--gpu b200] [--write]
+    PYTHONPATH=.gpu-compiler .venv-kernels/bin/python -m bench.library_kernels [--write]
 
 V3's widths, forward with gradients; beside them stand ours in "Kernels for an absent H200". The
 assembler speaks for itself: one that notes what it says stands first on the path, for Mosaic's and

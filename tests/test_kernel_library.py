@@ -183,7 +183,7 @@ def test_expert_ffn_in_fp8(by_xla):
 @pytest.mark.library
 def test_gradients_agree_on_a_mesh(by_xla):
     """Inside of a region that tracks what varies, over devices that share weights."""
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("x",))
+    mesh = jax.make_mesh((2,), ("x",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
     x, weights, dy, _ = grouped.operands([40, 24], [(64, 64), (64, 64), (64, 64)], rows=64)
     sizes = jnp.array([[30, 2], [5, 27]], jnp.int32)
 

@@ -125,7 +125,7 @@ def refusal(function: Callable[..., Any], *shapes: jax.ShapeDtypeStruct) -> str 
     """What the library says against a call, found by tracing it; None if it takes it."""
     try:
         jax.eval_shape(function, *shapes)
-    except (NotImplementedError, ValueError, AttributeError, AssertionError, TypeError) as error:
+    except (RuntimeError, ValueError, AttributeError, AssertionError, TypeError) as error:
         said = str(error).strip().splitlines() or [type(error).__name__]
         return f"the library refuses the shape ({said[0]})"
     return None
