@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 
 from bench.command import Command
-from bench.gpu_proof import Work, works
+from bench.hot_paths import Work, works
 from bench.report import ROOT
 from configs import preset
 

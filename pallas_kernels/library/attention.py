@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.library.installed import operation, parts, refusal, untracked
+from pallas_kernels.library.installed import module, operation, parts, refusal, untracked
 
 
 class _Call(NamedTuple):
@@ -57,8 +57,8 @@ def attention_refusal(nope: int, rotary: int, value: int, dtype: Any) -> str | N
     T, array = 256, partial(jax.ShapeDtypeStruct, dtype=dtype)
 
     def with_gradients(q, kv, k_rope, start):
-        def total(*operands):
-            return attend(*operands, start, 1.0).astype(jnp.float32).sum()
+        def total(q, kv, k_rope):
+            return attend(q, kv, k_rope, start, 1.0).astype(jnp.float32).sum()
 
         return jax.grad(total, (0, 1, 2))(q, kv, k_rope)
 
@@ -74,14 +74,14 @@ def _attend(call: _Call, q_BTNH, kv_BTNW, k_rope_BTR, start_BT) -> Array:
 
 def _operands(q_BTNH, kv_BTNW, k_rope_BTR, start_BT) -> tuple[tuple[Array, ...], Any]:
     """Queries, whole keys and values of every head, and the library's mask."""
-    from tokamax._src.ops.attention import base
-
     R = k_rope_BTR.shape[2]
     P = q_BTNH.shape[3] - R
     k_rope_BTNR = jnp.broadcast_to(k_rope_BTR[:, :, None], (*kv_BTNW.shape[:3], R))
     k_BTNH = jnp.concatenate([kv_BTNW[..., :P], k_rope_BTNR], axis=-1)
     start_B1T = None if start_BT is None else start_BT[:, None].astype(jnp.int32)
-    return (q_BTNH, k_BTNH, kv_BTNW[..., P:]), base.Mask(is_causal=True, k_start=start_B1T)
+    return (q_BTNH, k_BTNH, kv_BTNW[..., P:]), module("attention.base").Mask(
+        is_causal=True, k_start=start_B1T
+    )
 
 
 def _forward(call: _Call, *operands):

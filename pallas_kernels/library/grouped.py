@@ -11,6 +11,7 @@ Letters: M rows, P rows with padding, E experts, K contraction and N width of a 
 width, F expert width.
 """
 
+import importlib
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.library.installed import is_ampere, operation, parts, refusal, untracked
+from pallas_kernels.library.installed import is_ampere, module, operation, parts, refusal, untracked
 from pallas_kernels.swiglu import swiglu, swiglu_vjp
 
 TILE = 128
@@ -62,9 +63,11 @@ def fp8_experts_refusal(D: int, F: int) -> str | None:
 
 def _rows(x_MK: Array, w: Array, sizes_E: Array, *, transposed: bool = False) -> Array:
     """x w[e] of each group, or x w[e]^T [M, N], in the type of x; other rows are zeros."""
-    from tokamax._src.ops.ragged_dot import base
-
-    numbers = base.TRANS_RHS_RAGGED_DOT_DIM_NUMS if transposed else base.DEFAULT_RAGGED_DOT_DIM_NUMS
+    numbers = (
+        module("ragged_dot.base").TRANS_RHS_RAGGED_DOT_DIM_NUMS
+        if transposed
+        else module("ragged_dot.base").DEFAULT_RAGGED_DOT_DIM_NUMS
+    )
     dot = operation("ragged_dot", parts().rows)
 
     def run(x_MK, w, sizes_E):
@@ -76,15 +79,13 @@ def _rows(x_MK: Array, w: Array, sizes_E: Array, *, transposed: bool = False) ->
 
 def _weights(x_MK: Array, dy_MN: Array, sizes_E: Array, dtype: Any) -> Array:
     """x_e^T dy_e of each group [E, K, N], fp32 sums."""
-    from tokamax._src.ops.ragged_dot import base
-
     part = parts().weights
     if part == "xla":  # its products reach rows of no group, and 0 * NaN is NaN
         own_M1 = jnp.arange(x_MK.shape[0])[:, None] < jnp.sum(sizes_E)
         x_MK, dy_MN = jnp.where(own_M1, x_MK, 0), jnp.where(own_M1, dy_MN, 0)
     dot = partial(
         operation("ragged_dot", part),
-        ragged_dot_dimension_numbers=base.RAGGED_CONTRACTING_DOT_DIM_NUMS,
+        ragged_dot_dimension_numbers=module("ragged_dot.base").RAGGED_CONTRACTING_DOT_DIM_NUMS,
         preferred_element_type=dtype,
     )
     return untracked(lambda x, dy, sizes: dot(x, dy, group_sizes=sizes), x_MK, dy_MN, sizes_E)
@@ -149,6 +150,11 @@ def fp8_rows(x: Any, w: Any, group_sizes_E: Array, dtype: Any) -> Array:
     # Mosaic has no kernel of E4M3 by E4M3 with these scales.
     part = "xla" if parts().rows == "xla" else "triton"
     dot = operation("ragged_dot", part)
+    if part == "triton":  # a scaled sum per 128 of K; with its own choice, 4 warps, it spills
+        blocks = {"block_m": TILE, "block_n": TILE, "block_k": TILE}
+        dot = dot.replace(
+            config=module("ragged_dot.triton").Config(**blocks, num_warps=8, num_stages=3)
+        )
 
     def run(q_PK, scale_Pk, q_EKN, scale_Ekn, sizes_E):
         x, w = _quantized(q_PK, scale_Pk), _quantized(q_EKN, scale_Ekn)
@@ -163,9 +169,9 @@ def fp8_weights(a_MP: Array, b_NP: Array, group_sizes_E: Array, dtype: Any) -> A
 
 
 def _quantized(q: Array, scale: Array) -> Any:
-    import qwix
-
-    return qwix.QArray(qvalue=q, scale=scale, zero_point=None, qtype=q.dtype)
+    return importlib.import_module("qwix").QArray(
+        qvalue=q, scale=scale, zero_point=None, qtype=q.dtype
+    )
 
 
 def _whole_tiles(group_sizes_E: Array) -> Array:

@@ -107,13 +107,18 @@ def parts() -> Parts:
 
 def operation(kind: str, name: str) -> Any:
     """An operation of the library, by its kind and the name of its implementation."""
-    module, _, attribute = CLASSES[kind, name].partition(":")
+    path, _, attribute = CLASSES[kind, name].partition(":")
     # As Triton does by default; said, so that it does not warn.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     log = logging.getLogger("absl")
     if _quiet not in log.filters:
         log.addFilter(_quiet)
-    return getattr(importlib.import_module(f"tokamax._src.ops.{module}"), attribute)()
+    return getattr(module(path), attribute)()
+
+
+def module(path: str) -> Any:
+    """A module of the library's operations."""
+    return importlib.import_module(f"tokamax._src.ops.{path}")
 
 
 def _quiet(record: logging.LogRecord) -> bool:
