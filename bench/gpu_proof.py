@@ -167,7 +167,7 @@ class Proof:
         used = f"{entry['memory_measured'] / 2**30:.2f}" if entry["memory_measured"] else "unknown"
         print(f"{name}: {per_step * 1e3:.0f} ms, {entry['tokens_per_second']:,.0f} tokens/s, "
               f"MFU {entry['mfu'] or 0:.1%}, losses {losses}, predicted "
-              f"{entry['memory_predicted'] / 2**30:.2f}, measured {used} GiB", flush=True)  # fmt: skip
+              f"{entry['memory_predicted'] / 2**30:.2f}, used {used} GiB", flush=True)  # fmt: skip
         if not np.isfinite(losses).all():
             self.failed.append(f"{name}: losses {losses}")
 

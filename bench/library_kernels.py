@@ -1,4 +1,4 @@
-"""Kernels of the library as machine code for absent GPUs: registers, spills, shared memory.
+"""Kernels of the library as machine code for absent GPUs: registers, spills, memory of a call.
 
     make library
     PYTHONPATH=.gpu-compiler .venv-kernels/bin/python -m bench.library_kernels [--write]
@@ -39,8 +39,6 @@ class Assembled(NamedTuple):
     registers: int
     spilled: int
     """Bytes a thread."""
-    shared: int
-    """Static shared memory; Mosaic's and Triton's is dynamic, and 0 or 1 here."""
 
 
 def read_assembler(text: str) -> list[Assembled]:
@@ -51,16 +49,7 @@ def read_assembler(text: str) -> list[Assembled]:
         spills = re.search(r"(\d+) bytes spill stores", part)
         used = re.search(r"Used (\d+) registers", part)
         if entry and spills and used:
-            shared = re.search(r"(\d+) bytes smem", part)
-            found.append(
-                Assembled(
-                    entry[1],
-                    entry[2],
-                    int(used[1]),
-                    int(spills[1]),
-                    int(shared[1]) if shared else 0,
-                )
-            )
+            found.append(Assembled(entry[1], entry[2], int(used[1]), int(spills[1])))
     return found
 
 
