@@ -7,7 +7,8 @@ imported by another one. The library is an optional extra (`[gpu-kernels]`).
 
 from pallas_kernels.library.attention import attend, attention_refusal
 from pallas_kernels.library.grouped import (
-    expert_ffn,
+    experts_backward,
+    experts_forward,
     experts_refusal,
     fp8_experts_refusal,
     fp8_rows,
@@ -20,7 +21,8 @@ __all__ = [
     "attend",
     "attention_refusal",
     "by_xla",
-    "expert_ffn",
+    "experts_backward",
+    "experts_forward",
     "experts_refusal",
     "fp8_experts_refusal",
     "fp8_rows",

@@ -20,15 +20,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.library.installed import is_ampere, module, operation, parts, refusal, untracked
-from pallas_kernels.swiglu import swiglu, swiglu_vjp
+from pallas_kernels.swiglu import swiglu, weighted_swiglu_vjp
 
 TILE = 128
-
-
-def expert_ffn(x_MD: Array, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E: Array) -> Array:
-    """`grouped.expert_ffn` [M, D]; arguments as there, checked."""
-    sizes_E = group_sizes_E.astype(jnp.int32)
-    return _ffn(x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_E)
 
 
 def matmul(x_MK: Array, w_EKN: Array, group_sizes_E: Array) -> Array:
@@ -44,7 +38,8 @@ def experts_refusal(D: int, F: int, dtype: Any) -> str | None:
 
     def with_gradients(x, *weights_and_sizes):
         *weights, sizes = weights_and_sizes
-        return jax.vjp(partial(expert_ffn, group_sizes_E=sizes), x, *weights)[1](x)
+        y, kept = experts_forward(True, x, tuple(weights), sizes)
+        return experts_backward(x, tuple(weights), sizes, kept, y, None)
 
     weights = array((E, D, F)), array((E, D, F)), array((E, F, D))
     sizes = jax.ShapeDtypeStruct((E,), jnp.int32)
@@ -109,29 +104,25 @@ def _matmul_bwd(saved, dy_MN: Array):
 _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
-@jax.custom_vjp
-def _ffn(x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_E) -> Array:
-    return _ffn_fwd(x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_E)[0]
-
-
-def _ffn_fwd(x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_E):
+def experts_forward(keep: bool, x_MD: Array, weights: tuple, group_sizes_E: Array):
+    """y [M, D] of the expert FFN and, with `keep`, gate and up [M, F] for the backward pass."""
+    w_gate_EDF, w_up_EDF, w_down_EFD = weights
+    sizes_E = group_sizes_E.astype(jnp.int32)
     gate_MF, up_MF = _rows(x_MD, w_gate_EDF, sizes_E), _rows(x_MD, w_up_EDF, sizes_E)
     h_MF = swiglu(*(a.astype(jnp.float32) for a in (gate_MF, up_MF))).astype(x_MD.dtype)
-    operands = x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_E
-    return _rows(h_MF, w_down_EFD, sizes_E), (operands, gate_MF, up_MF)
+    return _rows(h_MF, w_down_EFD, sizes_E), (gate_MF, up_MF) if keep else ()
 
 
-def _ffn_bwd(saved, dy_MD: Array):
-    (x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_E), gate_MF, up_MF = saved
+def experts_backward(x_MD, weights: tuple, group_sizes_E, kept: tuple, dy_MD, scale_M):
+    """dx [M, D], the gradients of the weights and, with `scale_M`, factors of y, theirs [M]."""
+    w_gate_EDF, w_up_EDF, w_down_EFD = weights
+    sizes_E = group_sizes_E.astype(jnp.int32)
     dh_MF = _rows(dy_MD, w_down_EFD, sizes_E, transposed=True)
-    h_MF, dgate_MF, dup_MF = swiglu_vjp(gate_MF, up_MF, dh_MF)
+    h_MF, dgate_MF, dup_MF, dscale_M = weighted_swiglu_vjp(*kept, dh_MF, scale_M)
     dx_MD = _rows(dgate_MF, w_gate_EDF, sizes_E, transposed=True)
     dx_MD += _rows(dup_MF, w_up_EDF, sizes_E, transposed=True)
     pairs = (x_MD, dgate_MF), (x_MD, dup_MF), (h_MF, dy_MD)
-    return dx_MD, *(_weights(a, b, sizes_E, x_MD.dtype) for a, b in pairs), None
-
-
-_ffn.defvjp(_ffn_fwd, _ffn_bwd)
+    return dx_MD, tuple(_weights(a, b, sizes_E, x_MD.dtype) for a, b in pairs), dscale_M
 
 
 # ---- in FP8 --------------------------------------------------------------------------------------
