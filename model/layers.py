@@ -67,7 +67,21 @@ def project(
         x_axes, w_axes = equation.split("->")[0].split(",")
         contracted = len(set(x_axes) & set(w_axes))
         return _fp8_on_shards(x, w, contracted, tokens, recipe.kernels.linear)
-    return _project(equation, x, as_computed(w).astype(x.dtype))
+    return _project(equation, x, *_in_type(w, x.dtype))
+
+
+def _in_type(w: nnx.Param, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """A weight as products read it, and the weight that their gradient in fp32 is of.
+
+    A gradient has the type of what it is of: that of a copy in bf16 would be rounded to bf16 before
+    micro batches and devices are added up. So the copy has none, and the master weight, which
+    forward passes do not read, stands for it.
+    """
+    master = as_computed(w)
+    if master.dtype == dtype:
+        return jax.lax.stop_gradient(master), master
+    value = jax.lax.stop_gradient(w[...]).astype(dtype)
+    return constrain(value, *_axes(w, value)), master
 
 
 def as_computed(w: nnx.Param) -> jax.Array:
@@ -108,16 +122,16 @@ def _fp8_on_shards(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _project(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+def _project(equation: str, x: jax.Array, w: jax.Array, master: jax.Array) -> jax.Array:
     return jnp.einsum(equation, x, w)
 
 
-def _project_fwd(equation: str, x: jax.Array, w: jax.Array):
-    return _project(equation, x, w), (x, w)
+def _project_fwd(equation: str, x: jax.Array, w: jax.Array, master: jax.Array):
+    return _project(equation, x, w, master), (x, w)
 
 
 def _project_bwd(equation: str, saved, dy: jax.Array):
-    """The usual gradients, with x as the left operand of the weight's.
+    """The usual gradients, with x as the left operand of the weight's, which is fp32.
 
     One operand of that product is transposed first (its tokens must come last). Derived by JAX it
     is dy, and XLA:CPU merges the transposition with whatever computes dy, an activation function
@@ -127,7 +141,8 @@ def _project_bwd(equation: str, saved, dy: jax.Array):
     inputs, out = equation.split("->")
     x_axes, w_axes = inputs.split(",")
     dx = jnp.einsum(f"{out},{w_axes}->{x_axes}", dy, w)
-    return dx, jnp.einsum(f"{x_axes},{out}->{w_axes}", x, dy)
+    dw = jnp.einsum(f"{x_axes},{out}->{w_axes}", x, dy, preferred_element_type=jnp.float32)
+    return dx, None, dw
 
 
 _project.defvjp(_project_fwd, _project_bwd)

@@ -76,9 +76,8 @@ class MLA(nnx.Module):
         q_BTNH = constrain(self.queries(x_BTD, *cos_sin, recipe), *HEADS)
         latents_BTL = self.latents(x_BTD, *cos_sin, recipe)
         if sequence_shards() > 1:
-            w_ukv_CNH = self.w_ukv[...].astype(x_BTD.dtype)
             form = Form(softmax_scale(c), c.qk_nope_head_dim)
-            o_BTNV = context_attention(q_BTNH, latents_BTL, w_ukv_CNH, segments_BT, form)
+            o_BTNV = context_attention(q_BTNH, latents_BTL, self.w_ukv[...], segments_BT, form)
         else:
             c_kv_BTC, k_rope_BTR = jnp.split(latents_BTL, [c.kv_lora_rank], axis=-1)
             arrays = q_BTNH, self.keys_values(c_kv_BTC, recipe), k_rope_BTR, segments_BT

@@ -3,6 +3,7 @@
 Letters: B batch, T sequence, D hidden width, V vocabulary, L layers, E experts.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -97,17 +98,21 @@ class Embedding(nnx.Module):
         self.table = weight(rngs, shape, ("vocab", "embed"), config.init_std)
 
     def __call__(self, ids_BT: jax.Array, recipe: Recipe) -> jax.Array:
-        table_VD = self.table[...].astype(recipe.activation_dtype)
         tokens = ("batch", "seq")
-        run = on_shards(_look_up, (("vocab", "embed"), tokens), ((*tokens, "embed"),))
-        return constrain(run(table_VD, ids_BT)[0], "batch", "stream", "embed")
+        look_up = partial(_look_up, recipe.activation_dtype)
+        run = on_shards(look_up, (("vocab", "embed"), tokens), ((*tokens, "embed"),))
+        return constrain(run(self.table[...], ids_BT)[0], "batch", "stream", "embed")
 
 
-def _look_up(table_VD: jax.Array, ids_BT: jax.Array) -> tuple[jax.Array]:
-    """Rows of a table of which this device holds a part: x[B, T, D]{U_vocab} -> AllReduce -> x."""
+def _look_up(dtype: jnp.dtype, table_VD: jax.Array, ids_BT: jax.Array) -> tuple[jax.Array]:
+    """Rows of a table of which this device holds a part: x[B, T, D]{U_vocab} -> AllReduce -> x.
+
+    fp32 rows are cast, not the table: so the gradient is added up in fp32. A token that occurs a
+    thousand times in a batch adds a thousand terms to its row, and a sum in bf16 stops growing.
+    """
     local_BT = ids_BT - shard_index("vocab") * table_VD.shape[0]
     here_BT = (local_BT >= 0) & (local_BT < table_VD.shape[0])
-    rows_BTD = table_VD[jnp.where(here_BT, local_BT, 0)]
+    rows_BTD = table_VD[jnp.where(here_BT, local_BT, 0)].astype(dtype)
     return (sum_over(jnp.where(here_BT[..., None], rows_BTD, 0), "vocab"),)
 
 

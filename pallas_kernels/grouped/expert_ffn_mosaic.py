@@ -14,6 +14,7 @@ Shape letters: M rows, E experts, D model width, F expert width.
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.grouped.products import grouped_products
@@ -29,11 +30,13 @@ def expert_ffn_mosaic(
     w_up_EDF: Array,
     w_down_EFD: Array,
     group_sizes_E: Array,
+    masters: tuple[Array, ...],
 ) -> Array:
     """y[m] = (silu(x[m] w_gate[e]) * (x[m] w_up[e])) w_down[e] for the rows m of group e [M, D].
 
     All but the sizes are bf16, D and F multiples of 64. Gate, up, h and their cotangents are
     rounded to bf16, sums are fp32. Rows beyond the last group give zeros and get a zero gradient.
+    `masters` get the weights' gradients, in their type (`experts.py:expert_ffn`).
     Source: DeepSeek-V3 report, eq. 12.
     """
     h_MF, *_ = _hidden(emulated, x_MD, w_gate_EDF, w_up_EDF, group_sizes_E, keep=False)
@@ -62,19 +65,20 @@ def _down(emulated: bool, h_MF, w_down_EFD, group_sizes_E) -> Array:
     return grouped_products([(h_MF, (w_down_EFD,))], group_sizes_E, name=name, emulated=emulated)[0]
 
 
-def _forward(emulated: bool, x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E):
+def _forward(emulated: bool, x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, masters):
     h_MF, gate_MF, up_MF = _hidden(emulated, x_MD, w_gate_EDF, w_up_EDF, group_sizes_E, keep=True)
     operands = x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E
-    return _down(emulated, h_MF, w_down_EFD, group_sizes_E), (operands, gate_MF, up_MF)
+    saved = operands, gate_MF, up_MF, jnp.zeros(0, masters[0].dtype)
+    return _down(emulated, h_MF, w_down_EFD, group_sizes_E), saved
 
 
 def _backward(emulated: bool, saved, dy_MD: Array):
-    (x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E), gate_MF, up_MF = saved
+    (x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E), gate_MF, up_MF, empty = saved
     rows = partial(
         grouped_products, group_sizes_E=group_sizes_E, transposed=True, emulated=emulated
     )
     weights = partial(
-        grouped_weight_gradient, group_sizes_E=group_sizes_E, dtype=x_MD.dtype, emulated=emulated
+        grouped_weight_gradient, group_sizes_E=group_sizes_E, dtype=empty.dtype, emulated=emulated
     )
     (dh_MF,) = rows([(dy_MD, (w_down_EFD,))], name="grouped_matmul_rows")
     h_MF, dgate_MF, dup_MF = swiglu_vjp(gate_MF, up_MF, dh_MF)
@@ -82,7 +86,7 @@ def _backward(emulated: bool, saved, dy_MD: Array):
         [(dgate_MF, (w_gate_EDF,)), (dup_MF, (w_up_EDF,))], name="grouped_matmul_rows_of_two"
     )
     dw = weights(x_MD, dgate_MF), weights(x_MD, dup_MF), weights(h_MF, dy_MD)
-    return dx_MD, *dw, None
+    return dx_MD, None, None, None, None, dw
 
 
 expert_ffn_mosaic.defvjp(_forward, _backward)

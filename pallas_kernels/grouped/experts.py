@@ -43,6 +43,7 @@ def expert_ffn(
     *,
     backend: Backend = "portable",
     tiling: Tiling | None = None,
+    masters: tuple[Array, ...] | None = None,
 ) -> Array:
     """y[m] = (silu(x[m] w_gate[e]) * (x[m] w_up[e])) w_down[e] for the rows m of group e.
 
@@ -61,6 +62,8 @@ def expert_ffn(
         backend: "mosaic" and "emulated" run the kernels (`expert_ffn_mosaic.py`); "portable" loops
             over tiles and is differentiated by hand; "reference" is dense, in fp32.
         tiling: of "portable": rows of a tile and tiles of a chunk; by default from the shapes.
+        masters: gate, up and down in fp32, of which the weights are copies. They are not read; they
+            get the gradients, in fp32, and the copies get none.
 
     Returns:
         [M, D].
@@ -78,13 +81,19 @@ def expert_ffn(
         )
     check_backend(backend, unsupported(D, F, x_MD.dtype))
     if backend == "reference":
+        if masters is not None:  # the copies' values, of which the masters have the gradient
+            weights = [
+                lax.stop_gradient(w).astype(m.dtype) + (m - lax.stop_gradient(m))
+                for w, m in zip(weights, masters, strict=True)
+            ]
         return _reference(x_MD, *weights, group_sizes_E)
     M = x_MD.shape[0]
     if M == 0:
         return x_MD
+    operands = x_MD, *weights, group_sizes_E, masters or weights
     if backend != "portable":
-        return expert_ffn_mosaic(backend == "emulated", x_MD, *weights, group_sizes_E)
-    return _portable(tiling or choose_tiling(M, E, D * F), x_MD, *weights, group_sizes_E)
+        return expert_ffn_mosaic(backend == "emulated", *operands)
+    return _portable(tiling or choose_tiling(M, E, D * F), *operands)
 
 
 def _reference(x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E):
@@ -128,17 +137,18 @@ def _forward(tiling: Tiling, keep: bool, x_MD, w_gate_EDF, w_up_EDF, w_down_EFD,
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _portable(tiling: Tiling, x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E):
+def _portable(tiling: Tiling, x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, masters):
     return _forward(tiling, False, x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E)[0]
 
 
-def _portable_fwd(tiling: Tiling, *operands):
+def _portable_fwd(tiling: Tiling, *operands_and_masters):
+    *operands, masters = operands_and_masters
     y_MD, kept = _forward(tiling, True, *operands)
-    return y_MD, (operands, kept)
+    return y_MD, (operands, kept, jnp.zeros(0, masters[0].dtype))
 
 
 def _portable_bwd(tiling: Tiling, saved, dy_MD: Array):
-    (x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E), (gate, up) = saved
+    (x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E), (gate, up), empty = saved
     (M, D), dtype = x_MD.shape, x_MD.dtype
     weights = w_gate_EDF, w_up_EDF, w_down_EFD
     tiles = make_tiles(group_sizes_E, M, tiling)
@@ -166,7 +176,8 @@ def _portable_bwd(tiling: Tiling, saved, dy_MD: Array):
     zeros = partial(zeros_varying, like=(x_MD, *weights, group_sizes_E, dy_MD))
     carry = zeros((M + tiling.rows, D), dtype), *(zeros(w.shape, jnp.float32) for w in weights)
     dx, *dw = lax.fori_loop(0, tiles.num_chunks, step, carry)
-    return keep_rows(dx, tiles.num_rows, M), *(g.astype(dtype) for g in dw), None
+    d_masters = tuple(g.astype(empty.dtype) for g in dw)
+    return keep_rows(dx, tiles.num_rows, M), None, None, None, None, d_masters
 
 
 _portable.defvjp(_portable_fwd, _portable_bwd)
