@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from model.recipe import keep
+from model.recipe import KEPT, keep
+from pallas_kernels.attention import Stash, through
 from sharding.context import over_sources, sequence_shards
 from sharding.partition import on_shards, shard_index, sum_over, vary
 
@@ -42,6 +43,8 @@ class Form(NamedTuple):
     """Factor on the logits."""
     nope: int
     """Query/key channels without rotation."""
+    stash: Stash = ""
+    """Type that outputs are held in for the backward pass."""
 
 
 class Queries(NamedTuple):
@@ -94,7 +97,7 @@ def _forward(q_BTNH, latents_BTL, w_CNH, segments_BT, form: Form, shards: int):
         arrays, names = (*arrays, segments_BT), (*names, _TOKENS)
     o_BTNV, lse_BTN = on_shards(region, names, (_HEADS, _STATISTIC))(*arrays)
     # With selective recomputation the walk over the shards is not repeated for these two.
-    o_BTNV, lse_BTN = keep(o_BTNV), keep(lse_BTN)
+    o_BTNV, lse_BTN = through(o_BTNV, form.stash, KEPT), keep(lse_BTN)
     saved = q_BTNH, latents_BTL, w_in_type, segments_BT, o_BTNV, lse_BTN
     return o_BTNV, (*saved, jnp.zeros(0, w_CNH.dtype))
 

@@ -76,12 +76,12 @@ class MLA(nnx.Module):
         q_BTNH = constrain(self.queries(x_BTD, *cos_sin, recipe), *HEADS)
         latents_BTL = self.latents(x_BTD, *cos_sin, recipe)
         if sequence_shards() > 1:
-            form = Form(softmax_scale(c), c.qk_nope_head_dim)
+            form = Form(softmax_scale(c), c.qk_nope_head_dim, recipe.stash)
             o_BTNV = context_attention(q_BTNH, latents_BTL, self.w_ukv[...], segments_BT, form)
         else:
             c_kv_BTC, k_rope_BTR = jnp.split(latents_BTL, [c.kv_lora_rank], axis=-1)
             arrays = q_BTNH, self.keys_values(c_kv_BTC, recipe), k_rope_BTR, segments_BT
-            o_BTNV = _attend_on_shards(*arrays, softmax_scale(c), recipe.kernels.attention)
+            o_BTNV = _attend_on_shards(*arrays, softmax_scale(c), recipe)
         return self.output(o_BTNV, recipe), latents_BTL
 
     def keys_values(self, c_kv_BTC: jax.Array, recipe: Recipe) -> jax.Array:
@@ -152,12 +152,13 @@ class MLA(nnx.Module):
         return to_stream(project("BTNV,NVD->BTD", o_BTNV, self.w_o, recipe))
 
 
-def _attend_on_shards(q_BTNH, kv_BTNW, k_rope_BTR, segments_BT, scale: float, backend: Backend):
+def _attend_on_shards(q_BTNH, kv_BTNW, k_rope_BTR, segments_BT, scale: float, recipe: Recipe):
     """Expanded attention [B, T, N, V], each device on its own rows and heads."""
     arrays, names = [q_BTNH, kv_BTNW, k_rope_BTR], [HEADS, HEADS, ("batch", "seq", None)]
     if segments_BT is not None:
         arrays, names = [*arrays, starts_of_segments(segments_BT)], [*names, ("batch", "seq")]
-    attend = functools.partial(mla_attention, scale=scale, backend=backend, kept=KEPT)
+    backend, stash = recipe.kernels.attention, recipe.stash
+    attend = functools.partial(mla_attention, scale=scale, backend=backend, kept=KEPT, stash=stash)
     return on_shards(lambda *shards: (attend(*shards),), tuple(names), (HEADS,))(*arrays)[0]
 
 
