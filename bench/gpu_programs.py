@@ -41,7 +41,7 @@ from programs.absent_gpus import GPUS, INSPECTION, absent_gpus
 from programs.scheduled import until_scheduled
 from programs.step import Report, lower, read, scheduled
 from sharding.config import MeshConfig
-from sharding.devices import schedule_options
+from sharding.devices import EXACT, schedule_options
 from sharding.mesh import axis_sizes, make_layout, named_layout, resolve
 from sharding.partition import batch_shards
 from training.step import Trainer
@@ -166,7 +166,7 @@ def inspect(options: argparse.Namespace) -> tuple[Report, Seconds]:
     with working(f"lowering the step for {layout.mesh.size} GPUs"):
         lowered = lower(trainer)
     lower_s = time.perf_counter() - start
-    flags = INSPECTION | schedule_options(layout.config)
+    flags = INSPECTION | EXACT | schedule_options(layout.config)
     with working("compiling it until buffers are assigned, for V3 some minutes"):
         if options.memory_only:
             program = until_scheduled(lowered, flags)

@@ -16,7 +16,15 @@ from flax import nnx
 
 from model.config import ModelConfig
 from model.context_attention import Form, context_attention
-from model.layers import LATENT_EPS, RMSNorm, from_stream, project, to_stream, weight
+from model.layers import (
+    LATENT_EPS,
+    RMSNorm,
+    from_stream,
+    project,
+    project_all,
+    to_stream,
+    weight,
+)
 from model.recipe import KEPT, Recipe, keep
 from model.rope import rotate, rotation, softmax_scale
 from pallas_kernels.attention import mla_attention, starts_of_segments
@@ -73,8 +81,9 @@ class MLA(nnx.Module):
         """Causal attention [B, T, D], and what a cache keeps of these tokens [B, T, L]."""
         c = self.config
         cos_sin = rotation(c, positions_BT)
-        q_BTNH = constrain(self.queries(x_BTD, *cos_sin, recipe), *HEADS)
-        latents_BTL = self.latents(x_BTD, *cos_sin, recipe)
+        x_q, down_BTL = self.down(x_BTD, recipe)
+        q_BTNH = constrain(self.queries(x_q, *cos_sin, recipe), *HEADS)
+        latents_BTL = self.latents(down_BTL, *cos_sin)
         if sequence_shards() > 1:
             form = Form(softmax_scale(c), c.qk_nope_head_dim, recipe.stash)
             o_BTNV = context_attention(q_BTNH, latents_BTL, self.w_ukv[...], segments_BT, form)
@@ -106,8 +115,9 @@ class MLA(nnx.Module):
         """
         c, nope = self.config, self.config.qk_nope_head_dim
         cos_sin, (w_uk_NCH, w_uv_NCV) = rotation(c, positions_BT), halves
-        q_BTNH = self.queries(x_BTD, *cos_sin, recipe)
-        cache_BSL = write_rows(cache_BSL, self.latents(x_BTD, *cos_sin, recipe), positions_BT[:, 0])
+        x_q, down_BTL = self.down(x_BTD, recipe)
+        q_BTNH = self.queries(x_q, *cos_sin, recipe)
+        cache_BSL = write_rows(cache_BSL, self.latents(down_BTL, *cos_sin), positions_BT[:, 0])
         q_BTNC = jnp.einsum("BTNH,NCH->BTNC", q_BTNH[..., :nope], w_uk_NCH.astype(x_BTD.dtype))
         q_BTNL = jnp.concatenate([q_BTNC, q_BTNH[..., nope:]], axis=-1)
         arrays = constrain(q_BTNL, *HEADS), cache_BSL, positions_BT[:, -1] + 1
@@ -116,35 +126,40 @@ class MLA(nnx.Module):
         o_BTNV = jnp.einsum("BTNC,NCV->BTNV", o_BTNC, w_uv_NCV.astype(x_BTD.dtype))
         return self.output(o_BTNV, recipe), cache_BSL
 
+    def down(self, x_BTD: jax.Array, recipe: Recipe) -> tuple[jax.Array, jax.Array]:
+        """What queries are made of, the latent [B, T, r_q] or x itself; and the latent of keys and
+        values with the rotary key [B, T, L], before norm and rotation (eq. 1, 3, 6).
+
+        With sequence parallelism each device has its own tokens.
+        """
+        products = [("BTD,DC->BTC", self.w_dkv)]
+        if self.config.q_lora_rank is not None:
+            products.append(("BTD,DC->BTC", self.w_dq))
+        downs = project_all(x_BTD, products, recipe, tokens="stream")
+        down_BTL, *down_q = (keep(constrain(d, "batch", "stream", None)) for d in downs)
+        return (down_q[0] if down_q else x_BTD), down_BTL
+
     def queries(
-        self, x_BTD: jax.Array, cos_BTJ: jax.Array, sin_BTJ: jax.Array, recipe: Recipe
+        self, x_q: jax.Array, cos_BTJ: jax.Array, sin_BTJ: jax.Array, recipe: Recipe
     ) -> jax.Array:
-        """Queries of every head, nope channels then rotated ones [B, T, N, H]."""
+        """Queries of every head, nope channels then rotated ones [B, T, N, H]; `x_q` from `down`."""
         c, nope = self.config, self.config.qk_nope_head_dim
         if c.q_lora_rank is None:
-            q_BTNH = project("BTD,DNH->BTNH", from_stream(x_BTD), self.w_q, recipe)
+            q_BTNH = project("BTD,DNH->BTNH", from_stream(x_q), self.w_q, recipe)
         else:
-            c_q_BTC = from_stream(self.q_norm(self._down(x_BTD, self.w_dq, recipe)))  # eq. 6
+            c_q_BTC = from_stream(self.q_norm(x_q))  # eq. 6
             q_BTNH = project("BTC,CNH->BTNH", c_q_BTC, self.w_uq, recipe)  # eq. 7, 8
         q_rope = rotate(q_BTNH[..., nope:], cos_BTJ, sin_BTJ, c.rope_interleaved)
         return jnp.concatenate([q_BTNH[..., :nope], q_rope], axis=-1)  # eq. 9
 
-    def latents(
-        self, x_BTD: jax.Array, cos_BTJ: jax.Array, sin_BTJ: jax.Array, recipe: Recipe
-    ) -> jax.Array:
+    def latents(self, down_BTL: jax.Array, cos_BTJ: jax.Array, sin_BTJ: jax.Array) -> jax.Array:
         """Normed key-value latent, then the rotated key that all heads share [B, T, L]."""
         c = self.config
-        down_BTL = self._down(x_BTD, self.w_dkv, recipe)  # eq. 1 and the key of eq. 3
         c_kv_BTC = self.kv_norm(down_BTL[..., : c.kv_lora_rank])
         # One rotary key per token, not normalised.
         k_rope = down_BTL[..., None, c.kv_lora_rank :]
         k_rope = rotate(k_rope, cos_BTJ, sin_BTJ, c.rope_interleaved)
         return from_stream(jnp.concatenate([c_kv_BTC, k_rope[:, :, 0]], axis=-1))
-
-    def _down(self, x_BTD: jax.Array, w_DC: nnx.Param, recipe: Recipe) -> jax.Array:
-        """A down-projection; with sequence parallelism each device has its own tokens."""
-        down_BTC = project("BTD,DC->BTC", x_BTD, w_DC, recipe, tokens="stream")
-        return keep(constrain(down_BTC, "batch", "stream", None))
 
     def output(self, o_BTNV: jax.Array, recipe: Recipe) -> jax.Array:
         """Outputs of the heads to the residual stream (eq. 11)."""

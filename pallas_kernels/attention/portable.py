@@ -45,9 +45,7 @@ def _attend_fwd(scale: float, q_BTNH, kv_BTNW, k_rope_BTR, start_BT):
         pairs = _pairs(start_BT, first, end)
         p_BNQS = jax.nn.softmax(jnp.where(pairs, logits_BNQS, -jnp.inf), axis=-1)
         kept.append(p_BNQS)
-        outputs.append(
-            jnp.einsum("BNQS,BSNV->BQNV", p_BNQS.astype(v_BTNV.dtype), v_BTNV[:, :end])
-        )
+        outputs.append(jnp.einsum("BNQS,BSNV->BQNV", p_BNQS.astype(v_BTNV.dtype), v_BTNV[:, :end]))
     return jnp.concatenate(outputs, axis=1), (q_BTNH, kv_BTNW, k_rope_BTR, kept)
 
 

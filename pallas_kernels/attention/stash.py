@@ -131,9 +131,7 @@ def _from_e5m6(held: Twelve) -> Array:
     high, middle, low = jnp.split(held.bytes.astype(jnp.int32), 3, axis=-1)
     code_tL = jnp.concatenate([high << 4 | middle >> 4, (middle & 15) << 8 | low], axis=-1)
     magnitude = code_tL & 0x7FF
-    normal = lax.bitcast_convert_type(
-        (magnitude << DROPPED) + ((127 - BIAS) << 23), jnp.float32
-    )
+    normal = lax.bitcast_convert_type((magnitude << DROPPED) + ((127 - BIAS) << 23), jnp.float32)
     x_tL = jnp.where(magnitude < 1 << MANTISSA, magnitude.astype(jnp.float32) * 2.0**-20, normal)
     x_tL = jnp.where(magnitude >= 31 << MANTISSA, jnp.nan, x_tL)
     x_tL = jnp.where(code_tL >= 0x800, -x_tL, x_tL)
