@@ -75,7 +75,7 @@ def make_trainer(run: RunConfig) -> "Trainer":
     from model.kernels import choose
     from model.recipe import Recipe
     from sharding.mesh import make_layout
-    from training.run import plan_of
+    from training.run import make_check, plan_of
     from training.schedule import check_schedules
 
     check_config(run.data, run.train.seq_len, run.seed)
@@ -98,6 +98,7 @@ def make_trainer(run: RunConfig) -> "Trainer":
     )
     trainer = stage_of(run).make_trainer(run, recipe, layout)
     _ = trainer.abstract_state  # names any weight that does not divide over the mesh
+    make_check(trainer)  # refuses what it cannot check
     return trainer
 
 

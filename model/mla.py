@@ -142,7 +142,7 @@ class MLA(nnx.Module):
     def queries(
         self, x_q: jax.Array, cos_BTJ: jax.Array, sin_BTJ: jax.Array, recipe: Recipe
     ) -> jax.Array:
-        """Queries of every head, nope channels then rotated ones [B, T, N, H]; `x_q` from `down`."""
+        """Queries of every head [B, T, N, H], nope channels then rotated ones; see `down`."""
         c, nope = self.config, self.config.qk_nope_head_dim
         if c.q_lora_rank is None:
             q_BTNH = project("BTD,DNH->BTNH", from_stream(x_q), self.w_q, recipe)

@@ -129,7 +129,8 @@ def routed_on_shards(
     """Tokens to the devices of their experts: weighted sums [B, T, D], and the choices missed.
 
     `params` are what `local` takes, gate, up and down say, each with one entry per expert, laid out
-    by the logical axes `names`. `local` and `groups` are those of `sharding/experts/dispatch.py:exchange`.
+    by the logical axes `names`. `local` and `groups` are those of
+    `sharding/experts/dispatch.py:exchange`.
     """
     tokens, choices = ("batch", "seq", "embed"), ("batch", "seq", "choices")
     region = functools.partial(_experts_on_shard, local=local, groups=groups)

@@ -136,7 +136,7 @@ class MTP(nnx.Module):
         self.block = Block(config, rngs, moe=True)
         self.out_norm = RMSNorm(size, eps)
 
-    def __call__(self, hidden_BTD, embedded_BTD, tokens: Tokens, recipe: Recipe):
+    def __call__(self, hidden_BTD, embedded_BTD, tokens: Tokens, recipe: Recipe, replayed_BTK=None):
         """Normed hidden state, input of the head and of the next module, and MoEStats.
 
         `embedded_BTD` holds, at position i, the embedding of the token k ahead. The released
@@ -144,7 +144,7 @@ class MTP(nnx.Module):
         module reads its predecessor's state after that one's output norm, the main model included.
         """
         x_BTD = self.merge(hidden_BTD, embedded_BTD, recipe)
-        x_BTD, stats = self.block(x_BTD, tokens, recipe)
+        x_BTD, stats = self.block(x_BTD, tokens, recipe, replayed_BTK)
         return self.out_norm(x_BTD), stats
 
     def merge(self, hidden_BTD: jax.Array, embedded_BTD: jax.Array, recipe: Recipe) -> jax.Array:
@@ -199,12 +199,15 @@ class DeepSeekV3(nnx.Module):
     ) -> Output:
         """The same, with what MTP module k reads at hand: the token k ahead, k = 1 .. K.
 
-        `replayed_LBTK` are the experts that the tokens of every MoE layer keep to.
+        `replayed_LBTK` are the experts that the tokens of every MoE layer keep to: of the main
+        model's, and behind them of the MTP modules', which may be left out.
         """
-        x_BTD, layer_stats = self.before(tokens, recipe), None
+        x_BTD, layer_stats, of_mtp = self.before(tokens, recipe), None, None
+        if replayed_LBTK is not None:
+            replayed_LBTK, of_mtp = jnp.split(replayed_LBTK, [self.config.num_moe_layers])
         if self.moe_layers is not None:
             (x_BTD,), (layer_stats,) = self.between((x_BTD,), (tokens,), recipe, replayed_LBTK)
-        output = self.after(x_BTD, tokens, recipe, ahead_KBT)
+        output = self.after(x_BTD, tokens, recipe, ahead_KBT, of_mtp)
         stats = [part for part in (layer_stats, output.stats) if part is not None]
         merged = jax.tree.map(lambda *a: jnp.concatenate(a), *stats) if stats else None
         return output._replace(stats=merged)
@@ -243,26 +246,36 @@ class DeepSeekV3(nnx.Module):
         return scan_layers(self.moe_layers, xs, apply, *inputs)
 
     def after(
-        self, x_BTD: jax.Array, tokens: Tokens, recipe: Recipe, ahead_KBT: jax.Array | None
+        self,
+        x_BTD: jax.Array,
+        tokens: Tokens,
+        recipe: Recipe,
+        ahead_KBT: jax.Array | None,
+        replayed_KBTK: jax.Array | None = None,
     ) -> Output:
         """Output for the last layer's result; its statistics are those of the MTP modules."""
         hidden_BTD = self.final_norm(x_BTD)
         if self.mtp is None or ahead_KBT is None:
             return Output(hidden_BTD, (), None)
-        mtp_hidden, stats = self._predict_ahead(hidden_BTD, ahead_KBT, tokens, recipe)
+        replays = replayed_KBTK is not None and len(replayed_KBTK) > 0
+        inputs = (ahead_KBT, replayed_KBTK) if replays else (ahead_KBT,)
+        mtp_hidden, stats = self._predict_ahead(hidden_BTD, inputs, tokens, recipe)
         return Output(hidden_BTD, mtp_hidden, stats)
 
-    def _predict_ahead(self, hidden_BTD, ahead_KBT, tokens: Tokens, recipe: Recipe):
-        """Run the MTP modules one after the other; module k reads the token k ahead (eq. 21)."""
+    def _predict_ahead(self, hidden_BTD, inputs, tokens: Tokens, recipe: Recipe):
+        """Run the MTP modules one after the other; module k reads the token k ahead (eq. 21).
+
+        `inputs` are these tokens and, where they are replayed, the experts of every module.
+        """
 
         @recipe.rematerialize
-        def apply(module: MTP, hidden_BTD, ids_BT):
+        def apply(module: MTP, hidden_BTD, ids_BT, *replayed_BTK):
             embedded_BTD = self.embed(ids_BT, recipe)
-            hidden_BTD, stats = module(hidden_BTD, embedded_BTD, tokens, recipe)
+            hidden_BTD, stats = module(hidden_BTD, embedded_BTD, tokens, recipe, *replayed_BTK)
             return hidden_BTD, (hidden_BTD, stats)
 
         assert self.mtp is not None
-        _, (hidden, stats) = scan_layers(self.mtp, hidden_BTD, apply, ahead_KBT)
+        _, (hidden, stats) = scan_layers(self.mtp, hidden_BTD, apply, *inputs)
         return tuple(hidden), stats
 
 

@@ -92,6 +92,10 @@ class TrainConfig:
     """Batches per evaluation; 0 takes the whole held-out set."""
     log_every: int = 1
     """Steps between log records."""
+    check_every: int = 0
+    """Steps between checks of a micro batch's loss and gradient norm against the plain path in
+    fp32, with the same experts; a gap is a warning that names the operation. 0 never. In stage
+    pretrain, without a pipeline; it needs memory for the gradients once more."""
 
     @property
     def attention_stash(self) -> Literal["", "e5m6", "e4m3"]:

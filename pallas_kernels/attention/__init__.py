@@ -1,8 +1,8 @@
 """Causal latent attention in its expanded form, with gradients: training and prefill.
 
-Read `mla.py` (the call and its backends), `portable.py` (by XLA), `blocks.py` (how a call is cut),
-`stash.py` (what is held of a
-result), `tiles.py` (what the kernels share), `forward.py`, then `backward.py` with `dq.py` and `dkv.py`.
+Read `mla.py` (the call and its backends), `portable.py` (by XLA), `stash.py` (how a result waits
+for the backward pass), `blocks.py` (how a call is cut), `tiles.py` (what the kernels share),
+`forward.py`, then `backward.py` with `dq.py` and `dkv.py`.
 Kernels for Hopper ("mosaic", "emulated"), XLA elsewhere ("portable", "reference").
 """
 
