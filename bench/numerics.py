@@ -57,7 +57,7 @@ FP8 = Recipe("bfloat16", fp8=True, stash="e5m6")
 """As `--train.fp8` trains, V3's E5M6 included."""
 MTP_WEIGHT, BALANCE_WEIGHT = 0.3, 1e-4
 KINDS = {
-    "embedding": ("embed",), "head": ("head",), "router": ("router",), "experts": ("moe",),
+    "embedding": ("embed",), "head": ("head",), "experts": ("moe",), "router": ("router",),
     "shared experts": ("shared",), "dense FFN": ("mlp",), "MLA": ("attn",), "MTP": ("proj",),
     "norms": ("scale",),
 }  # fmt: skip

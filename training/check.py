@@ -39,7 +39,8 @@ class Bound(NamedTuple):
     norm: float
 
 
-BOUNDS = {"float32": Bound(1e-4, 1e-3), "bfloat16": Bound(3e-3, 2e-2), "fp8": Bound(1e-2, 5e-2)}
+BOUNDS = {"float32": Bound(1e-4, 1e-3), "bfloat16": Bound(2e-3, 1e-2), "fp8": Bound(5e-3, 3e-2)}
+"""Of the smallest models of the tests, whose weights are random; `tiny` stays a tenth below."""
 
 
 class Found(NamedTuple):
