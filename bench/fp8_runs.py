@@ -6,9 +6,9 @@
 
 A pair has the same first weights, the same data in the same order and the same schedule; only the
 recipe differs. Seeds differ in the first weights and in the data; with `--start trained` all start
-from the same weights, a run in BF16, and differ in the data. Every run writes one file of
-bench/fp8_runs/ when it ends, and its state to the cache on the way, so that a run that was ended
-goes on where it was, and what is there is not computed again. `--report` only reads files.
+from the same weights, a run in BF16, and differ in the data. Every run writes one file to
+bench/measured/fp8_runs/ when it ends, and its state to the cache on the way, so that a run that was
+ended goes on where it was, and what is there is not computed again. `--report` only reads files.
 
 The held-out loss is that of a run's own recipe, on the same tokens for all. Portable products, one
 device: FP8 quantises there as it does on a GPU, bit for bit, and multiplies in BF16.
@@ -46,8 +46,8 @@ from training.evaluate import evaluate  # noqa: E402
 from training.schedule import BatchPlan, knobs_at  # noqa: E402
 from training.step import State, Trainer  # noqa: E402
 
-FOLDER = ROOT / "bench" / "fp8_runs"
-RECIPES = {"bf16": Recipe("bfloat16"), "fp8": Recipe("bfloat16", fp8=True)}
+FOLDER = ROOT / "bench" / "measured" / "fp8_runs"
+RECIPES = {"bf16": Recipe("bfloat16"), "fp8": Recipe("bfloat16", fp8=True, stash="e5m6")}
 SAVE_EVERY, MEAN_OF = 250, 50
 """Steps between saves of a run's state; steps of a point of the training curve."""
 BEFORE = 400
@@ -88,9 +88,9 @@ def config(size: str, steps: int) -> RunConfig:
 class Bench:
     """Data, trainers and files of one size, start and length."""
 
-    def __init__(self, size: str, start: str, steps: int):
+    def __init__(self, size: str, start: str, steps: int, folder: Path):
         self.run, self.start = config(size, steps), start
-        self.folder = FOLDER / f"{size}_{start}_{steps}"
+        self.folder = folder / f"{size}_{start}_{steps}"
         self.cache = ROOT / "cache" / "fp8_runs" / f"{size}_{start}_{steps}"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.cache.mkdir(parents=True, exist_ok=True)
@@ -245,7 +245,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.options(arguments)
     if options.steps < 1:
         parser.error(f"--steps {options.steps}: give at least 1")
-    bench = Bench(options.size, options.start, options.steps)
+    folder = ROOT / "cache" / "fp8_runs" / "quick" if options.quick else FOLDER
+    bench = Bench(options.size, options.start, options.steps, folder)
     if not options.report:
         for seed in options.seeds:
             for recipe in RECIPES:

@@ -379,9 +379,10 @@ def main(arguments: list[str] | None = None) -> None:
         "--emulated", action=argparse.BooleanOptionalAction, default=False,
         help="the kernels too, by their emulator: minutes",
     )  # fmt: skip
+    parser.add_argument("--variants", type=int, default=0, help="the first so many; 0: all")
     options = parser.options(arguments)
-    if options.steps < 1:
-        parser.error(f"--steps {options.steps}: give at least 1")
+    if options.steps < 1 or options.variants < 0:
+        parser.error("--steps must be at least 1, and --variants not negative")
     with contextlib.suppress(RuntimeError):  # devices are there already, in a test
         emulate_devices(2)
 
@@ -390,7 +391,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     began = time.process_time()
     of = subject(options.quick, options.steps, say)
-    rows = measure(of, cases(options.quick), say)
+    wanted = cases(options.quick)
+    rows = measure(of, wanted[: options.variants or len(wanted)], say)
     emulated = emulated_rows(of, say) if options.emulated else []
     tokens = 4096 if options.quick else 65536
     embedding = embedding_errors(token_ids(of.run, tokens), 4096, 64 if options.quick else 256)
