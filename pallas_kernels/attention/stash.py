@@ -59,11 +59,12 @@ def through(x_BTNV: Array, stash: Stash, kept: str | None) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _through(stash: Stash, kept: str | None, x_BTNV: Array) -> Array:
-    return load(named(store(x_BTNV, stash), kept), x_BTNV.shape, x_BTNV.dtype)
+    return _through_fwd(stash, kept, x_BTNV)[0]
 
 
 def _through_fwd(stash: Stash, kept: str | None, x_BTNV: Array):
-    return _through(stash, kept, x_BTNV), None
+    # Here, not in a call of `_through`, where policies of recomputation would not see the name.
+    return load(named(store(x_BTNV, stash), kept), x_BTNV.shape, x_BTNV.dtype), None
 
 
 def _through_bwd(stash: Stash, kept: str | None, _, dx_BTNV: Array):
