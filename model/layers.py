@@ -142,22 +142,22 @@ def _project(equation: str, x: jax.Array, w: jax.Array, master: jax.Array) -> ja
 
 
 def _project_fwd(equation: str, x: jax.Array, w: jax.Array, master: jax.Array):
-    return _project(equation, x, w, master), (x, w)
+    return _project(equation, x, w, master), (x, w, jnp.zeros(0, master.dtype))
 
 
 def _project_bwd(equation: str, saved, dy: jax.Array):
-    """The usual gradients, with x as the left operand of the weight's, which is fp32.
+    """The usual gradients, with x as the left operand of the weight's, of the master's type.
 
     One operand of that product is transposed first (its tokens must come last). Derived by JAX it
     is dy, and XLA:CPU merges the transposition with whatever computes dy, an activation function
     say, into one slow strided pass. x is at hand, and projections of the same x share the copy.
     """
-    x, w = saved
+    x, w, empty = saved
     inputs, out = equation.split("->")
     x_axes, w_axes = inputs.split(",")
     dx = jnp.einsum(f"{out},{w_axes}->{x_axes}", dy, w)
     dw = jnp.einsum(f"{x_axes},{out}->{w_axes}", x, dy, preferred_element_type=jnp.float32)
-    return dx, None, dw
+    return dx, None, dw.astype(empty.dtype)
 
 
 _project.defvjp(_project_fwd, _project_bwd)

@@ -108,11 +108,12 @@ def _look_up(dtype: jnp.dtype, table_VD: jax.Array, ids_BT: jax.Array) -> tuple[
     """Rows of a table of which this device holds a part: x[B, T, D]{U_vocab} -> AllReduce -> x.
 
     fp32 rows are cast, not the table: so the gradient is added up in fp32. A token that occurs a
-    thousand times in a batch adds a thousand terms to its row, and a sum in bf16 stops growing.
+    thousand times in a batch adds a thousand terms to its row, and a sum in bf16 stops growing. So
+    too where a step holds the table in bf16: then the sum is rounded, once.
     """
     local_BT = ids_BT - shard_index("vocab") * table_VD.shape[0]
     here_BT = (local_BT >= 0) & (local_BT < table_VD.shape[0])
-    rows_BTD = table_VD[jnp.where(here_BT, local_BT, 0)].astype(dtype)
+    rows_BTD = table_VD.astype(jnp.float32)[jnp.where(here_BT, local_BT, 0)].astype(dtype)
     return (sum_over(jnp.where(here_BT[..., None], rows_BTD, 0), "vocab"),)
 
 
@@ -214,7 +215,10 @@ class DeepSeekV3(nnx.Module):
 
     def before(self, tokens: Tokens, recipe: Recipe) -> jax.Array:
         """Input of the MoE layers [B, T, D]: embedding and dense layers."""
-        x_BTD = self.embed(tokens.ids_BT, recipe)
+        return self.dense(self.embed(tokens.ids_BT, recipe), tokens, recipe)
+
+    def dense(self, x_BTD: jax.Array, tokens: Tokens, recipe: Recipe) -> jax.Array:
+        """The dense layers, of the embedding."""
         if self.dense_layers is not None:
             x_BTD, _ = scan_layers(self.dense_layers, x_BTD, _one_layer(tokens, recipe))
         return x_BTD
@@ -250,27 +254,30 @@ class DeepSeekV3(nnx.Module):
         x_BTD: jax.Array,
         tokens: Tokens,
         recipe: Recipe,
-        ahead_KBT: jax.Array | None,
+        ahead: jax.Array | None,
         replayed_KBTK: jax.Array | None = None,
     ) -> Output:
-        """Output for the last layer's result; its statistics are those of the MTP modules."""
+        """Output for the last layer's result; its statistics are those of the MTP modules.
+
+        `ahead` is what these read, the tokens [K, B, T] or their embeddings [K, B, T, D].
+        """
         hidden_BTD = self.final_norm(x_BTD)
-        if self.mtp is None or ahead_KBT is None:
+        if self.mtp is None or ahead is None:
             return Output(hidden_BTD, (), None)
         replays = replayed_KBTK is not None and len(replayed_KBTK) > 0
-        inputs = (ahead_KBT, replayed_KBTK) if replays else (ahead_KBT,)
+        inputs = (ahead, replayed_KBTK) if replays else (ahead,)
         mtp_hidden, stats = self._predict_ahead(hidden_BTD, inputs, tokens, recipe)
         return Output(hidden_BTD, mtp_hidden, stats)
 
     def _predict_ahead(self, hidden_BTD, inputs, tokens: Tokens, recipe: Recipe):
         """Run the MTP modules one after the other; module k reads the token k ahead (eq. 21).
 
-        `inputs` are these tokens and, where they are replayed, the experts of every module.
+        `inputs` are what they read and, where they are replayed, the experts of every module.
         """
 
         @recipe.rematerialize
-        def apply(module: MTP, hidden_BTD, ids_BT, *replayed_BTK):
-            embedded_BTD = self.embed(ids_BT, recipe)
+        def apply(module: MTP, hidden_BTD, ahead, *replayed_BTK):
+            embedded_BTD = ahead if ahead.ndim == hidden_BTD.ndim else self.embed(ahead, recipe)
             hidden_BTD, stats = module(hidden_BTD, embedded_BTD, tokens, recipe, *replayed_BTK)
             return hidden_BTD, (hidden_BTD, stats)
 
