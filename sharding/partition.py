@@ -175,7 +175,7 @@ def sum_over(x: jax.Array, *names: str) -> jax.Array:
 
 
 def max_over(x: jax.Array, *names: str) -> jax.Array:
-    """Largest value over the devices that share these logical axes, those of a region around too."""
+    """Largest value over the devices that share these logical axes, in a region around too."""
     axes = _axes(*names, whole=True)
     return lax.pmax(x, axes) if axes else x
 
