@@ -181,7 +181,7 @@ def max_over(x: jax.Array, *names: str) -> jax.Array:
 
 
 def as_term(x: jax.Array) -> jax.Array:
-    """This device's term of a sum over the batch whose value, x, all devices have (`along_axes`)."""
+    """This device's term of a sum over the batch whose value, x, all have (`along_axes`)."""
     layout = _active.get()
     if layout is None:
         return x
