@@ -79,15 +79,16 @@ def portable(
     outputs = []
     for first in range(0, T, block):
         end = min(first + block, T)
-        logits_BKGQS = scale * jnp.einsum(
-            "BQKGH,BSKH->BKGQS",
+        # In the order of the product: XLA:CPU transposes the logits otherwise.
+        logits_BKQGS = scale * jnp.einsum(
+            "BQKGH,BSKH->BKQGS",
             q_BTKGH[:, first:end],
             k_BTKH[:, :end],
             preferred_element_type=jnp.float32,
         )
-        seen = pairs(start_BT, first, end)[:, None]
-        p_BKGQS = masked_softmax(logits_BKGQS, seen).astype(v_BTKH.dtype)
-        o_BQKGH = jnp.einsum("BKGQS,BSKH->BQKGH", p_BKGQS, v_BTKH[:, :end])
+        seen = pairs(start_BT, first, end)[:, :, :, None]
+        p_BKQGS = masked_softmax(logits_BKQGS, seen).astype(v_BTKH.dtype)
+        o_BQKGH = jnp.einsum("BKQGS,BSKH->BQKGH", p_BKQGS, v_BTKH[:, :end])
         outputs.append(o_BQKGH.reshape(B, end - first, N, H))
     return jnp.concatenate(outputs, axis=1)
 
