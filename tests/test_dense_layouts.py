@@ -32,6 +32,8 @@ from tests.layout_helpers import (
     step_on,
     take_step,
 )
+from training.config import OptimizerConfig
+from training.optimizer import is_1d, make_optimizer, muon_label
 
 MODEL = ModelConfig(
     vocab_size=64, hidden_size=32, num_layers=2, num_dense_layers=2, num_heads=4,
@@ -170,3 +172,17 @@ def test_bf16_is_close():
     recipe = Recipe("bfloat16", remat="selective")
     exact, half = step_on(model=MODEL), take_step(model=MODEL, recipe=recipe)
     np.testing.assert_allclose(half.metrics["train/loss"], exact.metrics["train/loss"], rtol=2e-2)
+
+
+def test_biases_of_heads_are_no_matrices():
+    """Muon takes the projections of key heads as matrices, and neither it nor decay the biases."""
+    attn = blueprint(MODEL).params_axes["dense_layers"]["attn"]
+    assert {name: muon_label(attn[name]) for name in ("w_q", "w_k", "w_v", "w_o")} == dict.fromkeys(
+        ("w_q", "w_k", "w_v", "w_o"), "muon"
+    )
+    assert all(is_1d(attn[name]) for name in ("b_q", "b_k", "b_v"))
+    assert not is_1d(attn["w_k"])
+    params = blueprint(MODEL).params
+    make_optimizer(OptimizerConfig(name="muon"), blueprint(MODEL).params_axes).init(
+        jax.tree.map(lambda x: jnp.zeros(x.shape), params)
+    )

@@ -61,17 +61,18 @@ def by_blocks(
     """
     outputs, kept = [], []
     for first, end in _blocks(q_BTKGH.shape[1]):
-        logits_BKGQS = scale * jnp.einsum(
-            "BQKGH,BSKH->BKGQS",
+        # In the order of the product: XLA:CPU transposes the logits otherwise.
+        logits_BKQGS = scale * jnp.einsum(
+            "BQKGH,BSKH->BKQGS",
             q_BTKGH[:, first:end],
             k_BTKH[:, :end],
             preferred_element_type=jnp.float32,
         )
-        seen = pairs(start_BT, first, end)[:, None]
-        p_BKGQS = jax.nn.softmax(jnp.where(seen, logits_BKGQS, -jnp.inf), axis=-1)
-        kept.append(p_BKGQS)
-        p_BKGQS = p_BKGQS.astype(v_BTKV.dtype)
-        outputs.append(jnp.einsum("BKGQS,BSKV->BQKGV", p_BKGQS, v_BTKV[:, :end]))
+        seen = pairs(start_BT, first, end)[:, :, :, None]
+        p_BKQGS = jax.nn.softmax(jnp.where(seen, logits_BKQGS, -jnp.inf), axis=-1)
+        kept.append(p_BKQGS)
+        p_BKQGS = p_BKQGS.astype(v_BTKV.dtype)
+        outputs.append(jnp.einsum("BKQGS,BSKV->BQKGV", p_BKQGS, v_BTKV[:, :end]))
     return jnp.concatenate(outputs, axis=1), kept
 
 
@@ -84,15 +85,15 @@ def by_blocks_vjp(
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
     dq, dk_BTKH, dv_BTKV = [], None, None
     # The last block sees every key; the others add to the first ones.
-    for (first, end), p_BKGQS in reversed(list(zip(_blocks(q_BTKGH.shape[1]), kept, strict=True))):
+    for (first, end), p_BKQGS in reversed(list(zip(_blocks(q_BTKGH.shape[1]), kept, strict=True))):
         do_BQKGV, q_BQKGH = do_BTKGV[:, first:end], q_BTKGH[:, first:end]
-        dp_BKGQS = product("BQKGV,BSKV->BKGQS", do_BQKGV, v_BTKV[:, :end])
-        mean_BKGQ1 = jnp.sum(p_BKGQS * dp_BKGQS, axis=-1, keepdims=True)
-        ds_BKGQS = scale * (p_BKGQS * (dp_BKGQS - mean_BKGQ1))
+        dp_BKQGS = product("BQKGV,BSKV->BKQGS", do_BQKGV, v_BTKV[:, :end])
+        mean_BKQG1 = jnp.sum(p_BKQGS * dp_BKQGS, axis=-1, keepdims=True)
+        ds_BKQGS = scale * (p_BKQGS * (dp_BKQGS - mean_BKQG1))
         k_BSKH, q_BQKGH = (x.astype(jnp.float32) for x in (k_BTKH[:, :end], q_BQKGH))
-        dq.append(product("BKGQS,BSKH->BQKGH", ds_BKGQS, k_BSKH).astype(dtype))
-        dk_BSKH = product("BKGQS,BQKGH->BSKH", ds_BKGQS, q_BQKGH)
-        dv_BSKV = product("BKGQS,BQKGV->BSKV", p_BKGQS.astype(dtype), do_BQKGV)
+        dq.append(product("BKQGS,BSKH->BQKGH", ds_BKQGS, k_BSKH).astype(dtype))
+        dk_BSKH = product("BKQGS,BQKGH->BSKH", ds_BKQGS, q_BQKGH)
+        dv_BSKV = product("BKQGS,BQKGV->BSKV", p_BKQGS.astype(dtype), do_BQKGV)
         dk_BTKH = dk_BSKH if dk_BTKH is None else dk_BTKH.at[:, :end].add(dk_BSKH)
         dv_BTKV = dv_BSKV if dv_BTKV is None else dv_BTKV.at[:, :end].add(dv_BSKV)
     assert dk_BTKH is not None
