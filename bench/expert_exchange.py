@@ -78,9 +78,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=40, help="rounds of the timing")
     options = parser.options()
     emulate_devices(DEVICES)
-    lines = [*price(options.repeats), "", *traffic_table(options.ways), ""]
-    lines += overflow_table(options.repeats)
+    lines = [*price(options.repeats), "", *traffic_table(options.ways)]
     parser.show("Expert exchange", lines)
+    parser.show("Rows of experts beyond their room", overflow_table(options.repeats))
 
 
 def price(repeats: int) -> list[str]:
@@ -211,7 +211,8 @@ def overflow_table(repeats: int) -> list[str]:
         for (name, capacity), (further, memory) in found.items()
     ]
     return [
-        "The same layer with less room than all tokens could need, one level. Rounds beyond the "
+        "The routed experts of the section above, forward and backward, with less room than all "
+        "tokens could need, one level. Rounds beyond the "
         "first, of the device with the most; memory of the program besides its arguments, per "
         "device; medians of time against even routing with room for everything. Emulated devices "
         "share cores, so that time shows work, not waiting.",

@@ -204,7 +204,7 @@ def loss_of_output(
     share_KBT = weights_KBT / weights.num_targets
     means: list[Any] = [
         cross_entropy_sum(
-            hidden[k], model.head.kernel[...], targets_KBT[k], share_KBT[k], recipe.kernels.loss
+            hidden[k], model.head_kernel(), targets_KBT[k], share_KBT[k], recipe.kernels.loss
         )
         for k in range(len(hidden))
     ]

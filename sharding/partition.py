@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sharding.config import MeshConfig
-from sharding.rules import COMPUTED, COPIED, STORED, Rules, axes_of, check_divides, spec
+from sharding.rules import COMPUTED, COPIED, STORED, Rules, axes_of, check_divides, fitting, spec
 
 Names = tuple[str | None, ...]
 
@@ -57,7 +57,15 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     if layout is None or _is_whole(layout):
         return x
     mesh = jax.sharding.get_abstract_mesh() if _outer.get() else layout.mesh
+    names = as_cut(names, x.shape)
     return lax.with_sharding_constraint(x, NamedSharding(mesh, _inner_spec(names, layout)))
+
+
+def as_cut(names: Names, shape: tuple[int, ...]) -> Names:
+    """Logical axes of an activation of this shape on the active layout; None for those that are
+    whole there though their rule would cut them (sharding/rules.py:WHOLE_IF_UNEVEN)."""
+    layout = _active.get()
+    return names if layout is None else fitting(names, shape, layout.computed, layout.mesh.shape)
 
 
 def along_axes(
@@ -181,7 +189,7 @@ def max_over(x: jax.Array, *names: str) -> jax.Array:
 
 
 def as_term(x: jax.Array) -> jax.Array:
-    """This device's term of a sum over the batch whose value, x, every device has (`along_axes`)."""
+    """This device's term of a sum over the batch whose value, x, all have (`along_axes`)."""
     layout = _active.get()
     if layout is None:
         return x
@@ -281,6 +289,7 @@ def stored_spec(layout: Layout, shape: tuple[int, ...], names: Names) -> Partiti
     so that the shards of a pipeline's ranks are neighbours. A matrix without one, and a vector per
     layer, stay copies.
     """
+    names = fitting(names, shape, layout.stored, layout.mesh.shape)
     cut = [axes_of(entry) for entry in spec(names, layout.stored)]
     extra = tuple(axis for axis in layout.copied if all(axis not in axes for axes in cut))
     ways = math.prod(layout.mesh.shape[axis] for axis in extra)
@@ -304,6 +313,7 @@ def stored_shardings(layout: Layout, shapes: Any, axes: Any) -> Any:
     """
 
     def place(name: str, shape: tuple[int, ...], names: Names) -> NamedSharding:
+        names = fitting(names, shape, layout.stored, layout.mesh.shape)
         check_divides(name, shape, names, layout.mesh, layout.stored)
         return NamedSharding(layout.mesh, stored_spec(layout, shape, names))
 
@@ -320,6 +330,7 @@ def moment_spec(layout: Layout, shape: tuple[int, ...], names: Names) -> Partiti
     if not layout.config.zero1 or data == 1:
         return stored
     entries = [axes_of(entry) for entry in stored]
+    names = fitting(names, shape, layout.stored, layout.mesh.shape)
     cut_anyway = [axes_of(entry) for entry in spec(names, layout.stored)]
     extra = [set(now) - set(before) for now, before in zip(entries, cut_anyway, strict=True)]
     for i in sorted(range(len(shape)), key=lambda i: not extra[i]):
@@ -335,10 +346,21 @@ def optimizer_shardings(layout: Layout, shapes: Any, axes: Any) -> Any:
     """Placement of per-parameter optimizer state: `moment_spec` of every parameter."""
 
     def place(name: str, shape: tuple[int, ...], names: Names) -> NamedSharding:
+        names = fitting(names, shape, layout.stored, layout.mesh.shape)
         check_divides(name, shape, names, layout.mesh, layout.stored)
         return NamedSharding(layout.mesh, moment_spec(layout, shape, names))
 
     return _map_named(place, shapes, axes)
+
+
+def stored_axes(layout: Layout, shapes: Any, axes: Any) -> Any:
+    """Logical axes of every parameter as it is stored: None for those that stay whole."""
+    leaves, structure = jax.tree.flatten(shapes)
+    held = [
+        fitting(names, leaf.shape, layout.stored, layout.mesh.shape)
+        for leaf, names in zip(leaves, structure.flatten_up_to(axes), strict=True)
+    ]
+    return structure.unflatten(held)
 
 
 def _map_named(fn: Callable, shapes: Any, axes: Any) -> Any:
@@ -357,8 +379,13 @@ def with_shardings(tree: Any, shardings: Any) -> Any:
     return jax.lax.with_sharding_constraint(tree, shardings)
 
 
-def batch_sharding(layout: Layout, names: Names) -> NamedSharding:
-    """Placement of a batch array with these logical axes."""
+def batch_sharding(
+    layout: Layout, names: Names, shape: tuple[int, ...] | None = None
+) -> NamedSharding:
+    """Placement of a batch array with these logical axes; of this shape, where one of them may stay
+    whole for its size."""
+    if shape is not None:
+        names = fitting(names, shape, layout.computed, layout.mesh.shape)
     return NamedSharding(layout.mesh, spec(names, layout.computed))
 
 
