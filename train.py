@@ -73,8 +73,8 @@ def make_trainer(run: RunConfig) -> "Trainer":
     """Check everything that can be checked before data is read or an array exists."""
     from data.prepare import check_config
     from model.kernels import choose
-    from model.recipe import Recipe
     from sharding.mesh import make_layout
+    from training.recipe import recipe_of
     from training.run import make_check, plan_of
     from training.schedule import check_schedules
 
@@ -92,10 +92,7 @@ def make_trainer(run: RunConfig) -> "Trainer":
     check_schedules(run.train, plan_of(run))
     layout = make_layout(run.mesh)
     choice = choose(run.kernels, run.model, run.train.dtype, layout, run.train.fp8)
-    train = run.train
-    recipe = Recipe(
-        train.dtype, train.remat, choice.kernels, fp8=train.fp8, stash=train.attention_stash
-    )
+    recipe = recipe_of(run.train, choice.kernels)
     trainer = stage_of(run).make_trainer(run, recipe, layout)
     _ = trainer.abstract_state  # names any weight that does not divide over the mesh
     make_check(trainer)  # refuses what it cannot check

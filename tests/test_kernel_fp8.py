@@ -32,12 +32,12 @@ from pallas_kernels.fp8.quantize import (
     quantize_both,
     quantize_tiles,
     quantize_tiles_transposed,
-    reciprocal,
     swiglu_quantize,
     swiglu_quantize_both,
     tile_scale,
 )
 from pallas_kernels.mosaic import SMEM_BYTES
+from pallas_kernels.scales import reciprocal
 from tests.kernel_ladder import emulate, lower, relative_error, unlikeness
 
 PRODUCT = 1e-3  # `unlikeness` that FP8 kernels are held to elsewhere; these reach 1e-5 and less

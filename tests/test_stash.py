@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.attention import mla_attention, through
-from pallas_kernels.attention.stash import Twelve, load, store
+from pallas_kernels.stash import Twelve, load, store
 from tests.kernel_ladder import relative_error
 
 store_e5m6 = jax.jit(lambda x: store(x, "e5m6"))

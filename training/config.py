@@ -96,10 +96,3 @@ class TrainConfig:
     """Steps between checks of a micro batch's loss and gradient norm against the plain path in
     fp32, with the same experts; a gap is a warning that names the operation. 0 never. In stage
     pretrain, without a pipeline; it needs memory for the gradients once more."""
-
-    @property
-    def attention_stash(self) -> Literal["", "e5m6", "e4m3"]:
-        """Type that attention's output is held in; "": its own."""
-        if self.attention_output == "auto":
-            return "e5m6" if self.fp8 else ""
-        return "" if self.attention_output == "full" else self.attention_output

@@ -11,7 +11,7 @@ from pallas_kernels.attention.blocks import unsupported
 from pallas_kernels.attention.grouped import cudnn_unsupported, grouped_attention
 from pallas_kernels.attention.grouped import unsupported as grouped_unsupported
 from pallas_kernels.attention.mla import mla_attention, starts_of_segments
-from pallas_kernels.attention.stash import Stash, through
+from pallas_kernels.stash import Stash, through
 
 __all__ = [
     "Stash",

@@ -18,8 +18,8 @@ from jax import Array
 from pallas_kernels.attention import blocks
 from pallas_kernels.attention.mla import mla_attention
 from pallas_kernels.attention.portable import by_blocks, by_blocks_vjp, pairs
-from pallas_kernels.attention.stash import Stash, through
 from pallas_kernels.mosaic import Backend
+from pallas_kernels.stash import Stash, through
 
 ROTARY = 16
 """Channels of the rotary key that the kernels of latent attention ask for; here they are 0."""

@@ -29,9 +29,9 @@ from pallas_kernels.attention.blocks import (
 )
 from pallas_kernels.attention.forward import forward
 from pallas_kernels.attention.portable import portable, reference
-from pallas_kernels.attention.stash import Stash, load, named, store, through
 from pallas_kernels.attention.tiles import Plan
 from pallas_kernels.mosaic import Backend
+from pallas_kernels.stash import Stash, load, named, store, through
 from pallas_kernels.tuned import tuned_blocks
 
 

@@ -1,7 +1,7 @@
 """Attention by XLA in blocks of queries, and latent attention's definition in fp32.
 
-Shape letters: as in `mla.py`; Q queries of a block; K heads of keys, G queries of a key head: latent
-attention has keys of every head, and G = 1.
+Shape letters: as in `mla.py`; Q queries of a block; K heads of keys, G queries of a key head: G = 1
+in latent attention.
 """
 
 from collections.abc import Iterator

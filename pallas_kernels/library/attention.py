@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.attention.stash import Stash, load, named, store
 from pallas_kernels.library.installed import module, operation, parts, refusal, untracked
+from pallas_kernels.stash import Stash, load, named, store
 
 
 class _Call(NamedTuple):

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.fp8.quantize import E4M3, TILE, reciprocal, tile_scale
+from pallas_kernels.scales import E4M3, TILE, reciprocal, tile_scale
 
 Stash = Literal["", "e5m6", "e4m3"]
 """Type that the output is held in; "": its own."""
