@@ -158,7 +158,8 @@ def test_the_walk_sees_a_sum_in_bf16():
 
     arrays = jnp.zeros((50, 8)), jnp.zeros((8, 3)), jnp.zeros(29, int), jnp.zeros(29)
     found = sums_of(jax.jit(jax.grad(loss, argnums=(0, 1))).trace(*arrays).jaxpr.jaxpr)
-    assert {op for op, _ in found} == {"scatter-add", "dot_general", "cumsum", "reduce_sum"}
+    # jnp.sum itself adds in fp32.
+    assert {op for op, _ in found} == {"scatter-add", "dot_general", "cumsum"}
 
 
 # ---- recomputation -------------------------------------------------------------------------------
