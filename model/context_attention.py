@@ -21,7 +21,8 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from model.recipe import keep
+from model.recipe import KEPT, keep
+from pallas_kernels.attention import Stash, through
 from sharding.context import over_sources, sequence_shards
 from sharding.partition import Names, on_shards, shard_index, sum_over, vary
 
@@ -45,6 +46,11 @@ class Form(Protocol):
         ...
 
     @property
+    def stash(self) -> Stash:
+        """Type that outputs are held in for the backward pass."""
+        ...
+
+    @property
     def sent_names(self) -> tuple[Names, ...]:
         """Logical axes of what travels."""
         ...
@@ -60,6 +66,15 @@ class Form(Protocol):
 
     def expand(self, here: int, sent: Arrays, weights: Arrays) -> tuple[jax.Array, jax.Array]:
         """Keys [B, S, N, H] and values [B, S, N, V] of a device's `here` heads."""
+        ...
+
+    def pull(
+        self, here: int, sent: Arrays, weights: Arrays, dk: jax.Array, dv: jax.Array, /
+    ) -> tuple[Arrays, Arrays]:
+        """fp32 gradients of `expand` for `sent` and `weights`, of those of keys and values.
+
+        What is added up afterwards, over heads, tokens and devices, is not rounded before.
+        """
         ...
 
     def summed(self, gradient: jax.Array, /) -> jax.Array:
@@ -96,7 +111,8 @@ def context_attention(
     """softmax(q k^T * scale) v [B, T, N, V] of tokens in balanced order, T cut over devices.
 
     `form` makes k and v of `sent` [B, T, ...] and `weights`. Keys of other segments are not seen.
-    fp32 softmax. Its gradient must be taken under the same layout.
+    fp32 softmax. Weights may be fp32: products read them in the type of `q`, their gradient is
+    fp32. The gradient must be taken under the same layout.
     """
     return _attention(q_BTNH, sent, weights, segments_BT, form, sequence_shards())
 
@@ -116,24 +132,28 @@ def _with_segments(arrays: tuple, names: tuple, segments_BT: jax.Array | None):
 def _forward(q_BTNH, sent, weights, segments_BT, form: Form, shards: int):
     assert shards == sequence_shards()
     region = partial(_forward_on_shard, form=form, parts=(len(sent), len(weights)))
+    types = tuple(jnp.zeros(0, w.dtype) for w in weights)
+    weights = tuple(w.astype(q_BTNH.dtype) for w in weights)
     arrays, names = (q_BTNH, *sent, *weights), (_HEADS, *form.sent_names, *form.weight_names)
     arrays, names = _with_segments(arrays, names, segments_BT)
     o_BTNV, lse_BTN = on_shards(region, names, (_HEADS, _STATISTIC))(*arrays)
     # With selective recomputation the walk over the shards is not repeated for these two.
-    o_BTNV, lse_BTN = keep(o_BTNV), keep(lse_BTN)
-    return o_BTNV, (q_BTNH, sent, weights, segments_BT, o_BTNV, lse_BTN)
+    o_BTNV, lse_BTN = through(o_BTNV, form.stash, KEPT), keep(lse_BTN)
+    return o_BTNV, (q_BTNH, sent, weights, segments_BT, o_BTNV, lse_BTN, types)
 
 
 def _backward(form: Form, shards: int, saved, do_BTNV):
     assert shards == sequence_shards(), "differentiate inside of `use_layout`"
-    q_BTNH, sent, weights, segments_BT, o_BTNV, lse_BTN = saved
+    q_BTNH, sent, weights, segments_BT, o_BTNV, lse_BTN, types = saved
     region = partial(_backward_on_shard, form=form, parts=(len(sent), len(weights)))
     arrays = (q_BTNH, o_BTNV, lse_BTN, do_BTNV, *sent, *weights)
     made = (*form.sent_names, *form.weight_names)
     names = (_HEADS, _HEADS, _STATISTIC, _HEADS, *made)
     arrays, names = _with_segments(arrays, names, segments_BT)
     dq_BTNH, *rest = on_shards(region, names, (_HEADS, *made))(*arrays)
-    return dq_BTNH, tuple(rest[: len(sent)]), tuple(rest[len(sent) :]), None
+    dweights = zip(rest[len(sent) :], types, strict=True)
+    dweights = tuple(dw.astype(empty.dtype) for dw, empty in dweights)
+    return dq_BTNH, tuple(rest[: len(sent)]), dweights, None
 
 
 _attention.defvjp(_forward, _backward)
@@ -183,26 +203,21 @@ def _backward_on_shard(
     delta_BTN = jnp.einsum("BTNV,BTNV->BTN", do_BTNV, o_BTNV, preferred_element_type=jnp.float32)
     rest = (do_BTNV, lse_BTN, delta_BTN)
     queries = jax.tree.map(_chunks, Queries(q_BTNH, segments_BT, rest))
-    exact = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)  # noqa: E731
 
     def read(state, blocks, there):
         dq_BPQNH, dweights = state
         sent, segments_BS = there
 
-        def expanded(sent, weights):
-            return jax.tree.map(_chunks, form.expand(N, sent, weights))
-
-        kv, pull = jax.vjp(expanded, sent, weights)
-        keys = Keys(kv[0], kv[1], None if segments_BS is None else _chunks(segments_BS))
-        dkv = jax.tree.map(lambda x: vary(jnp.zeros(x.shape, jnp.float32)), kv)
+        keys = jax.tree.map(_chunks, Keys(*form.expand(N, sent, weights), segments_BS))
+        dkv = jax.tree.map(lambda x: vary(jnp.zeros(x.shape, jnp.float32)), (keys.k, keys.v))
         for a, b, diagonal in blocks:
             part = _chunk(keys, b)
             rows = partial(_differentiate, keys=part, diagonal=diagonal, scale=form.scale)
             dkv_b, dq = _by_rows(rows, _chunk(dkv, b), _chunk(queries, a))
             dkv = _put_chunk(dkv, dkv_b, b)
             dq_BPQNH = _put_chunk(dq_BPQNH, _chunk(dq_BPQNH, a) + dq, a)
-        dsent, dw = pull(jax.tree.map(lambda g, x: g.astype(x.dtype), dkv, kv))
-        return (dq_BPQNH, jax.tree.map(jnp.add, dweights, exact(dw))), exact(dsent)
+        dsent, dw = form.pull(N, sent, weights, *(_joined(g) for g in dkv))
+        return (dq_BPQNH, jax.tree.map(jnp.add, dweights, dw)), dsent
 
     zero = lambda x: vary(jnp.zeros(x.shape, jnp.float32))  # noqa: E731
     (dq_BPQNH, dweights), dsent = over_sources(
@@ -212,8 +227,7 @@ def _backward_on_shard(
     )
     # dc[B, T_cp, L]{U_tp} -> AllReduce_tp ; dw[C, N_tp, H]{U_batch,cp} -> AllReduce
     dsent = [form.summed(g.astype(x.dtype)) for g, x in zip(dsent, sent, strict=True)]
-    pairs = zip(dweights, weights, strict=True)
-    dweights = [sum_over(g, "batch", "seq").astype(w.dtype) for g, w in pairs]
+    dweights = [sum_over(g, "batch", "seq") for g in dweights]
     return dq_BPQNH.reshape(q_BTNH.shape).astype(q_BTNH.dtype), *dsent, *dweights
 
 
@@ -277,6 +291,11 @@ def _differentiate(start, mine: Queries, dkv, *, keys: Keys, diagonal: bool, sca
 def _chunks(x: jax.Array) -> jax.Array:
     """[B, T, ...] -> [B, P, Q, ...]."""
     return x.reshape(x.shape[0], 2, x.shape[1] // 2, *x.shape[2:])
+
+
+def _joined(x: jax.Array) -> jax.Array:
+    """[B, P, Q, ...] -> [B, T, ...]."""
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
 def _chunk(tree: Any, which: jax.Array | int) -> Any:

@@ -8,7 +8,7 @@ Letters: B batch, T query and S key positions, D hidden width, N heads, K heads 
 H channels of a head, L = 2 H channels of a slot of the cache: value, then key.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from model.context_attention import context_attention
 from model.layers import RMSNorm, from_stream, project, to_stream, weight
 from model.recipe import KEPT, PLAIN, Recipe
 from model.rope import rotate, rotation, softmax_scale
-from pallas_kernels.attention import grouped_attention, starts_of_segments
+from pallas_kernels.attention import Stash, grouped_attention, starts_of_segments
 from pallas_kernels.decode import grouped_decode
 from pallas_kernels.mosaic import Backend
 from sharding.context import sequence_shards
@@ -101,11 +101,11 @@ class GroupedAttention(nnx.Module):
         q_BTNH, k_BTKH, v_BTKH = heads
         scale = softmax_scale(self.config)
         if sequence_shards() > 1:
-            form = Form(scale, self.config.num_heads, as_cut(KEY_HEADS, k_BTKH.shape))
+            form = Form(scale, self.config.num_heads, as_cut(KEY_HEADS, k_BTKH.shape), recipe.stash)
             o_BTNH = context_attention(q_BTNH, (k_BTKH, v_BTKH), (), segments_BT, form)
         else:
             arrays = q_BTNH, k_BTKH, v_BTKH, segments_BT
-            o_BTNH = _attend_on_shards(*arrays, scale, recipe.kernels.attention)
+            o_BTNH = _attend_on_shards(*arrays, scale, recipe)
         return self.output(o_BTNH, recipe)
 
     def heads(
@@ -135,7 +135,7 @@ class GroupedAttention(nnx.Module):
         return to_stream(project("BTNH,NHD->BTD", o_BTNH, self.w_o, recipe))
 
 
-def _attend_on_shards(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale: float, backend: Backend):
+def _attend_on_shards(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale: float, recipe: Recipe):
     """Attention [B, T, N, H], each device on its own rows and heads."""
     total, keys = q_BTNH.shape[2], as_cut(KEY_HEADS, k_BTKH.shape)
     arrays, names = (q_BTNH, k_BTKH, v_BTKH), (HEADS, keys, keys)
@@ -145,8 +145,8 @@ def _attend_on_shards(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale: float, backend
     def on_shard(q_BTNH, k_BTKH, v_BTKH, segments_BT=None):
         start_BT = None if segments_BT is None else starts_of_segments(segments_BT)
         k_BTKH, v_BTKH = (own_heads(x, q_BTNH.shape[2], total, keys) for x in (k_BTKH, v_BTKH))
-        options = {"scale": scale, "backend": backend, "kept": KEPT}
-        return (grouped_attention(q_BTNH, k_BTKH, v_BTKH, start_BT, **options),)
+        options: Any = {"backend": recipe.kernels.attention, "kept": KEPT, "stash": recipe.stash}
+        return (grouped_attention(q_BTNH, k_BTKH, v_BTKH, start_BT, scale=scale, **options),)
 
     return on_shards(on_shard, names, (HEADS,))(*arrays)[0]
 
@@ -188,6 +188,8 @@ class Form(NamedTuple):
     """Heads of queries, on all devices."""
     names: tuple[str | None, ...]
     """Logical axes of keys and values as they are cut."""
+    stash: Stash = ""
+    """Type that outputs are held in for the backward pass."""
 
     @property
     def sent_names(self):
@@ -211,6 +213,11 @@ class Form(NamedTuple):
             return jnp.repeat(x_BSKH, here // x_BSKH.shape[2], axis=2)
 
         return repeated(sent[0]), repeated(sent[1])
+
+    def pull(self, here: int, sent, weights, dk_BTNH: jax.Array, dv_BTNH: jax.Array):
+        """fp32 gradients of what travelled: sums over the queries of a group."""
+        whole = tuple(x.astype(jnp.float32) for x in sent)
+        return jax.vjp(lambda *sent: self.expand(here, sent, ()), *whole)[1]((dk_BTNH, dv_BTNH)), ()
 
     def summed(self, dx_BTKH: jax.Array) -> jax.Array:
         """Gradients of what travelled, where devices with other heads of queries read it too."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from sharding.config import MeshConfig
-from sharding.devices import schedule_options
+from sharding.devices import EXACT, schedule_options
 
 
 class Gpu(NamedTuple):
@@ -95,7 +95,7 @@ def inspection_options(config: MeshConfig) -> dict[str, Any]:
     In a pipeline also without fusions around softmax: XLA spends a third of its time on finding
     tiles for them, and they change its memory by 1 %. Elsewhere they may save a tenth of it.
     """
-    options = schedule_options(config)
+    options = EXACT | schedule_options(config)
     passes = "xla_disable_hlo_passes"
     if config.pipe > 1:
         options[passes] = ",".join(filter(None, (options.get(passes), "triton-softmax-rewriter")))

@@ -16,6 +16,12 @@ operand, such as a weight or a table of angles: products into one product, fusio
 What it joins waits for both micro batches, and no exchange of one can then hide behind the other.
 """
 
+EXACT = {"xla_allow_excess_precision": False}
+"""Options of a program that rounds wherever its text says so. By default XLA leaves out a rounding
+to bf16 and back where it fuses both, and which those are depends on the rest of the program: the
+same layer recomputed then has other last bits, and a quantiser makes steps of them.
+"""
+
 
 def num_devices(layout: Layout) -> int:
     """Devices of all processes together."""

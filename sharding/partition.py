@@ -155,15 +155,16 @@ def _flat(partition: PartitionSpec) -> list[str]:
     return [axis for entry in partition for axis in axes_of(entry)]
 
 
-def _axes(*names: str) -> tuple[str, ...]:
+def _axes(*names: str, whole: bool = False) -> tuple[str, ...]:
     """Mesh axes behind logical names inside the current region; none outside of one.
 
-    Those of the batch leave out what a region around gives: it adds up itself (`along_axes`).
+    Unless `whole`, those of the batch leave out what a region around gives: it adds up itself
+    (`along_axes`).
     """
     layout = _active.get()
     if layout is None or not _region.get():
         return ()
-    given = {"batch": _outer.get()}
+    given = {} if whole else {"batch": _outer.get()}
     return tuple(a for name in names for a in layout.computed[name] if a not in given.get(name, ()))
 
 
@@ -182,9 +183,18 @@ def sum_over(x: jax.Array, *names: str) -> jax.Array:
 
 
 def max_over(x: jax.Array, *names: str) -> jax.Array:
-    """Largest value over the devices that share these logical axes."""
-    axes = _axes(*names)
+    """Largest value over the devices that share these logical axes, in a region around too."""
+    axes = _axes(*names, whole=True)
     return lax.pmax(x, axes) if axes else x
+
+
+def as_term(x: jax.Array) -> jax.Array:
+    """This device's term of a sum over the batch whose value, x, all have (`along_axes`)."""
+    layout = _active.get()
+    if layout is None:
+        return x
+    outer = (axis for axis in layout.computed["batch"] if axis in _outer.get())
+    return x / math.prod(layout.mesh.shape[axis] for axis in outer)
 
 
 def gather(x: jax.Array, name: str) -> jax.Array:

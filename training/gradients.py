@@ -29,7 +29,7 @@ from model.stages import (
     stage_costs,
 )
 from model.transformer import DeepSeekV3
-from sharding.copies import is_gathered, sum_of_shards
+from sharding.copies import is_gathered, sum_of_shards, sums_on_the_way
 from sharding.partition import Layout, pipeline_ranks, stored_axes
 from sharding.pipeline.executor import run
 from sharding.pipeline.schedule import Schedule, make_schedule
@@ -63,7 +63,7 @@ def gradients_of_shards(
         return (loss, parts), grads
 
     held = jax.tree.map(
-        lambda w, names: hold(w, names, recipe) if is_gathered(w, names, layout) else w,
+        lambda w, names: _held(w, names, recipe, layout) if is_gathered(w, names, layout) else w,
         params, axes,
     )  # fmt: skip
     (loss, parts), grads = sum_of_shards(
@@ -71,6 +71,11 @@ def gradients_of_shards(
         jax.tree.map(jnp.float32, weights),
     )  # fmt: skip
     return loss, parts, grads
+
+
+def _held(w: jax.Array, names: Any, recipe: Recipe, layout: Layout) -> jax.Array:
+    """A weight as a step holds it; its gradients have the same type until they are accumulated."""
+    return w if sums_on_the_way(layout) else hold(w, names, recipe)
 
 
 def accumulated_gradients(
@@ -165,7 +170,7 @@ def pipelined_gradients(
     placement = place_layers(schedule, config.stack_size, *stage_costs(config))
     plan = blueprint(config)
     params_axes = stored_axes(layout, plan.params, plan.params_axes)
-    held = jax.tree.map(lambda w, names: hold(w, names, recipe), params, params_axes)
+    held = jax.tree.map(lambda w, names: _held(w, names, recipe, layout), params, params_axes)
     axes: Any = split_weights(config, params_axes, plan.router_bias_axes)
     shared = weights.num_targets, weights.num_sequences, weights.mtp
     stages = pipeline_stages(config, recipe, weights.balance)

@@ -8,16 +8,17 @@ Letters: B batch, T query and S key positions, K heads of keys, G queries of a k
 heads, H channels, Q queries of a block.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.attention import blocks
 from pallas_kernels.attention.mla import mla_attention
-from pallas_kernels.attention.portable import MAX_BLOCKS, QUERY_BLOCK, masked_softmax, pairs
+from pallas_kernels.attention.portable import by_blocks, by_blocks_vjp, pairs
+from pallas_kernels.attention.stash import Stash, through
 from pallas_kernels.mosaic import Backend
 
 ROTARY = 16
@@ -35,23 +36,23 @@ def grouped_attention(
     scale: float,
     backend: Backend = "portable",
     kept: str | None = None,
+    stash: Stash = "",
 ) -> Array:
     """softmax(scale q k^T) v [B, T, N, H], fp32 softmax; row t sees the keys start[t] <= s <= t.
 
-    Head n reads head n // G of the keys and values. `start_BT`, `backend` and `kept` are those of
-    `mla_attention`; "cudnn" is a backend of its own, with a mask of T x T where `start_BT` is
-    given. Differentiable in q, k and v. Raises ValueError for what a kernel cannot take.
+    Head n reads head n // G of the keys and values. `start_BT`, `backend`, `kept` and `stash` are
+    those of `mla_attention`; "cudnn" is a backend of its own, with a mask of T x T where `start_BT`
+    is given. Differentiable in q, k and v. Raises ValueError for what a kernel cannot take.
     """
     if backend in ("mosaic", "emulated"):
         group = q_BTNH.shape[2] // k_BTKH.shape[2]
         kv_BTNW = jnp.repeat(jnp.concatenate([k_BTKH, v_BTKH], axis=-1), group, axis=2)
         q_BTNL = jnp.pad(q_BTNH, ((0, 0), (0, 0), (0, 0), (0, ROTARY)))
         none_BTR = jnp.zeros((*k_BTKH.shape[:2], ROTARY), k_BTKH.dtype)
-        options = {"scale": scale, "backend": backend, "kept": kept}
+        options = {"scale": scale, "backend": backend, "kept": kept, "stash": stash}
         return mla_attention(q_BTNL, kv_BTNW, none_BTR, start_BT, **options)
     run: Any = {"cudnn": _cudnn, "portable": portable, "reference": reference}[backend]
-    o_BTNH = run(q_BTNH, k_BTKH, v_BTKH, start_BT, scale)
-    return o_BTNH if kept is None else checkpoint_name(o_BTNH, kept)
+    return through(run(q_BTNH, k_BTKH, v_BTKH, start_BT, scale), stash, kept)
 
 
 def unsupported(channels: int, dtype: Any) -> str | None:
@@ -75,22 +76,27 @@ def portable(
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    block = max(QUERY_BLOCK, -(-T // MAX_BLOCKS))
-    outputs = []
-    for first in range(0, T, block):
-        end = min(first + block, T)
-        # In the order of the product: XLA:CPU transposes the logits otherwise.
-        logits_BKQGS = scale * jnp.einsum(
-            "BQKGH,BSKH->BKQGS",
-            q_BTKGH[:, first:end],
-            k_BTKH[:, :end],
-            preferred_element_type=jnp.float32,
-        )
-        seen = pairs(start_BT, first, end)[:, :, :, None]
-        p_BKQGS = masked_softmax(logits_BKQGS, seen).astype(v_BTKH.dtype)
-        o_BQKGH = jnp.einsum("BKQGS,BSKH->BQKGH", p_BKQGS, v_BTKH[:, :end])
-        outputs.append(o_BQKGH.reshape(B, end - first, N, H))
-    return jnp.concatenate(outputs, axis=1)
+    o_BTKGH: Any = _attend(scale, q_BTKGH, k_BTKH, v_BTKH, start_BT)
+    return o_BTKGH.reshape(B, T, N, H)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(scale: float, q_BTKGH, k_BTKH, v_BTKH, start_BT) -> Array:
+    return by_blocks(scale, q_BTKGH, k_BTKH, v_BTKH, start_BT)[0]
+
+
+def _attend_fwd(scale: float, q_BTKGH, k_BTKH, v_BTKH, start_BT):
+    o_BTKGH, kept = by_blocks(scale, q_BTKGH, k_BTKH, v_BTKH, start_BT)
+    return o_BTKGH, (q_BTKGH, k_BTKH, v_BTKH, kept)
+
+
+def _attend_bwd(scale: float, saved, do_BTKGH: Array):
+    q_BTKGH, k_BTKH, v_BTKH, kept = saved
+    dq, dk_BTKH, dv_BTKH = by_blocks_vjp(scale, q_BTKGH, k_BTKH, v_BTKH, kept, do_BTKGH)
+    return dq, dk_BTKH.astype(k_BTKH.dtype), dv_BTKH.astype(v_BTKH.dtype), None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def reference(

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels.attention.stash import Stash, load, named, store
 from pallas_kernels.library.installed import module, operation, parts, refusal, untracked
 
 
@@ -25,6 +25,7 @@ class _Call(NamedTuple):
     scale: float
     kept: str | None
     part: str
+    stash: Stash
 
 
 def attend(
@@ -34,6 +35,7 @@ def attend(
     start_BT: Array | None,
     scale: float,
     kept: str | None = None,
+    stash: Stash = "",
 ) -> Array:
     """`mla_attention` [B, T, N, V]; arguments as there, checked.
 
@@ -47,7 +49,7 @@ def attend(
             f"queries are {q_BTNH.dtype}, and the library multiplies bfloat16; "
             "use backend='portable'"
         )
-    return _attend(_Call(scale, kept, part), q_BTNH, kv_BTNW, k_rope_BTR, start_BT)
+    return _attend(_Call(scale, kept, part, stash), q_BTNH, kv_BTNW, k_rope_BTR, start_BT)
 
 
 def attention_refusal(nope: int, rotary: int, value: int, dtype: Any) -> str | None:
@@ -90,14 +92,14 @@ def _forward(call: _Call, *operands):
         attention = operation("attention", call.part)
         return attention(*arrays, mask=mask, logits_scale=call.scale, return_residuals=True)
 
-    found = _untracked(run, operands)
-    if call.kept is not None:
-        found = jax.tree.map(lambda x: checkpoint_name(x, call.kept), found)
-    return found[0], (operands, *found)
+    o_BTNV, sums = _untracked(run, operands)
+    held, sums = named((store(o_BTNV, call.stash), sums), call.kept)
+    return load(held, o_BTNV.shape, o_BTNV.dtype), (operands, held, sums)
 
 
 def _backward(call: _Call, saved, do_BTNV: Array):
-    operands, o_BTNV, (largest_BNT, sum_BNT) = saved
+    operands, held, (largest_BNT, sum_BNT) = saved
+    o_BTNV = load(held, do_BTNV.shape, do_BTNV.dtype)
     run = partial(_gradients, call)
     return *_untracked(run, operands, o_BTNV, largest_BNT, sum_BNT, do_BTNV), None
 
