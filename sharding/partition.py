@@ -32,6 +32,9 @@ class Layout:
     computed: Rules = dataclasses.field(default_factory=lambda: COMPUTED, hash=False)
     config: MeshConfig = MeshConfig()
     """Options of the collectives; the axes' sizes are the mesh's."""
+    device: Any = dataclasses.field(default=None, hash=False)
+    """What all devices of an abstract mesh are like (`sharding/mesh.py:planned_layout`); None: the
+    mesh has devices."""
 
 
 _active: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout", default=None)

@@ -7,11 +7,12 @@ two levels: a token goes once to each node that holds one of its experts and fan
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
-from sharding.experts.exchange import even_share, level
+from sharding.config import MeshConfig
+from sharding.experts.exchange import even_share, level, slots_per_shard
 from sharding.partition import gather, num_shards, options, scatter_sum, shard_index, sum_over
 
 
@@ -53,9 +54,58 @@ def exchange(
     else:
         (N, K), nodes = ids_NK.shape, num_shards("nodes")
         of_node = num_local * num_shards("experts_of_node")
-        sent, fanned = (even_share(nodes * of_node, n, K, groups) for n in (of_node, num_local))
+        across_rows, inside_rows = mean_rows(N, K, num_local, of_node, nodes, groups)
         axis = "experts_of_node"
-        inside = level(axis, axis, num_local, N * nodes * fanned, config, here)
-        across = level("nodes", "experts", of_node, N * sent, config, inside)
+        inside = level(axis, axis, num_local, inside_rows, config, here)
+        across = level("nodes", "experts", of_node, across_rows, config, inside)
         y_ND, computed = across(params, x_ND, ids_NK, weights_NK)
     return sum_over(y_ND, "expert_ffn"), computed  # y[N, D]{U_tp} -> AllReduce_tp -> y[N, D]
+
+
+def mean_rows(
+    tokens: int, choices: int, num_local: int, of_node: int, nodes: int, groups: tuple[int, int]
+) -> tuple[float, float]:
+    """Rows that a device sends to one node, and those that it then sends to one device inside its
+    node, under even load; of experts a device holds `num_local`, a node `of_node`."""
+    sent, fanned = (even_share(nodes * of_node, n, choices, groups) for n in (of_node, num_local))
+    return tokens * sent, tokens * nodes * fanned
+
+
+class Rows(NamedTuple):
+    """Rows of a device's exchange, one way. Buffers are what is reserved and sent, padding
+    included; means are what is filled under even load."""
+
+    across: int
+    """Buffer of the level between nodes; 0: there is one node."""
+    inside: int
+    """Buffer of the level inside a node; 0: a node is one device."""
+    received: int
+    """Rows that the experts here are given."""
+    sorted: int
+    """Places of rows sorted by expert."""
+    mean_across: float
+    mean_inside: float
+    computed: float
+    """Choices that the experts here compute."""
+
+
+def exchange_rows(
+    tokens: int, choices: int, experts: int, config: MeshConfig, groups: tuple[int, int]
+) -> Rows:
+    """What `exchange` reserves, sends and computes for `tokens` tokens of a device."""
+    nodes, per_node = config.expert_nodes, config.expert // config.expert_nodes
+    local = experts // config.expert
+    computed = float(tokens * choices)
+    if config.exchange == "gather" and config.expert > 1:
+        held = tokens * config.expert
+        return Rows(0, held, held, held * min(choices, local), 0.0, held, computed)
+    to_node, to_device = mean_rows(tokens, choices, local, local * per_node, nodes, groups)
+    capacity, rows = config.exchange_capacity, tokens
+    across = nodes * slots_per_shard(rows, to_node, capacity) if nodes > 1 else 0
+    rows = across or rows
+    inside = per_node * slots_per_shard(rows, to_device, capacity) if per_node > 1 else 0
+    rows = inside or rows
+    return Rows(
+        across, inside, rows, rows * min(choices, local), nodes * to_node * (nodes > 1),
+        per_node * to_device * (per_node > 1), computed,
+    )  # fmt: skip

@@ -114,6 +114,23 @@ def run(
     )
 
 
+def stash_shapes(table: Table, slots: int, x: Any, saved: Tree) -> dict[str, Tree]:
+    """Shapes of a rank's stashes, of those of a layer's input `x` and of what it saves: all that is
+    carried from tick to tick besides weights and their gradients."""
+
+    def many(count: int, *inner: int) -> Callable[[Any], jax.ShapeDtypeStruct]:
+        return lambda s: jax.ShapeDtypeStruct((count + 1, *inner, *s.shape), s.dtype)
+
+    found = {
+        "x": many(table.num_x)(x),
+        "dy": many(table.num_dy)(x),
+        "saved": jax.tree.map(many(table.num_saved, slots), saved),
+    }
+    if CODES["I"] in table.codes:
+        found["cotangents"] = many(table.num_saved, slots)(x)
+    return found
+
+
 class _Total(NamedTuple):
     """Sums of a rank over the ticks."""
 
@@ -151,18 +168,7 @@ class _Rank:
 
     def run(self, columns: dict[str, jax.Array]) -> _Total:
         """All ticks; the sums of this rank."""
-        t = self.table
-        x, one = self.x, self.one
-        stash = {
-            "x": jnp.zeros((t.num_x + 1, *x.shape), x.dtype),
-            "dy": jnp.zeros((t.num_dy + 1, *x.shape), x.dtype),
-            "saved": jax.tree.map(
-                lambda s: jnp.zeros((t.num_saved + 1, self.slots, *s.shape), s.dtype), one.saved
-            ),
-        }
-        if self._asks("I"):
-            shape = (t.num_saved + 1, self.slots, *x.shape)
-            stash["cotangents"] = jnp.zeros(shape, x.dtype)
+        stash = zeros_like_shapes(stash_shapes(self.table, self.slots, self.x, self.one.saved))
         (_, total), _ = lax.scan(self._tick, (stash, self._zero_total()), columns)
         return total
 

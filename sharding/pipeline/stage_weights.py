@@ -148,6 +148,27 @@ def send_back(tree: Tree, axes: Tree, placement: Placement, layout: Layout) -> T
     return jax.tree.map(send_one, tree, axes)
 
 
+def held_shapes(weights: Weights, axes: Weights, placement: Placement, layout: Layout) -> Weights:
+    """ShapeDtypeStructs, with their placements, of what `gather_outer` and `fetch` give: the weights
+    that ranks compute with. Their gradients lie alike."""
+
+    def whole(x: Any, names: Names) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(layout.mesh, _held(names, layout))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    def slots(x: Any, names: Names) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(layout.mesh, PartitionSpec(AXIS, *_held(names, layout)[1:]))
+        shape = placement.layer_of.size, *x.shape[1:]
+        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
+
+    return Weights(
+        jax.tree.map(whole, weights.outer, axes.outer),
+        jax.tree.map(slots, weights.layers, axes.layers),
+        jax.tree.map(whole, weights.outer_constants, axes.outer_constants),
+        jax.tree.map(slots, weights.layer_constants, axes.layer_constants),
+    )
+
+
 def by_layer(x: jax.Array, placement: Placement) -> jax.Array:
     """Rows of all slots added up by the layer they hold: [P W, ...] -> [L, ...]."""
     layer_of = placement.layer_of.reshape(-1)
