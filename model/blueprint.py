@@ -95,12 +95,13 @@ def bind_part(config: ModelConfig, name: str, params: Tree, router_bias: Tree) -
 
 
 def prepare_parts(config: ModelConfig) -> None:
-    """Make what `bind_around` and `bind_part` of the MoE layers need, ahead of a region.
+    """Make what `bind_around`, and `bind_part` of MoE layers and embedding need, ahead of a region.
 
     Inside of one, flax would look for the logical axes on the region's mesh.
     """
     _abstract_around(config)
     _abstract_part(config, "moe_layers")
+    _abstract_part(config, "embed")
 
 
 @functools.cache

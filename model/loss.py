@@ -164,6 +164,35 @@ def training_loss(
     return loss_of_output(model, output, examples, weights, recipe)
 
 
+def balance_of_output(
+    output: Output, weights: LossWeights, config: ModelConfig
+) -> tuple[jax.Array, LossParts]:
+    """The terms of `loss_of_output` that need no head."""
+    zero = jnp.zeros((), jnp.float32)
+    balance, counts_LE, dropped = _moe_parts(output.stats, weights, config)
+    return weights.balance * balance, LossParts(zero, zero, balance, counts_LE, dropped)
+
+
+def loss_of_hidden(
+    hidden_BTD: jax.Array,
+    kernel_DV: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    k: jax.Array,
+    weights: LossWeights,
+    config: ModelConfig,
+    recipe: Recipe,
+) -> tuple[jax.Array, LossParts]:
+    """The others, of one hidden state: the main model's (k = 0) or that of MTP module k."""
+    total: Any = cross_entropy_sum(
+        hidden_BTD, kernel_DV, targets_BT, weights_BT, recipe.kernels.loss
+    )
+    mean = total / weights.num_targets
+    main, mtp = jnp.where(k == 0, mean, 0.0), jnp.where(k > 0, mean / max(config.mtp_depth, 1), 0.0)
+    none, zero = jnp.zeros((config.mtp_depth, config.num_experts)), jnp.zeros(())
+    return main + weights.mtp * mtp, LossParts(main, mtp, zero, none, zero)
+
+
 def loss_of_output(
     model: DeepSeekV3, output: Output, examples: Examples, weights: LossWeights, recipe: Recipe
 ) -> tuple[jax.Array, LossParts]:

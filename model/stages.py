@@ -11,27 +11,50 @@ import jax.numpy as jnp
 from model.blueprint import Tree, bind_around, bind_part, blueprint, prepare_parts
 from model.config import ModelConfig
 from model.costs import count_weights
-from model.loss import LossParts, LossWeights, training_loss
+from model.loss import (
+    Examples,
+    LossParts,
+    LossWeights,
+    balance_of_output,
+    loss_of_hidden,
+    make_examples,
+)
 from model.moe import MoEStats
 from model.recipe import Recipe
-from sharding.partition import constrain
+from model.transformer import DeepSeekV3
+from sharding.partition import Names, constrain
 from sharding.pipeline.executor import Stages, Weights
 
 ROUTED = ("w_gate", "w_up", "w_down")
 LAYERS = "moe_layers"
-"""The stack that is cut into stages; everything else is computed with the first or last of them."""
+"""The stack that is cut into stages."""
+VOCABULARY = ("embed", "head")
+"""What every rank has a part of; everything else is computed with the first or last stage."""
 
 
 def split_weights(params: Tree, router_bias: Tree) -> Weights:
     """Parameters and router biases as a pipeline takes them."""
-    outer = {name: part for name, part in params.items() if name != LAYERS}
+    vocab = {name: params[name] for name in VOCABULARY}
+    outer = {name: part for name, part in params.items() if name not in (LAYERS, *VOCABULARY)}
     outer_bias = {name: part for name, part in router_bias.items() if name != LAYERS}
-    return Weights(outer, params[LAYERS], outer_bias, router_bias.get(LAYERS, {}))
+    return Weights(vocab, outer, params[LAYERS], outer_bias, router_bias.get(LAYERS, {}))
 
 
-def join_weights(outer: Tree, layers: Tree) -> Tree:
+def hold(w: jax.Array, names: Names, recipe: Recipe) -> jax.Array:
+    """A weight in the type in which a step holds it: that of its products.
+
+    A matrix is converted where it is used, so it may as well be before it is gathered: half the
+    bytes, and the same numbers. Not converted are gains, the router, and what FP8 products read.
+    """
+    is_matrix = sum(name != "layers" for name in names) > 1
+    if not is_matrix or "router" in names or recipe.fp8:
+        return w
+    return w.astype(recipe.activation_dtype)
+
+
+def join_weights(weights: Weights) -> Tree:
     """The parameters' tree again, or that of their gradients."""
-    return {**outer, LAYERS: layers}
+    return {**weights.vocab, **weights.outer, LAYERS: weights.layers}
 
 
 def pipeline_stages(config: ModelConfig, recipe: Recipe, balance_weight: float) -> Stages:
@@ -46,8 +69,19 @@ def pipeline_stages(config: ModelConfig, recipe: Recipe, balance_weight: float) 
         num_targets, num_sequences, mtp = micro[1]
         return LossWeights(num_targets, num_sequences, mtp, balance_weight)
 
-    def first(outer: Tree, bias: Tree, micro) -> jax.Array:
-        return bind_around(config, outer, bias).before(micro[0].tokens, recipe)
+    def around(outer: Tree, bias: Tree) -> DeepSeekV3:
+        return bind_around(config, outer, bias)  # without embedding and head
+
+    def ids(micro):
+        examples: Examples = micro[0]
+        return examples.tokens.ids_BT, examples.targets_KBT[:-1]
+
+    def embed(vocab: Tree, ids_BT: jax.Array) -> jax.Array:
+        module: Any = bind_part(config, "embed", vocab["embed"], {})
+        return module(ids_BT, recipe)
+
+    def first(outer: Tree, bias: Tree, x_BTD: jax.Array, micro) -> jax.Array:
+        return around(outer, bias).dense(x_BTD, micro[0].tokens, recipe)
 
     def block(weights: Tree, bias: Tree, x_BTD: jax.Array, tokens):
         module: Any = bind_part(config, LAYERS, weights, bias)
@@ -61,14 +95,22 @@ def pipeline_stages(config: ModelConfig, recipe: Recipe, balance_weight: float) 
         scale = balance_weight / weights_of(micro).num_sequences
         return (x_BTD, scale * stats.balance), jax.lax.stop_gradient(stats)
 
-    def last(outer: Tree, bias: Tree, x_BTD: jax.Array, micro):
-        model = bind_around(config, outer, bias)
-        return training_loss(model, micro[0], weights_of(micro), recipe, x_BTD)
+    def last(outer: Tree, bias: Tree, x_BTD: jax.Array, ahead_KBTD: jax.Array, micro):
+        model, tokens = around(outer, bias), micro[0].tokens
+        output = model.after(x_BTD, tokens, recipe, ahead_KBTD)
+        objective, parts = balance_of_output(output, weights_of(micro), config)
+        return (jnp.stack([output.hidden_BTD, *output.mtp_hidden]), objective), parts
+
+    def loss(vocab: Tree, hidden_BTD: jax.Array, micro, k: jax.Array):
+        examples = jax.tree.map(lambda x: x[k], micro[0][1:])
+        kernel = vocab["head"]["kernel"]
+        return loss_of_hidden(hidden_BTD, kernel, *examples, k, weights_of(micro), config, recipe)
 
     def place(x_BTD: jax.Array) -> jax.Array:
         return constrain(x_BTD, "batch", "stream", "embed")
 
-    return Stages(first, layer, last, place)
+    prepare = jax.vmap(lambda rows: make_examples(rows, config.mtp_depth))
+    return Stages(prepare, ids, embed, first, layer, last, loss, place)
 
 
 def merge_parts(parts: LossParts, stats: MoEStats, num_sequences: jax.Array) -> LossParts:

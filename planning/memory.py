@@ -13,16 +13,17 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from model.blueprint import blueprint
-from model.stages import split_weights
+from model.stages import hold, split_weights
 from planning.case import Case
 from planning.workspace import Terms, Workspace, workspace_of
 from sharding.experts.dispatch import Rows
 from sharding.partition import pipeline_ranks
 from sharding.pipeline.executor import stash_shapes
 from sharding.pipeline.stage_weights import Weights, held_shapes
-from sharding.sizes import activation_shards, device_bytes
+from sharding.sizes import activation_shards, copied_bytes, device_bytes
 
 GIB = 2**30
 
@@ -86,16 +87,18 @@ def carried_by(case: Case) -> dict[str, float]:
     optimizer = device_bytes([state["opt"], state.get("ema", {})])
     if pipeline_ranks(case.layout) > 1:
         held = stage_weights(case)
-        sums = device_bytes([held.outer, held.layers])
+        summed = [held.vocab, held.outer, held.layers]
         return {
             "weights": weights + device_bytes(held),
-            "gradients": sums,
+            "gradients": device_bytes(jax.tree.map(_in_fp32, summed)),
             "optimizer": optimizer,
             "stash": pipeline_stash(case),
         }
+    plan = blueprint(case.model)
+    copies, sums = copied_bytes(held_weights(case), plan.params_axes, case.layout)
     return {
-        "weights": weights,
-        "gradients": gradient_sums(case),
+        "weights": weights + copies,
+        "gradients": sums,
         "optimizer": optimizer,
         "stash": layer_stash(case),
     }
@@ -104,9 +107,23 @@ def carried_by(case: Case) -> dict[str, float]:
 def stage_weights(case: Case) -> Weights:
     """What the ranks of a pipeline hold to compute with."""
     plan = blueprint(case.model)
-    held = split_weights(plan.params, plan.router_bias)
+    held = split_weights(held_weights(case), plan.router_bias)
     axes: Any = split_weights(plan.params_axes, plan.router_bias_axes)
     return held_shapes(held, axes, case.placement, case.layout)
+
+
+def held_weights(case: Case) -> Any:
+    """Shapes of all weights, in the types in which a step holds them."""
+    plan = blueprint(case.model)
+
+    def held(x: Any, names: Any) -> Any:
+        return jax.eval_shape(lambda w: hold(w, names, case.recipe), x)
+
+    return jax.tree.map(held, plan.params, plan.params_axes)
+
+
+def _in_fp32(leaf: Any) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
 
 
 def pipeline_stash(case: Case) -> float:
@@ -141,12 +158,6 @@ def layer_stash(case: Case) -> float:
             kept = case.kept(stack)
             found += count * sum(k.device_bytes(case.layout, case.rows) for k in kept)
     return found
-
-
-def gradient_sums(case: Case) -> float:
-    """Sums of gradients over micro batches, fp32, as weights are stored; of a single micro batch
-    they are what the optimizer reads."""
-    return device_bytes(case.state["params"])
 
 
 def groups_of(case: Case) -> int:

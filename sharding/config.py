@@ -28,6 +28,10 @@ class MeshConfig:
     """Shards of heads, MLP width and vocabulary."""
     zero1: bool = True
     """Shard optimizer state over `data` where weights are replicated (ZeRO-1)."""
+    reduce: Literal["step", "micro"] = "step"
+    """When the gradient of a weight that several devices hold is summed over them. step: once,
+    after all micro batches, of fp32 sums that each device holds whole; micro: in every backward
+    pass, so that a device holds its shard of them alone, and sends it as often."""
     expert_nodes: int = 1
     """Nodes that `expert` spans: a token crosses to a node once and fans out inside it."""
     exchange: Literal["dense", "ragged", "gather"] = "dense"

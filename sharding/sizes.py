@@ -4,10 +4,10 @@ import math
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
-from sharding.partition import Layout, Names
-from sharding.rules import axes_of, spec
+from sharding.copies import held_spec, is_gathered, reduces_once
+from sharding.partition import Layout, Names, moment_spec
 
 
 def device_bytes(tree: Any) -> int:
@@ -18,14 +18,26 @@ def device_bytes(tree: Any) -> int:
     )
 
 
-def placed(shapes: Any, specs: Any, layout: Layout) -> Any:
-    """ShapeDtypeStructs with the placement of a tree of partition specs."""
+def copied_bytes(shapes: Any, axes: Any, layout: Layout) -> tuple[int, int]:
+    """Bytes on one device of what a step outside of a pipeline holds besides its state: weights of
+    which it makes copies (of the types of `shapes`), and their fp32 sums of gradients, which lie as
+    a step holds them.
 
-    def place(leaf: Any, partition: PartitionSpec) -> jax.ShapeDtypeStruct:
-        sharding = NamedSharding(layout.mesh, partition)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    Where gradients are reduced in every backward pass, sums lie as the moments are stored.
+    """
+    once, weights, sums = reduces_once(layout), 0, 0
 
-    return jax.tree.map(place, shapes, specs)
+    def add(x: Any, names: Names) -> None:
+        nonlocal weights, sums
+        held = NamedSharding(layout.mesh, held_spec(layout, names))
+        size = math.prod(held.shard_shape(x.shape))
+        if is_gathered(x, names, layout) and once:
+            weights += size * x.dtype.itemsize
+        moments = NamedSharding(layout.mesh, moment_spec(layout, x.shape, names))
+        sums += 4 * (size if once else math.prod(moments.shard_shape(x.shape)))
+
+    jax.tree.map(add, shapes, axes)
+    return weights, sums
 
 
 def activation_shards(layout: Layout, *names: str) -> int:
@@ -38,9 +50,3 @@ def axis_size(layout: Layout, axis: str) -> int:
     if axis == "expert":
         return layout.mesh.shape["expert_nodes"] * layout.mesh.shape["expert"]
     return layout.mesh.shape[axis]
-
-
-def stored_axes(names: Names, layout: Layout) -> tuple[str, ...]:
-    """Mesh axes of more than one device that cut a stored parameter with these logical axes."""
-    entries = spec(names, layout.stored)
-    return tuple(a for entry in entries for a in axes_of(entry) if layout.mesh.shape[a] > 1)

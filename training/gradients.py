@@ -20,12 +20,20 @@ from model.loss import (
     training_loss,
 )
 from model.recipe import Recipe
-from model.stages import join_weights, merge_parts, pipeline_stages, split_weights, stage_costs
+from model.stages import (
+    hold,
+    join_weights,
+    merge_parts,
+    pipeline_stages,
+    split_weights,
+    stage_costs,
+)
 from model.transformer import DeepSeekV3
+from sharding.copies import is_gathered, sum_of_shards
 from sharding.partition import Layout, pipeline_ranks
 from sharding.pipeline.executor import run
 from sharding.pipeline.schedule import Schedule, make_schedule
-from sharding.pipeline.stage_weights import place_layers
+from sharding.pipeline.stage_weights import check_vocabulary, place_layers
 from sharding.pipeline.ticks import tick_table
 
 Batch = dict[str, jax.Array]
@@ -39,6 +47,29 @@ def loss_weights(batch: Batch, mtp_weight: jax.Array, balance_weight: float) -> 
     flat = {name: rows.reshape(-1, rows.shape[-1]) for name, rows in batch.items()}
     num_targets = jnp.maximum(inputs_and_targets(flat)[2].sum(), 1.0)
     return LossWeights(num_targets, jnp.float32(num_micro * num_rows), mtp_weight, balance_weight)
+
+
+def gradients_of_shards(
+    config: ModelConfig, recipe: Recipe, layout: Layout, params: Tree, router_bias: Tree,
+    batch: Batch, weights: LossWeights, in_pairs: bool = False,
+) -> tuple[jax.Array, LossParts, Tree]:  # fmt: skip
+    """`accumulated_gradients`, of every device's own rows, added up once over the devices."""
+    plan = blueprint(config)
+
+    def of_rows(params: Tree, router_bias: Tree, batch: Batch, weights: LossWeights):
+        inputs = params, router_bias, batch, weights
+        loss, parts, grads = accumulated_gradients(config, recipe, *inputs, in_pairs)
+        return (loss, parts), grads
+
+    held = jax.tree.map(
+        lambda w, names: hold(w, names, recipe) if is_gathered(w, names, layout) else w,
+        params, plan.params_axes,
+    )  # fmt: skip
+    (loss, parts), grads = sum_of_shards(
+        of_rows, layout, (held, plan.params_axes), (router_bias, plan.router_bias_axes), batch,
+        jax.tree.map(jnp.float32, weights),
+    )  # fmt: skip
+    return loss, parts, grads
 
 
 def accumulated_gradients(
@@ -70,8 +101,11 @@ def accumulated_gradients(
     if batch["tokens"].shape[0] == 1:
         (loss, parts), grads = grad_of(params, first)
     else:
-        shapes = jax.eval_shape(grad_of, params, first)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        found, shapes = jax.eval_shape(grad_of, params, first)
+        zeros = (
+            jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), found),
+            jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes),
+        )
         ((loss, parts), grads), _ = jax.lax.scan(body, zeros, batch)
     return loss, parts, grads
 
@@ -112,6 +146,7 @@ def check_micro_batches(config: ModelConfig, layout: Layout, num_micro: int) -> 
     if pipeline_ranks(layout) > 1:
         schedule = make_pipeline_schedule(layout, num_micro)
         place_layers(schedule, config.num_moe_layers, *stage_costs(config))
+        check_vocabulary(layout, config.vocab_size)
 
 
 def pipelined_gradients(
@@ -121,12 +156,13 @@ def pipelined_gradients(
     """The same, with the layers cut over `pipe` and micro batches in flight at the same time."""
     schedule = make_pipeline_schedule(layout, batch["tokens"].shape[0])
     placement = place_layers(schedule, config.num_moe_layers, *stage_costs(config))
-    held = split_weights(params, router_bias)
-    axes: Any = split_weights(blueprint(config).params_axes, blueprint(config).router_bias_axes)
+    plan = blueprint(config)
+    held = jax.tree.map(lambda w, names: hold(w, names, recipe), params, plan.params_axes)
+    axes: Any = split_weights(plan.params_axes, plan.router_bias_axes)
     shared = weights.num_targets, weights.num_sequences, weights.mtp
     stages = pipeline_stages(config, recipe, weights.balance)
     table = tick_table(schedule)
-    examples = jax.vmap(lambda micro: make_examples(micro, config.mtp_depth))(batch)
-    result = run(table, placement, stages, held, axes, examples, shared, layout)
+    weights_of = split_weights(held, router_bias)
+    result = run(table, placement, stages, weights_of, axes, batch, shared, layout)
     parts = merge_parts(result.parts, result.stats, weights.num_sequences)
-    return result.objective, parts, join_weights(result.d_outer, result.d_layers)
+    return result.objective, parts, join_weights(result.gradients)

@@ -25,6 +25,7 @@ from model.loss import (
 from model.recipe import Recipe
 from model.router import load_max_over_mean, update_bias
 from sharding.context import check_sequence, restore
+from sharding.copies import reduces_once
 from sharding.devices import on_platform, schedule_options
 from sharding.partition import (
     Layout,
@@ -41,6 +42,7 @@ from training.config import TrainConfig
 from training.gradients import (
     accumulated_gradients,
     check_micro_batches,
+    gradients_of_shards,
     loss_weights,
     pipelined_gradients,
 )
@@ -219,7 +221,10 @@ class Trainer:
             found = pipelined_gradients(self.model, self.recipe, self.layout, *inputs)
         else:
             in_pairs = self.layout.config.overlap
-            found = accumulated_gradients(self.model, self.recipe, *inputs, in_pairs)
+            if reduces_once(self.layout):
+                found = gradients_of_shards(self.model, self.recipe, self.layout, *inputs, in_pairs)
+            else:
+                found = accumulated_gradients(self.model, self.recipe, *inputs, in_pairs)
         loss, parts, grads = found
         return Gradients(loss, grads, parts.counts_LE, loss_metrics(parts))
 
