@@ -46,8 +46,8 @@ class Command(RuntimeOptions):
     """Print what follows from the configuration, what differs from the preset, and every field that
     the stage reads, then stop."""
     gpu: Literal[("", *GPU_NAMES)] = ""  # pyright: ignore[reportInvalidTypeForm]
-    """GPU that the run is meant for: the summary says how much of its memory a step takes, and a run
-    that cannot fit is refused."""
+    """GPU that the run is meant for: the summary says how much of its memory a step takes; what
+    cannot fit is refused."""
     memory_check: bool = True
     """Refuse a run whose memory, by closed form, is more than the GPUs have."""
     profile: str = ""

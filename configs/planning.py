@@ -84,7 +84,7 @@ def parse_plan(arguments: Sequence[str] | None = None) -> PlanCommand:
         print(f"plan.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     named = chosen.layout
-    of_mesh = any(word.startswith("--mesh.") for word in arguments)
+    of_mesh = bool(_names(arguments) & {f"mesh.{axis}" for axis in AXES})
     if not named and not of_mesh and chosen.config == "v3_671b" and chosen.gpus in (0, 2048):
         named = "deepseek"
     if named in LAYOUTS:

@@ -17,6 +17,7 @@ from model.blueprint import bind_part, blueprint
 from model.config import ModelConfig
 from model.recipe import Recipe
 from model.transformer import Tokens
+from sharding.devices import num_devices
 from sharding.partition import Layout, use_layout
 from sharding.sizes import activation_shards
 
@@ -30,7 +31,7 @@ class Kept(NamedTuple):
     """Without the batch."""
     dtype: np.dtype
     axes: tuple[str, ...]
-    """Logical axes that cut it: `stream` or `seq`, and `heads`."""
+    """Logical axes that cut it: `stream` or `seq`, and `heads`. None: it is one device's part."""
 
     def device_bytes(self, layout: Layout, rows: int) -> int:
         """Bytes on a device that holds its part of `rows` sequences."""
@@ -45,7 +46,7 @@ def kept_by_layer(
     its input, and what the recipe does not recompute. Weights are not counted.
 
     `layout` is the smallest one that takes the same ways: a mesh of two replicas, with `context`
-    where sequences are cut.
+    where sequences are cut; without recomputation one with the experts where they are.
     """
     return _traced(config, recipe, seq_len, layout, stack)
 
@@ -67,12 +68,28 @@ def _traced(config: ModelConfig, recipe: Recipe, seq_len: int, layout: Layout, s
 
     bind_part(config, stack, weights, bias)  # flax asks for axes outside of any layout
     with use_layout(layout):
-        left = jax.make_jaxpr(residuals)(weights, bias, x, ids, ids).jaxpr.outvars
+        jaxpr = jax.make_jaxpr(residuals)(weights, bias, x, ids, ids).jaxpr
+    left = jaxpr.outvars
     shapes = {id(var): var.aval for var in left if hasattr(var, "aval")}.values()
     of_rows = (a for a in shapes if a.ndim > 1 and a.shape[0] == rows and seq_len in a.shape[1:])
     found = [Kept(a.shape[1:], a.dtype, _axes(a, config, seq_len)) for a in of_rows]
+    if recipe.remat == "none":
+        found += _of_regions(jaxpr, rows, seq_len, layout)
     own_input = Kept(x.shape[1:], np.dtype(x.dtype), ("stream",))
     return tuple(found if own_input in found else [own_input, *found])
+
+
+def _of_regions(jaxpr: Any, rows: int, seq_len: int, layout: Layout) -> list[Kept]:
+    """What a layer without recomputation keeps besides arrays of tokens: rows of the exchange, and
+    weights converted for it; a device has its part of each."""
+    given = {id(var) for var in jaxpr.invars}
+    parts = num_devices(layout)
+    found = {id(v): v.aval for v in jaxpr.outvars if hasattr(v, "aval") and id(v) not in given}
+    return [
+        Kept((math.prod(a.shape) // parts,), a.dtype, ())
+        for a in found.values()
+        if a.ndim > 1 and not (a.shape[0] == rows and seq_len in a.shape[1:])
+    ]
 
 
 def _axes(array: Any, config: ModelConfig, seq_len: int) -> tuple[str, ...]:

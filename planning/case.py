@@ -123,14 +123,21 @@ class Case:
     def kept(self, stack: str = "moe_layers") -> tuple[Kept, ...]:
         """What a layer of a stack leaves for its backward pass, per sequence."""
         # Backends that leave nothing, or nothing else, are taken where they are traced fastest.
-        kernels = Kernels(self.recipe.kernels.attention, *("reference",) * 4)
+        attention = self.recipe.kernels.attention
+        experts = "portable" if self.recipe.remat == "none" else "reference"
+        kernels = Kernels(attention, "reference", experts, "reference", "reference")
         recipe = dataclasses.replace(self.recipe, kernels=kernels, fp8=False)
         context = min(self.mesh.context, 2)
         config = MeshConfig(
-            data=2, context=context, tensor=1, sequence=self.mesh.sequence,
+            data=2, context=context, sequence=self.mesh.sequence,
             context_exchange=self.mesh.context_exchange,
         )  # fmt: skip
-        probe = _probe(config, 2 * context, self.layout.device)
+        if recipe.remat == "none" and self.mesh.expert > 1:
+            config = dataclasses.replace(
+                self.mesh, pipe=1, data=1, fsdp=1, context=context, tensor=1, overlap=False
+            )
+        devices = config.data * config.expert * context
+        probe = _probe(config, devices, planned_device(self.hardware.gpu_name))
         return kept_by_layer(self.model, recipe, self.train.seq_len, probe, stack)
 
     @functools.cached_property

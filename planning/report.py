@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from model.costs import count_parameters, train_flops_per_token
+from model.costs import train_flops_per_token
 from planning.case import Case
 from planning.memory import Memory, memory_of
 from planning.time import Passing, Tick, passes_of, update_seconds
@@ -165,10 +165,10 @@ def parts_of(passing: Passing, sent: tuple[Collective, ...], update: float) -> d
     other collectives add what of them is exposed."""
     parts = dict(passing.parts)
     apart = [one for one in sent if one.axis not in ("expert", "expert_nodes", "tensor", "context")]
-    named = {"pipe": "pipe", "fsdp": "weights"}
+    named = {"pipe": "pipe", "fsdp": "weights"}  # else gradients
     for one in apart:
         key = named.get(one.axis, "gradients")
-        if one.axis == "pipe" and one.op != "collective-permute":
+        if one.op in ("all-to-all", "all-gather"):
             key = "weights"
         parts[key] = parts.get(key, 0.0) + one.exposed_seconds
     return parts | {"optimizer": update}

@@ -24,6 +24,7 @@ from planning.work import (
     mtp_module,
     paired,
 )
+from sharding.pipeline.executor import ends_of
 from sharding.pipeline.ticks import CODES
 from sharding.sizes import device_bytes
 
@@ -60,12 +61,15 @@ def passes_of(case: Case) -> Passing:
 
 
 def _ends(case: Case) -> tuple[Passes, Passes]:
-    """What is computed before the MoE layers and after them."""
-    before = embedding(case) + dense_layer(case).times(case.model.num_dense_layers)
-    after = head(case)
-    for _ in range(case.model.mtp_depth):
-        after += mtp_module(case)
+    """What is computed before the MoE layers and after them, embedding and head left out."""
+    before = dense_layer(case).times(case.model.num_dense_layers)
+    after = mtp_module(case).times(case.model.mtp_depth)
     return before, after
+
+
+def _vocabulary(case: Case) -> Passes:
+    """Embeddings and losses of a micro batch, those of MTP modules included."""
+    return (embedding(case) + head(case)).times(1 + case.model.mtp_depth)
 
 
 def _parts(work: Seconds) -> dict[str, float]:
@@ -80,7 +84,7 @@ def _sequence(case: Case) -> Passing:
     before, after = _ends(case)
     layers = layer.times(case.model.num_moe_layers)
     count = case.micro_batches
-    work = (before + after + layers).times(count)
+    work = (before + after + layers + _vocabulary(case)).times(count)
     total = work.F + work.B
     exposed = total.exchange
     if case.mesh.overlap:
@@ -115,8 +119,11 @@ def _pipeline(case: Case) -> Passing:
     busy, parts, exposed, travelled = _durations(case, chunks)
     ends = np.zeros(table.code.shape[1])
     spans = np.zeros((2, *table.code.shape))
+    meets = _common(case, busy, parts)
     for tick, durations in enumerate(busy):
         ready = np.maximum(ends, np.maximum(np.roll(ends, 1), np.roll(ends, -1)))
+        if meets[tick]:
+            ready = np.full_like(ends, ends.max())
         ends = ready + durations
         spans[:, tick] = ready, ends
     seconds = float(ends.max())
@@ -135,6 +142,26 @@ def _pipeline(case: Case) -> Passing:
         seconds, found, bubble, float(exposed[:, rank].sum()), float(travelled[:, rank].sum()),
         timeline, moe_layer(case),
     )  # fmt: skip
+
+
+def _common(case: Case, busy: np.ndarray, parts: dict[str, np.ndarray]) -> np.ndarray:
+    """Adds to every rank's ticks its part of embeddings and losses, which all ranks compute
+    together; whether they meet in a tick."""
+    firsts = ends_of(case.table, case.placement.is_first)
+    lasts = ends_of(case.table, case.placement.is_last)
+    work = _vocabulary(case).times(1 / case.mesh.pipe)
+    counts = {
+        "F": firsts.is_forward.sum(1),
+        "I": lasts.is_backward.sum(1),
+        "W": firsts.is_backward.sum(1),
+    }
+    for where, times in counts.items():
+        of_pass: Seconds = getattr(work, where)
+        busy += times[:, None] * of_pass.compute
+        for name, seconds in of_pass._asdict().items():
+            if name in parts:
+                parts[name] += times[:, None] * seconds
+    return sum(counts.values()) > 0
 
 
 def _chunks(case: Case) -> dict[tuple[int, int], _Chunk]:

@@ -5,17 +5,18 @@ Bytes are those that one GPU sends for a whole array as `programs/collectives.py
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from model.blueprint import blueprint
-from model.stages import split_weights
+from model.stages import ROUTED
 from planning.case import Case
-from planning.memory import stage_weights
+from planning.memory import held_weights, stage_weights
 from planning.time import Passing
 from planning.work import exchange_levels, exchange_ways, wire_bytes
-from sharding.sizes import device_bytes
+from sharding.rules import COPIED
+from sharding.sizes import copied_bytes, device_bytes
 
 ORDER = ("pipe", "data", "fsdp", "expert_nodes", "expert", "context", "tensor")
 
@@ -70,6 +71,15 @@ def _one(
     return Collective(op, "+".join(axes), round(times), size, link, seconds, shown, what)
 
 
+def link_seconds(case: Case, op: str, axes: tuple[str, ...], size: float) -> tuple[str, float]:
+    """Link and seconds of a compiled program's collective, of mesh axes, that moves `size` bytes."""
+    link = case.hardware.link(span(case, *axes))
+    if "all-to-all" in op and set(axes) <= {"expert", "expert_nodes"}:
+        return link, size / case.hardware.exchange(link, case.mesh.expert)
+    one = _one(case, op, axes, 1, size, "")
+    return one.link, one.seconds
+
+
 def _size(case: Case, axis: str) -> int:
     mesh = case.mesh
     if axis == "expert":
@@ -111,46 +121,122 @@ def _exchange(case: Case, passing: Passing) -> list[Collective]:
 
 def _weights(case: Case, passing: Passing) -> list[Collective]:
     """Weights to where they are computed with, gradients to where they are stored."""
-    mesh, found = case.mesh, []
-    state = case.state["params"]
-    stored = device_bytes(state)
-    copies = tuple(
-        axis for axis in ("data", "expert_nodes", "expert", "context") if _size(case, axis) > 1
-    )
-    dense = _dense_bytes(case)
-    if mesh.pipe > 1:
-        held = stage_weights(case)
-        layers, outer = device_bytes(held.layers), device_bytes(held.outer)
+    held = _held(case)
+    copies = tuple(axis for axis in COPIED if _size(case, axis) > 1)
+    everywhere = tuple(axis for axis in ("data", *copies) if _size(case, axis) > 1)
+    ways = math.prod(_size(case, axis) for axis in copies)
+    found = []
+    if case.mesh.pipe > 1:
+        pipe = ("pipe",)
+        moved = held.dense / ways + held.experts
         found += [
-            _one(case, "all-to-all", ("pipe",), 1, layers, "weights to the ranks of their layers"),
-            _one(case, "all-gather", ("pipe",), 1, outer, "weights outside of the layers"),
-            _one(case, "all-to-all", ("pipe",), 1, layers, "gradients of layers to their storage"),
-            _one(case, "reduce-scatter", ("pipe",), 1, outer, "gradients outside of the layers"),
+            _one(case, "all-to-all", pipe, 1, moved, "weights to the ranks of their layers"),
+            _one(case, "all-to-all", pipe, 1, held.sums(1 / ways), "gradients to their storage"),
         ]
-        dense = device_bytes(held.outer) + layers * _share_dense(case)
-    elif mesh.fsdp > 1:
-        item = case.recipe.activation_dtype.itemsize
-        count, compute = case.micro_batches, passing.seconds
-        whole = stored * mesh.fsdp / 4 * item
-        hidden = compute  # the compiler fetches a layer's weights beside the layer before
-        gather = _one(
-            case, "all-gather", ("fsdp",), 2 * count, 2 * count * whole, "weights of layers"
-        )
-        reduce = _one(
-            case, "reduce-scatter", ("fsdp",), count, count * stored * mesh.fsdp,
-            "gradients of layers",
-        )  # fmt: skip
-        over = max(0.0, gather.seconds + reduce.seconds - hidden)
-        for one in (gather, reduce):
-            share = one.seconds / (gather.seconds + reduce.seconds)
-            found.append(dataclasses.replace(one, exposed_seconds=over * share))
+        outer = tuple(axis for axis in ("pipe", *copies) if _size(case, axis) > 1)
+        found += [
+            _one(case, "all-gather", outer, 1, held.outer, "weights outside of the layers"),
+            _one(case, "reduce-scatter", outer, 1, held.outer_sums, "their gradients"),
+        ]
     if copies:
+        found.append(_one(case, "all-gather", copies, 1, held.dense, "copies of weights"))
+    if everywhere and case.mesh.reduce == "step":
+        size = held.dense_sums
         found.append(
-            _one(case, "all-reduce", copies, 1, dense, "gradients of weights held in copies")
+            _one(case, "reduce-scatter", everywhere, 1, size, "gradients of copies, summed up")
         )
-    if mesh.data > 1 and mesh.zero1:
+        if case.mesh.data > 1:
+            size = held.expert_sums / case.mesh.pipe
+            found.append(_one(case, "reduce-scatter", ("data",), 1, size, "gradients of experts"))
+    elif everywhere:
+        count = case.micro_batches
+        size = count * held.dense_sums
+        found.append(_one(case, "all-reduce", everywhere, count, size, "gradients of copies"))
+    if case.mesh.data > 1 and case.mesh.zero1:
+        stored = device_bytes(case.state["params"])
         found.append(_one(case, "all-gather", ("data",), 1, stored, "updated weights (ZeRO-1)"))
-    return found
+    return found + _of_fsdp(case, passing)
+
+
+class Held(NamedTuple):
+    """Bytes of the weights that a device computes with in a step."""
+
+    dense: float
+    """Held in copies by the devices of the batch axes, in the type of the step."""
+    experts: float
+    outer: float
+    """Of a pipeline: what lies around the layers, embedding and head aside."""
+    dense_sums: float
+    """Their sums of gradients, fp32."""
+    expert_sums: float
+    outer_sums: float
+
+    def sums(self, share: float) -> float:
+        """Those of dense weights, a share of them, and of the experts."""
+        return self.dense_sums * share + self.expert_sums
+
+
+def _held(case: Case) -> Held:
+    if case.mesh.pipe == 1:
+        weights = held_weights(case)
+        plan = blueprint(case.model)
+        copies, sums = copied_bytes(weights, plan.params_axes, case.layout)
+        experts = device_bytes(expert_weights(case.state["params"]))
+        return Held(copies, experts, 0.0, sums - experts, experts, 0.0)
+    held = stage_weights(case)
+    experts = expert_weights(held.layers)
+    fp32 = {leaf.dtype.itemsize for leaf in experts} or {4}
+    of_experts, item = device_bytes(experts), max(fp32)
+    dense = device_bytes([held.layers, held.vocab]) - of_experts
+    numbers = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape))
+        for leaf in jax.tree.leaves([held.layers, held.vocab])
+    )
+    outer = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(held.outer)
+    )
+    expert_sums = of_experts / item * 4
+    return Held(
+        dense, of_experts, device_bytes(held.outer), numbers * 4 - expert_sums, expert_sums,
+        outer * 4,
+    )  # fmt: skip
+
+
+def expert_weights(params: Any) -> list[Any]:
+    """Routed experts' weights of a tree of parameters."""
+    found = jax.tree_util.tree_leaves_with_path(params)
+    return [
+        leaf
+        for path, leaf in found
+        if (words := [getattr(step, "key", "") for step in path])
+        and "moe" in words
+        and words[-1] in ROUTED
+    ]
+
+
+def _of_fsdp(case: Case, passing: Passing) -> list[Collective]:
+    """Weights gathered layer by layer, forward and backward, and their gradients reduced."""
+    fsdp = case.mesh.fsdp
+    if fsdp == 1:
+        return []
+    item, count = case.recipe.activation_dtype.itemsize, case.micro_batches
+    stored = device_bytes(case.state["params"])
+    whole = stored * fsdp / 4 * math.prod(
+        _size(case, axis) for axis in COPIED if _share_dense(case) == 1.0
+    )  # fmt: skip
+    gather = _one(
+        case, "all-gather", ("fsdp",), 2 * count, 2 * count * whole * item, "weights of layers"
+    )
+    reduce = _one(
+        case, "reduce-scatter", ("fsdp",), count, count * whole * item, "gradients of layers"
+    )
+    # The compiler fetches a layer's weights beside the layer before.
+    seconds = gather.seconds + reduce.seconds
+    over = max(0.0, seconds - passing.seconds)
+    return [
+        dataclasses.replace(one, exposed_seconds=over * one.seconds / seconds)
+        for one in (gather, reduce)
+    ]
 
 
 def _share_dense(case: Case) -> float:
@@ -162,14 +248,6 @@ def _share_dense(case: Case) -> float:
     moe = plan["moe"]
     routed = sum(math.prod(moe[name].shape) for name in ("w_gate", "w_up", "w_down"))
     return (total - routed) / (total - routed + routed / case.mesh.expert)
-
-
-def _dense_bytes(case: Case) -> float:
-    """Bytes of gradients, as stored, that devices of other axes hold as well."""
-    plan = blueprint(case.model)
-    weights = split_weights(plan.params, plan.router_bias)
-    del weights
-    return device_bytes(case.state["params"]) * _share_dense(case)
 
 
 def _tensor(case: Case) -> list[Collective]:
@@ -219,7 +297,11 @@ def _pipe(case: Case) -> list[Collective]:
         * case.train.seq_len
         // (case.mesh.context * (case.mesh.tensor if case.mesh.sequence else 1))
     )
-    size = times * tokens * case.model.hidden_size * item
+    x = tokens * case.model.hidden_size * item
+    # Embeddings looked up (twice those of the first stage), their gradients, hidden states to the
+    # head's parts, and their gradients: a sum over all ranks each.
+    sums = case.micro_batches * (5 + 4 * case.model.mtp_depth)
     return [
-        _one(case, "collective-permute", ("pipe",), times, size, "activations and their gradients")
+        _one(case, "collective-permute", ("pipe",), times, times * x, "activations and gradients"),
+        _one(case, "all-reduce", ("pipe",), sums, sums * x, "embeddings and hidden states"),
     ]

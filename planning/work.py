@@ -180,10 +180,10 @@ def embedding(case: Case) -> Passes:
 
 
 def mtp_module(case: Case) -> Passes:
-    """A multi-token-prediction module: embedding, its projection, a layer, and the head again."""
+    """A multi-token-prediction module: its projection and a layer, embedding and head left out."""
     work, d = _Work(case), case.model.hidden_size
     work.product(2 * d, d, recomputed=True)
-    return work.done() + moe_layer(case) + head(case) + embedding(case)
+    return work.done() + moe_layer(case)
 
 
 # ---- parts of a layer ---------------------------------------------------------------------------
@@ -269,7 +269,7 @@ def wire_bytes(case: Case, back: bool) -> float:
 
 def exchange_ways(case: Case) -> dict[str, tuple[int, int]]:
     """Times that rows go to experts and come back, by pass."""
-    again = case.recipe.remat != "none" or 0 < case.mesh.exchange_capacity
+    again = case.recipe.remat != "none" or case.mesh.exchange_capacity > 0
     back_again = case.recipe.remat == "full"
     return {"F": (1, 1), "I": (1 + again, 1 + back_again), "W": (2, 0)}
 

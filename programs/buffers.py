@@ -13,16 +13,13 @@ XLA's own figure for the peak leaves out what loops carry; here all that is aliv
 """
 
 import collections
-import math
 import re
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
-from programs.collectives import Instruction, Program, Shape, parse
+from programs.collectives import Instruction, Program, Shape
 
 PARTS = ("weights", "gradients", "optimizer", "stash", "exchange", "workspace")
-LOOP = 2
-"""Rounds from which on a loop carries what a step carries."""
 
 
 class Carried(NamedTuple):
@@ -53,26 +50,47 @@ def _part(parameter: Instruction) -> str:
 def carried(program: Program) -> Carried:
     """What the loops of a step carry.
 
-    The loop over ticks of a pipeline, or that over micro batches; inside of that, or in the step
-    itself where there is one micro batch, those over layers.
+    The loop over ticks of a pipeline, or that over micro batches, whose sums are gradients; inside
+    of that, or in the step itself where there is one micro batch, those over layers: what the
+    forward ones leave behind waits for the backward ones.
     """
     shapes = _weight_shapes(program)
     body = program.computations[program.entry]
     outer = [i for i in body.values() if i.op == "while"]
-    ticks = [i for i in outer if "/shard_map/while" in i.source]
+    ticks = [i for i in outer if _is_over_ticks(program, i)]
     if ticks:
-        return _of_loop(program, body, max(ticks, key=_bytes), shapes, whole=True)
+        return _of_loop(program, body, max(ticks, key=_bytes), shapes)
     micro = [i for i in outer if _inner_loops(program, i)]
     sums = Carried(0, 0, 0)
     for loop in micro[:1]:
-        sums = _of_loop(program, body, loop, shapes, whole=True)
+        found = _of_loop(program, body, loop, shapes)
+        sums = Carried(found.weights, found.gradients + found.stash, 0)
         body = program.computations[_body_of(loop)]
     layers = [i for i in body.values() if i.op == "while" and _stacks(program, i)]
-    found = [_of_loop(program, body, loop, shapes, whole=False) for loop in layers]
-    gradients = sums.gradients
+    left = {loop.name: _left_behind(program, loop) for loop in layers}
+    backward = {loop.name for loop in layers if "transpose(" in loop.source}
+    stash = sum(size for name, size in left.items() if name not in backward)
     if not micro:
-        gradients = sum(one.gradients for one in found)
-    return Carried(sums.weights, gradients, sums.stash + sum(one.stash for one in found))
+        sums = Carried(0, sum(left[name] for name in backward), 0)
+    return sums._replace(stash=stash)
+
+
+def _is_over_ticks(program: Program, loop: Instruction) -> bool:
+    """Whether a loop is that of a pipeline: its messages go along `pipe` in every round."""
+    inside = program.computations[_body_of(loop)].values()
+    return any("collective-permute" in i.op for i in inside) and any(
+        i.op == "while" for i in inside
+    )
+
+
+def _left_behind(program: Program, loop: Instruction) -> int:
+    """Bytes that a loop over layers writes, an entry per layer."""
+    rounds, changed = _rounds(loop), _changed(program, loop)
+    return sum(
+        shape.bytes
+        for shape, new in zip(loop.shapes, changed, strict=True)
+        if new and shape.sizes and shape.sizes[0] == rounds
+    )
 
 
 def _body_of(loop: Instruction) -> str:
@@ -129,26 +147,22 @@ def _of_loop(
     outside: Mapping[str, Instruction],
     loop: Instruction,
     weights: Collection[tuple[int, ...]],
-    whole: bool,
 ) -> Carried:
-    """What one loop carries. `whole`: all of it; else only entries per round, as loops over layers
-    leave them behind."""
+    """What a loop over ticks or micro batches carries."""
     start = outside.get(loop.operands[0])
     sources = start.operands if start is not None and start.op == "tuple" else ()
-    found = collections.Counter()
-    held = set(weights)
+    found: collections.Counter[str] = collections.Counter()
     changed = _changed(program, loop)
-    if whole:
-        held |= {
-            squeezed(s) for s, new in zip(loop.shapes, changed, strict=True) if not new
-        }  # fmt: skip
+    held = set(weights) | {
+        squeezed(shape) for shape, new in zip(loop.shapes, changed, strict=True) if not new
+    }
     for index, (shape, new) in enumerate(zip(loop.shapes, changed, strict=True)):
-        if not shape.sizes or (not whole and shape.sizes[0] != _rounds(loop)):
+        if not shape.sizes:
             continue
         if new:
             is_gradient = squeezed(shape) in held and shape.dtype == "f32"
             found["gradients" if is_gradient else "stash"] += shape.bytes
-        elif whole and not (sources and _is_parameter(outside, sources[index])):
+        elif not (sources and _is_parameter(outside, sources[index])):
             found["weights"] += shape.bytes
     return Carried(found["weights"], found["gradients"], found["stash"])
 
@@ -160,10 +174,9 @@ def squeezed(shape: Shape) -> tuple[int, ...]:
 
 
 def _is_parameter(outside: Mapping[str, Instruction], name: str) -> bool:
+    """Whether a value is a parameter of the program, perhaps with another shape."""
     step = outside.get(name)
-    while step is not None and step.op in ("bitcast", "get-tuple-element", "copy"):
-        if step.op == "copy":
-            return False
+    while step is not None and step.op in ("bitcast", "get-tuple-element"):
         step = outside.get(step.operands[0]) if step.operands else None
     return step is not None and step.op == "parameter"
 
@@ -246,33 +259,33 @@ def _places(buffers: str) -> dict[str, Buffer]:
     return found
 
 
+Ranges = Collection[tuple[int, int]]
+"""Numbers of rows, from and to, both included."""
+
+
 def parts(
-    text: str, arguments: int, temporaries: int, alive: Collection[Buffer], rows: Collection[int]
+    program: Program, arguments: int, temporaries: int, alive: Collection[Buffer], rows: Ranges
 ) -> dict[str, int]:
     """Bytes of a step by PARTS; they add up to arguments and temporaries.
 
-    rows: numbers of rows that the expert exchange's arrays have (`exchange_rows`).
+    rows: how many rows the expert exchange's arrays have.
     """
-    program = parse(text)
     of_state, loops = parameters(program), carried(program)
-    known = set(rows)
-    exchange = sum(
-        place.size
-        for place in alive
-        if place.shape is not None and len(place.shape.sizes) > 1 and known & set(place.shape.sizes)
-    )
+    exchange = sum(place.size for place in alive if _has_rows(place.shape, rows))
     held = loops.weights + loops.gradients + loops.stash
-    exchange = min(exchange, max(0, temporaries - held))
     found = {
         "weights": of_state["weights"] + loops.weights,
         "gradients": loops.gradients,
         "optimizer": of_state["optimizer"],
         "stash": loops.stash,
-        "exchange": exchange,
+        "exchange": min(exchange, max(0, temporaries - held)),
     }
     return found | {"workspace": arguments + temporaries - sum(found.values())}
 
 
-def total_of(sizes: Mapping[str, int]) -> int:
-    """All parts together."""
-    return math.fsum(sizes.values()).__trunc__()
+def _has_rows(shape: Shape | None, rows: Ranges) -> bool:
+    """Whether an array holds rows of the exchange: as many as one of the ranges, in a dimension
+    that is not its last."""
+    if shape is None or len(shape.sizes) < 2:
+        return False
+    return any(low <= size <= high for size in shape.sizes[-2:-1] for low, high in rows)

@@ -41,6 +41,9 @@ ALLOWED_IMPORTS = {
     "checkpoint": ("model.config", "sharding"),
     "generation": ("model", "sharding", "pallas_kernels", "data"),
     "programs": ("training", "model", "sharding", "pallas_kernels", "runtime"),
+    "planning": (
+        "programs", "training", "model", "sharding", "pallas_kernels", "runtime", "configs",
+    ),
     "rl": (
         "runtime", "pallas_kernels", "sharding", "data", "model", "training", "checkpoint",
         "generation", "configs.schema",
