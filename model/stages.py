@@ -118,7 +118,7 @@ def merge_parts(parts: LossParts, stats: MoEStats, num_sequences: jax.Array) -> 
     return parts._replace(
         balance=parts.balance + stats.balance.sum() / num_sequences,
         counts_LE=jnp.concatenate([stats.counts_E, parts.counts_LE]),
-        dropped=parts.dropped + stats.dropped.sum(),
+        served=jax.tree.map(lambda total, layers: total + layers.sum(), parts.served, stats.served),
     )
 
 

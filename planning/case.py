@@ -22,7 +22,7 @@ from planning.hardware import Hardware
 from runtime.gpus import GPUS
 from sharding.config import MeshConfig
 from sharding.devices import PlannedDevice
-from sharding.experts.dispatch import Rows, exchange_rows
+from sharding.experts.sizes import Rows, exchange_rows
 from sharding.mesh import axis_sizes, planned_layout, resolve
 from sharding.partition import Layout, batch_shards, pipeline_ranks
 from sharding.pipeline.schedule import Schedule

@@ -19,7 +19,7 @@ from model.blueprint import blueprint
 from model.stages import hold, split_weights
 from planning.case import Case
 from planning.workspace import Terms, Workspace, workspace_of
-from sharding.experts.dispatch import Rows
+from sharding.experts.sizes import Rows
 from sharding.partition import pipeline_ranks
 from sharding.pipeline.executor import stash_shapes
 from sharding.pipeline.stage_weights import Weights, held_shapes

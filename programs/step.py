@@ -19,7 +19,7 @@ from programs.buffers import alive_at_peak, parts
 from programs.collectives import by_op_and_axes, parse, read_collectives
 from programs.overlap import read_spans
 from programs.scheduled import Scheduled
-from sharding.experts.dispatch import exchange_rows
+from sharding.experts.sizes import exchange_rows
 from sharding.partition import batch_shards
 from training.step import Trainer
 

@@ -38,8 +38,8 @@ class MeshConfig:
     """Exchange of tokens with their experts. dense: all-to-all of padded buffers; ragged: of exact
     sizes (GPU only); gather: an all-gather and a reduce-scatter."""
     exchange_capacity: float = 0.0
-    """Rows of an all-to-all buffer, as a multiple of the mean under even load; what does not fit
-    goes in further rounds. 0: one round that holds everything."""
+    """Room for rows of experts, sent and computed, as a multiple of the mean under even load; what
+    does not fit goes in further rounds. 0: derived; inf: room for everything."""
     exchange_dtype: Literal["", "float8_e4m3fn"] = ""
     """Type that tokens travel to their experts in; empty is that of the activations."""
     context_exchange: Literal["ring", "gather"] = "ring"
@@ -69,7 +69,6 @@ LAYOUTS: dict[str, MeshConfig] = {
         data=2,
         expert=64,
         expert_nodes=8,
-        exchange_capacity=2.0,
         exchange_dtype="float8_e4m3fn",
         schedule="dualpipe",
     ),

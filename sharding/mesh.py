@@ -61,10 +61,10 @@ def _checked(config: MeshConfig) -> MeshConfig:
             f"mesh: expert={config.expert} does not split over expert_nodes="
             f"{config.expert_nodes}; choose a number of nodes that divides it"
         )
-    if config.exchange_capacity < 0:
+    if not config.exchange_capacity >= 0:
         raise ValueError(
             f"mesh: exchange_capacity={config.exchange_capacity}; give 1 or more times the mean "
-            "load, or 0 for a single round that holds everything"
+            "load, inf for a single round that holds everything, or 0 for what is derived"
         )
     return config
 

@@ -91,7 +91,7 @@ def layout(**sizes) -> Layout:
         (
             MeshConfig(expert=-1, exchange_capacity=-1.0),
             8,
-            "mesh: exchange_capacity=-1.0; give 1 or more times the mean load, or 0 for a single "
+            "mesh: exchange_capacity=-1.0; give 1 or more times the mean load, inf for a single "
             "round that holds everything",
         ),
     ],

@@ -262,7 +262,8 @@ def loss_metrics(parts: LossParts) -> dict[str, jax.Array]:
         "train/loss": parts.main,
         "train/mtp_loss": parts.mtp,
         "train/balance_loss": parts.balance,
-        "moe/dropped_tokens": parts.dropped,
+        "moe/dropped_tokens": parts.served.dropped,
+        "moe/further_rounds": parts.served.further,
         "counts_LE": parts.counts_LE,
     }
 

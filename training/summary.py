@@ -3,11 +3,15 @@
 import math
 
 import jax
+import jax.numpy as jnp
 
+from model.config import ModelConfig
 from model.costs import cache_bytes_per_token, count_parameters, train_flops_per_token
 from model.kernels import choose
 from runtime.gpus import GPUS
+from sharding.experts.room import buffers
 from sharding.mesh import describe
+from sharding.partition import num_shards, use_layout
 from training.display import human
 from training.run import Run, plan_of
 from training.schedule import describe as describe_schedule
@@ -41,10 +45,27 @@ def summary(run: Run, trainer: Trainer, gpu: str = "") -> list[str]:
         f"cache        {cache_bytes_per_token(run.model):,} bytes/token in bf16",
         f"batch        {last.batch_size} x {train.seq_len} tokens in {last.micro_batches} micro "
         f"batches",
+        *(f"experts      {line}" for line in expert_buffers(run.model, trainer)),
         f"length       {train.steps:,} steps, {human(plan.tokens_before(train.steps))} tokens",
         f"rate         {describe_schedule(schedules(train)['learning_rate'], plan)}",
         *(f"warning      {line}" for line in ends_elsewhere(train, plan)),
     ]
+
+
+def expert_buffers(model: ModelConfig, trainer: Trainer) -> list[str]:
+    """Buffers of the routed experts' rows, where experts are cut over devices."""
+    layout, train = trainer.layout, trainer.train
+    with use_layout(layout):
+        shards = num_shards("nodes"), num_shards("experts_of_node")
+        rows = (train.micro_batch_size or train.batch_size) // num_shards("batch")
+        tokens = rows * train.seq_len // num_shards("seq")
+    if math.prod(shards) == 1 or not model.num_moe_layers + model.mtp_depth:
+        return []
+    groups = model.num_expert_groups, model.groups_per_token
+    found = buffers(
+        model.num_experts, shards, tokens, model.experts_per_token, groups, layout.config
+    )
+    return found.describe(model.hidden_size * jnp.dtype(train.dtype).itemsize)
 
 
 def room(held: int, gpu: str = "") -> list[str]:
