@@ -19,6 +19,7 @@ from model.kernels import choose
 from model.recipe import Kernels, Recipe
 from model.stages import stage_costs
 from planning.hardware import Hardware
+from planning.ways import OWN, Ways
 from runtime.gpus import GPUS
 from sharding.config import MeshConfig
 from sharding.devices import PlannedDevice
@@ -44,6 +45,8 @@ class Case:
     """What was chosen because nobody said it, a line each."""
     total_tokens: float = 0.0
     """Of the whole training."""
+    ways: Ways = OWN
+    """Whose ways time and traffic are of."""
 
     @property
     def model(self) -> ModelConfig:
@@ -168,7 +171,8 @@ def _state_shapes(model: ModelConfig, optimizer: Any, averaged: bool) -> Any:
     train = TrainConfig(1, 2 * 64, 2, optimizer=optimizer, ema_decay=0.5 * averaged)
     layout = planned_layout(MeshConfig(), 1, planned_device("h100"))
     trainer = Trainer(model, train, Recipe(), layout)
-    return jax.eval_shape(trainer.initial_state, jax.random.key(0))
+    plan = blueprint(model)
+    return jax.eval_shape(trainer.fresh_state, plan.params, plan.router_bias)
 
 
 def planned_device(gpu: str) -> PlannedDevice:

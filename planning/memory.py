@@ -148,16 +148,30 @@ def _local(kept: Any, case: Case) -> jax.ShapeDtypeStruct:
 
 
 def layer_stash(case: Case) -> float:
-    """What all layers keep for the backward pass of a micro batch."""
-    model, found = case.model, 0
-    for stack, count in (
-        ("dense_layers", model.num_dense_layers),
-        ("moe_layers", model.num_moe_layers),
-    ):
-        if count:
+    """What all layers keep for the backward pass of a micro batch.
+
+    A stack of one layer is no loop in the program, and what it keeps counts as workspace.
+    """
+    found = 0
+    for stack, count in stacks(case):
+        if count > 1:
             kept = case.kept(stack)
             found += count * sum(k.device_bytes(case.layout, case.rows) for k in kept)
     return found
+
+
+def stacks(case: Case) -> tuple[tuple[str, int], ...]:
+    """Stacks of layers and how many there are of each."""
+    model = case.model
+    return ("dense_layers", model.num_dense_layers), ("moe_layers", model.num_moe_layers)
+
+
+def alone(case: Case) -> int:
+    """Bytes that stacks of one layer keep, without a pipeline."""
+    if case.mesh.pipe > 1:
+        return 0
+    single = [stack for stack, count in stacks(case) if count == 1]
+    return sum(k.device_bytes(case.layout, case.rows) for stack in single for k in case.kept(stack))
 
 
 def groups_of(case: Case) -> int:
@@ -190,10 +204,15 @@ def terms_of(case: Case) -> Terms:
         hidden=tokens * model.dense_ffn_size // mesh.tensor * item * (model.num_dense_layers > 0),
         vocabulary=vocab * 4,
         attention=square * 4 * portable * 17 // 32,
-        kept=sum(k.device_bytes(case.layout, case.rows) for k in case.kept()),
+        kept=sum(k.device_bytes(case.layout, case.rows) for k in case.kept(_stack(case))),
         gradients=device_bytes(case.state["params"]),
         experts=model.num_experts * tokens * 4,
+        alone=alone(case),
     )
+
+
+def _stack(case: Case) -> str:
+    return "moe_layers" if case.model.num_moe_layers else "dense_layers"
 
 
 def _layer_parameters(case: Case) -> int:

@@ -64,6 +64,9 @@ def _ends(case: Case) -> tuple[Passes, Passes]:
     """What is computed before the MoE layers and after them, embedding and head left out."""
     before = dense_layer(case).times(case.model.num_dense_layers)
     after = mtp_module(case).times(case.model.mtp_depth)
+    if case.mesh.pipe > 1 and not case.ways.vocabulary_on_ranks:
+        count = 1 + case.model.mtp_depth
+        return before + embedding(case), after + head(case).times(count)
     return before, after
 
 
@@ -119,7 +122,9 @@ def _pipeline(case: Case) -> Passing:
     busy, parts, exposed, travelled = _durations(case, chunks)
     ends = np.zeros(table.code.shape[1])
     spans = np.zeros((2, *table.code.shape))
-    meets = _common(case, busy, parts)
+    meets = np.zeros(table.ticks, bool)
+    if case.ways.vocabulary_on_ranks:
+        meets = _common(case, busy, parts)
     for tick, durations in enumerate(busy):
         ready = np.maximum(ends, np.maximum(np.roll(ends, 1), np.roll(ends, -1)))
         if meets[tick]:

@@ -126,7 +126,7 @@ def _weights(case: Case, passing: Passing) -> list[Collective]:
     everywhere = tuple(axis for axis in ("data", *copies) if _size(case, axis) > 1)
     ways = math.prod(_size(case, axis) for axis in copies)
     found = []
-    if case.mesh.pipe > 1:
+    if case.mesh.pipe > 1 and case.ways.fetches:
         pipe = ("pipe",)
         moved = held.dense / ways + held.experts
         found += [
@@ -138,7 +138,7 @@ def _weights(case: Case, passing: Passing) -> list[Collective]:
             _one(case, "all-gather", outer, 1, held.outer, "weights outside of the layers"),
             _one(case, "reduce-scatter", outer, 1, held.outer_sums, "their gradients"),
         ]
-    if copies:
+    if copies and case.ways.fetches:
         found.append(_one(case, "all-gather", copies, 1, held.dense, "copies of weights"))
     if everywhere and case.mesh.reduce == "step":
         size = held.dense_sums
@@ -301,7 +301,13 @@ def _pipe(case: Case) -> list[Collective]:
     # Embeddings looked up (twice those of the first stage), their gradients, hidden states to the
     # head's parts, and their gradients: a sum over all ranks each.
     sums = case.micro_batches * (5 + 4 * case.model.mtp_depth)
+    hidden = 0.0 if case.ways.hides_messages else None
+    messages = _one(
+        case, "collective-permute", ("pipe",), times, times * x, "activations and gradients", hidden
+    )
+    if not case.ways.vocabulary_on_ranks:
+        return [messages]
     return [
-        _one(case, "collective-permute", ("pipe",), times, times * x, "activations and gradients"),
+        messages,
         _one(case, "all-reduce", ("pipe",), sums, sums * x, "embeddings and hidden states"),
     ]

@@ -269,24 +269,30 @@ def wire_bytes(case: Case, back: bool) -> float:
 
 def exchange_ways(case: Case) -> dict[str, tuple[int, int]]:
     """Times that rows go to experts and come back, by pass."""
-    again = case.recipe.remat != "none" or case.mesh.exchange_capacity > 0
+    again = case.recipe.remat != "none" and case.ways.resends
     back_again = case.recipe.remat == "full"
-    return {"F": (1, 1), "I": (1 + again, 1 + back_again), "W": (2, 0)}
+    return {
+        "F": (1, 1),
+        "I": (1 + again, 1 + back_again),
+        "W": (2, 0) if case.ways.resends else (0, 0),
+    }
 
 
 def exchange_levels(case: Case) -> list[tuple[str, float, float]]:
     """Axis, rows sent one way, and bytes a second, of each level of the exchange."""
     rows, mesh, hardware = case.exchange, case.mesh, case.hardware
-    ragged = mesh.exchange == "ragged"
+    exact = mesh.exchange == "ragged" or case.ways.exact_rows
     per_node = mesh.expert // mesh.expert_nodes
     inner = mesh.context * mesh.tensor
     levels = []
     if mesh.expert_nodes > 1:
-        sent = rows.mean_across if ragged else rows.across
+        sent = rows.mean_across if exact else rows.across
         link = hardware.link(mesh.expert * inner)
         levels.append(("expert_nodes", sent, hardware.exchange(link, mesh.expert)))
+        if case.ways.one_hop:  # DeepEP's figures between nodes hold both
+            return levels
     if per_node > 1:
-        sent = rows.mean_inside if ragged else rows.inside
+        sent = rows.mean_inside if exact else rows.inside
         link = hardware.link(per_node * inner)
         levels.append(("expert", sent, hardware.exchange(link, mesh.expert)))
     return levels

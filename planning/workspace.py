@@ -41,6 +41,8 @@ class Terms(NamedTuple):
     """A gradient of all weights as they are stored, fp32."""
     experts: int
     """Router scores, fp32."""
+    alone: int
+    """What stacks of one layer keep."""
 
 
 class Workspace(NamedTuple):
@@ -67,6 +69,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "layers": ("layer", "dense"),
     "vocabulary": ("vocabulary",),
     "gradients": ("gradients",),
+    "alone": ("alone",),
     "fixed": (),
 }
 """Terms that are counted together: a class has too few programs to tell more apart."""
@@ -82,7 +85,7 @@ def _learned() -> dict[str, Any]:
 LEARNED = _learned()
 """When, of which version, the counts by class of layout, and the errors of the closed form."""
 GUESS = {"rows": 3.0, "activations": 2.0, "attention": 1.0, "layers": 2.0, "vocabulary": 1.0,
-         "gradients": 0.5, "fixed": 1.0}  # fmt: skip
+         "gradients": 0.5, "alone": 1.0, "fixed": 1.0}  # fmt: skip
 """Counts where no program of a class was compiled."""
 
 
