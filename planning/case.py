@@ -205,7 +205,7 @@ def make_case(
     choice = choose(run.kernels, run.model, train.dtype, layout, train.fp8)
     recipe = Recipe(train.dtype, train.remat, choice.kernels, fp8=train.fp8)
     trainer = Trainer(run.model, train, recipe, layout)
-    trainer.state_shardings(_state_shapes(run.model, train.optimizer, bool(train.ema_decay)))
     run = dataclasses.replace(run, train=train, mesh=mesh)
-    blueprint(run.model)
-    return Case(run, hardware, trainer, derived, total_tokens)
+    case = Case(run, hardware, trainer, derived, total_tokens)
+    _ = case.state  # names any weight that does not divide over the mesh
+    return case

@@ -9,6 +9,7 @@ the backward pass. Shapes are asked of the code that makes them: placements of t
 Every rank runs one program with arrays of one shape, so each holds as much as the most loaded one.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from model.blueprint import blueprint
+from model.config import ModelConfig
+from model.recipe import Recipe
 from model.stages import hold, split_weights
 from planning.case import Case
 from planning.workspace import Terms, Workspace, workspace_of
@@ -114,12 +117,17 @@ def stage_weights(case: Case) -> Weights:
 
 def held_weights(case: Case) -> Any:
     """Shapes of all weights, in the types in which a step holds them."""
-    plan = blueprint(case.model)
+    return _held_weights(case.model, case.recipe)
 
-    def held(x: Any, names: Any) -> Any:
-        return jax.eval_shape(lambda w: hold(w, names, case.recipe), x)
 
-    return jax.tree.map(held, plan.params, plan.params_axes)
+@functools.cache
+def _held_weights(model: ModelConfig, recipe: Recipe) -> Any:
+    plan = blueprint(model)
+
+    def held(params: Any) -> Any:
+        return jax.tree.map(lambda w, names: hold(w, names, recipe), params, plan.params_axes)
+
+    return jax.eval_shape(held, plan.params)
 
 
 def _in_fp32(leaf: Any) -> Any:
