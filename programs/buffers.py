@@ -47,8 +47,8 @@ def _part(parameter: Instruction) -> str:
     return "optimizer" if re.match(r"state\[(opt|ema)\]", name) else "other"
 
 
-def carried(program: Program) -> Carried:
-    """What the loops of a step carry.
+def carried(program: Program, pipeline: bool) -> Carried:
+    """What the loops of a step carry; `pipeline`: whether its outer loop is over ticks.
 
     The loop over ticks of a pipeline, or that over micro batches, whose sums are gradients; inside
     of that, or in the step itself where there is one micro batch, those over layers: what the
@@ -57,9 +57,8 @@ def carried(program: Program) -> Carried:
     shapes = _weight_shapes(program)
     body = program.computations[program.entry]
     outer = [i for i in body.values() if i.op == "while"]
-    ticks = [i for i in outer if _is_over_ticks(program, i)]
-    if ticks:
-        return _of_loop(program, body, max(ticks, key=_bytes), shapes)
+    if pipeline and outer:
+        return _of_loop(program, body, max(outer, key=_bytes), shapes)
     micro = [i for i in outer if _inner_loops(program, i)]
     sums = Carried(0, 0, 0)
     for loop in micro[:1]:
@@ -73,14 +72,6 @@ def carried(program: Program) -> Carried:
     if not micro:
         sums = Carried(0, sum(left[name] for name in backward), 0)
     return sums._replace(stash=stash)
-
-
-def _is_over_ticks(program: Program, loop: Instruction) -> bool:
-    """Whether a loop is that of a pipeline: its messages go along `pipe` in every round."""
-    inside = program.computations[_body_of(loop)].values()
-    return any("collective-permute" in i.op for i in inside) and any(
-        i.op == "while" for i in inside
-    )
 
 
 def _left_behind(program: Program, loop: Instruction) -> int:
@@ -264,13 +255,18 @@ Ranges = Collection[tuple[int, int]]
 
 
 def parts(
-    program: Program, arguments: int, temporaries: int, alive: Collection[Buffer], rows: Ranges
+    program: Program,
+    arguments: int,
+    temporaries: int,
+    alive: Collection[Buffer],
+    rows: Ranges,
+    pipeline: bool,
 ) -> dict[str, int]:
     """Bytes of a step by PARTS; they add up to arguments and temporaries.
 
-    rows: how many rows the expert exchange's arrays have.
+    rows: how many rows the expert exchange's arrays have. pipeline: see `carried`.
     """
-    of_state, loops = parameters(program), carried(program)
+    of_state, loops = parameters(program), carried(program, pipeline)
     exchange = sum(place.size for place in alive if _has_rows(place.shape, rows))
     held = loops.weights + loops.gradients + loops.stash
     found = {

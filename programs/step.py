@@ -88,7 +88,8 @@ def read(program: Scheduled, mesh: Mesh, rows: Collection[tuple[int, int]] = ())
     sizes: dict[str, int] = {}
     if program.buffers:
         alive = alive_at_peak(program.buffers, program.live_ranges)
-        sizes = parts(parse(program.text), program.arguments, program.temporaries, alive, rows)
+        held = program.arguments, program.temporaries
+        sizes = parts(parse(program.text), *held, alive, rows, mesh.shape["pipe"] > 1)
     return Report(
         mesh.size,
         program.arguments,
