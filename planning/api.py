@@ -1,5 +1,6 @@
 """Plans from Python: a preset or a run, a kind of GPU and a number, and how they are laid out."""
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -94,8 +95,9 @@ def settle(
         given["micro_batch_size"] = micro_batch_size
     run = dataclasses.replace(run, train=dataclasses.replace(run.train, **given))
     if micro_batch_size is None and "micro_batch_size" not in train:
-        run, lines = fitting_batch(run, gpus)
-        derived += lines
+        with contextlib.suppress(ValueError):  # what the mesh's sizes contradict is said later
+            run, lines = fitting_batch(run, gpus)
+            derived += lines
     return run, tuple(derived), tokens
 
 
