@@ -74,7 +74,7 @@ def bind(config: ModelConfig, params: Tree, router_bias: Tree) -> DeepSeekV3:
 
 
 def bind_around(config: ModelConfig, params: Tree, router_bias: Tree) -> DeepSeekV3:
-    """The model without its MoE layers: only its `before` and `after` are whole."""
+    """The model around its MoE layers, for `dense` and `after` with what each of them needs."""
     graph, params_state, bias_state = _abstract_around(config)
     return nnx.merge(graph, _fill(params_state, params), _fill(bias_state, router_bias))
 

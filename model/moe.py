@@ -19,7 +19,7 @@ from model.router import affinities, balance_loss, expert_counts, select
 from pallas_kernels.fp8 import fp8_expert_ffn
 from pallas_kernels.grouped import combine_rows, expert_sums, gather_rows, part_of, sort_by_expert
 from sharding.experts.dispatch import Local, exchange
-from sharding.experts.rounds import Count, in_rounds
+from sharding.experts.rounds import Count, Span, in_rounds
 from sharding.partition import Names, constrain, max_over, on_shards, sum_over, vary
 
 W_IN = ("experts", "embed", "expert_ffn")
@@ -191,11 +191,10 @@ def weighted_sums(
         y_ND = sums(x_ND, weights_NK, params, plan)
         return y_ND, Count(jnp.sum(plan.group_sizes_E), jnp.int32(0))
 
-    def one_round(i, floats, plan):
+    def one_round(span: Span, floats, plan):
         params, x_ND, weights_NK = floats
-        now = part_of(plan, i, rows)
+        now = part_of(plan, *span)
         return sums(x_ND, weights_NK, params, now), Count(jnp.sum(now.group_sizes_E), jnp.int32(0))
 
-    rounds = jnp.maximum((jnp.sum(plan.group_sizes_E) + rows - 1) // rows, 1)
-    y_ND, count = in_rounds(one_round, (params, x_ND, weights_NK), plan, rounds, x_ND.shape)
-    return y_ND.astype(x_ND.dtype), count
+    needed, like = jnp.sum(plan.group_sizes_E), jax.ShapeDtypeStruct(x_ND.shape, x_ND.dtype)
+    return in_rounds(one_round, (params, x_ND, weights_NK), plan, needed, rows, like)

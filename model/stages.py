@@ -21,23 +21,26 @@ from model.loss import (
 )
 from model.moe import MoEStats
 from model.recipe import Recipe
-from model.transformer import DeepSeekV3
 from sharding.partition import Names, constrain
-from sharding.pipeline.executor import Stages, Weights
+from sharding.pipeline.stage_weights import Weights
+from sharding.pipeline.stages import Stages
 
 ROUTED = ("w_gate", "w_up", "w_down")
 LAYERS = "moe_layers"
 """The stack that is cut into stages."""
 VOCABULARY = ("embed", "head")
-"""What every rank has a part of; everything else is computed with the first or last stage."""
+"""What every rank has a part of."""
+FIRST = ("dense_layers",)
+"""What the first stage computes before its layers; everything else is the last one's."""
 
 
 def split_weights(params: Tree, router_bias: Tree) -> Weights:
     """Parameters and router biases as a pipeline takes them."""
     vocab = {name: params[name] for name in VOCABULARY}
-    outer = {name: part for name, part in params.items() if name not in (LAYERS, *VOCABULARY)}
-    outer_bias = {name: part for name, part in router_bias.items() if name != LAYERS}
-    return Weights(vocab, outer, params[LAYERS], outer_bias, router_bias.get(LAYERS, {}))
+    around = {name: part for name, part in params.items() if name not in (LAYERS, *VOCABULARY)}
+    first = {name: around.pop(name) for name in FIRST if name in around}
+    bias = {name: part for name, part in router_bias.items() if name != LAYERS}
+    return Weights(vocab, first, around, params[LAYERS], bias, router_bias.get(LAYERS, {}))
 
 
 def hold(w: jax.Array, names: Names, recipe: Recipe) -> jax.Array:
@@ -54,7 +57,7 @@ def hold(w: jax.Array, names: Names, recipe: Recipe) -> jax.Array:
 
 def join_weights(weights: Weights) -> Tree:
     """The parameters' tree again, or that of their gradients."""
-    return {**weights.vocab, **weights.outer, LAYERS: weights.layers}
+    return {**weights.vocab, **weights.first, **weights.last, LAYERS: weights.layers}
 
 
 def pipeline_stages(config: ModelConfig, recipe: Recipe, balance_weight: float) -> Stages:
@@ -69,9 +72,6 @@ def pipeline_stages(config: ModelConfig, recipe: Recipe, balance_weight: float) 
         num_targets, num_sequences, mtp = micro[1]
         return LossWeights(num_targets, num_sequences, mtp, balance_weight)
 
-    def around(outer: Tree, bias: Tree) -> DeepSeekV3:
-        return bind_around(config, outer, bias)  # without embedding and head
-
     def ids(micro):
         examples: Examples = micro[0]
         return examples.tokens.ids_BT, examples.targets_KBT[:-1]
@@ -80,8 +80,8 @@ def pipeline_stages(config: ModelConfig, recipe: Recipe, balance_weight: float) 
         module: Any = bind_part(config, "embed", vocab["embed"], {})
         return module(ids_BT, recipe)
 
-    def first(outer: Tree, bias: Tree, x_BTD: jax.Array, micro) -> jax.Array:
-        return around(outer, bias).dense(x_BTD, micro[0].tokens, recipe)
+    def first(weights: Tree, x_BTD: jax.Array, micro) -> jax.Array:
+        return bind_around(config, weights, {}).dense(x_BTD, micro[0].tokens, recipe)
 
     def block(weights: Tree, bias: Tree, x_BTD: jax.Array, tokens):
         module: Any = bind_part(config, LAYERS, weights, bias)
@@ -95,8 +95,8 @@ def pipeline_stages(config: ModelConfig, recipe: Recipe, balance_weight: float) 
         scale = balance_weight / weights_of(micro).num_sequences
         return (x_BTD, scale * stats.balance), jax.lax.stop_gradient(stats)
 
-    def last(outer: Tree, bias: Tree, x_BTD: jax.Array, ahead_KBTD: jax.Array, micro):
-        model, tokens = around(outer, bias), micro[0].tokens
+    def last(weights: Tree, bias: Tree, x_BTD: jax.Array, ahead_KBTD: jax.Array, micro):
+        model, tokens = bind_around(config, weights, bias), micro[0].tokens
         output = model.after(x_BTD, tokens, recipe, ahead_KBTD)
         objective, parts = balance_of_output(output, weights_of(micro), config)
         return (jnp.stack([output.hidden_BTD, *output.mtp_hidden]), objective), parts

@@ -14,7 +14,6 @@ import math
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from model.blueprint import blueprint
 from model.config import ModelConfig
@@ -24,9 +23,9 @@ from planning.case import Case
 from planning.workspace import Terms, Workspace, workspace_of
 from sharding.experts.sizes import Rows
 from sharding.partition import pipeline_ranks
-from sharding.pipeline.executor import stash_shapes
+from sharding.pipeline.rank import stash_shapes
 from sharding.pipeline.stage_weights import Weights, held_shapes
-from sharding.sizes import activation_shards, copied_bytes, device_bytes
+from sharding.sizes import activation_shards, copied_bytes, device_bytes, rank_bytes
 
 GIB = 2**30
 
@@ -89,11 +88,10 @@ def carried_by(case: Case) -> dict[str, float]:
     weights = device_bytes([state["params"], state["router_bias"]])
     optimizer = device_bytes([state["opt"], state.get("ema", {})])
     if pipeline_ranks(case.layout) > 1:
-        held = stage_weights(case)
-        summed = [held.vocab, held.outer, held.layers]
+        held, sums = rank_bytes(stage_weights(case), case.placement, case.layout)
         return {
-            "weights": weights + device_bytes(held),
-            "gradients": device_bytes(jax.tree.map(_in_fp32, summed)),
+            "weights": weights + held,
+            "gradients": sums,
             "optimizer": optimizer,
             "stash": pipeline_stash(case),
         }
@@ -128,10 +126,6 @@ def _held_weights(model: ModelConfig, recipe: Recipe) -> Any:
         return jax.tree.map(lambda w, names: hold(w, names, recipe), params, plan.params_axes)
 
     return jax.eval_shape(held, plan.params)
-
-
-def _in_fp32(leaf: Any) -> Any:
-    return jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
 
 
 def pipeline_stash(case: Case) -> float:

@@ -24,7 +24,7 @@ from planning.work import (
     mtp_module,
     paired,
 )
-from sharding.pipeline.executor import ends_of
+from sharding.pipeline.stages import ends_of
 from sharding.pipeline.ticks import CODES
 from sharding.sizes import device_bytes
 

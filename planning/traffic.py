@@ -192,12 +192,11 @@ def _held(case: Case) -> Held:
         math.prod(leaf.sharding.shard_shape(leaf.shape))
         for leaf in jax.tree.leaves([held.layers, held.vocab])
     )
-    outer = sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(held.outer)
-    )
+    ends = [held.first, held.last]
+    outer = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(ends))
     expert_sums = of_experts / item * 4
     return Held(
-        dense, of_experts, device_bytes(held.outer), numbers * 4 - expert_sums, expert_sums,
+        dense, of_experts, device_bytes(ends), numbers * 4 - expert_sums, expert_sums,
         outer * 4,
     )  # fmt: skip
 

@@ -33,7 +33,7 @@ class Layout:
     config: MeshConfig = MeshConfig()
     """Options of the collectives; the axes' sizes are the mesh's."""
     copied: tuple[str, ...] = COPIED
-    """Mesh axes over which a matrix that they do not cut yet is stored in shards (`stored_spec`)."""
+    """Mesh axes that also cut stored matrices which would be copies along them (`stored_spec`)."""
     device: Any = dataclasses.field(default=None, hash=False)
     """What all devices of an abstract mesh are like (`sharding/mesh.py:planned_layout`); None: the
     mesh has devices."""
@@ -308,16 +308,20 @@ def stored_shardings(layout: Layout, shapes: Any, axes: Any) -> Any:
 def moment_spec(layout: Layout, shape: tuple[int, ...], names: Names) -> PartitionSpec:
     """Placement of what belongs to a parameter: as stored, and with ZeRO-1 also over `data`.
 
-    The first dimension that `data` still divides takes it; a parameter without one stays whole.
+    The first dimension that `data` still divides takes it; a parameter without one stays whole. The
+    dimension that other copies cut comes first, beside them: one reduction then serves both.
     """
     stored, data = stored_spec(layout, shape, names), layout.mesh.shape["data"]
     if not layout.config.zero1 or data == 1:
         return stored
     entries = [axes_of(entry) for entry in stored]
-    for i, size in enumerate(shape):
+    cut_anyway = [axes_of(entry) for entry in spec(names, layout.stored)]
+    extra = [set(now) - set(before) for now, before in zip(entries, cut_anyway, strict=True)]
+    for i in sorted(range(len(shape)), key=lambda i: not extra[i]):
         taken = math.prod(layout.mesh.shape[axis] for axis in entries[i])
-        if size % (taken * data) == 0:
-            entries[i] += ("data",)
+        if shape[i] % (taken * data) == 0:
+            at = len(entries[i]) - bool(extra[i] and entries[i][-1] == "pipe")
+            entries[i] = (*entries[i][:at], "data", *entries[i][at:])
             break
     return PartitionSpec(*(entry or None for entry in entries))
 

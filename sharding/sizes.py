@@ -8,6 +8,8 @@ from jax.sharding import NamedSharding
 
 from sharding.copies import held_spec, is_gathered, reduces_once
 from sharding.partition import Layout, Names, moment_spec
+from sharding.pipeline.arena import Arena
+from sharding.pipeline.stage_weights import Placement, Weights
 
 
 def device_bytes(tree: Any) -> int:
@@ -16,6 +18,27 @@ def device_bytes(tree: Any) -> int:
         leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
         for leaf in jax.tree.leaves(tree)
     )
+
+
+def rank_bytes(held: Weights, placement: Placement, layout: Layout) -> tuple[int, int]:
+    """Bytes on one device of the weights that a rank of a pipeline computes with, as it keeps them
+    (`sharding/pipeline/arena.py`), and of the fp32 sums of their gradients.
+
+    `held` is what `held_shapes` gives.
+    """
+    is_whole = all(layout.mesh.shape[axis] == 1 for axis in ("fsdp", "tensor"))
+    parts = jax.tree.map(_on_device, (held.layers, held.first, held.last))
+    at_ends = (at.any(1) for at in placement[1:])
+    layer_of = placement.layer_of.reshape(len(placement.layer_of), -1)
+    arena = Arena(*parts, layer_of, *at_ends, whole=is_whole)
+    stored = jax.tree.leaves((arena.shapes(*parts), jax.tree.map(_on_device, held.vocab)))
+    constants = jax.tree.leaves((held.end_constants, held.layer_constants))
+    weights = sum(leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in stored)
+    return weights + device_bytes(constants), sum(4 * math.prod(leaf.shape) for leaf in stored)
+
+
+def _on_device(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
 
 
 def copied_bytes(shapes: Any, axes: Any, layout: Layout) -> tuple[int, int]:

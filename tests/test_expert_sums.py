@@ -55,7 +55,9 @@ def compiled(function, backend: str, rows: int = 0):
 
     def run(ids, x, weights, experts, dout):
         plan = sort_by_expert(ids, E)
-        plans = [plan] if not rows else [part_of(plan, i, rows) for i in range(-(-N * K // rows))]
+        plans = (
+            [plan] if not rows else [part_of(plan, start, rows) for start in range(0, N * K, rows)]
+        )
 
         def total(x, weights, experts):
             found = [function(x, weights, experts, one, backend=backend) for one in plans]

@@ -34,7 +34,7 @@ from sharding.partition import Layout, pipeline_ranks
 from sharding.pipeline.executor import run
 from sharding.pipeline.schedule import Schedule, make_schedule
 from sharding.pipeline.stage_weights import check_vocabulary, place_layers
-from sharding.pipeline.ticks import tick_table
+from sharding.pipeline.ticks import Table, tick_table
 
 Batch = dict[str, jax.Array]
 MicroLoss = Callable[[DeepSeekV3, Batch, LossWeights], tuple[jax.Array, Any]]
@@ -151,9 +151,14 @@ def check_micro_batches(config: ModelConfig, layout: Layout, num_micro: int) -> 
 
 def pipelined_gradients(
     config: ModelConfig, recipe: Recipe, layout: Layout, params: Tree, router_bias: Tree,
-    batch: Batch, weights: LossWeights,
+    batch: Batch, weights: LossWeights, change: Callable[[Table], Table] | None = None,
+    every_slot: bool = False,
 ) -> tuple[jax.Array, LossParts, Tree]:  # fmt: skip
-    """The same, with the layers cut over `pipe` and micro batches in flight at the same time."""
+    """The same, with the layers cut over `pipe` and micro batches in flight at the same time.
+
+    `change` of the table, and `every_slot` computed though it be empty, are for programs that are
+    only read (`programs/plan.py`).
+    """
     schedule = make_pipeline_schedule(layout, batch["tokens"].shape[0])
     placement = place_layers(schedule, config.num_moe_layers, *stage_costs(config))
     plan = blueprint(config)
@@ -162,7 +167,9 @@ def pipelined_gradients(
     shared = weights.num_targets, weights.num_sequences, weights.mtp
     stages = pipeline_stages(config, recipe, weights.balance)
     table = tick_table(schedule)
+    if change is not None:
+        table = change(table)
     weights_of = split_weights(held, router_bias)
-    result = run(table, placement, stages, weights_of, axes, batch, shared, layout)
+    result = run(table, placement, stages, weights_of, axes, batch, shared, layout, every_slot)
     parts = merge_parts(result.parts, result.stats, weights.num_sequences)
     return result.objective, parts, join_weights(result.gradients)

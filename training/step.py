@@ -221,7 +221,7 @@ class Trainer:
         weights = loss_weights(batch, knobs["mtp_weight"], self.train.balance_weight)
         inputs = state["params"], state["router_bias"], batch, weights
         if pipeline_ranks(self.layout) > 1:
-            found = pipelined_gradients(self.model, self.recipe, self.layout, *inputs)
+            found = self.gradients_in_pipeline(*inputs)
         else:
             in_pairs = self.layout.config.overlap
             if reduces_once(self.layout):
@@ -230,6 +230,10 @@ class Trainer:
                 found = accumulated_gradients(self.model, self.recipe, *inputs, in_pairs)
         loss, parts, grads = found
         return Gradients(loss, grads, parts.counts_LE, loss_metrics(parts))
+
+    def gradients_in_pipeline(self, *inputs: Any) -> tuple[jax.Array, LossParts, Tree]:
+        """`pipelined_gradients` of a step's inputs; what only reads a program runs less of it."""
+        return pipelined_gradients(self.model, self.recipe, self.layout, *inputs)
 
     def _step(self, state: State, batch: Batch, knobs: Knobs):
         with use_layout(self.layout):

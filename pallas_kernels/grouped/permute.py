@@ -70,14 +70,12 @@ def sort_by_expert(expert_ids_NK: Array, num_experts: int, max_rows: int | None 
     return Plan(order_R[:max_rows], inverse_R, group_sizes_E)
 
 
-def part_of(plan: Plan, i: Array | int, num_rows: int) -> Plan:
-    """The i-th `num_rows` sorted rows of a plan that keeps all of them, as a plan of their own.
+def part_of(plan: Plan, start: Array | int, num_rows: int) -> Plan:
+    """`num_rows` sorted rows, from `start` on, of a plan that keeps all, as a plan of their own.
 
-    All parts together hold each choice once. A group may be cut by the edge of a part.
+    It may cut a group, and reach beyond the last row.
     """
-    start = i * num_rows
-    order_M = jnp.pad(plan.order_M, (0, -plan.order_M.size % num_rows))
-    order_M = lax.dynamic_slice(order_M, (start,), (num_rows,))
+    order_M = lax.dynamic_slice(jnp.pad(plan.order_M, (0, num_rows)), (start,), (num_rows,))
     ends_E = jnp.clip(jnp.cumsum(plan.group_sizes_E) - start, 0, num_rows)
     return Plan(order_M, plan.inverse_R - start, jnp.diff(ends_E, prepend=0))
 

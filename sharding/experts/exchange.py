@@ -18,7 +18,7 @@ from jax import Array
 
 from sharding.config import MeshConfig
 from sharding.experts.quantize import dequantize, quantize
-from sharding.experts.rounds import Count, in_rounds
+from sharding.experts.rounds import Count, Span, in_rounds
 from sharding.partition import all_to_all, bound, max_over, num_shards, ragged_all_to_all, vary
 
 Rows = Callable[[Any, Array, Array, Array], tuple[Array, Count]]
@@ -59,12 +59,11 @@ class Way(NamedTuple):
 
 
 class Level(NamedTuple):
-    """Static facts of a level: the logical axis of its shards, their number, experts and slots."""
+    """Static facts of a level: the logical axis of its shards, their number and experts."""
 
     name: str
     shards: int
     experts: int
-    slots: int
     config: MeshConfig
 
     def shard_of(self, ids: Array) -> Array:
@@ -88,18 +87,17 @@ def level(name: str, agree: str, experts: int, slots: int, config: MeshConfig, i
         return inner
 
     def shared(params, x_RD: Array, ids_RK: Array, weights_RK: Array) -> tuple[Array, Count]:
-        R, C = x_RD.shape[0], slots
-        this = Level(name, S, experts, C, config)
+        R = x_RD.shape[0]
+        this = Level(name, S, experts, config)
         routing = route(this.shard_of(ids_RK), S)
         one_round = partial(_one_round, this, inner)
         floats, ints = (params, x_RD, weights_RK), (ids_RK, routing)
-        if C == R:
-            y_RD, count = one_round(0, floats, ints)
-        else:
-            rounds = max_over((jnp.max(routing.counts_S) + C - 1) // C, agree)
-            rounds = jnp.maximum(rounds, 1)
-            y_RD, count = in_rounds(one_round, floats, ints, rounds, x_RD.shape)
-        return y_RD.astype(x_RD.dtype), count
+        if slots >= R:
+            y_RD, count = one_round(Span(0, R), floats, ints)
+            return y_RD.astype(x_RD.dtype), count
+        most = max_over(jnp.max(routing.counts_S), agree)
+        like = jax.ShapeDtypeStruct(x_RD.shape, x_RD.dtype)
+        return in_rounds(one_round, floats, ints, most, slots, like)
 
     return shared
 
@@ -135,20 +133,20 @@ def assign_slots(
     return Slots(copy_P.at[slot_RJ.reshape(-1)].set(index, mode="drop"), slot_RJ)
 
 
-def _one_round(this: Level, inner: Rows, i: Array | int, floats, ints) -> tuple[Array, Count]:
-    """Rows of turns i*C to (i+1)*C - 1 sent, computed, and their sums [R, D] in fp32."""
+def _one_round(this: Level, inner: Rows, span: Span, floats, ints) -> tuple[Array, Count]:
+    """Rows whose turns are of the span sent, computed, and their sums [R, D] in fp32."""
     (params, x_RD, weights_RK), (ids_RK, routing) = floats, ints
-    S, C, dtype = this.shards, this.slots, this.config.exchange_dtype
+    S, C, dtype = this.shards, span.rows, this.config.exchange_dtype
     R, J = routing.shard_RJ.shape
     if this.config.exchange == "ragged":
         P = min(S * C, R * J)
-        size_S = jnp.clip(routing.counts_S - i * C, 0, C)
+        size_S = jnp.clip(routing.counts_S - span.start, 0, C)
         start_S = jnp.cumsum(size_S) - size_S
         there, back = _ways(this, start_S, size_S)
     else:
         P, there, back = S * C, None, None
         start_S = jnp.arange(S, dtype=jnp.int32) * C
-    slots = assign_slots(routing, i * C, C, start_S, P)
+    slots = assign_slots(routing, span.start, C, start_S, P)
     shard_P = _copies(routing.shard_RJ.reshape(R * J, 1), slots, 1, -1)
     ids_PK = _copies(ids_RK, slots, J, -1)
     ids_PK = jnp.where(this.shard_of(ids_PK) == shard_P, ids_PK, -1)

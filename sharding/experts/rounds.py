@@ -1,12 +1,14 @@
-"""A sum over as many rounds as it takes: a run-time number, each round of bounded size.
+"""A sum over rows, so many at a time as there is room for, in as many rounds as it takes.
 
-Buffers have room for what usually comes; what does not fit takes another round, so that nothing is
-lost and memory does not grow with the worst case. The first round, nearly always the only one, is
-plain: it can overlap other work, and the backward pass finds what it kept. Further rounds are in a
-loop, and keep nothing: the backward pass computes each again.
+Buffers have room for what usually comes; what does not fit takes further rounds, a run-time number,
+so that nothing is lost and memory does not grow with the worst case. The first round, nearly always
+the only one, is plain: it can overlap other work, and the backward pass finds what it kept. Further
+rounds have half the room, since most of them have little to do. They are in a loop, and keep
+nothing: the backward pass computes each again.
 
-Inside a further round, other sums in rounds are loops from their first round on. So the program
-holds the body once per level and once more, not twice for each.
+Inside a further round, other sums in rounds are loops from their first round on, of half the room,
+too. So the program holds the body once per level and once more, not twice for each, and what a
+further round needs besides the sums so far is half of what the first one needed.
 """
 
 import contextvars
@@ -18,11 +20,20 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from sharding.experts.room import MULTIPLE
 from sharding.partition import bound, vary
 
-Round = Callable[[Array | int, Any, Any], tuple[Array, "Count"]]
-"""(number of the round, floats, ints) to its part of the sum and what it counted. `floats` and
-`ints` are trees; derivatives are those of `floats`."""
+
+class Span(NamedTuple):
+    """Rows of a round, by their number: `rows` of them from `start` on."""
+
+    start: Array | int
+    rows: int
+
+
+Round = Callable[[Span, Any, Any], tuple[Array, "Count"]]
+"""(span, floats, ints) to its part of the sum and what was counted. `floats` and `ints` are trees,
+derivatives those of `floats`."""
 
 
 class Count(NamedTuple):
@@ -37,24 +48,54 @@ class Count(NamedTuple):
 _repeated: contextvars.ContextVar[bool] = contextvars.ContextVar("repeated", default=False)
 
 
-def in_rounds(
-    one_round: Round, floats: Any, ints: Any, rounds: Array, shape: tuple[int, ...]
-) -> tuple[Array, Count]:
-    """Sum of this shape over `rounds` rounds, at least one; and its gradient. Both are fp32 sums,
-    in the type of a round's if there is but one.
+class Static(NamedTuple):
+    """What does not change from run to run."""
 
-    Rounds that talk to other devices need the same number on each of them.
+    one_round: Round
+    room: int
+    like: jax.ShapeDtypeStruct
+    """The sum."""
+    whole: bool
+    """Whether all rounds are in the loop."""
+    within: Callable[..., Any]
+    """within(fn, *args): fn in the layout and region of the call; derivatives are traced later."""
+
+    @property
+    def further(self) -> int:
+        """Room of a round in the loop."""
+        return min(self.room, -(-self.room // (2 * MULTIPLE)) * MULTIPLE)
+
+    def span(self, i: Array) -> Span:
+        """Rows of round i of the loop; those of the first are before, unless `whole`."""
+        before = 0 if self.whole else self.room
+        return Span(before + i * self.further, self.further)
+
+    def rounds(self, needed: Array) -> Array:
+        """Rounds of the loop for so many rows."""
+        before = 0 if self.whole else self.room
+        return (jnp.maximum(needed - before, 0) + self.further - 1) // self.further
+
+
+def in_rounds(
+    one_round: Round, floats: Any, ints: Any, needed: Array, room: int, like: jax.ShapeDtypeStruct
+) -> tuple[Array, Count]:
+    """Sum over `needed` rows with room for `room` at a time, and its gradient.
+
+    Where there is more than one round, sums over them are fp32, whatever the types of the sum and
+    of `floats`. Rounds that talk to other devices need the same number of rows on each of them.
     """
-    static = Static(_varying(one_round), shape, _repeated.get(), bound(lambda fn, *args: fn(*args)))
+    within = bound(lambda fn, *args: fn(*args))
+    static = Static(_varying(one_round), room, like, _repeated.get(), within)
+    rounds = static.rounds(needed)
     y, count = _in_rounds(static, floats, ints, rounds)
-    return y, count._replace(further=count.further + vary(rounds) - 1)
+    return y, count._replace(further=count.further + vary(rounds))
 
 
 def _varying(one_round: Round) -> Round:
     """The same, with results that count as different on all devices."""
 
-    def call(i, floats, ints):
-        y, count = one_round(i, floats, ints)
+    def call(span, floats, ints):
+        y, count = one_round(span, floats, ints)
         return vary(y), jax.tree.map(lambda n: vary(jnp.int32(n)), count)
 
     return call
@@ -73,81 +114,84 @@ def _again(fn: Callable) -> Callable:
     return call
 
 
-def _loop(fn: Callable[[Array], Any], start: int, rounds: Array, total: Any) -> Any:
-    """`total`, of fp32 and int32, plus fn(i) for i from `start` on."""
+def _loop(fn: Callable[[Array], Any], rounds: Array, total: Any) -> Any:
+    """`total`, of fp32 and int32, plus fn(i) for all rounds i of the loop."""
 
     def step(carry):
         i, total = carry
         return i + 1, jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, fn(i))
 
-    return lax.while_loop(lambda carry: carry[0] < rounds, step, (jnp.int32(start), total))[1]
+    return lax.while_loop(lambda carry: carry[0] < rounds, step, (jnp.int32(0), total))[1]
 
 
-def _and_further(fn: Callable[[Array], Any], rounds: Array, first: Any) -> Any:
-    """`first`, of round 0, plus fn(i) for the rounds that follow. Nothing is converted for one."""
+def _and_further(fn: Callable[[Array], Any], rounds: Array, first: Any, like: Any) -> Any:
+    """`first` plus fn(i) for the rounds of the loop, in the types of `like`.
+
+    Where there are none, nothing is converted.
+    """
+
+    def typed(total):
+        return jax.tree.map(lambda a, b: a.astype(b.dtype), total, like)
 
     def add(first):
-        total = _loop(fn, 1, rounds, jax.tree.map(_in_fp32, first))
-        return jax.tree.map(lambda a, b: a.astype(b.dtype), total, first)
+        return typed(_loop(fn, rounds, jax.tree.map(_in_fp32, first)))
 
-    return lax.cond(rounds > 1, add, lambda first: first, first)
+    return lax.cond(rounds > 0, add, typed, first)
 
 
 def _in_fp32(x: Array) -> Array:
     return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
-class Static(NamedTuple):
-    """What does not change from run to run."""
-
-    one_round: Round
-    shape: tuple[int, ...]
-    """Of the sum."""
-    whole: bool
-    """Whether the first round is in the loop, too."""
-    within: Callable[..., Any]
-    """within(fn, *args): fn in the layout and region of the call; derivatives are traced later."""
+def _zeros(like: Any) -> Any:
+    return jax.tree.map(lambda x: vary(jnp.zeros(x.shape, jnp.float32)), like)
 
 
 def _sum(static: Static, floats, ints, rounds: Array) -> tuple[Array, Count]:
-    first = None if static.whole else static.one_round(0, floats, ints)
+    first = None if static.whole else static.one_round(Span(0, static.room), floats, ints)
     return _further(static, floats, ints, rounds, first)
 
 
 def _further(static: Static, floats, ints, rounds: Array, first) -> tuple[Array, Count]:
-    """The sum of the rounds that follow the first, and of that, unless it is None."""
+    """The sum of the rounds in the loop, and of the first, unless it is None."""
 
     def again(i):
-        return _again(static.one_round)(i, floats, ints)
+        return _again(static.one_round)(static.span(i), floats, ints)
 
-    if first is not None:
-        return _and_further(again, rounds, first)
     zero = vary(jnp.int32(0))
-    return _loop(again, 0, rounds, (vary(jnp.zeros(static.shape, jnp.float32)), Count(zero, zero)))
+    if first is not None:
+        return _and_further(again, rounds, first, (static.like, Count(zero, zero)))
+    y, count = _loop(again, rounds, (_zeros(static.like), Count(zero, zero)))
+    return y.astype(static.like.dtype), count
 
 
 def _kept_sum(static: Static, floats, ints, rounds: Array):
     """The sum, and what its gradient wants of the first round."""
     if static.whole:
         return _sum(static, floats, ints, rounds), None
-    y, vjp, count = jax.vjp(lambda x: static.one_round(0, x, ints), floats, has_aux=True)
-    return _further(static, floats, ints, rounds, (y, count)), vjp
+
+    def first(floats):
+        return static.one_round(Span(0, static.room), floats, ints)
+
+    y, vjp, count = jax.vjp(first, floats, has_aux=True)
+    return _further(static, floats, ints, rounds, (y, count)), (jnp.zeros((), y.dtype), vjp)
 
 
-def _gradient(static: Static, vjp, floats, ints, rounds: Array, dy: Array):
-    """Of `floats`; the first round's by `vjp`, unless it is None."""
+def _gradient(static: Static, kept, floats, ints, rounds: Array, dy: Array):
+    """Of `floats`; the first round's by what was kept of it, unless that is None."""
 
     def again(i):
         def gradient(floats):
-            y, vjp = jax.vjp(lambda x: static.one_round(i, x, ints)[0], floats)
+            y, vjp = jax.vjp(lambda x: static.one_round(static.span(i), x, ints)[0], floats)
             return jax.tree.map(vary, vjp(dy.astype(y.dtype))[0])
 
         return _again(gradient)(floats)
 
-    if vjp is not None:
-        return _and_further(again, rounds, jax.tree.map(vary, vjp(dy)[0]))
-    zeros = jax.tree.map(lambda x: vary(jnp.zeros(x.shape, jnp.float32)), floats)
-    total = _loop(again, 0, rounds, zeros)
+    if kept is not None:
+        typed, vjp = kept
+        first = jax.tree.map(vary, vjp(dy.astype(typed.dtype))[0])
+        return _and_further(again, rounds, first, floats)
+    total = _loop(again, rounds, _zeros(floats))
     return jax.tree.map(lambda g, x: g.astype(x.dtype), total, floats)
 
 
@@ -157,8 +201,8 @@ def _in_rounds(static: Static, floats, ints, rounds: Array):
 
 
 def _in_rounds_fwd(static: Static, floats, ints, rounds: Array):
-    total, vjp = static.within(_kept_sum, static, floats, ints, rounds)
-    return total, (vjp, floats, ints, rounds)
+    total, kept = static.within(_kept_sum, static, floats, ints, rounds)
+    return total, (kept, floats, ints, rounds)
 
 
 def _in_rounds_bwd(static: Static, saved, cotangents):

@@ -2,8 +2,9 @@
 
 Weights are stored in the model's order, cut along their width over `pipe` and over the batch axes
 that would copy them. At the start of a step each rank fetches whole layers of its stages by an
-all-to-all and an all-gather, and at the end sends the gradients back by their transposes. So any placement of layers on ranks, uneven counts and the second copy of DualPipe
-need nothing else, and a checkpoint does not know of stages.
+all-to-all and an all-gather, and at the end sends the gradients back by their transposes. So any
+placement of layers on ranks, uneven counts and the second copy of DualPipe need nothing else, and a
+checkpoint does not know of stages.
 
 All of it runs on whole devices, not in the region that is manual over `pipe` alone: there XLA would
 make a collective's operand whole over all other axes first. Letters: L layers, W slots for layers
@@ -35,10 +36,11 @@ class Weights(NamedTuple):
 
     vocab: Tree
     """Embedding and head, of which every rank has a part."""
-    outer: Tree
-    """What else lies around the layers."""
+    first: Tree
+    """What else the first stage computes before the layers, and the last one after them."""
+    last: Tree
     layers: Tree
-    outer_constants: Tree
+    end_constants: Tree
     """Not differentiated, like `layer_constants`."""
     layer_constants: Tree
 
@@ -127,15 +129,15 @@ def send_back(
     def send_one(g: jax.Array, names: Names) -> jax.Array:
         dim, copies = _cut(names, layout), summed_axes(layout, names, among)
         target = moment_spec(layout, (num_layers, *g.shape[2:]), names)
-        first, last, keep = _in_turn(copies, cutting_axes(layout, names))
+        first, last, keep = _in_turn(target, copies, cutting_axes(layout, names))
 
         def body(g: jax.Array) -> jax.Array:
-            g = reduce_to(g[0], target, first, (*keep, "data"))
+            g = reduce_to(g[0], target, first, (*keep, *last))
             if dim < 0:
                 g = lax.all_gather(g, AXIS, tiled=True)
             else:
                 g = lax.all_to_all(g, AXIS, split_axis=dim, concat_axis=0, tiled=True)
-            return reduce_to(by_layer(g, placement), target, last, (*keep, *COPIED))
+            return reduce_to(by_layer(g, placement), target, last, (*keep, *first))
 
         parts = PartitionSpec(copies or None, AXIS, *held_spec(layout, names)[1:])
         return _on_devices(body, layout, parts, target)(g)
@@ -144,8 +146,7 @@ def send_back(
 
 
 def held_shapes(weights: Weights, axes: Weights, placement: Placement, layout: Layout) -> Weights:
-    """ShapeDtypeStructs, with their placements, of what a step fetches and gathers: the weights
-    that ranks compute with. The sums of their gradients lie alike, in fp32."""
+    """ShapeDtypeStructs, with their placements, of what a step fetches and gathers."""
 
     def placed(x: Any, shape: tuple[int, ...], partition: PartitionSpec) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, x.dtype, sharding=NamedSharding(layout.mesh, partition))
@@ -162,9 +163,10 @@ def held_shapes(weights: Weights, axes: Weights, placement: Placement, layout: L
 
     return Weights(
         jax.tree.map(part, weights.vocab, axes.vocab),
-        jax.tree.map(whole, weights.outer, axes.outer),
+        jax.tree.map(whole, weights.first, axes.first),
+        jax.tree.map(whole, weights.last, axes.last),
         jax.tree.map(slots, weights.layers, axes.layers),
-        jax.tree.map(whole, weights.outer_constants, axes.outer_constants),
+        jax.tree.map(whole, weights.end_constants, axes.end_constants),
         jax.tree.map(slots, weights.layer_constants, axes.layer_constants),
     )
 
@@ -191,12 +193,12 @@ def send_vocabulary(tree: Tree, axes: Tree, layout: Layout, among: tuple[str, ..
     def send_one(g: jax.Array, names: Names) -> jax.Array:
         dim, vocab, copies = _cut(names, layout), _vocab(names), summed_axes(layout, names, among)
         target = moment_spec(layout, g.shape[1:], names)
-        first, last, keep = _in_turn(copies, cutting_axes(layout, names))
+        first, last, keep = _in_turn(target, copies, cutting_axes(layout, names))
 
         def body(g: jax.Array) -> jax.Array:
-            g = reduce_to(g[0], target, first, (*keep, "data"))
+            g = reduce_to(g[0], target, first, (*keep, *last))
             g = lax.all_to_all(g, AXIS, split_axis=dim, concat_axis=vocab, tiled=True)
-            return reduce_to(g, target, last, (*keep, *COPIED))
+            return reduce_to(g, target, last, (*keep, *first))
 
         parts = PartitionSpec(copies or None, *vocabulary_spec(layout, names))
         return _on_devices(body, layout, parts, target)(g)
@@ -212,8 +214,11 @@ def vocabulary_spec(layout: Layout, names: Names) -> PartitionSpec:
 
 
 def with_vocabulary_on_ranks(layout: Layout) -> Layout:
-    """The layout inside of a pipeline, whose ranks have a part of the vocabulary each."""
-    computed = {**layout.computed, VOCAB: (*layout.computed[VOCAB], AXIS)}
+    """The layout inside of a pipeline, whose ranks have a part of the vocabulary each.
+
+    What cuts it further cuts a rank's part.
+    """
+    computed = {**layout.computed, VOCAB: (AXIS, *layout.computed[VOCAB])}
     return dataclasses.replace(layout, computed=computed)
 
 
@@ -247,12 +252,15 @@ def _cut(names: Names, layout: Layout) -> int:
     return cut.index(True) if any(cut) else -1
 
 
-def _in_turn(copies: tuple[str, ...], cutting: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+def _in_turn(
+    target: PartitionSpec, copies: tuple[str, ...], cutting: tuple[str, ...]
+) -> tuple[tuple[str, ...], ...]:
     """Axes to sum before what goes over `pipe`, after it, and those to leave alone.
 
-    `data` comes last: in a dimension its shards lie inside of those of `pipe`.
+    `data` comes last, of fewer bytes, unless it shares a dimension with the others.
     """
-    last = tuple(axis for axis in copies if axis == "data")
+    shared = any("data" in axes_of(entry) and set(COPIED) & set(axes_of(entry)) for entry in target)
+    last = tuple(axis for axis in copies if axis == "data" and not shared)
     return tuple(axis for axis in copies if axis not in last), last, (*cutting, AXIS)
 
 
