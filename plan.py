@@ -18,7 +18,7 @@ from sharding.config import AXES
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line. 0: planned, whether it fits or not; 2: refused, for the reason on stderr."""
+    """Run the command line. 0: planned, whether it fits or not; 2: refused, reason on stderr."""
     command = parse_plan(arguments)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:

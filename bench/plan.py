@@ -1,15 +1,16 @@
 """Plans against compiled programs and published runs.
 
-    python -m bench.plan [--write]                                predictions beside published runs
-    PYTHONPATH=.gpu-compiler python -m bench.plan --memory [--write]    memory beside compiled programs
-    PYTHONPATH=.gpu-compiler python -m bench.plan --learn         workspace learned again from them
+    python -m bench.plan [--write]                      predictions beside published runs
+    python -m bench.plan --memory [--write]             memory beside compiled programs
+    python -m bench.plan --learn                        workspace learned again from them
 
-The last one compiles every case, which takes half an hour of two quiet cores, and writes
+The last two need `make gpu-compiler`. They compile every case, which takes half an hour of two quiet cores; the last writes
 `planning/learned.json`, where `planning/workspace.py` finds it.
 """
 
 import dataclasses
 import datetime
+import functools
 import json
 import pathlib
 import statistics
@@ -109,14 +110,16 @@ LARGE: dict[str, Layout] = {
 """At V3's size."""
 
 
+def _say(at: str, line: str) -> None:
+    print(f"{at}: {line}", file=sys.stderr, flush=True)
+
+
 def compiled_rows(names: list[str], cache: str) -> dict[str, tuple[Case, dict[str, int]]]:
     """Case and parts of the compiled program, in bytes, of every layout that compiles."""
     found, layouts = {}, COMPILED | LARGE
     for number, name in enumerate(names, 1):
         case = layouts[name].case()
-        say = lambda line, at=f"{number} of {len(names)}, {name}": print(  # noqa: E731
-            f"{at}: {line}", file=sys.stderr, flush=True
-        )
+        say = functools.partial(_say, f"{number} of {len(names)}, {name}")
         try:
             found[name] = case, figures(case, cache, say)["parts"]
         except ValueError as error:

@@ -27,16 +27,16 @@ def memory_line(run: RunConfig, gpu: str, gpus: int) -> tuple[str, str]:
         f"{name} {size / GIB:.3g}" for name, size in memory.parts().items() if size > 0.005 * GIB
     )
     line = (
-        f"memory       {memory.total / GIB:.3g} of {memory.limit / GIB:.3g} GiB per {GPUS[gpu].name}"
-        f" by closed form ({parts}; {said_error(memory)})"
+        f"memory       {memory.total / GIB:.3g} of {memory.limit / GIB:.3g} GiB per "
+        f"{GPUS[gpu].name} by closed form ({parts}; {said_error(memory)})"
     )
     least = least_of(memory)
     if least <= memory.limit:
         return line, ""
     return line, (
         f"a step takes at least {least / GIB:.1f} GiB of each GPU, and {GPUS[gpu].name} has "
-        f"{memory.limit / GIB:.1f} after context and NCCL. `plan.py` says what helps: python plan.py "
-        "with the same options and --gpus; --no-memory-check goes on anyway"
+        f"{memory.limit / GIB:.1f} after context and NCCL. `plan.py` with the same options and "
+        "--gpus says what helps; --no-memory-check goes on anyway"
     )
 
 

@@ -115,13 +115,14 @@ CONTEXT_BYTES = Figure(
 
 NCCL_BYTES_PER_GROUP = Figure(
     0.15 * 2**30,
-    "NCCL's documentation: 4 MiB (NCCL_BUFFSIZE) per channel and direction, 16 channels, with "
-    "control buffers",
+    "NCCL's documentation: 4 MiB (NCCL_BUFFSIZE) per channel and direction, 16 channels",
 )
 """Memory of NCCL per group of devices that a program has collectives on."""
 
-FRAGMENTS = Figure(0.02, "share that XLA's allocator cannot use: the default preallocation is 0.75, "
-                         "runs reach 0.95 to 0.98 (marin-community/marin#8506: slop .85 to .88)")  # fmt: skip
+FRAGMENTS = Figure(
+    0.02, "a choice: what XLA's allocator may leave unused; big runs set 0.83 to 0.88 of the memory "
+    "(marin-community/marin#8506)",
+)  # fmt: skip
 """Share of what is left that the allocator cannot hand out."""
 
 DOLLARS_PER_GPU_HOUR: Mapping[str, float] = {"h800": 2.0}
@@ -224,7 +225,7 @@ class Hardware:
         return left - lost, [
             f"{self.gpu.usable / 2**30:.1f} GiB that the driver reports",
             f"- {context / 2**30:.2f} CUDA context ({CONTEXT_BYTES.source})",
-            f"- {nccl / 2**30:.2f} NCCL, {groups} groups of devices ({NCCL_BYTES_PER_GROUP.source})",
+            f"- {nccl / 2**30:.2f} NCCL, {groups} groups ({NCCL_BYTES_PER_GROUP.source})",
             f"- {lost / 2**30:.2f} lost between blocks ({FRAGMENTS.source})",
         ]
 

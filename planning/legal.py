@@ -51,8 +51,7 @@ def _neighbours(run: RunConfig, hardware: Hardware, gpus: int) -> Iterator[str]:
 def _counts(mesh: MeshConfig, wanted: int) -> Iterator[int]:
     yield max(1, wanted)
     if mesh.pipe > 1:
-        for count in (2 * mesh.pipe, 4 * mesh.pipe):
-            yield count
+        yield from (2 * mesh.pipe, 4 * mesh.pipe)
 
 
 def _near(mesh: MeshConfig, gpus: int) -> Iterator[MeshConfig]:

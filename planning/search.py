@@ -1,4 +1,4 @@
-"""All legal layouts of a number of GPUs, by closed form: ranked, with the front of memory and speed.
+"""Legal layouts of a number of GPUs, by closed form: ranked, with the front of memory and speed.
 
 Axes are cut as a network asks for: `tensor` and `context` inside of a node, experts over as few
 nodes as they need. What does not divide, or cannot work, is left out by the same checks that refuse
@@ -37,6 +37,9 @@ class Limits(NamedTuple):
     max_pipe: int = 64
     max_sequences: int = 4
     """Per GPU and micro batch."""
+
+
+DEFAULT = Limits()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +122,7 @@ def divisors(number: int, most: int) -> list[int]:
 
 
 def ranked(
-    run: RunConfig, hardware: Hardware, gpus: int, limits: Limits = Limits(), name: str = "run",
+    run: RunConfig, hardware: Hardware, gpus: int, limits: Limits = DEFAULT, name: str = "run",
     show: bool = True,
 ) -> Found:  # fmt: skip
     """All legal layouts of `gpus` GPUs, ranked.
@@ -168,7 +171,7 @@ def pareto(reports: list[Report]) -> list[Report]:
 
 
 def fewest(
-    run: RunConfig, hardware: Hardware, limits: Limits = Limits(), name: str = "run"
+    run: RunConfig, hardware: Hardware, limits: Limits = DEFAULT, name: str = "run"
 ) -> Found:  # fmt: skip
     """The fewest GPUs, in powers of two, on which a run trains; its batch may be made a multiple of
     the layout's.

@@ -72,7 +72,7 @@ def _one(
 
 
 def link_seconds(case: Case, op: str, axes: tuple[str, ...], size: float) -> tuple[str, float]:
-    """Link and seconds of a compiled program's collective, of mesh axes, that moves `size` bytes."""
+    """Link and seconds of a compiled program's collective, along mesh axes, of `size` bytes."""
     link = case.hardware.link(span(case, *axes))
     if "all-to-all" in op and set(axes) <= {"expert", "expert_nodes"}:
         return link, size / case.hardware.exchange(link, case.mesh.expert)

@@ -1,4 +1,4 @@
-"""Seconds of a layer's passes on one device and micro batch, from the products and rows of its code.
+"""Seconds of a layer's passes on one device and micro batch, from its products and rows.
 
 A pass is F (forward), I (gradient of the input, with what is recomputed for it) or W (gradient of
 the weights; deferred, it sends the rows again). Counted are

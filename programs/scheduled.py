@@ -31,7 +31,7 @@ class Scheduled(NamedTuple):
     temporaries: int
     """Bytes per device besides, all of which the program allocates at its start."""
     buffers: str = ""
-    """XLA's list of buffers, and when each is alive; "" of a program that was compiled to its end."""
+    """XLA's list of buffers, and when each is alive; "" of a program compiled to its end."""
     live_ranges: str = ""
 
 

@@ -46,7 +46,7 @@ GPUS = {
     ),
     "h800": Gpu(
         "H800", 80 * GB, 85_520_809_984, 3_350 * GB, 989 * TFLOPS, 1_979 * TFLOPS, 200 * GB, 8,
-        50 * GB, 132, "H100 with 400 GB/s of NVLink both ways (ISCA 2025, section 4.1: 200 one way)",
+        50 * GB, 132, "H100 with less NVLink (ISCA 2025, section 4.1: 200 GB/s one way)",
     ),
     "h200": Gpu(
         "H200", 141 * GB, 150_000_000_000, 4_800 * GB, 989 * TFLOPS, 1_979 * TFLOPS, 450 * GB, 8,

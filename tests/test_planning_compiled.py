@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Closed-form memory against compiled programs: what is carried within 0.5%, on ten layouts.
 
 Programs are compiled for GPUs that are not there, each in a process of its own (`make gpu-compiler`).
