@@ -4,8 +4,8 @@
     python -m bench.plan --memory [--write]             memory beside compiled programs
     python -m bench.plan --learn                        workspace learned again from them
 
-The last two need `make gpu-compiler`. They compile every case, which takes half an hour of two quiet cores; the last writes
-`planning/learned.json`, where `planning/workspace.py` finds it.
+The last two need `make gpu-compiler`. They compile every case, which takes half an hour of two
+quiet cores; the last writes `planning/learned.json`, where `planning/workspace.py` finds it.
 """
 
 import dataclasses
@@ -191,7 +191,7 @@ def memory_table(rows: dict[str, tuple[Case, dict[str, int]]]) -> list[str]:
             f"| {errors[-1]:+.1%} |"
         )
     lines += ["", f"Totals: {min(errors):+.1%} to {max(errors):+.1%}; "
-              f"{sum(abs(e) <= 0.05 for e in errors)} of {len(errors)} within 5%. Workspace learned "
+              f"{sum(abs(e) <= 0.05 for e in errors)} of {len(errors)} within 5%. Learned "
               f"{LEARNED.get('date', 'never')} of jax {LEARNED.get('jax', '-')}."]  # fmt: skip
     return lines
 
@@ -277,8 +277,8 @@ PUBLISHED = (
 def published_table() -> list[str]:
     """Markdown: predictions beside what was published."""
     lines = [
-        "| run | published, tokens/s/GPU | predicted of their system | error | MFU causal | of this "
-        "program | what differs still | source |",
+        "| run | published, tokens/s/GPU | predicted of their system | error | MFU causal | of "
+        "this program | what differs still | source |",
         "|---" * 8 + "|",
     ]
     errors = []

@@ -93,8 +93,8 @@ def candidates(
         for fsdp in divisors(rest, 1 if pipe > 1 else rest):
             mesh = dataclasses.replace(
                 run.mesh, pipe=pipe, tensor=tensor, context=context, expert=expert,
-                expert_nodes=nodes, fsdp=fsdp, data=rest // fsdp, sequence=tensor > 1, pipe_chunks=1,
-                overlap=False,
+                expert_nodes=nodes, fsdp=fsdp, data=rest // fsdp, sequence=tensor > 1,
+                pipe_chunks=1, overlap=False,
             )  # fmt: skip
             yield from _variants(run, mesh, limits)
 
