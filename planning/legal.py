@@ -32,10 +32,8 @@ def _neighbours(run: RunConfig, hardware: Hardware, gpus: int) -> Iterator[str]:
                 train, micro_batch_size=shards, batch_size=shards * count, batch_ramp_from=0,
                 batch_ramp_tokens=0.0,
             )  # fmt: skip
-            if (
-                train.micro_batch_size % shards == 0
-                and train.batch_size % train.micro_batch_size == 0
-            ):
+            micro = train.micro_batch_size or train.batch_size
+            if micro % shards == 0 and train.batch_size % micro == 0:
                 settled = train
             try:
                 make_case(dataclasses.replace(run, mesh=candidate, train=settled), hardware, gpus)
