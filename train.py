@@ -75,7 +75,7 @@ def make_trainer(run: RunConfig) -> "Trainer":
     from model.kernels import choose
     from model.recipe import Recipe
     from sharding.mesh import make_layout
-    from training.run import plan_of
+    from training.run import make_check, plan_of
     from training.schedule import check_schedules
 
     check_config(run.data, run.train.seq_len, run.seed)
@@ -92,9 +92,13 @@ def make_trainer(run: RunConfig) -> "Trainer":
     check_schedules(run.train, plan_of(run))
     layout = make_layout(run.mesh)
     choice = choose(run.kernels, run.model, run.train.dtype, layout, run.train.fp8)
-    recipe = Recipe(run.train.dtype, run.train.remat, choice.kernels, fp8=run.train.fp8)
+    train = run.train
+    recipe = Recipe(
+        train.dtype, train.remat, choice.kernels, fp8=train.fp8, stash=train.attention_stash
+    )
     trainer = stage_of(run).make_trainer(run, recipe, layout)
     _ = trainer.abstract_state  # names any weight that does not divide over the mesh
+    make_check(trainer)  # refuses what it cannot check
     return trainer
 
 

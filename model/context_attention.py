@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from model.recipe import keep
+from model.recipe import KEPT, keep
+from pallas_kernels.attention import Stash, through
 from sharding.context import over_sources, sequence_shards
 from sharding.partition import on_shards, shard_index, sum_over, vary
 
@@ -42,6 +43,8 @@ class Form(NamedTuple):
     """Factor on the logits."""
     nope: int
     """Query/key channels without rotation."""
+    stash: Stash = ""
+    """Type that outputs are held in for the backward pass."""
 
 
 class Queries(NamedTuple):
@@ -73,8 +76,9 @@ def context_attention(
     """softmax(q k^T * scale) v [B, T, N, V] of tokens in balanced order, T cut over devices.
 
     Per head `w_CNH` makes [k_nope | v] of the first C channels of the latents; the others are the
-    rotated key that all heads share. Keys of other segments are not seen. fp32 softmax. Its
-    gradient must be taken under the same layout.
+    rotated key that all heads share. Keys of other segments are not seen. fp32 softmax. `w_CNH`
+    may be fp32: products read it in the type of `q`, its gradient is fp32. The gradient must be
+    taken under the same layout.
     """
     return _attention(q_BTNH, latents_BTL, w_CNH, segments_BT, form, sequence_shards())
 
@@ -87,19 +91,21 @@ def _attention(q_BTNH, latents_BTL, w_CNH, segments_BT, form: Form, shards: int)
 def _forward(q_BTNH, latents_BTL, w_CNH, segments_BT, form: Form, shards: int):
     assert shards == sequence_shards()
     region = partial(_forward_on_shard, form=form)
-    arrays, names = (q_BTNH, latents_BTL, w_CNH), (_HEADS, _LATENTS, _WEIGHT)
+    w_in_type = w_CNH.astype(q_BTNH.dtype)
+    arrays, names = (q_BTNH, latents_BTL, w_in_type), (_HEADS, _LATENTS, _WEIGHT)
     if segments_BT is not None:
         arrays, names = (*arrays, segments_BT), (*names, _TOKENS)
     o_BTNV, lse_BTN = on_shards(region, names, (_HEADS, _STATISTIC))(*arrays)
     # With selective recomputation the walk over the shards is not repeated for these two.
-    o_BTNV, lse_BTN = keep(o_BTNV), keep(lse_BTN)
-    return o_BTNV, (q_BTNH, latents_BTL, w_CNH, segments_BT, o_BTNV, lse_BTN)
+    o_BTNV, lse_BTN = through(o_BTNV, form.stash, KEPT), keep(lse_BTN)
+    saved = q_BTNH, latents_BTL, w_in_type, segments_BT, o_BTNV, lse_BTN
+    return o_BTNV, (*saved, jnp.zeros(0, w_CNH.dtype))
 
 
 def _backward(form: Form, shards: int, saved, do_BTNV):
     assert shards == sequence_shards(), "differentiate inside of `use_layout`"
-    q_BTNH, latents_BTL, w_CNH, segments_BT, o_BTNV, lse_BTN = saved
-    region = partial(_backward_on_shard, form=form)
+    q_BTNH, latents_BTL, w_CNH, segments_BT, o_BTNV, lse_BTN, empty = saved
+    region = partial(_backward_on_shard, form=form, w_dtype=empty.dtype)
     arrays = (q_BTNH, latents_BTL, w_CNH, o_BTNV, lse_BTN, do_BTNV)
     names = (_HEADS, _LATENTS, _WEIGHT, _HEADS, _STATISTIC, _HEADS)
     if segments_BT is not None:
@@ -139,8 +145,9 @@ def _forward_on_shard(q_BTNH, latents_BTL, w_CNH, segments_BT=None, *, form: For
 
 
 def _backward_on_shard(
-    q_BTNH, latents_BTL, w_CNH, o_BTNV, lse_BTN, do_BTNV, segments_BT=None, *, form: Form
-):
+    q_BTNH, latents_BTL, w_CNH, o_BTNV, lse_BTN, do_BTNV, segments_BT=None,
+    *, form: Form, w_dtype: jnp.dtype,
+):  # fmt: skip
     """Gradients with respect to q, latents and w, the last two summed over devices."""
     delta_BTN = jnp.einsum("BTNV,BTNV->BTN", do_BTNV, o_BTNV, preferred_element_type=jnp.float32)
     rest = (do_BTNV, lse_BTN, delta_BTN)
@@ -149,8 +156,7 @@ def _backward_on_shard(
     def read(state, blocks, there):
         dq_BPQNH, dw_CNH = state
         latents_BSL, segments_BS = there
-        keys, pull = jax.vjp(lambda x, w: _keys(x, segments_BS, w, form)[:2], latents_BSL, w_CNH)
-        keys = Keys(*keys, None if segments_BS is None else _chunks(segments_BS))
+        keys = _keys(latents_BSL, segments_BS, w_CNH, form)
         dkv = jax.tree.map(lambda x: vary(jnp.zeros(x.shape, jnp.float32)), keys[:2])
         for a, b, diagonal in blocks:
             part = _chunk(keys, b)
@@ -158,8 +164,8 @@ def _backward_on_shard(
             dkv_b, dq = _by_rows(rows, _chunk(dkv, b), _chunk(queries, a))
             dkv = _put_chunk(dkv, dkv_b, b)
             dq_BPQNH = _put_chunk(dq_BPQNH, _chunk(dq_BPQNH, a) + dq, a)
-        dlatents_BSL, dw = pull(jax.tree.map(lambda g, x: g.astype(x.dtype), dkv, keys[:2]))
-        return (dq_BPQNH, dw_CNH + dw.astype(jnp.float32)), dlatents_BSL.astype(jnp.float32)
+        dlatents_BSL, dw = _keys_gradient(latents_BSL, w_CNH, *dkv, form)
+        return (dq_BPQNH, dw_CNH + dw), dlatents_BSL
 
     zero = lambda x: vary(jnp.zeros(x.shape, jnp.float32))  # noqa: E731
     (dq_BPQNH, dw_CNH), dlatents_BTL = over_sources(
@@ -169,7 +175,7 @@ def _backward_on_shard(
     )
     # dc[B, T_cp, L]{U_tp} -> AllReduce_tp ; dw[C, N_tp, H]{U_batch,cp} -> AllReduce
     dlatents_BTL = sum_over(dlatents_BTL.astype(latents_BTL.dtype), "heads")
-    dw_CNH = sum_over(dw_CNH, "batch", "seq").astype(w_CNH.dtype)
+    dw_CNH = sum_over(dw_CNH, "batch", "seq").astype(w_dtype)
     return dq_BPQNH.reshape(q_BTNH.shape).astype(q_BTNH.dtype), dlatents_BTL, dw_CNH
 
 
@@ -191,6 +197,21 @@ def _keys(latents_BTL, segments_BT, w_CNH, form: Form) -> Keys:
     shared = jnp.broadcast_to(shared, (*kv.shape[:3], shared.shape[-1]))
     k_BTNH = jnp.concatenate([kv[..., : form.nope], shared], axis=-1)
     return jax.tree.map(_chunks, Keys(k_BTNH, kv[..., form.nope :], segments_BT))
+
+
+def _keys_gradient(latents_BTL, w_CNH, dk_BPQNH, dv_BPQNV, form: Form):
+    """fp32 gradients of `_keys` with respect to latents and w, of those of keys and values.
+
+    What is added up afterwards, over heads, tokens and devices, is not rounded before.
+    """
+    B, T, _ = latents_BTL.shape
+    dk_BTNH, dv_BTNV = (g.reshape(B, T, *g.shape[3:]) for g in (dk_BPQNH, dv_BPQNV))
+    dkv = jnp.concatenate([dk_BTNH[..., : form.nope], dv_BTNV], axis=-1).astype(w_CNH.dtype)
+    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    dc_BTC = product("BTNH,CNH->BTC", dkv, w_CNH)
+    dshared_BTR = jnp.sum(dk_BTNH[..., form.nope :], axis=2)
+    dw_CNH = product("BTC,BTNH->CNH", latents_BTL[..., : w_CNH.shape[0]], dkv)
+    return jnp.concatenate([dc_BTC, dshared_BTR], axis=-1), dw_CNH
 
 
 def _logits(start, mine: Queries, keys: Keys, diagonal: bool, scale: float) -> jax.Array:

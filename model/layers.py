@@ -3,7 +3,7 @@
 Letters: B batch, T sequence, D hidden width, F inner width of an MLP, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from model.recipe import Recipe
-from pallas_kernels.fp8 import fp8_linear
+from pallas_kernels.fp8 import fp8_linears
 from pallas_kernels.mosaic import Backend
 from sharding.partition import constrain, on_shards, sum_over
 
@@ -60,14 +60,39 @@ def project(
 ) -> jax.Array:
     """Einsum of an activation [B, T, ..] with a weight, in the activation's type.
 
-    The last axes of `x` meet the first of `w`. With FP8 the products are `fp8_linear`'s; `tokens`
+    The last axes of `x` meet the first of `w`. With FP8 the products are `fp8_linears`'s; `tokens`
     is the logical name of T then.
     """
+    return project_all(x, ((equation, w),), recipe, tokens)[0]
+
+
+def project_all(
+    x: jax.Array,
+    products: Sequence[tuple[str, nnx.Param]],
+    recipe: Recipe,
+    tokens: str = "seq",
+) -> tuple[jax.Array, ...]:
+    """`project` of one activation with several weights; FP8 quantises it once for all."""
     if recipe.fp8:
-        x_axes, w_axes = equation.split("->")[0].split(",")
+        x_axes, w_axes = products[0][0].split("->")[0].split(",")
         contracted = len(set(x_axes) & set(w_axes))
-        return _fp8_on_shards(x, w, contracted, tokens, recipe.kernels.linear)
-    return _project(equation, x, as_computed(w).astype(x.dtype))
+        weights = [w for _, w in products]
+        return _fp8_on_shards(x, weights, contracted, tokens, recipe.kernels.linear)
+    return tuple(_project(equation, x, *_in_type(w, x.dtype)) for equation, w in products)
+
+
+def _in_type(w: nnx.Param, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """A weight as products read it, and the weight that their gradient in fp32 is of.
+
+    A gradient has the type of what it is of: that of a copy in bf16 would be rounded to bf16 before
+    micro batches and devices are added up. So the copy has none, and the master weight, which
+    forward passes do not read, stands for it.
+    """
+    master = as_computed(w)
+    if master.dtype == dtype:
+        return jax.lax.stop_gradient(master), master
+    value = jax.lax.stop_gradient(w[...]).astype(dtype)
+    return constrain(value, *_axes(w, value)), master
 
 
 def as_computed(w: nnx.Param) -> jax.Array:
@@ -87,47 +112,52 @@ def _axes(w: nnx.Param, value: jax.Array) -> tuple[str, ...]:
 
 
 def _fp8_on_shards(
-    x: jax.Array, w: nnx.Param, contracted: int, tokens: str, backend: Backend
-) -> jax.Array:
+    x: jax.Array, weights: Sequence[nnx.Param], contracted: int, tokens: str, backend: Backend
+) -> tuple[jax.Array, ...]:
     """x w over `contracted` axes in FP8; a device quantises its own part of x, w and dy.
 
     A scale spans 128 entries of what the device holds. Where a part is no multiple of 128 (widths
     cut by `tensor`, tokens by the batch axes), scales, not sums, differ from those of one device.
     """
-    value = w[...]
-    names, lead = _axes(w, value), ("batch", tokens)
-    inner, outer = names[:contracted], names[contracted:]
+    values = [w[...] for w in weights]
+    names = [_axes(w, value) for w, value in zip(weights, values, strict=True)]
+    lead, inner = ("batch", tokens), names[0][:contracted]
 
-    def on_shard(x, w):
+    def on_shard(x, *ws):
         B, T = x.shape[:2]
         x_MK = x.reshape(B * T, -1)
-        y_MN = fp8_linear(x_MK, w.reshape(x_MK.shape[1], -1), backend=backend)
-        return (sum_over(y_MN.reshape(B, T, *w.shape[contracted:]), *inner),)
+        ys = fp8_linears(x_MK, [w.reshape(x_MK.shape[1], -1) for w in ws], backend=backend)
+        return tuple(
+            sum_over(y_MN.reshape(B, T, *w.shape[contracted:]), *inner)
+            for y_MN, w in zip(ys, ws, strict=True)
+        )
 
-    return on_shards(on_shard, ((*lead, *inner), names), ((*lead, *outer),))(x, value)[0]
+    outs = tuple((*lead, *axes[contracted:]) for axes in names)
+    return on_shards(on_shard, ((*lead, *inner), *names), outs)(x, *values)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _project(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+def _project(equation: str, x: jax.Array, w: jax.Array, master: jax.Array) -> jax.Array:
     return jnp.einsum(equation, x, w)
 
 
-def _project_fwd(equation: str, x: jax.Array, w: jax.Array):
-    return _project(equation, x, w), (x, w)
+def _project_fwd(equation: str, x: jax.Array, w: jax.Array, master: jax.Array):
+    return _project(equation, x, w, master), (x, w, jnp.zeros(0, master.dtype))
 
 
 def _project_bwd(equation: str, saved, dy: jax.Array):
-    """The usual gradients, with x as the left operand of the weight's.
+    """The usual gradients, with x as the left operand of the weight's, of the master's type.
 
     One operand of that product is transposed first (its tokens must come last). Derived by JAX it
     is dy, and XLA:CPU merges the transposition with whatever computes dy, an activation function
     say, into one slow strided pass. x is at hand, and projections of the same x share the copy.
     """
-    x, w = saved
+    x, w, empty = saved
     inputs, out = equation.split("->")
     x_axes, w_axes = inputs.split(",")
     dx = jnp.einsum(f"{out},{w_axes}->{x_axes}", dy, w)
-    return dx, jnp.einsum(f"{x_axes},{out}->{w_axes}", x, dy)
+    dw = jnp.einsum(f"{x_axes},{out}->{w_axes}", x, dy, preferred_element_type=jnp.float32)
+    return dx, None, dw.astype(empty.dtype)
 
 
 _project.defvjp(_project_fwd, _project_bwd)
@@ -149,8 +179,8 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, recipe: Recipe) -> jax.Array:
         x_BTD = from_stream(x_BTD)
-        gate_BTF = project("BTD,DF->BTF", x_BTD, self.w_gate, recipe)
-        up_BTF = project("BTD,DF->BTF", x_BTD, self.w_up, recipe)
+        gate_and_up = (("BTD,DF->BTF", self.w_gate), ("BTD,DF->BTF", self.w_up))
+        gate_BTF, up_BTF = project_all(x_BTD, gate_and_up, recipe)
         h_BTF = constrain(_gated(gate_BTF, up_BTF), "batch", "seq", "ffn")
         return to_stream(project("BTF,FD->BTD", h_BTF, self.w_down, recipe))
 

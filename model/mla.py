@@ -16,7 +16,15 @@ from flax import nnx
 
 from model.config import ModelConfig
 from model.context_attention import Form, context_attention
-from model.layers import LATENT_EPS, RMSNorm, from_stream, project, to_stream, weight
+from model.layers import (
+    LATENT_EPS,
+    RMSNorm,
+    from_stream,
+    project,
+    project_all,
+    to_stream,
+    weight,
+)
 from model.recipe import KEPT, Recipe, keep
 from model.rope import rotate, rotation, softmax_scale
 from pallas_kernels.attention import mla_attention, starts_of_segments
@@ -73,16 +81,16 @@ class MLA(nnx.Module):
         """Causal attention [B, T, D], and what a cache keeps of these tokens [B, T, L]."""
         c = self.config
         cos_sin = rotation(c, positions_BT)
-        q_BTNH = constrain(self.queries(x_BTD, *cos_sin, recipe), *HEADS)
-        latents_BTL = self.latents(x_BTD, *cos_sin, recipe)
+        x_q, down_BTL = self.down(x_BTD, recipe)
+        q_BTNH = constrain(self.queries(x_q, *cos_sin, recipe), *HEADS)
+        latents_BTL = self.latents(down_BTL, *cos_sin)
         if sequence_shards() > 1:
-            w_ukv_CNH = self.w_ukv[...].astype(x_BTD.dtype)
-            form = Form(softmax_scale(c), c.qk_nope_head_dim)
-            o_BTNV = context_attention(q_BTNH, latents_BTL, w_ukv_CNH, segments_BT, form)
+            form = Form(softmax_scale(c), c.qk_nope_head_dim, recipe.stash)
+            o_BTNV = context_attention(q_BTNH, latents_BTL, self.w_ukv[...], segments_BT, form)
         else:
             c_kv_BTC, k_rope_BTR = jnp.split(latents_BTL, [c.kv_lora_rank], axis=-1)
             arrays = q_BTNH, self.keys_values(c_kv_BTC, recipe), k_rope_BTR, segments_BT
-            o_BTNV = _attend_on_shards(*arrays, softmax_scale(c), recipe.kernels.attention)
+            o_BTNV = _attend_on_shards(*arrays, softmax_scale(c), recipe)
         return self.output(o_BTNV, recipe), latents_BTL
 
     def keys_values(self, c_kv_BTC: jax.Array, recipe: Recipe) -> jax.Array:
@@ -107,8 +115,9 @@ class MLA(nnx.Module):
         """
         c, nope = self.config, self.config.qk_nope_head_dim
         cos_sin, (w_uk_NCH, w_uv_NCV) = rotation(c, positions_BT), halves
-        q_BTNH = self.queries(x_BTD, *cos_sin, recipe)
-        cache_BSL = write_rows(cache_BSL, self.latents(x_BTD, *cos_sin, recipe), positions_BT[:, 0])
+        x_q, down_BTL = self.down(x_BTD, recipe)
+        q_BTNH = self.queries(x_q, *cos_sin, recipe)
+        cache_BSL = write_rows(cache_BSL, self.latents(down_BTL, *cos_sin), positions_BT[:, 0])
         q_BTNC = jnp.einsum("BTNH,NCH->BTNC", q_BTNH[..., :nope], w_uk_NCH.astype(x_BTD.dtype))
         q_BTNL = jnp.concatenate([q_BTNC, q_BTNH[..., nope:]], axis=-1)
         arrays = constrain(q_BTNL, *HEADS), cache_BSL, positions_BT[:, -1] + 1
@@ -117,35 +126,40 @@ class MLA(nnx.Module):
         o_BTNV = jnp.einsum("BTNC,NCV->BTNV", o_BTNC, w_uv_NCV.astype(x_BTD.dtype))
         return self.output(o_BTNV, recipe), cache_BSL
 
+    def down(self, x_BTD: jax.Array, recipe: Recipe) -> tuple[jax.Array, jax.Array]:
+        """What queries are made of, the latent [B, T, r_q] or x itself; and the latent of keys and
+        values with the rotary key [B, T, L], before norm and rotation (eq. 1, 3, 6).
+
+        With sequence parallelism each device has its own tokens.
+        """
+        products = [("BTD,DC->BTC", self.w_dkv)]
+        if self.config.q_lora_rank is not None:
+            products.append(("BTD,DC->BTC", self.w_dq))
+        downs = project_all(x_BTD, products, recipe, tokens="stream")
+        down_BTL, *down_q = (keep(constrain(d, "batch", "stream", None)) for d in downs)
+        return (down_q[0] if down_q else x_BTD), down_BTL
+
     def queries(
-        self, x_BTD: jax.Array, cos_BTJ: jax.Array, sin_BTJ: jax.Array, recipe: Recipe
+        self, x_q: jax.Array, cos_BTJ: jax.Array, sin_BTJ: jax.Array, recipe: Recipe
     ) -> jax.Array:
-        """Queries of every head, nope channels then rotated ones [B, T, N, H]."""
+        """Queries of every head [B, T, N, H], nope channels then rotated ones; see `down`."""
         c, nope = self.config, self.config.qk_nope_head_dim
         if c.q_lora_rank is None:
-            q_BTNH = project("BTD,DNH->BTNH", from_stream(x_BTD), self.w_q, recipe)
+            q_BTNH = project("BTD,DNH->BTNH", from_stream(x_q), self.w_q, recipe)
         else:
-            c_q_BTC = from_stream(self.q_norm(self._down(x_BTD, self.w_dq, recipe)))  # eq. 6
+            c_q_BTC = from_stream(self.q_norm(x_q))  # eq. 6
             q_BTNH = project("BTC,CNH->BTNH", c_q_BTC, self.w_uq, recipe)  # eq. 7, 8
         q_rope = rotate(q_BTNH[..., nope:], cos_BTJ, sin_BTJ, c.rope_interleaved)
         return jnp.concatenate([q_BTNH[..., :nope], q_rope], axis=-1)  # eq. 9
 
-    def latents(
-        self, x_BTD: jax.Array, cos_BTJ: jax.Array, sin_BTJ: jax.Array, recipe: Recipe
-    ) -> jax.Array:
+    def latents(self, down_BTL: jax.Array, cos_BTJ: jax.Array, sin_BTJ: jax.Array) -> jax.Array:
         """Normed key-value latent, then the rotated key that all heads share [B, T, L]."""
         c = self.config
-        down_BTL = self._down(x_BTD, self.w_dkv, recipe)  # eq. 1 and the key of eq. 3
         c_kv_BTC = self.kv_norm(down_BTL[..., : c.kv_lora_rank])
         # One rotary key per token, not normalised.
         k_rope = down_BTL[..., None, c.kv_lora_rank :]
         k_rope = rotate(k_rope, cos_BTJ, sin_BTJ, c.rope_interleaved)
         return from_stream(jnp.concatenate([c_kv_BTC, k_rope[:, :, 0]], axis=-1))
-
-    def _down(self, x_BTD: jax.Array, w_DC: nnx.Param, recipe: Recipe) -> jax.Array:
-        """A down-projection; with sequence parallelism each device has its own tokens."""
-        down_BTC = project("BTD,DC->BTC", x_BTD, w_DC, recipe, tokens="stream")
-        return keep(constrain(down_BTC, "batch", "stream", None))
 
     def output(self, o_BTNV: jax.Array, recipe: Recipe) -> jax.Array:
         """Outputs of the heads to the residual stream (eq. 11)."""
@@ -153,12 +167,13 @@ class MLA(nnx.Module):
         return to_stream(project("BTNV,NVD->BTD", o_BTNV, self.w_o, recipe))
 
 
-def _attend_on_shards(q_BTNH, kv_BTNW, k_rope_BTR, segments_BT, scale: float, backend: Backend):
+def _attend_on_shards(q_BTNH, kv_BTNW, k_rope_BTR, segments_BT, scale: float, recipe: Recipe):
     """Expanded attention [B, T, N, V], each device on its own rows and heads."""
     arrays, names = [q_BTNH, kv_BTNW, k_rope_BTR], [HEADS, HEADS, ("batch", "seq", None)]
     if segments_BT is not None:
         arrays, names = [*arrays, starts_of_segments(segments_BT)], [*names, ("batch", "seq")]
-    attend = functools.partial(mla_attention, scale=scale, backend=backend, kept=KEPT)
+    backend, stash = recipe.kernels.attention, recipe.stash
+    attend = functools.partial(mla_attention, scale=scale, backend=backend, kept=KEPT, stash=stash)
     return on_shards(lambda *shards: (attend(*shards),), tuple(names), (HEADS,))(*arrays)[0]
 
 

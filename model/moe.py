@@ -115,27 +115,32 @@ class MoE(nnx.Module):
     def routed(self, x_BTD, ids_BTK, weights_BTK, recipe: Recipe) -> tuple[jax.Array, Served]:
         """Weighted sum of the chosen experts' outputs [B, T, D], and how it came about."""
         params = tuple(w.get_value() for w in (self.w_gate, self.w_up, self.w_down))
-        if not recipe.fp8:  # FP8 is made of the master weights, and gives fp32 gradients
-            params = tuple(w.astype(x_BTD.dtype) for w in params)
+        names = W_IN, W_IN, W_OUT
+        if params[0].dtype != x_BTD.dtype and not recipe.fp8:
+            # Copies to multiply by, and master weights, which no forward pass reads, for gradients
+            # in fp32 (model/layers.py:_in_type). FP8 is made of the master weights.
+            copies = tuple(jax.lax.stop_gradient(w).astype(x_BTD.dtype) for w in params)
+            params, names = (*copies, *params), 2 * names
         groups = self.config.num_expert_groups, self.config.groups_per_token
         local = functools.partial(_local_experts, recipe)
         rows = x_BTD, ids_BTK, weights_BTK
-        return routed_on_shards(*rows, params, (W_IN, W_IN, W_OUT), local, groups)
+        return routed_on_shards(*rows, params, names, local, groups)
 
 
 def routed_on_shards(
     x_BTD: jax.Array,
     ids_BTK: jax.Array,
     weights_BTK: jax.Array,
-    params: tuple[Any, Any, Any],
+    params: tuple[Any, ...],
     names: tuple[Names, ...],
     local: Local,
     groups: tuple[int, int],
 ) -> tuple[jax.Array, Served]:
     """Tokens to the devices of their experts: weighted sums [B, T, D], and how they came about.
 
-    `params` are gate, up and down, each with one entry per expert, laid out by the logical axes
-    `names`. `local` and `groups` are those of `sharding/experts/dispatch.py:exchange`.
+    `params` are what `local` takes, gate, up and down say, each with one entry per expert, laid out
+    by the logical axes `names`. `local` and `groups` are those of
+    `sharding/experts/dispatch.py:exchange`.
     """
     tokens, choices = ("batch", "seq", "embed"), ("batch", "seq", "choices")
     region = functools.partial(_experts_on_shard, local=local, groups=groups)
@@ -158,7 +163,10 @@ def _experts_on_shard(x_BTD, ids_BTK, weights_BTK, *params, local, groups):
 
 
 def _local_experts(recipe: Recipe, params, x_ND, ids_NK, weights_NK, rows: int):
-    """`weighted_sums` over stacked weights: gate and up [E, D, F], down [E, F, D]."""
+    """`weighted_sums` over stacked weights: gate and up [E, D, F], down [E, F, D].
+
+    `params` may have six entries, the last three standing for the first in gradients.
+    """
     backend = recipe.kernels.experts
     sums = functools.partial(expert_sums, backend=backend)
     if recipe.fp8:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels.attention import Stash
 from pallas_kernels.mosaic import Backend
 
 KEPT = "kept"
@@ -48,6 +49,9 @@ class Recipe:
     fp8: bool = False
     """Products of every linear layer in FP8 (V3 report, section 3.3), gradients included. Not in
     FP8: embedding, head, router, norms, attention."""
+    stash: Stash = ""
+    """Type that attention's output is held in for the backward pass, which rounds it; "": its own.
+    V3 has E5M6 with FP8 (section 3.3.3)."""
 
     def __post_init__(self):
         if self.fp8 and self.dtype != "bfloat16":

@@ -3,6 +3,7 @@
 Letters: B batch, T sequence, D hidden width, V vocabulary, L layers, E experts.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -97,17 +98,22 @@ class Embedding(nnx.Module):
         self.table = weight(rngs, shape, ("vocab", "embed"), config.init_std)
 
     def __call__(self, ids_BT: jax.Array, recipe: Recipe) -> jax.Array:
-        table_VD = self.table[...].astype(recipe.activation_dtype)
         tokens = ("batch", "seq")
-        run = on_shards(_look_up, (("vocab", "embed"), tokens), ((*tokens, "embed"),))
-        return constrain(run(table_VD, ids_BT)[0], "batch", "stream", "embed")
+        look_up = partial(_look_up, recipe.activation_dtype)
+        run = on_shards(look_up, (("vocab", "embed"), tokens), ((*tokens, "embed"),))
+        return constrain(run(self.table[...], ids_BT)[0], "batch", "stream", "embed")
 
 
-def _look_up(table_VD: jax.Array, ids_BT: jax.Array) -> tuple[jax.Array]:
-    """Rows of a table of which this device holds a part: x[B, T, D]{U_vocab} -> AllReduce -> x."""
+def _look_up(dtype: jnp.dtype, table_VD: jax.Array, ids_BT: jax.Array) -> tuple[jax.Array]:
+    """Rows of a table of which this device holds a part: x[B, T, D]{U_vocab} -> AllReduce -> x.
+
+    fp32 rows are cast, not the table: so the gradient is added up in fp32. A token that occurs a
+    thousand times in a batch adds a thousand terms to its row, and a sum in bf16 stops growing. So
+    too where a step holds the table in bf16: then the sum is rounded, once.
+    """
     local_BT = ids_BT - shard_index("vocab") * table_VD.shape[0]
     here_BT = (local_BT >= 0) & (local_BT < table_VD.shape[0])
-    rows_BTD = table_VD[jnp.where(here_BT, local_BT, 0)]
+    rows_BTD = table_VD.astype(jnp.float32)[jnp.where(here_BT, local_BT, 0)].astype(dtype)
     return (sum_over(jnp.where(here_BT[..., None], rows_BTD, 0), "vocab"),)
 
 
@@ -131,7 +137,7 @@ class MTP(nnx.Module):
         self.block = Block(config, rngs, moe=True)
         self.out_norm = RMSNorm(size, eps)
 
-    def __call__(self, hidden_BTD, embedded_BTD, tokens: Tokens, recipe: Recipe):
+    def __call__(self, hidden_BTD, embedded_BTD, tokens: Tokens, recipe: Recipe, replayed_BTK=None):
         """Normed hidden state, input of the head and of the next module, and MoEStats.
 
         `embedded_BTD` holds, at position i, the embedding of the token k ahead. The released
@@ -139,7 +145,7 @@ class MTP(nnx.Module):
         module reads its predecessor's state after that one's output norm, the main model included.
         """
         x_BTD = self.merge(hidden_BTD, embedded_BTD, recipe)
-        x_BTD, stats = self.block(x_BTD, tokens, recipe)
+        x_BTD, stats = self.block(x_BTD, tokens, recipe, replayed_BTK)
         return self.out_norm(x_BTD), stats
 
     def merge(self, hidden_BTD: jax.Array, embedded_BTD: jax.Array, recipe: Recipe) -> jax.Array:
@@ -194,12 +200,15 @@ class DeepSeekV3(nnx.Module):
     ) -> Output:
         """The same, with what MTP module k reads at hand: the token k ahead, k = 1 .. K.
 
-        `replayed_LBTK` are the experts that the tokens of every MoE layer keep to.
+        `replayed_LBTK` are the experts that the tokens of every MoE layer keep to: of the main
+        model's, and behind them of the MTP modules', which may be left out.
         """
-        x_BTD, layer_stats = self.before(tokens, recipe), None
+        x_BTD, layer_stats, of_mtp = self.before(tokens, recipe), None, None
+        if replayed_LBTK is not None:
+            replayed_LBTK, of_mtp = jnp.split(replayed_LBTK, [self.config.num_moe_layers])
         if self.moe_layers is not None:
             (x_BTD,), (layer_stats,) = self.between((x_BTD,), (tokens,), recipe, replayed_LBTK)
-        output = self.after(x_BTD, tokens, recipe, ahead_KBT)
+        output = self.after(x_BTD, tokens, recipe, ahead_KBT, of_mtp)
         stats = [part for part in (layer_stats, output.stats) if part is not None]
         merged = jax.tree.map(lambda *a: jnp.concatenate(a), *stats) if stats else None
         return output._replace(stats=merged)
@@ -241,7 +250,12 @@ class DeepSeekV3(nnx.Module):
         return scan_layers(self.moe_layers, xs, apply, *inputs)
 
     def after(
-        self, x_BTD: jax.Array, tokens: Tokens, recipe: Recipe, ahead: jax.Array | None
+        self,
+        x_BTD: jax.Array,
+        tokens: Tokens,
+        recipe: Recipe,
+        ahead: jax.Array | None,
+        replayed_KBTK: jax.Array | None = None,
     ) -> Output:
         """Output for the last layer's result; its statistics are those of the MTP modules.
 
@@ -250,20 +264,25 @@ class DeepSeekV3(nnx.Module):
         hidden_BTD = self.final_norm(x_BTD)
         if self.mtp is None or ahead is None:
             return Output(hidden_BTD, (), None)
-        mtp_hidden, stats = self._predict_ahead(hidden_BTD, ahead, tokens, recipe)
+        replays = replayed_KBTK is not None and len(replayed_KBTK) > 0
+        inputs = (ahead, replayed_KBTK) if replays else (ahead,)
+        mtp_hidden, stats = self._predict_ahead(hidden_BTD, inputs, tokens, recipe)
         return Output(hidden_BTD, mtp_hidden, stats)
 
-    def _predict_ahead(self, hidden_BTD, ahead, tokens: Tokens, recipe: Recipe):
-        """Run the MTP modules one after the other; module k reads the token k ahead (eq. 21)."""
+    def _predict_ahead(self, hidden_BTD, inputs, tokens: Tokens, recipe: Recipe):
+        """Run the MTP modules one after the other; module k reads the token k ahead (eq. 21).
+
+        `inputs` are what they read and, where they are replayed, the experts of every module.
+        """
 
         @recipe.rematerialize
-        def apply(module: MTP, hidden_BTD, ahead):
+        def apply(module: MTP, hidden_BTD, ahead, *replayed_BTK):
             embedded_BTD = ahead if ahead.ndim == hidden_BTD.ndim else self.embed(ahead, recipe)
-            hidden_BTD, stats = module(hidden_BTD, embedded_BTD, tokens, recipe)
+            hidden_BTD, stats = module(hidden_BTD, embedded_BTD, tokens, recipe, *replayed_BTK)
             return hidden_BTD, (hidden_BTD, stats)
 
         assert self.mtp is not None
-        _, (hidden, stats) = scan_layers(self.mtp, hidden_BTD, apply, ahead)
+        _, (hidden, stats) = scan_layers(self.mtp, hidden_BTD, apply, *inputs)
         return tuple(hidden), stats
 
 

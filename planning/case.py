@@ -147,9 +147,10 @@ class Case:
     def exchange(self) -> Rows:
         """Rows of the expert exchange of a micro batch on a device."""
         model, mesh = self.model, self.mesh
+        row_bytes = model.hidden_size * self.recipe.activation_dtype.itemsize
         return exchange_rows(
             self.tokens, model.experts_per_token, model.num_experts, mesh,
-            (model.num_expert_groups, model.groups_per_token),
+            (model.num_expert_groups, model.groups_per_token), row_bytes,
         )  # fmt: skip
 
 

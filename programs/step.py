@@ -19,6 +19,7 @@ from programs.buffers import alive_at_peak, parts
 from programs.collectives import by_op_and_axes, parse, read_collectives
 from programs.overlap import read_spans
 from programs.scheduled import Scheduled
+from sharding.devices import as_default
 from sharding.experts.sizes import exchange_rows
 from sharding.partition import batch_shards
 from training.step import Trainer
@@ -51,7 +52,9 @@ def lower(trainer: Trainer) -> jax.stages.Lowered:
     shape = (train.batch_size // rows, rows, train.seq_len + 1)
     knobs = dict.fromkeys(("learning_rate", "bias_update_rate", "mtp_weight"), scalar)
     batch = {"tokens": jax.ShapeDtypeStruct(shape, np.int32)}
-    return trainer.step.lower(trainer.abstract_state, batch, knobs)
+    state = trainer.abstract_state
+    with as_default(trainer.layout):  # kernels of a library ask which GPU they are made for
+        return trainer.step.lower(state, batch, knobs)
 
 
 def scheduled(compiled: jax.stages.Compiled) -> Scheduled:
@@ -67,9 +70,10 @@ def rows_of(trainer: Trainer) -> list[tuple[int, int]]:
     """Numbers of rows, from and to, that the arrays of a trainer's expert exchange have."""
     train, model, mesh = trainer.train, trainer.model, trainer.layout.config
     sequences = (train.micro_batch_size or train.batch_size) // batch_shards(trainer.layout)
+    row_bytes = model.hidden_size * trainer.recipe.activation_dtype.itemsize
     rows = exchange_rows(
         sequences * train.seq_len // mesh.context, model.experts_per_token, model.num_experts, mesh,
-        (model.num_expert_groups, model.groups_per_token),
+        (model.num_expert_groups, model.groups_per_token), row_bytes,
     )  # fmt: skip
     # Sorted rows begin every expert's at a tile.
     found = [(rows.sorted, rows.sorted + rows.sorted // 16 + 512)]

@@ -37,7 +37,7 @@ class Gpu(NamedTuple):
 SHEET = "NVIDIA data sheet"
 GPUS = {
     "a100": Gpu(
-        "A100", 80 * GB, 84_987_740_160, 2_039 * GB, 312 * TFLOPS, 0, 300 * GB, 8, 25 * GB, 108,
+        "A100", 80 * GB, 85_100_068_864, 2_039 * GB, 312 * TFLOPS, 0, 300 * GB, 8, 25 * GB, 108,
         f"{SHEET} A100 80GB SXM; 8 x 200 Gb/s a host (DGX A100)",
     ),
     "h100": Gpu(
@@ -53,11 +53,11 @@ GPUS = {
         50 * GB, 132, f"{SHEET} H200 SXM; 8 x 400 Gb/s a host (DGX H200)",
     ),
     "b200": Gpu(
-        "B200", 180 * GB, 191_000_000_000, 8_000 * GB, 2_250 * TFLOPS, 4_500 * TFLOPS, 900 * GB, 8,
+        "B200", 180 * GB, 191_514_411_008, 7_700 * GB, 2_250 * TFLOPS, 4_500 * TFLOPS, 900 * GB, 8,
         50 * GB, 148, f"{SHEET} HGX B200; 8 x 400 Gb/s a host (DGX B200)",
     ),
     "gb200": Gpu(
-        "GB200", 186 * GB, 197_000_000_000, 8_000 * GB, 2_500 * TFLOPS, 5_000 * TFLOPS, 900 * GB,
+        "GB200", 186 * GB, 197_897_748_480, 8_000 * GB, 2_500 * TFLOPS, 5_000 * TFLOPS, 900 * GB,
         72, 50 * GB, 152, f"{SHEET} GB200 NVL72; 400 Gb/s a GPU (DGX GB200)",
     ),
 }  # fmt: skip

@@ -1,6 +1,9 @@
 """Devices of a layout: their kind, and what they can run."""
 
+import contextlib
 from typing import Any, NamedTuple
+
+import jax
 
 from sharding.config import MeshConfig
 from sharding.partition import Layout
@@ -12,6 +15,12 @@ OVERLAP = {
 """Options of a layout that computes two micro batches side by side. XLA joins what shares an
 operand, such as a weight or a table of angles: products into one product, fusions into one kernel.
 What it joins waits for both micro batches, and no exchange of one can then hide behind the other.
+"""
+
+EXACT = {"xla_allow_excess_precision": False}
+"""Options of a program that rounds wherever its text says so. By default XLA leaves out a rounding
+to bf16 and back where it fuses both, and which those are depends on the rest of the program: the
+same layer recomputed then has other last bits, and a quantiser makes steps of them.
 """
 
 
@@ -62,6 +71,23 @@ def not_hopper(layout: Layout) -> str | None:
     if not str(device.compute_capability).startswith("9."):
         return f"{device.device_kind} has compute capability {device.compute_capability}, not 9.0"
     return None
+
+
+def as_default(layout: Layout) -> Any:
+    """Context in which one of a layout's devices is JAX's default, absent ones included.
+
+    What asks for it when it is traced is then made for these devices; nothing may run inside.
+    """
+    if layout.device is not None:
+        return contextlib.nullcontext()
+    devices = list(layout.mesh.devices.flat)
+    own = (d for d in devices if d.process_index == jax.process_index())
+    return jax.default_device(next(own, devices[0]))
+
+
+def first_device(layout: Layout) -> Any:
+    """The first of a layout's devices: all are of one kind."""
+    return device_of(layout)
 
 
 def no_emulator(layout: Layout) -> str | None:

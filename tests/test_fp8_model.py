@@ -23,7 +23,7 @@ from model.layers import project
 from model.recipe import Kernels, Recipe
 from model.transformer import Tokens
 from pallas_kernels.fp8.expert_ffn import fp8_expert_ffn
-from pallas_kernels.fp8.linear import fp8_linear
+from pallas_kernels.fp8.linear import fp8_linear, fp8_linears
 from pallas_kernels.fp8.quantize import (
     quantize_blocks,
     quantize_tiles,
@@ -127,6 +127,22 @@ def test_what_is_not_finite_stays_visible_in_value_and_gradients():
     assert np.isfinite(np.delete(y, 3, 0)).all()
     assert np.isfinite(dx).all()
     assert np.isnan(dw[5]).all()
+
+
+def test_products_of_one_x_are_those_of_each_and_keep_it_once():
+    """dx is rounded after the sum; all else has the same bits."""
+    x, weights = draw(128, 256, dtype="bfloat16"), (draw(256, 144), draw(256, 16, seed=1))
+    dys = [draw(128, w.shape[1], seed=2, dtype="bfloat16") for w in weights]
+    pull_all = jax.jit(lambda x, ws, dys: jax.vjp(fp8_linears, x, ws)[1](tuple(dys)))
+    pull_one = jax.jit(lambda x, w, dy: jax.vjp(fp8_linear, x, w)[1](dy))
+    dx, dw = pull_all(x, weights, dys)
+    apart = [pull_one(x, w, dy) for w, dy in zip(weights, dys, strict=True)]
+    for got, (_, want) in zip(dw, apart, strict=True):
+        np.testing.assert_array_equal(got, want)
+    assert relative_error(dx, sum(np.float64(part) for part, _ in apart)) < 3e-3
+    _, pull = jax.vjp(fp8_linears, x, weights)
+    kept = sum(leaf.nbytes for leaf in jax.tree.leaves(pull) if hasattr(leaf, "nbytes"))
+    assert kept <= 1.04 * (x.size + sum(w.size for w in weights)), kept
 
 
 # ---- experts -------------------------------------------------------------------------------------
@@ -283,24 +299,27 @@ def trace(recipe):
 
 def test_every_linear_layer_is_fp8_and_nothing_else(monkeypatch):
     """Five projections of each latent attention, three of each MLP, and the MTP module's."""
-    shapes, num_experts = [], 0
+    shapes, shared, num_experts = [], [], 0
 
-    def linear(x, w, *, backend):
-        assert w.dtype == jnp.float32, "the master weight is quantised"
-        shapes.append(w.shape)
-        return fp8_linear(x, w, backend=backend)
+    def linears(x, weights, *, backend):
+        assert all(w.dtype == jnp.float32 for w in weights), "the master weight is quantised"
+        shapes.extend(w.shape for w in weights)
+        shared.append(len(weights))
+        return fp8_linears(x, weights, backend=backend)
 
     def ffn(x, *weights, backend):
         nonlocal num_experts
         num_experts += 1
         return fp8_expert_ffn(x, *weights, backend=backend)
 
-    monkeypatch.setattr(model.layers, "fp8_linear", linear)
+    monkeypatch.setattr(model.layers, "fp8_linears", linears)
     monkeypatch.setattr(model.moe, "fp8_expert_ffn", ffn)
     hidden = trace(FP8)
     assert hidden.dtype == jnp.bfloat16
     # Scans trace one layer of each kind: dense, with experts, and the MTP module's.
     assert (len(shapes), num_experts) == (3 * 5 + 3 * 3 + 1, 2)
+    # What reads one x quantises it once: the two down-projections, gate and up.
+    assert shared.count(2) == 3 + 3
     c = TRACED
     attention = {(c.hidden_size, c.q_lora_rank), (c.q_lora_rank, c.num_heads * c.qk_head_dim)}
     assert attention < set(shapes)

@@ -26,9 +26,10 @@ BACKENDS = ("portable", "reference", "mosaic")
 MESHES = {"one device": MeshConfig(), "fsdp 2 x tensor 2": MeshConfig(fsdp=2, tensor=2)}
 
 
-def kept(remat: str, backend: str, mesh: MeshConfig) -> collections.Counter[tuple]:
+def kept(remat: str, backend: str, mesh: MeshConfig, stash: str = "") -> collections.Counter[tuple]:
     """Entries and types of what a MoE layer's forward pass keeps, its arguments aside."""
-    recipe = Recipe("bfloat16", remat, Kernels(attention=backend, experts=backend))
+    kernels = Kernels(attention=backend, experts=backend)
+    recipe = Recipe("bfloat16", remat, kernels, stash=stash)
     graph, values = nnx.split(nnx.eval_shape(lambda: Block(MODEL, nnx.Rngs(0), moe=True)))
 
     def layer(values, x_BTD, ids_BT):
@@ -71,3 +72,30 @@ def test_selective_recomputation_keeps_what_is_marked_and_each_once(backend, mes
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_full_recomputation_keeps_nothing(backend, mesh):
     assert not kept("full", backend, mesh)
+
+
+HELD = {
+    "e5m6": ((B * T * N * V * 3 // 2, "uint8"), (B * T * N * V // 128, "int8")),
+    "e4m3": ((B * T * N * V, "float8_e4m3fn"), (B * T * N * V // 128, "float32")),
+}
+"""Attention's output in 12 and 8 bits, and its scales."""
+
+
+@pytest.mark.parametrize("stash", HELD)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_attention_output_is_kept_in_few_bits_and_not_beside_them(backend, stash):
+    want = [*MARKED, *HELD[stash], *([LOG_SUMS] if backend == "mosaic" else [])]
+    want.remove(ATTENTION_OUTPUT)
+    found = kept("selective", backend, MESHES["one device"], stash)
+    assert found == collections.Counter(want)
+
+
+def test_without_recomputation_the_kernels_keep_few_bits_too():
+    """And the product after them its own operand, which is bf16 without FP8."""
+    for stash, held in HELD.items():
+        found = kept("none", "mosaic", MESHES["one device"], stash)
+        assert found[held[0]] == 1
+        assert (
+            found[ATTENTION_OUTPUT]
+            <= kept("none", "mosaic", MESHES["one device"])[ATTENTION_OUTPUT]
+        )

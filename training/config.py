@@ -77,6 +77,9 @@ class TrainConfig:
     fp8: bool = False
     """Products of linear layers and experts in FP8, with their gradients (V3 report, section 3.3).
     Needs dtype bfloat16. Embedding, head, router, norms and attention stay as they are."""
+    attention_output: Literal["auto", "full", "e5m6", "e4m3"] = "auto"
+    """Type in which attention's output waits for the backward pass: its own, 12 or 8 bits, which
+    round it. auto: e5m6 with fp8, as V3 (section 3.3.3), else full."""
     remat: Literal["none", "selective", "full"] = "none"
     """Work that the backward pass repeats: none; norms, up-projections, SwiGLU; whole layers."""
     ema_decay: float = 0.0
@@ -89,3 +92,14 @@ class TrainConfig:
     """Batches per evaluation; 0 takes the whole held-out set."""
     log_every: int = 1
     """Steps between log records."""
+    check_every: int = 0
+    """Steps between checks of a micro batch's loss and gradient norm against the plain path in
+    fp32, with the same experts; a gap is a warning that names the operation. 0 never. In stage
+    pretrain, without a pipeline; it needs memory for the gradients once more."""
+
+    @property
+    def attention_stash(self) -> Literal["", "e5m6", "e4m3"]:
+        """Type that attention's output is held in; "": its own."""
+        if self.attention_output == "auto":
+            return "e5m6" if self.fp8 else ""
+        return "" if self.attention_output == "full" else self.attention_output

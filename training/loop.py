@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 from runtime.signals import StopRequest
 from sharding.devices import mesh_shape
 from sharding.partition import place_rows
+from training.check import Check
 from training.display import Display
 from training.metrics import MetricsWriter
 from training.plots import plot_run
@@ -53,6 +54,8 @@ class Loop:
     display: Display
     read_first: Callable[[dict[str, jax.Array]], dict[str, jax.Array]] = lambda batch: batch
     """Adds to a placed batch what the step needs besides: what a teacher says of it."""
+    check: Check | None = None
+    """Compares a micro batch with the plain path every `train.check_every` steps."""
     profile: range = range(0)
     """Steps to trace, counted from the first that runs."""
     started: float = dataclasses.field(default_factory=time.monotonic)
@@ -110,7 +113,7 @@ class Loop:
         knobs = knobs_at(train, self.plan, step)
         placed = place_rows(self.trainer.layout, dict(batch), rows, self.plan.micro_batch_size)
         scalars = {name: np.float32(value) for name, value in knobs.items()}
-        at = self.plan.at(step)
+        at, checked = self.plan.at(step), self._checked(step, placed, scalars)
         if at.micro_batches in self._compiled:
             self.state, metrics = self.trainer.step(self.state, self.read_first(placed), scalars)
             self.throughput.add(at.batch_size * train.seq_len)
@@ -125,7 +128,8 @@ class Loop:
                 jax.block_until_ready(metrics)
         final = done == train.steps
         evaluated = train.eval_every and (final or done % train.eval_every == 0)
-        if not (final or evaluated or done % train.log_every == 0 or step == self.first_step):
+        logged = done % train.log_every == 0 or step == self.first_step
+        if not (final or evaluated or logged or checked):
             return {}
         # Reading the metrics waits for the step; unlogged steps run ahead of Python.
         metrics = jax.device_get(metrics)
@@ -137,6 +141,7 @@ class Loop:
         record |= self._expert_loads(metrics.pop("counts_LE"))
         record |= {name: float(value) for name, value in metrics.items()}
         record |= {"train/tokens": float(self.plan.tokens_before(done))}
+        record |= checked
         record |= self.throughput.lap() | {"mem/peak_gib": peak_memory_gib()}
         if evaluated and self.evaluate is not None:
             if not self._evaluated:
@@ -145,6 +150,15 @@ class Loop:
             with self.throughput.paused():
                 record |= self.evaluate(self.state)
         return record
+
+    def _checked(self, step: int, batch: dict[str, jax.Array], knobs: Mapping) -> dict[str, float]:
+        """The comparison with the plain path, on the weights before the step; {} if none is due."""
+        every = self.trainer.train.check_every
+        if self.check is None or not every or (step + 1) % every:
+            return {}
+        inputs = self.state["params"], self.state["router_bias"], batch, knobs["mtp_weight"]
+        with self.throughput.paused():
+            return self.check(*inputs, lambda line: self.display.note(f"step {step}: {line}"))
 
     def save(self, record: Mapping[str, float]) -> bool:
         """Checkpoint the state; a held-out loss in `record` was measured on it."""

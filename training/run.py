@@ -35,6 +35,7 @@ from runtime.lock import hold, holds
 from runtime.processes import exchange
 from sharding.devices import device_kind, num_devices
 from sharding.partition import local_rows
+from training.check import Check
 from training.config import TrainConfig
 from training.display import Display
 from training.loop import Checkpoints, Loop
@@ -306,6 +307,22 @@ def write_settings(
 # ---- Train ---------------------------------------------------------------------------------------
 
 
+def make_check(trainer: Trainer) -> Check | None:
+    """The check that `train.check_every` asks for.
+
+    Raises:
+        ValueError: another loss than pre-training's, or a pipeline.
+    """
+    if not trainer.train.check_every:
+        return None
+    if type(trainer) is not Trainer:
+        raise ValueError(
+            f"train.check_every={trainer.train.check_every} compares the loss of pre-training; "
+            "this stage has another. Set it to 0"
+        )
+    return Check(trainer.model, trainer.train, trainer.recipe, trainer.layout)
+
+
 def open_loop(
     run: Run,
     trainer: Trainer,
@@ -333,6 +350,7 @@ def open_loop(
         throughput=Throughput(flops, num_devices(trainer.layout), device_kind(trainer.layout)),
         display=Display(run.train.steps),
         read_first=read_first,
+        check=make_check(trainer),
         profile=session.profile,
         started=session.started,
     )

@@ -26,7 +26,7 @@ from model.recipe import Recipe
 from model.router import load_max_over_mean, update_bias
 from sharding.context import check_sequence, restore
 from sharding.copies import reduces_once
-from sharding.devices import on_platform, schedule_options
+from sharding.devices import EXACT, on_platform, schedule_options
 from sharding.partition import (
     Layout,
     batch_sharding,
@@ -161,12 +161,13 @@ class Trainer:
         rows = batch_sharding(self.layout, ROWS)
         whole = replicated(self.layout)
         on_gpu = on_platform(self.layout, "cuda", "gpu")
+        options = EXACT | (schedule_options(self.layout.config) if on_gpu else {})
         return jax.jit(
             self._step,
             donate_argnums=0,
             in_shardings=(self.shardings, rows, whole),
             out_shardings=(self.shardings, whole),
-            compiler_options=schedule_options(self.layout.config) if on_gpu else None,
+            compiler_options=options,
         )
 
     @functools.cached_property
@@ -179,7 +180,10 @@ class Trainer:
         state, rows = self.shardings, batch_sharding(self.layout, ROWS)
         placements = (state["params"], state["router_bias"], rows)
         return jax.jit(
-            self._evaluate, in_shardings=placements, out_shardings=replicated(self.layout)
+            self._evaluate,
+            in_shardings=placements,
+            out_shardings=replicated(self.layout),
+            compiler_options=EXACT,
         )
 
     def state_shardings(self, shapes: State) -> State:

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels import library
 from pallas_kernels.attention.backward import backward
 from pallas_kernels.attention.blocks import (
     BLOCK,
@@ -29,6 +29,7 @@ from pallas_kernels.attention.blocks import (
 )
 from pallas_kernels.attention.forward import forward
 from pallas_kernels.attention.portable import portable, reference
+from pallas_kernels.attention.stash import Stash, load, named, store, through
 from pallas_kernels.attention.tiles import Plan
 from pallas_kernels.mosaic import Backend
 from pallas_kernels.tuned import tuned_blocks
@@ -43,6 +44,7 @@ def mla_attention(
     scale: float,
     backend: Backend = "portable",
     kept: str | None = None,
+    stash: Stash = "",
     blocks: Blocks | None = None,
 ) -> Array:
     """softmax(scale (q_nope k_nope^T + q_rope k_rope^T)) v, fp32 softmax, row t over its keys s.
@@ -59,6 +61,8 @@ def mla_attention(
         backend: see `mosaic.Backend`. Kernels take bfloat16; the others any floating type.
         kept: name of outputs and the kernels' log-sums for policies of recomputation: with both
             stored, a backward pass does not run the forward kernel again.
+        stash: type that outputs are held in for the backward pass; they are rounded to it
+            (`stash.py`).
         blocks: how the kernels cut the call; by default tuned, or from the shapes.
 
     Returns:
@@ -73,10 +77,13 @@ def mla_attention(
         return jnp.zeros((B, T, N, V), q_BTNH.dtype)
     if backend in ("portable", "reference"):
         run = portable if backend == "portable" else reference
-        return _named(run(q_BTNH, kv_BTNW, k_rope_BTR, start_BT, scale), kept)
+        return through(run(q_BTNH, kv_BTNW, k_rope_BTR, start_BT, scale), stash, kept)
+    if backend == "library":
+        return library.attend(q_BTNH, kv_BTNW, k_rope_BTR, start_BT, scale, kept, stash)
     if backend not in ("mosaic", "emulated"):
         raise ValueError(
-            f"backend is {backend!r}; use 'mosaic', 'emulated', 'portable' or 'reference'"
+            f"backend is {backend!r}; use 'mosaic', 'emulated', 'library', 'portable' or "
+            "'reference'"
         )
     if reason := unsupported(P, R, V, q_BTNH.dtype):
         raise ValueError(f"{reason}; use backend='portable'")
@@ -87,7 +94,7 @@ def mla_attention(
     sizes = sizes._replace(T=T + rest)
     blocks = blocks or _blocks(sizes)
     check_blocks(sizes, blocks)
-    call = _Call(scale, sizes, blocks, backend == "emulated", kept)
+    call = _Call(scale, sizes, blocks, backend == "emulated", kept, stash)
     operands = [_pad(x, rest) for x in (q_BTNH, kv_BTNW, k_rope_BTR)]
     o_BTNV: Any = _kernels(call, *operands, _pad(start_BT.astype(jnp.int32), rest, T))
     return o_BTNV[:, :T]
@@ -147,10 +154,6 @@ def _pad(x: Array, rest: int, value: int = 0) -> Array:
     return jnp.pad(x, widths, constant_values=value)
 
 
-def _named(x: Array, kept: str | None) -> Array:
-    return x if kept is None else checkpoint_name(x, kept)
-
-
 def _blocks(sizes: Sizes) -> Blocks:
     """Tuned blocks, or those that the shapes suggest."""
     return tuned_blocks("mla_attention", spelled(sizes), Blocks) or choose_blocks(sizes)
@@ -172,6 +175,7 @@ class _Call(NamedTuple):
     blocks: Blocks
     emulated: bool
     kept: str | None
+    stash: Stash
 
     def plan(self, tile: Tile, programs: int) -> Plan:
         """Of one kernel, with a program per tile if `programs` is 0."""
@@ -187,12 +191,14 @@ def _kernels(call: _Call, q_BTNH: Array, kv_BTNW: Array, k_rope_BTR: Array, star
 def _kernels_fwd(call: _Call, q_BTNH: Array, kv_BTNW: Array, k_rope_BTR: Array, start_BT: Array):
     plan = call.plan(call.blocks.forward, call.blocks.programs)
     o_BTNV, lse_BNT = forward(q_BTNH, kv_BTNW, k_rope_BTR, start_BT, plan)
-    o_BTNV, lse_BNT = _named(o_BTNV, call.kept), _named(lse_BNT, call.kept)
-    return o_BTNV, (q_BTNH, kv_BTNW, k_rope_BTR, start_BT, o_BTNV, lse_BNT)
+    held, lse_BNT = named((store(o_BTNV, call.stash), lse_BNT), call.kept)
+    saved = q_BTNH, kv_BTNW, k_rope_BTR, start_BT, held, lse_BNT
+    return load(held, o_BTNV.shape, o_BTNV.dtype), saved
 
 
 def _kernels_bwd(call: _Call, saved, do_BTNV: Array):
-    q_BTNH, kv_BTNW, k_rope_BTR, start_BT, o_BTNV, lse_BNT = saved
+    q_BTNH, kv_BTNW, k_rope_BTR, start_BT, held, lse_BNT = saved
+    o_BTNV = load(held, do_BTNV.shape, do_BTNV.dtype)
     dq = call.plan(call.blocks.dq, call.blocks.programs)
     # A program per tile: within a loop over tiles this kernel spills registers.
     dkv = call.plan(call.blocks.dkv, programs=0)

@@ -3,6 +3,9 @@
 Shape letters: as in `mla.py`; Q queries of a block.
 """
 
+from collections.abc import Iterator
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -18,22 +21,65 @@ def portable(
 
     About half of the products of the full square are never computed, and no T x T array exists.
     The rotary key is copied to every head: XLA:CPU computes one product per block faster than two.
+    For the backward pass each block keeps its probabilities and nothing else of that size. There,
+    what several blocks add to a key, and all heads to the rotary key, is added up in fp32.
     """
-    T = q_BTNH.shape[1]
+    return _attend(scale, q_BTNH, kv_BTNW, k_rope_BTR, start_BT)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(scale: float, q_BTNH, kv_BTNW, k_rope_BTR, start_BT) -> Array:
+    return _attend_fwd(scale, q_BTNH, kv_BTNW, k_rope_BTR, start_BT)[0]
+
+
+def _attend_fwd(scale: float, q_BTNH, kv_BTNW, k_rope_BTR, start_BT):
     k_BTNH, v_BTNV = _keys_values(q_BTNH, kv_BTNW, k_rope_BTR)
-    block = max(QUERY_BLOCK, -(-T // MAX_BLOCKS))
-    outputs = []
-    for first in range(0, T, block):
-        end = min(first + block, T)
+    outputs, kept = [], []
+    for first, end in _blocks(q_BTNH.shape[1]):
         logits_BNQS = scale * jnp.einsum(
             "BQNH,BSNH->BNQS",
             q_BTNH[:, first:end],
             k_BTNH[:, :end],
             preferred_element_type=jnp.float32,
         )
-        p_BNQS = masked_softmax(logits_BNQS, _pairs(start_BT, first, end)).astype(v_BTNV.dtype)
-        outputs.append(jnp.einsum("BNQS,BSNV->BQNV", p_BNQS, v_BTNV[:, :end]))
-    return jnp.concatenate(outputs, axis=1)
+        pairs = _pairs(start_BT, first, end)
+        p_BNQS = jax.nn.softmax(jnp.where(pairs, logits_BNQS, -jnp.inf), axis=-1)
+        kept.append(p_BNQS)
+        outputs.append(jnp.einsum("BNQS,BSNV->BQNV", p_BNQS.astype(v_BTNV.dtype), v_BTNV[:, :end]))
+    return jnp.concatenate(outputs, axis=1), (q_BTNH, kv_BTNW, k_rope_BTR, kept)
+
+
+def _attend_bwd(scale: float, saved, do_BTNV: Array):
+    q_BTNH, kv_BTNW, k_rope_BTR, kept = saved
+    k_BTNH, v_BTNV = _keys_values(q_BTNH, kv_BTNW, k_rope_BTR)
+    P, dtype = q_BTNH.shape[3] - k_rope_BTR.shape[2], q_BTNH.dtype
+    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    dq, dk_BTNH, dv_BTNV = [], None, None
+    # The last block sees every key; the others add to the first ones.
+    for (first, end), p_BNQS in reversed(list(zip(_blocks(q_BTNH.shape[1]), kept, strict=True))):
+        do_BQNV, q_BQNH = do_BTNV[:, first:end], q_BTNH[:, first:end]
+        dp_BNQS = product("BQNV,BSNV->BNQS", do_BQNV, v_BTNV[:, :end])
+        mean_BNQ1 = jnp.sum(p_BNQS * dp_BNQS, axis=-1, keepdims=True)
+        ds_BNQS = scale * (p_BNQS * (dp_BNQS - mean_BNQ1))
+        k_BSNH, q_BQNH = (x.astype(jnp.float32) for x in (k_BTNH[:, :end], q_BQNH))
+        dq.append(product("BNQS,BSNH->BQNH", ds_BNQS, k_BSNH).astype(dtype))
+        dk_BSNH = product("BNQS,BQNH->BSNH", ds_BNQS, q_BQNH)
+        dv_BSNV = product("BNQS,BQNV->BSNV", p_BNQS.astype(dtype), do_BQNV)
+        dk_BTNH = dk_BSNH if dk_BTNH is None else dk_BTNH.at[:, :end].add(dk_BSNH)
+        dv_BTNV = dv_BSNV if dv_BTNV is None else dv_BTNV.at[:, :end].add(dv_BSNV)
+    assert dk_BTNH is not None
+    dkv_BTNW = jnp.concatenate([dk_BTNH[..., :P], dv_BTNV], axis=-1).astype(dtype)
+    dk_rope_BTR = jnp.sum(dk_BTNH[..., P:], axis=2).astype(dtype)
+    return jnp.concatenate(dq[::-1], axis=1), dkv_BTNW, dk_rope_BTR, None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _blocks(T: int) -> Iterator[tuple[int, int]]:
+    """First row and end of every block of queries."""
+    block = max(QUERY_BLOCK, -(-T // MAX_BLOCKS))
+    return ((first, min(first + block, T)) for first in range(0, T, block))
 
 
 def reference(
@@ -64,26 +110,3 @@ def _pairs(start_BT: Array | None, first: int, end: int) -> Array:
     if start_BT is None:
         return pairs_QS[None, None]
     return (pairs_QS & (key_S >= start_BT[:, first:end, None]))[:, None]
-
-
-@jax.custom_vjp
-def masked_softmax(logits_BNQS: Array, mask: Array) -> Array:
-    """Softmax over the last axis of the entries where `mask`, others 0; no row may be all masked.
-
-    For the backward pass it keeps its result and nothing else: logits, mask and exponentials of
-    every layer would be the largest arrays of training at short sequences.
-    """
-    return jax.nn.softmax(jnp.where(mask, logits_BNQS, -jnp.inf), axis=-1)
-
-
-def _masked_softmax_fwd(logits_BNQS: Array, mask: Array):
-    p_BNQS = masked_softmax(logits_BNQS, mask)
-    return p_BNQS, p_BNQS
-
-
-def _masked_softmax_bwd(p_BNQS: Array, dp_BNQS: Array):
-    mean_BNQ1 = jnp.sum(p_BNQS * dp_BNQS, axis=-1, keepdims=True)
-    return p_BNQS * (dp_BNQS - mean_BNQ1), None
-
-
-masked_softmax.defvjp(_masked_softmax_fwd, _masked_softmax_bwd)

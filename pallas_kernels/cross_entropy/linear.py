@@ -239,7 +239,7 @@ def _forward(options, x_MD, w_DV, targets_M, weights_M):
 
 def _backward(options, residuals, g):
     dx_MD, dw_DV = residuals
-    return dx_MD * g.astype(dx_MD.dtype), dw_DV * g.astype(dw_DV.dtype), None, None
+    return (g * dx_MD).astype(dx_MD.dtype), (g * dw_DV).astype(dw_DV.dtype), None, None
 
 
 _linear_cross_entropy.defvjp(_forward, _backward)

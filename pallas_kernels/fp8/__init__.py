@@ -7,7 +7,13 @@ Hopper ("mosaic", "emulated"), XLA elsewhere ("portable", "reference").
 
 from pallas_kernels.fp8.expert_ffn import fp8_expert_ffn
 from pallas_kernels.fp8.expert_ffn import unsupported as experts_unsupported
-from pallas_kernels.fp8.linear import fp8_linear
+from pallas_kernels.fp8.linear import fp8_linear, fp8_linears
 from pallas_kernels.fp8.linear import unsupported as linear_unsupported
 
-__all__ = ["experts_unsupported", "fp8_expert_ffn", "fp8_linear", "linear_unsupported"]
+__all__ = [
+    "experts_unsupported",
+    "fp8_expert_ffn",
+    "fp8_linear",
+    "fp8_linears",
+    "linear_unsupported",
+]

@@ -22,6 +22,7 @@ Roofline: 6 M N K FLOPs at 1979 TFLOP/s, 1.46 ms for M = 4096 and 16384 x 7168. 
 Shape letters: M rows (tokens), K input and N output width.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -44,31 +45,40 @@ Static = tuple[Backend, Any]
 
 
 def fp8_linear(x_MK: Array, w_KN: Array, *, backend: Backend = "portable") -> Array:
-    """y = x w [M, N] in the type of x, by FP8 products; so are its gradients.
+    """y = x w [M, N]: `fp8_linears` of one weight."""
+    return fp8_linears(x_MK, (w_KN,), backend=backend)[0]
 
+
+def fp8_linears(
+    x_MK: Array, weights: Sequence[Array], *, backend: Backend = "portable"
+) -> tuple[Array, ...]:
+    """y = x w [M, N] for every weight, in the type of x, by FP8 products; so are its gradients.
+
+    x is quantised once for all, and kept once; what the products add to dx is summed in fp32.
     Source: DeepSeek-V3 report, section 3.3.
 
     Args:
         x_MK: bf16 or fp32 [M, K]. Kernels get zeros up to `fitting` sizes.
-        w_KN: bf16 or fp32 [K, N]; quantised from what it is, so give the master weight.
+        weights: bf16 or fp32 [K, N] each; quantised from what they are, so give master weights.
         backend: see `mosaic.Backend`. All quantise alike; "portable" multiplies in bf16,
             "reference" in fp32.
 
     Raises:
         ValueError: shapes or types do not fit each other or, for the kernels, the machine.
     """
-    if x_MK.ndim != 2 or w_KN.ndim != 2 or x_MK.shape[1] != w_KN.shape[0]:
-        raise ValueError(f"no product of {x_MK.shape} and {w_KN.shape}; give [M, K] and [K, N]")
-    static: Static = backend, w_KN.dtype
+    for w_KN in weights:
+        if x_MK.ndim != 2 or w_KN.ndim != 2 or x_MK.shape[1] != w_KN.shape[0]:
+            raise ValueError(f"no product of {x_MK.shape} and {w_KN.shape}; give [M, K] and [K, N]")
+    static: Static = backend, weights[0].dtype
     if backend not in ("mosaic", "emulated"):
-        return _linear(static, x_MK, w_KN)
-    for dtype in (x_MK.dtype, w_KN.dtype):
+        return _linears(static, x_MK, tuple(weights))
+    for dtype in (x_MK.dtype, *(w.dtype for w in weights)):
         if reason := unsupported(dtype):
             raise ValueError(f"no FP8 kernel: {reason}")
-    (M, K), N = x_MK.shape, w_KN.shape[1]
-    x_MK, w_KN = _pad(x_MK, M, K), _pad(w_KN, K, N)
-    y_MN: Array = _linear(static, x_MK, w_KN)
-    return y_MN[:M, :N]
+    M, K = x_MK.shape
+    padded = tuple(_pad(w, K, w.shape[1]) for w in weights)
+    found = _linears(static, _pad(x_MK, M, K), padded)
+    return tuple(y[:M, : w.shape[1]] for y, w in zip(found, weights, strict=True))
 
 
 def unsupported(dtype: Any) -> str | None:
@@ -93,27 +103,35 @@ def _pad(x_RC: Array, R: int, C: int) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear(static: Static, x_MK: Array, w_KN: Array) -> Array:
+def _linears(static: Static, x_MK: Array, weights: tuple[Array, ...]) -> tuple[Array, ...]:
     backend, _ = static
     x = quantize_tiles(x_MK, backend=backend)
-    _, w_transposed = quantize_blocks_both(w_KN, backend=backend)
-    return fp8_matmul(x, w_transposed, dtype=x_MK.dtype, backend=backend)
+    return tuple(
+        fp8_matmul(
+            x, quantize_blocks_both(w, backend=backend)[1], dtype=x_MK.dtype, backend=backend
+        )
+        for w in weights
+    )
 
 
-def _forward(static: Static, x_MK: Array, w_KN: Array):
+def _forward(static: Static, x_MK: Array, weights: tuple[Array, ...]):
     backend, _ = static
     x, x_transposed = quantize_both(x_MK, backend=backend)
-    w, w_transposed = quantize_blocks_both(w_KN, backend=backend)
-    y_MN = fp8_matmul(x, w_transposed, dtype=x_MK.dtype, backend=backend)
-    return y_MN, (x_transposed, w)
+    both = [quantize_blocks_both(w, backend=backend) for w in weights]
+    ys = tuple(fp8_matmul(x, w[1], dtype=x_MK.dtype, backend=backend) for w in both)
+    return ys, (x_transposed, [w[0] for w in both])
 
 
-def _backward(static: Static, saved: tuple[Quantized, Quantized], dy_MN: Array):
-    (backend, w_dtype), (x_transposed, w) = static, saved
-    dy, dy_transposed = quantize_both(dy_MN, backend=backend)
-    dx_MK = fp8_matmul(dy, w, dtype=dy_MN.dtype, backend=backend)
-    dw_KN = fp8_matmul_tiles(x_transposed, dy_transposed, dtype=w_dtype, backend=backend)
-    return dx_MK, dw_KN
+def _backward(static: Static, saved: tuple[Quantized, list[Quantized]], dys: tuple[Array, ...]):
+    (backend, w_dtype), (x_transposed, weights) = static, saved
+    dtype = dys[0].dtype
+    part = dtype if len(dys) == 1 else jnp.float32
+    dx_MK, dw = [], []
+    for dy_MN, w in zip(dys, weights, strict=True):
+        dy, dy_transposed = quantize_both(dy_MN, backend=backend)
+        dx_MK.append(fp8_matmul(dy, w, dtype=part, backend=backend))
+        dw.append(fp8_matmul_tiles(x_transposed, dy_transposed, dtype=w_dtype, backend=backend))
+    return sum(dx_MK[1:], dx_MK[0]).astype(dtype), tuple(dw)
 
 
-_linear.defvjp(_forward, _backward)
+_linears.defvjp(_forward, _backward)

@@ -12,6 +12,7 @@ Shape letters: M rows, E experts, D model width, F expert width.
 """
 
 from functools import partial
+from typing import Any
 
 from jax import Array
 
@@ -48,10 +49,11 @@ def forward(emulated: bool, keep: bool, x_MD: Array, weights: tuple, group_sizes
 
 
 def backward(
-    emulated: bool, x_MD: Array, weights: tuple, group_sizes_E: Array, kept: tuple, dy_MD: Array,
-    scale_M: Array | None,
+    emulated: bool, w_dtype: Any, x_MD: Array, weights: tuple, group_sizes_E: Array, kept: tuple,
+    dy_MD: Array, scale_M: Array | None,
 ):  # fmt: skip
-    """dx [M, D] and the gradients of the weights; and, with `scale_M`, that of the scale [M].
+    """dx [M, D] and the gradients of the weights, of type `w_dtype`; and, with `scale_M`, that of
+    the scale [M].
 
     `scale_M` are factors of y; dy is then that of the scaled rows, and y is not needed: as y =
     h w_down, the scale's gradient is dh h.
@@ -62,7 +64,7 @@ def backward(
         grouped_products, group_sizes_E=group_sizes_E, transposed=True, emulated=emulated
     )
     products = partial(
-        grouped_weight_gradient, group_sizes_E=group_sizes_E, dtype=x_MD.dtype, emulated=emulated
+        grouped_weight_gradient, group_sizes_E=group_sizes_E, dtype=w_dtype, emulated=emulated
     )
     (dh_MF,) = rows([(dy_MD, (w_down_EFD,))], name="grouped_matmul_rows")
     h_MF, dgate_MF, dup_MF, dscale_M = weighted_swiglu_vjp(gate_MF, up_MF, dh_MF, scale_M)

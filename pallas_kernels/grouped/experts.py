@@ -9,12 +9,13 @@ chunk (`ragged.py`).
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels import library
 from pallas_kernels.grouped import expert_ffn_mosaic
 from pallas_kernels.grouped.matmul import check_backend, check_operands, grouped_matmul
 from pallas_kernels.grouped.products import unsupported
@@ -44,6 +45,7 @@ def expert_ffn(
     *,
     backend: Backend = "portable",
     tiling: Tiling | None = None,
+    masters: tuple[Array, ...] | None = None,
 ) -> Array:
     """y[m] = (silu(x[m] w_gate[e]) * (x[m] w_up[e])) w_down[e] for the rows m of group e.
 
@@ -59,9 +61,12 @@ def expert_ffn(
         w_down_EFD: [E, F, D].
         group_sizes_E: rows of each expert, int [E]; their sum must not exceed M (a run-time value:
             not checked).
-        backend: "mosaic" and "emulated" run the kernels (`expert_ffn_mosaic.py`); "portable" loops
-            over tiles and is differentiated by hand; "reference" is dense, in fp32.
+        backend: "mosaic" and "emulated" run the kernels (`expert_ffn_mosaic.py`), "library" those
+            of a library; "portable" loops over tiles and is differentiated by hand; "reference" is
+            dense, in fp32.
         tiling: of "portable": rows of a tile and tiles of a chunk; by default from the shapes.
+        masters: gate, up and down in fp32, of which the weights are copies. They are not read; they
+            get the gradients, in fp32, and the copies get none.
 
     Returns:
         [M, D].
@@ -79,11 +84,18 @@ def expert_ffn(
         )
     check_backend(backend, unsupported(D, F, x_MD.dtype))
     if backend == "reference":
+        if masters is not None:  # the copies' values, of which the masters have the gradient
+            weights = [
+                lax.stop_gradient(w).astype(m.dtype) + (m - lax.stop_gradient(m))
+                for w, m in zip(weights, masters, strict=True)
+            ]
         return _reference(x_MD, *weights, group_sizes_E)
     if len(x_MD) == 0:
         return x_MD
-    way = choose_way(backend, len(x_MD), weights)
-    return _expert_ffn(way._replace(tiling=tiling or way.tiling), x_MD, weights, group_sizes_E)
+    masters = masters or weights
+    way = choose_way(backend, len(x_MD), weights, masters)
+    way = way._replace(tiling=tiling or way.tiling)
+    return _expert_ffn(way, x_MD, weights, group_sizes_E, masters)
 
 
 def _reference(x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E):
@@ -127,18 +139,22 @@ class Way(NamedTuple):
     backend: Backend
     tiling: Tiling
     """Of "portable"."""
+    gradient_type: Any = jnp.float32
+    """Of the weights."""
 
 
-def choose_way(backend: Backend, num_rows: int, weights: Weights) -> Way:
-    """The way of a backend, once it is checked for these weights."""
+def choose_way(backend: Backend, num_rows: int, weights: Weights, masters: Any) -> Way:
+    """The way of a backend, once it is checked for these weights; `masters` get the gradients."""
     E, D, F = weights[0].shape
-    return Way(backend, choose_tiling(num_rows, E, D * F))
+    return Way(backend, choose_tiling(num_rows, E, D * F), masters[0].dtype)
 
 
 def forward(way: Way, keep: bool, x: Rows, weights: Weights, group_sizes_E: Array):
     """`expert_ffn` [M, D], and with `keep` what `backward` wants."""
     if way.backend == "portable":
         return _portable_forward(way.tiling, keep, x, weights, group_sizes_E)
+    if way.backend == "library":
+        return library.experts_forward(keep, x.whole(), weights, group_sizes_E)
     emulated = way.backend == "emulated"
     return expert_ffn_mosaic.forward(emulated, keep, x.whole(), weights, group_sizes_E)
 
@@ -146,17 +162,19 @@ def forward(way: Way, keep: bool, x: Rows, weights: Weights, group_sizes_E: Arra
 def backward(way: Way, x: Rows, weights: Weights, group_sizes_E: Array, kept, dy: Rows, scale_M):
     """dx [M, D], the gradients of the weights, and that of `scale_M`, factors of y, unless None."""
     if way.backend == "portable":
-        return _portable_backward(way.tiling, x, weights, group_sizes_E, kept, dy, scale_M)
+        return _portable_backward(way, x, weights, group_sizes_E, kept, dy, scale_M)
     operands = x.whole(), weights, group_sizes_E, kept, dy.whole(), scale_M
-    return expert_ffn_mosaic.backward(way.backend == "emulated", *operands)
+    if way.backend == "library":
+        return library.experts_backward(way.gradient_type, *operands)
+    return expert_ffn_mosaic.backward(way.backend == "emulated", way.gradient_type, *operands)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _expert_ffn(way: Way, x_MD: Array, weights: Weights, group_sizes_E: Array) -> Array:
+def _expert_ffn(way: Way, x_MD: Array, weights: Weights, group_sizes_E: Array, masters) -> Array:
     return forward(way, False, Rows(x_MD), weights, group_sizes_E)[0]
 
 
-def _expert_ffn_fwd(way: Way, x_MD: Array, weights: Weights, group_sizes_E: Array):
+def _expert_ffn_fwd(way: Way, x_MD: Array, weights: Weights, group_sizes_E: Array, masters):
     y_MD, kept = forward(way, True, Rows(x_MD), weights, group_sizes_E)
     return y_MD, (x_MD, weights, group_sizes_E, kept)
 
@@ -164,7 +182,7 @@ def _expert_ffn_fwd(way: Way, x_MD: Array, weights: Weights, group_sizes_E: Arra
 def _expert_ffn_bwd(way: Way, saved, dy_MD: Array):
     x_MD, weights, group_sizes_E, kept = saved
     dx_MD, dw, _ = backward(way, Rows(x_MD), weights, group_sizes_E, kept, Rows(dy_MD), None)
-    return dx_MD, dw, None
+    return dx_MD, None, None, dw
 
 
 _expert_ffn.defvjp(_expert_ffn_fwd, _expert_ffn_bwd)
@@ -200,9 +218,9 @@ def _portable_forward(tiling: Tiling, keep: bool, x: Rows, weights: Weights, gro
 
 
 def _portable_backward(
-    tiling: Tiling, x: Rows, weights: Weights, group_sizes_E: Array, kept, dy: Rows, scale_M
+    way: Way, x: Rows, weights: Weights, group_sizes_E: Array, kept, dy: Rows, scale_M
 ):
-    M, D, dtype = x.count, x.values.shape[1], x.values.dtype
+    M, D, dtype, tiling = x.count, x.values.shape[1], x.values.dtype, way.tiling
     tiles = make_tiles(group_sizes_E, M, tiling)
 
     def step(i, carry):
@@ -242,4 +260,4 @@ def _portable_backward(
     dx, dscale, *dw = lax.fori_loop(0, tiles.num_chunks, step, carry)
     if dscale is not None:
         dscale = keep_rows(dscale, tiles.num_rows, M)[:, 0]
-    return keep_rows(dx, tiles.num_rows, M), tuple(g.astype(dtype) for g in dw), dscale
+    return keep_rows(dx, tiles.num_rows, M), tuple(g.astype(way.gradient_type) for g in dw), dscale

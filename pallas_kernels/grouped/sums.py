@@ -41,7 +41,7 @@ from pallas_kernels.mosaic import Backend
 def expert_sums(
     x_ND: Array,
     weights_NK: Array,
-    experts: Weights,
+    experts: tuple[Array, ...],
     plan: Plan,
     *,
     backend: Backend = "portable",
@@ -54,25 +54,31 @@ def expert_sums(
     Args:
         x_ND: tokens.
         weights_NK: router weights, fp32.
-        experts: gate and up [E, D, F], down [E, F, D], of the type of x.
+        experts: gate and up [E, D, F], down [E, F, D], of the type of x. Behind them may follow the
+            master weights that they are copies of: `masters` of `expert_ffn`.
         plan: of `sort_by_expert`, for these tokens; or of `part_of`.
         backend: as of `expert_ffn`.
 
     Raises:
         ValueError: shapes, types or the backend do not fit.
     """
+    masters = experts[3:]
+    experts = experts[:3]
+    masters = masters or experts
     named = dict(zip(("w_gate", "w_up", "w_down"), experts, strict=True))
     check_operands(x_ND, plan.group_sizes_E, **named)
     _, D, F = experts[0].shape
     check_backend(backend, unsupported(D, F, x_ND.dtype))
     if backend == "reference" or not plan.order_M.size:
-        y_MD = expert_ffn(gather_rows(x_ND, plan), *experts, plan.group_sizes_E, backend=backend)
+        rows = gather_rows(x_ND, plan), *experts, plan.group_sizes_E
+        y_MD = expert_ffn(*rows, backend=backend, masters=None if masters is experts else masters)
         return combine_rows(y_MD, weights_NK, plan)
-    return _sums(choose_way(backend, plan.order_M.size, experts), x_ND, weights_NK, experts, plan)
+    way = choose_way(backend, plan.order_M.size, experts, masters)
+    return _sums(way, x_ND, weights_NK, experts, plan, masters)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sums(way: Way, x_ND: Array, weights_NK: Array, experts: Weights, plan: Plan) -> Array:
+def _sums(way: Way, x_ND: Array, weights_NK: Array, experts: Weights, plan: Plan, masters) -> Array:
     return _run(way, False, x_ND, weights_NK, experts, plan)[0]
 
 
@@ -82,7 +88,7 @@ def _run(way: Way, keep: bool, x_ND: Array, weights_NK: Array, experts: Weights,
     return combine_rows(y_MD, weights_NK, plan), kept
 
 
-def _sums_fwd(way: Way, x_ND: Array, weights_NK: Array, experts: Weights, plan: Plan):
+def _sums_fwd(way: Way, x_ND: Array, weights_NK: Array, experts: Weights, plan: Plan, masters):
     out_ND, kept = _run(way, True, x_ND, weights_NK, experts, plan)
     return out_ND, (x_ND, weights_NK, experts, plan, kept)
 
@@ -95,7 +101,7 @@ def _sums_bwd(way: Way, saved, dout_ND: Array):
     weights_M = take(weights_NK.reshape(-1), plan.order_M).astype(jnp.float32)
     weights_M = jnp.where(here_M, weights_M, 0)
     dx_MD, dw, dweights_M = backward(way, x, experts, plan.group_sizes_E, kept, dout, weights_M)
-    return sum_rows(dx_MD, K, plan), of_choices(dweights_M, weights_NK, plan), dw, None
+    return sum_rows(dx_MD, K, plan), of_choices(dweights_M, weights_NK, plan), None, None, dw
 
 
 _sums.defvjp(_sums_fwd, _sums_bwd)

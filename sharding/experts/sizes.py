@@ -25,11 +25,12 @@ class Rows(NamedTuple):
 
 
 def exchange_rows(
-    tokens: int, choices: int, experts: int, config: MeshConfig, groups: tuple[int, int]
-) -> Rows:
+    tokens: int, choices: int, experts: int, config: MeshConfig, groups: tuple[int, int],
+    row_bytes: int,
+) -> Rows:  # fmt: skip
     """Rows of an exchange of devices with `tokens` tokens each (`sharding/experts/dispatch.py`)."""
     shards = config.expert_nodes, config.expert // config.expert_nodes
-    found = buffers(experts, shards, tokens, choices, groups, config)
+    found = buffers(experts, shards, tokens, choices, groups, row_bytes, config)
     if config.exchange == "gather" and config.expert > 1:
         held = tokens * config.expert
         return Rows(0, held, held, found.choices.rows, 0.0, held, found.choices.mean)
