@@ -52,7 +52,7 @@ class Layout:
 
     def case(self) -> Case:
         """It as a plan, with one sequence per device and micro batch."""
-        run = dataclasses.replace(preset(self.preset), kernels=self.kernels)  # pyright: ignore[reportArgumentType]
+        run = dataclasses.replace(preset(self.preset), kernels=self.kernels)
         mesh = MeshConfig(**self.mesh)
         shards = mesh.data * mesh.fsdp * mesh.expert
         gpus = shards * mesh.pipe * mesh.context * mesh.tensor

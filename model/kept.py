@@ -70,7 +70,7 @@ def _traced(config: ModelConfig, recipe: Recipe, seq_len: int, layout: Layout, s
     with use_layout(layout):
         jaxpr = jax.make_jaxpr(residuals)(weights, bias, x, ids, ids).jaxpr
     left = jaxpr.outvars
-    shapes = {id(var): var.aval for var in left if hasattr(var, "aval")}.values()
+    shapes: Any = {id(var): var.aval for var in left if hasattr(var, "aval")}.values()
     of_rows = (a for a in shapes if a.ndim > 1 and a.shape[0] == rows and seq_len in a.shape[1:])
     found = [Kept(a.shape[1:], a.dtype, _axes(a, config, seq_len)) for a in of_rows]
     if recipe.remat == "none":

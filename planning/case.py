@@ -204,7 +204,9 @@ def make_case(
         )
     train = dataclasses.replace(run.train, batch_ramp_from=0, batch_ramp_tokens=0)
     choice = choose(run.kernels, run.model, train.dtype, layout, train.fp8)
-    recipe = Recipe(train.dtype, train.remat, choice.kernels, fp8=train.fp8)
+    recipe = Recipe(
+        train.dtype, train.remat, choice.kernels, fp8=train.fp8, stash=train.attention_stash
+    )
     trainer = Trainer(run.model, train, recipe, layout)
     run = dataclasses.replace(run, train=train, mesh=mesh)
     case = Case(run, hardware, trainer, derived, total_tokens)

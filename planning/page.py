@@ -42,7 +42,7 @@ def write_page(path: str, plans: Sequence[Mapping[str, Any]]) -> None:
 
 def page_of(plans: Sequence[Mapping[str, Any]]) -> str:
     """The page's text."""
-    shown = [dict(plan) | {"words": words(plan)} for plan in plans[:MOST]]
+    shown: list[dict[str, Any]] = [{**plan, "words": words(plan)} for plan in plans[:MOST]]
     folder = pathlib.Path(__file__).with_name("templates")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder), autoescape=True, undefined=jinja2.StrictUndefined

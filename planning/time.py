@@ -166,7 +166,7 @@ def _common(case: Case, busy: np.ndarray, parts: dict[str, np.ndarray]) -> np.nd
         for name, seconds in of_pass._asdict().items():
             if name in parts:
                 parts[name] += times[:, None] * seconds
-    return sum(counts.values()) > 0
+    return np.sum(list(counts.values()), axis=0) > 0
 
 
 def _chunks(case: Case) -> dict[tuple[int, int], _Chunk]:

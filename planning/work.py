@@ -37,7 +37,7 @@ class Seconds(NamedTuple):
     tensor: float = 0.0
     """Sums over `tensor` and `context`."""
 
-    def __add__(self, other):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __add__(self, other):
         return Seconds(*map(sum, zip(self, other, strict=True)))
 
     def times(self, count: float) -> "Seconds":
