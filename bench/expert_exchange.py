@@ -14,7 +14,6 @@ width, S shards.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -79,9 +78,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=40, help="rounds of the timing")
     options = parser.options()
     emulate_devices(DEVICES)
-    lines = [*price(options.repeats), "", *traffic_table(options.ways), ""]
-    lines += overflow_table(options.repeats)
+    lines = [*price(options.repeats), "", *traffic_table(options.ways)]
     parser.show("Expert exchange", lines)
+    parser.show("Rows of experts beyond their room", overflow_table(options.repeats))
 
 
 def price(repeats: int) -> list[str]:
@@ -150,7 +149,7 @@ def traffic_table(ways: int) -> list[str]:
         further = int(program(*placed)[1].further)
         if further:
             raise RuntimeError(f"{name} takes {further} further rounds; bytes are of the first")
-        sent = traffic(program.as_text(), DEVICES // nodes)
+        sent = traffic(program.as_text() or "", DEVICES // nodes)
         cells = " | ".join(f"{sent[kind].total / row:.2f}" for kind in SENDS)
         total, across = (
             sum(getattr(t, part) for t in sent.values()) for part in ("total", "across")
@@ -168,7 +167,7 @@ def traffic_table(ways: int) -> list[str]:
     ]
 
 
-def compile_exchange(mesh: MeshConfig, moe: MoE, *inputs) -> Callable[..., Any]:
+def compile_exchange(mesh: MeshConfig, moe: MoE, *inputs) -> jax.stages.Compiled:
     """Compiled (params, x, ids, weights) to the experts' output, how it came about, gradients."""
     definition, params = nnx.split(moe)
 
@@ -190,11 +189,14 @@ def overflow_table(repeats: int) -> list[str]:
     K, params = MODEL.experts_per_token, nnx.split(moe)[1]
     one_BTK = jnp.broadcast_to(jnp.arange(K, dtype=jnp.int32), even_BTK.shape)
     routings = {"even": even_BTK, "all tokens to the same 8": one_BTK}
-    found, runs = {}, {}
+    found: dict[tuple[str, float], tuple[int, float]] = {}
+    runs: dict[Any, Any] = {}
     for capacity in (math.inf, 2.0, 1.25):
         mesh = MeshConfig(expert=DEVICES, exchange_capacity=capacity)
         program = compile_exchange(mesh, moe, x_BTD, even_BTK, weights_BTK)
-        memory = program.memory_analysis().temp_size_in_bytes / 2**20
+        analysis = program.memory_analysis()
+        assert analysis is not None
+        memory = analysis.temp_size_in_bytes / 2**20
         for name, ids_BTK in routings.items():
             inputs = params, x_BTD, ids_BTK, weights_BTK
             placed = jax.tree.map(jax.device_put, inputs, program.input_shardings[0])
@@ -202,14 +204,15 @@ def overflow_table(repeats: int) -> list[str]:
             assert served.dropped == 0
             found[name, capacity] = int(served.further), memory
             runs[name, capacity] = functools.partial(program, *placed)
-    seconds = interleaved(runs, repeats)
+    seconds: dict[Any, float] = interleaved(runs, repeats)
     lines = [
         f"| {name} | {'everything' if math.isinf(capacity) else capacity} | {further} "
         f"| {memory:.1f} | {seconds[name, capacity] / seconds['even', math.inf]:.2f} |"
         for (name, capacity), (further, memory) in found.items()
     ]
     return [
-        "The same layer with less room than all tokens could need, one level. Rounds beyond the "
+        "The routed experts of the section above, forward and backward, with less room than all "
+        "tokens could need, one level. Rounds beyond the "
         "first, of the device with the most; memory of the program besides its arguments, per "
         "device; medians of time against even routing with room for everything. Emulated devices "
         "share cores, so that time shows work, not waiting.",

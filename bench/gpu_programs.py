@@ -48,11 +48,8 @@ from training.step import Trainer
 
 GIB = 2**30
 V3 = "--config v3_671b --nodes 256"
-FSDP = f"{V3} --mesh fsdp=32,expert=64,expert_nodes=8,exchange_capacity=2"
-PAPER = (
-    f"{V3} --mesh pipe=16,data=2,expert=64,expert_nodes=8,exchange_capacity=2,schedule=dualpipe "
-    "--micro-batches"
-)
+FSDP = f"{V3} --mesh fsdp=32,expert=64,expert_nodes=8"
+PAPER = f"{V3} --mesh pipe=16,data=2,expert=64,expert_nodes=8,schedule=dualpipe --micro-batches"
 STACK = (
     "--config v3_671b --per-node 1 --mesh data=1 --kernels mosaic --micro-batches 1 "
     "--dense-layers 1 --experts 16 --moe-layers"
@@ -76,6 +73,8 @@ LAYOUTS = {
     "tiny, fsdp 8": "--mesh fsdp=8",
     "tiny, tensor 4, expert 2, sequence": "--mesh tensor=4,expert=2,sequence=true",
     "v2_lite, expert 8, overlap": "--config v2_lite --mesh expert=8,overlap=true --micro-batches 4",
+    "v2_lite, expert 8, 2 sequences a GPU, kernels": "--config v2_lite --kernels mosaic --gpu h100 "
+    "--mesh expert=8 --sequences 2",
     "V3, pipe 16, data 2, expert 64, 32 micro batches": f"{PAPER} 32",
     "V3, the same, 128 micro batches": f"{PAPER} 128",
     "V3, fsdp 32, expert 64, 4 MoE layers": f"{FSDP} --moe-layers 4",

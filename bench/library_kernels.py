@@ -1,4 +1,4 @@
-"""Kernels of the library as machine code for absent GPUs: registers, spills, memory of a call.
+"""Kernels of the library as machine code for absent GPUs: registers, spills, shared memory.
 
     make library
     PYTHONPATH=.gpu-compiler .venv-kernels/bin/python -m bench.library_kernels [--write]
@@ -6,7 +6,8 @@
 V3's widths, forward with gradients; beside them stand ours in "Kernels for an absent H200". The
 assembler speaks for itself: one that notes what it says stands first on the path, for Mosaic's and
 Triton's kernels and XLA's own alike. Each GPU has a process of its own, because Mosaic keeps the
-first generation that it meets. Kernels of XLA are left out.
+first generation that it meets. Kernels of XLA are left out; shared memory of
+Triton's is known when they are started.
 """
 
 import os
@@ -22,11 +23,13 @@ import jax
 
 from bench.command import Command
 from bench.hot_paths import Work, works
+from bench.kernels import output_of_process
 from bench.report import ROOT
 from configs import preset
 
 GPUS = ("a100-80", "h200", "b200")
 TOKENS = 4096
+MOSAIC = "_mosaic_gpu_kernel"
 OURS = re.compile(r"mosaic_gpu|attention|triton_|ragged|_kernel\b|dkv|dq")
 """Names of kernels that are not XLA's fusions."""
 
@@ -95,25 +98,25 @@ def compile_one(gpu: str, device: Any, here: Any, work: Work, notes: pathlib.Pat
     """Lines of one hot path; one that says why if the library refuses it."""
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for x in work.shapes]
     try:
-        with jax.default_device(device):
-            lowered = jax.jit(work.call("library")).lower(*shapes)
-            program = lowered.compile(compiler_options={"xla_dump_to": str(notes.parent)})
+        with jax.default_device(device), output_of_process() as said:
+            program = jax.jit(work.call("library")).lower(*shapes).compile()
     except Exception as error:  # whatever the library or a compiler raises
-        return [f"| {gpu} | {work.path} | refused: {str(error).splitlines()[0][:150]} | | | |"]
-    for ptx in notes.parent.glob("*.ptx"):  # what XLA's own compiler assembled, in its process
-        target = re.search(r"\.target (\w+)", ptx.read_text())
-        assert target is not None
-        subprocess.run(["ptxas", "-arch", target[1], ptx, "-o", "/dev/null"], check=True,
-                       stderr=subprocess.DEVNULL)  # fmt: skip
-        ptx.unlink()
+        return [f"| {gpu} | {work.path} | refused: {str(error).splitlines()[0][:150]} | | | | |"]
     memory = program.memory_analysis()
     temporaries = memory.temp_size_in_bytes / 2**20 if memory else 0
-    kernels = [k for k in read_assembler(notes.read_text()) if OURS.search(k.name)]
-    return [
-        f"| {gpu} | {work.path} | {k.name.removesuffix('_mosaic_gpu_kernel')} | {k.registers} "
-        f"| {k.spilled} | {temporaries:,.0f} |"
-        for k in dict.fromkeys(kernels)
-    ]
+    # Mosaic says what shared memory it asks for when it lowers, in the order of its kernels.
+    asked = iter(re.findall(r"Resources\(smem_scratch_bytes=(\d+)", said[0]))
+    lines = []
+    for k in read_assembler(notes.read_text()):
+        mosaic = k.name.endswith(MOSAIC)
+        shared = f"{int(next(asked)) / 1024:.0f}" if mosaic else "-"
+        if OURS.search(k.name):
+            lines.append(
+                f"| {gpu} | {work.path} | {k.name.removesuffix(MOSAIC)} | {k.registers} "
+                f"| {k.spilled} | {shared} | {temporaries:,.0f} |"
+            )
+    silent = f"| {gpu} | {work.path} | compiled by XLA in its own process | - | - | - "
+    return list(dict.fromkeys(lines)) or [f"{silent}| {temporaries:,.0f} |"]
 
 
 def main() -> None:
@@ -127,8 +130,9 @@ def main() -> None:
     if options.gpu:
         return print("\n".join(compile_all(options.gpu, options.only)))
     lines = [
-        "| GPU | hot path | kernel | registers | spilled bytes | temporaries of the call, MiB |",
-        "|---|---|---|---|---|---|",
+        "| GPU | hot path | kernel | registers | spilled bytes | shared memory, KiB "
+        "| temporaries of the call, MiB |",
+        "|---|---|---|---|---|---|---|",
     ]
     for gpu in GPUS:
         command = [

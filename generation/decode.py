@@ -1,10 +1,10 @@
-"""The model over a latent cache: a prompt at once (expanded), then a few tokens (absorbed).
+"""The model over a cache: a prompt at once (expanded), then a few tokens (absorbed).
 
 Here layers are separate modules, not a scanned stack: a scan slices every layer's weights out of
 the stack, which is a copy of all experts per token where a token reads eight of them.
 
 Letters: B batch, T prompt, Q new tokens of a row, S slots of the cache, D hidden width,
-V vocabulary, L cached channels (latent and rotary key).
+V vocabulary, K heads of keys, L cached channels (latent and rotary key; or value and key).
 """
 
 import dataclasses
@@ -28,7 +28,8 @@ STACKS = ("dense_layers", "moe_layers", "mtp")
 EXPERT_WEIGHTS = ("w_gate", "w_up", "w_down")
 EXPERTS = tuple(f"/moe/{name}" for name in EXPERT_WEIGHTS)
 Cache = list[jax.Array]
-"""Per layer [B, S, L]; the MTP module's own last, if it runs."""
+"""Per layer [B, S, L], or [B, K, S, L] of grouped attention; the MTP module's own last, if it
+runs."""
 
 
 def unstack(
@@ -53,7 +54,7 @@ def unstack(
 
     def convert_leaf(path, stack: jax.Array) -> list[Any]:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        exact = name.endswith(("scale", "bias")) or "router/" in name
+        exact = name.endswith(("scale", "bias")) or "router/" in name or "/b_" in name
         kept = stack.dtype if exact else dtype
         if name.split("/")[0] not in STACKS:
             parts = [stack.astype(kept)]
@@ -109,8 +110,8 @@ class Layer(NamedTuple):
 
     block: Block
     """Its `w_ukv` is joined anew from the halves: a program that does not read it never does so."""
-    halves: tuple[jax.Array, jax.Array]
-    """W_UK and W_UV, heads first."""
+    halves: tuple[jax.Array, jax.Array] | None
+    """W_UK and W_UV, heads first; None in grouped attention."""
     routed: RoutedExperts | None
     """None in a dense layer."""
 
@@ -142,8 +143,11 @@ class Decoder:
 
     def logits(self, hidden_BD: jax.Array) -> jax.Array:
         """Main head on normed hidden states, also those of the MTP module; [B, V] fp32."""
-        kernel_DV = self.head.kernel[...].astype(hidden_BD.dtype)
-        return jnp.einsum("BD,DV->BV", hidden_BD, kernel_DV, preferred_element_type=jnp.float32)
+        # A tied head reads the table as it lies: [V, D].
+        tied = self.head is None
+        kernel = (self.embed.table if tied else self.head.kernel)[...].astype(hidden_BD.dtype)
+        product = "BD,VD->BV" if tied else "BD,DV->BV"
+        return jnp.einsum(product, hidden_BD, kernel, preferred_element_type=jnp.float32)
 
     def read(
         self,
@@ -183,10 +187,11 @@ class Decoder:
             normed_BTD = block.attn_norm(x_BTD)
             if isinstance(cache, int):
                 y_BTD, rows_BTL = block.attn.expanded(normed_BTD, positions_BT, None, self.recipe)
-                spare = cache - rows_BTL.shape[1]
-                entries_BSL = jnp.pad(rows_BTL, ((0, 0), (0, spare), (0, 0)))
+                spare = (0, cache - rows_BTL.shape[-2])
+                outer = ((0, 0),) * (rows_BTL.ndim - 2)
+                entries_BSL = jnp.pad(rows_BTL, (*outer, spare, (0, 0)))
             else:
-                y_BTD, entries_BSL = block.attn.absorbed(
+                y_BTD, entries_BSL = block.attn.over_cache(
                     normed_BTD, positions_BT, cache[number], halves, self.recipe
                 )
             x_BTD, found = block.feed_forward(x_BTD + y_BTD, valid_BT, self.recipe, routed=routed)
@@ -230,7 +235,7 @@ def make_decoder(config: ModelConfig, weights: Tree, recipe: Recipe, mtp: bool) 
         embed=part("embed"),
         layers=[layer for _, layer in (*layers("dense_layers"), *layers("moe_layers"))],
         final_norm=part("final_norm"),
-        head=part("head"),
+        head=None if config.tie_embeddings else part("head"),
         mtp=layers("mtp")[0] if mtp else None,
         recipe=dataclasses.replace(recipe, fp8=False),
     )
@@ -241,8 +246,9 @@ def _bind_layer(
 ) -> tuple[Any, Layer]:
     """The module of one layer, and the layer; its own block but for the MTP module's."""
     inside = params["block"] if name == "mtp" else params
-    halves = inside["attn"]["w_ukv"]
-    inside = {**inside, "attn": {**inside["attn"], "w_ukv": join_halves(*halves)}}
+    halves = inside["attn"].get("w_ukv")
+    if halves is not None:
+        inside = {**inside, "attn": {**inside["attn"], "w_ukv": join_halves(*halves)}}
     routed = None
     if "moe" in inside:
         moe = dict(inside["moe"])

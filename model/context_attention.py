@@ -1,22 +1,22 @@
-"""Causal latent attention over sequences that are cut over devices (sharding/context.py).
+"""Causal attention over sequences that are cut over devices (sharding/context.py).
 
-What a device sends to the others is one latent and one rotary key per token, never the keys and
-values of its heads: those are expanded where they are read. Per visited shard a device computes two
-blocks of one chunk of queries against one chunk of keys, and three for its own: nothing of the
-other half of the square is computed, and all devices do the same work.
+What a device sends to the others is what a cache would hold: of latent attention one latent and one
+rotary key per token, never the keys and values of its heads, which are expanded where they are
+read; of grouped attention the keys and values that a group of heads shares. Per visited shard a
+device computes two blocks of one chunk of queries against one chunk of keys, and three for its own:
+nothing of the other half of the square is computed, and all devices do the same work.
 
 Blocks are combined by online softmax (Milakov and Gimelshein 2018); the backward pass recomputes
 the probabilities of each block from the log-sum-exp (FlashAttention 2, algorithm 2), walking over
 the shards a second time (Ring Attention, Liu et al. 2023).
 
 Letters: B batch, T tokens of this device, P = 2 chunks of this device (earlier, later), Q query and
-S key positions of a chunk, N heads, H query/key channels (nope then rope), V value channels,
-C latent width, L = C + rope channels.
+S key positions of a chunk, N heads, H query/key channels, V value channels.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -24,27 +24,62 @@ import jax.numpy as jnp
 from model.recipe import KEPT, keep
 from pallas_kernels.attention import Stash, through
 from sharding.context import over_sources, sequence_shards
-from sharding.partition import on_shards, shard_index, sum_over, vary
+from sharding.partition import Names, on_shards, shard_index, sum_over, vary
 
 QUERY_ROWS = 256
 """Most queries of a block whose logits exist at a time."""
 OWN_BLOCKS = ((0, 0, True), (1, 1, True), (1, 0, False))
 """Of the own keys: chunk of queries, chunk of keys, whether it lies on the diagonal."""
 
-_TOKENS, _LATENTS = ("batch", "seq"), ("batch", "seq", None)
+_TOKENS = ("batch", "seq")
 _HEADS, _STATISTIC = ("batch", "seq", "heads", "head_dim"), ("batch", "seq", "heads")
-_WEIGHT = ("latent", "heads", "head_dim")
+
+Arrays = tuple[jax.Array, ...]
 
 
-class Form(NamedTuple):
-    """What the arrays do not say."""
+class Form(Protocol):
+    """A kind of attention; hashable. `sent` is what travels, `weights` what expands it."""
 
-    scale: float
-    """Factor on the logits."""
-    nope: int
-    """Query/key channels without rotation."""
-    stash: Stash = ""
-    """Type that outputs are held in for the backward pass."""
+    @property
+    def scale(self) -> float:
+        """Factor on the logits."""
+        ...
+
+    @property
+    def stash(self) -> Stash:
+        """Type that outputs are held in for the backward pass."""
+        ...
+
+    @property
+    def sent_names(self) -> tuple[Names, ...]:
+        """Logical axes of what travels."""
+        ...
+
+    @property
+    def weight_names(self) -> tuple[Names, ...]:
+        """Logical axes of the weights."""
+        ...
+
+    def width(self, sent: Arrays, weights: Arrays) -> int:
+        """Channels of a value."""
+        ...
+
+    def expand(self, here: int, sent: Arrays, weights: Arrays) -> tuple[jax.Array, jax.Array]:
+        """Keys [B, S, N, H] and values [B, S, N, V] of a device's `here` heads."""
+        ...
+
+    def pull(
+        self, here: int, sent: Arrays, weights: Arrays, dk: jax.Array, dv: jax.Array, /
+    ) -> tuple[Arrays, Arrays]:
+        """fp32 gradients of `expand` for `sent` and `weights`, of those of keys and values.
+
+        What is added up afterwards, over heads, tokens and devices, is not rounded before.
+        """
+        ...
+
+    def summed(self, gradient: jax.Array, /) -> jax.Array:
+        """Gradient of what travels, over the devices that hold it for other heads too."""
+        ...
 
 
 class Queries(NamedTuple):
@@ -68,65 +103,80 @@ class Keys(NamedTuple):
 
 def context_attention(
     q_BTNH: jax.Array,
-    latents_BTL: jax.Array,
-    w_CNH: jax.Array,
+    sent: Arrays,
+    weights: Arrays,
     segments_BT: jax.Array | None,
     form: Form,
 ) -> jax.Array:
     """softmax(q k^T * scale) v [B, T, N, V] of tokens in balanced order, T cut over devices.
 
-    Per head `w_CNH` makes [k_nope | v] of the first C channels of the latents; the others are the
-    rotated key that all heads share. Keys of other segments are not seen. fp32 softmax. `w_CNH`
-    may be fp32: products read it in the type of `q`, its gradient is fp32. The gradient must be
-    taken under the same layout.
+    `form` makes k and v of `sent` [B, T, ...] and `weights`. Keys of other segments are not seen.
+    fp32 softmax. Weights may be fp32: products read them in the type of `q`, their gradient is
+    fp32. The gradient must be taken under the same layout.
     """
-    return _attention(q_BTNH, latents_BTL, w_CNH, segments_BT, form, sequence_shards())
+    return _attention(q_BTNH, sent, weights, segments_BT, form, sequence_shards())
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attention(q_BTNH, latents_BTL, w_CNH, segments_BT, form: Form, shards: int) -> jax.Array:
-    return _forward(q_BTNH, latents_BTL, w_CNH, segments_BT, form, shards)[0]
+def _attention(q_BTNH, sent, weights, segments_BT, form: Form, shards: int) -> jax.Array:
+    return _forward(q_BTNH, sent, weights, segments_BT, form, shards)[0]
 
 
-def _forward(q_BTNH, latents_BTL, w_CNH, segments_BT, form: Form, shards: int):
+def _with_segments(arrays: tuple, names: tuple, segments_BT: jax.Array | None):
+    """Arrays of a region with their logical axes; segments last, if there are any."""
+    if segments_BT is None:
+        return arrays, names
+    return (*arrays, segments_BT), (*names, _TOKENS)
+
+
+def _forward(q_BTNH, sent, weights, segments_BT, form: Form, shards: int):
     assert shards == sequence_shards()
-    region = partial(_forward_on_shard, form=form)
-    w_in_type = w_CNH.astype(q_BTNH.dtype)
-    arrays, names = (q_BTNH, latents_BTL, w_in_type), (_HEADS, _LATENTS, _WEIGHT)
-    if segments_BT is not None:
-        arrays, names = (*arrays, segments_BT), (*names, _TOKENS)
+    region = partial(_forward_on_shard, form=form, parts=(len(sent), len(weights)))
+    types = tuple(jnp.zeros(0, w.dtype) for w in weights)
+    weights = tuple(w.astype(q_BTNH.dtype) for w in weights)
+    arrays, names = (q_BTNH, *sent, *weights), (_HEADS, *form.sent_names, *form.weight_names)
+    arrays, names = _with_segments(arrays, names, segments_BT)
     o_BTNV, lse_BTN = on_shards(region, names, (_HEADS, _STATISTIC))(*arrays)
     # With selective recomputation the walk over the shards is not repeated for these two.
     o_BTNV, lse_BTN = through(o_BTNV, form.stash, KEPT), keep(lse_BTN)
-    saved = q_BTNH, latents_BTL, w_in_type, segments_BT, o_BTNV, lse_BTN
-    return o_BTNV, (*saved, jnp.zeros(0, w_CNH.dtype))
+    return o_BTNV, (q_BTNH, sent, weights, segments_BT, o_BTNV, lse_BTN, types)
 
 
 def _backward(form: Form, shards: int, saved, do_BTNV):
     assert shards == sequence_shards(), "differentiate inside of `use_layout`"
-    q_BTNH, latents_BTL, w_CNH, segments_BT, o_BTNV, lse_BTN, empty = saved
-    region = partial(_backward_on_shard, form=form, w_dtype=empty.dtype)
-    arrays = (q_BTNH, latents_BTL, w_CNH, o_BTNV, lse_BTN, do_BTNV)
-    names = (_HEADS, _LATENTS, _WEIGHT, _HEADS, _STATISTIC, _HEADS)
-    if segments_BT is not None:
-        arrays, names = (*arrays, segments_BT), (*names, _TOKENS)
-    return (*on_shards(region, names, (_HEADS, _LATENTS, _WEIGHT))(*arrays), None)
+    q_BTNH, sent, weights, segments_BT, o_BTNV, lse_BTN, types = saved
+    region = partial(_backward_on_shard, form=form, parts=(len(sent), len(weights)))
+    arrays = (q_BTNH, o_BTNV, lse_BTN, do_BTNV, *sent, *weights)
+    made = (*form.sent_names, *form.weight_names)
+    names = (_HEADS, _HEADS, _STATISTIC, _HEADS, *made)
+    arrays, names = _with_segments(arrays, names, segments_BT)
+    dq_BTNH, *rest = on_shards(region, names, (_HEADS, *made))(*arrays)
+    dweights = zip(rest[len(sent) :], types, strict=True)
+    dweights = tuple(dw.astype(empty.dtype) for dw, empty in dweights)
+    return dq_BTNH, tuple(rest[: len(sent)]), dweights, None
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def _forward_on_shard(q_BTNH, latents_BTL, w_CNH, segments_BT=None, *, form: Form):
+def _parted(arrays: Arrays, parts: tuple[int, int]) -> tuple[Arrays, Arrays, jax.Array | None]:
+    """What travels, the weights, and the segments, if there are any."""
+    sent, rest = arrays[: parts[0]], arrays[parts[0] :]
+    return sent, rest[: parts[1]], rest[parts[1]] if len(rest) > parts[1] else None
+
+
+def _forward_on_shard(q_BTNH, *arrays, form: Form, parts: tuple[int, int]):
     """Output [B, T, N, V] and log-sum-exp of the logits [B, T, N] of one device's queries."""
+    sent, weights, segments_BT = _parted(arrays, parts)
     B, T, N, _ = q_BTNH.shape
     zeros_BTN = vary(jnp.zeros((B, T, N), jnp.float32))
-    o_BTNV = vary(jnp.zeros((B, T, N, w_CNH.shape[-1] - form.nope), jnp.float32))
+    o_BTNV = vary(jnp.zeros((B, T, N, form.width(sent, weights)), jnp.float32))
     rest = (o_BTNV, zeros_BTN - jnp.inf, zeros_BTN)
     queries = jax.tree.map(_chunks, Queries(q_BTNH, segments_BT, rest))
 
     def read(running, blocks, there):
-        latents_BSL, segments_BS = there
-        keys = _keys(latents_BSL, segments_BS, w_CNH, form)
+        sent, segments_BS = there
+        keys = jax.tree.map(_chunks, Keys(*form.expand(N, sent, weights), segments_BS))
         for a, b, diagonal in blocks:
             mine, part = queries._replace(rest=running), _chunk(keys, b)
             rows = partial(_attend, keys=part, diagonal=diagonal, scale=form.scale)
@@ -137,7 +187,7 @@ def _forward_on_shard(q_BTNH, latents_BTL, w_CNH, segments_BT=None, *, form: For
     running, _ = over_sources(
         lambda own: read(queries.rest, OWN_BLOCKS, own),
         lambda running, source, there: read(running, _blocks_of(source), there),
-        (latents_BTL, segments_BT),
+        (sent, segments_BT),
     )
     o_BPQNV, max_BPQN, sum_BPQN = running
     o_BTNV = (o_BPQNV / sum_BPQN[..., None]).reshape(o_BTNV.shape).astype(q_BTNH.dtype)
@@ -145,38 +195,40 @@ def _forward_on_shard(q_BTNH, latents_BTL, w_CNH, segments_BT=None, *, form: For
 
 
 def _backward_on_shard(
-    q_BTNH, latents_BTL, w_CNH, o_BTNV, lse_BTN, do_BTNV, segments_BT=None,
-    *, form: Form, w_dtype: jnp.dtype,
-):  # fmt: skip
-    """Gradients with respect to q, latents and w, the last two summed over devices."""
+    q_BTNH, o_BTNV, lse_BTN, do_BTNV, *arrays, form: Form, parts: tuple[int, int]
+):
+    """Gradients with respect to q, what travels and weights, the last summed over devices."""
+    sent, weights, segments_BT = _parted(arrays, parts)
+    N = q_BTNH.shape[2]
     delta_BTN = jnp.einsum("BTNV,BTNV->BTN", do_BTNV, o_BTNV, preferred_element_type=jnp.float32)
     rest = (do_BTNV, lse_BTN, delta_BTN)
     queries = jax.tree.map(_chunks, Queries(q_BTNH, segments_BT, rest))
 
     def read(state, blocks, there):
-        dq_BPQNH, dw_CNH = state
-        latents_BSL, segments_BS = there
-        keys = _keys(latents_BSL, segments_BS, w_CNH, form)
-        dkv = jax.tree.map(lambda x: vary(jnp.zeros(x.shape, jnp.float32)), keys[:2])
+        dq_BPQNH, dweights = state
+        sent, segments_BS = there
+
+        keys = jax.tree.map(_chunks, Keys(*form.expand(N, sent, weights), segments_BS))
+        dkv = jax.tree.map(lambda x: vary(jnp.zeros(x.shape, jnp.float32)), (keys.k, keys.v))
         for a, b, diagonal in blocks:
             part = _chunk(keys, b)
             rows = partial(_differentiate, keys=part, diagonal=diagonal, scale=form.scale)
             dkv_b, dq = _by_rows(rows, _chunk(dkv, b), _chunk(queries, a))
             dkv = _put_chunk(dkv, dkv_b, b)
             dq_BPQNH = _put_chunk(dq_BPQNH, _chunk(dq_BPQNH, a) + dq, a)
-        dlatents_BSL, dw = _keys_gradient(latents_BSL, w_CNH, *dkv, form)
-        return (dq_BPQNH, dw_CNH + dw), dlatents_BSL
+        dsent, dw = form.pull(N, sent, weights, *(_joined(g) for g in dkv))
+        return (dq_BPQNH, jax.tree.map(jnp.add, dweights, dw)), dsent
 
     zero = lambda x: vary(jnp.zeros(x.shape, jnp.float32))  # noqa: E731
-    (dq_BPQNH, dw_CNH), dlatents_BTL = over_sources(
-        lambda own: read((zero(queries.q), zero(w_CNH)), OWN_BLOCKS, own),
+    (dq_BPQNH, dweights), dsent = over_sources(
+        lambda own: read((zero(queries.q), jax.tree.map(zero, weights)), OWN_BLOCKS, own),
         lambda state, source, there: read(state, _blocks_of(source), there),
-        (latents_BTL, segments_BT),
+        (sent, segments_BT),
     )
     # dc[B, T_cp, L]{U_tp} -> AllReduce_tp ; dw[C, N_tp, H]{U_batch,cp} -> AllReduce
-    dlatents_BTL = sum_over(dlatents_BTL.astype(latents_BTL.dtype), "heads")
-    dw_CNH = sum_over(dw_CNH, "batch", "seq").astype(w_dtype)
-    return dq_BPQNH.reshape(q_BTNH.shape).astype(q_BTNH.dtype), dlatents_BTL, dw_CNH
+    dsent = [form.summed(g.astype(x.dtype)) for g, x in zip(dsent, sent, strict=True)]
+    dweights = [sum_over(g, "batch", "seq") for g in dweights]
+    return dq_BPQNH.reshape(q_BTNH.shape).astype(q_BTNH.dtype), *dsent, *dweights
 
 
 def _blocks_of(source: jax.Array):
@@ -187,31 +239,6 @@ def _blocks_of(source: jax.Array):
     """
     behind = (source > shard_index("seq")).astype(jnp.int32)
     return ((1, 0, False), (behind, behind, False))
-
-
-def _keys(latents_BTL, segments_BT, w_CNH, form: Form) -> Keys:
-    """Keys and values of every head (V3 report, eq. 2-5)."""
-    C = w_CNH.shape[0]
-    kv = jnp.einsum("BTC,CNH->BTNH", latents_BTL[..., :C], w_CNH)
-    shared = latents_BTL[:, :, None, C:]
-    shared = jnp.broadcast_to(shared, (*kv.shape[:3], shared.shape[-1]))
-    k_BTNH = jnp.concatenate([kv[..., : form.nope], shared], axis=-1)
-    return jax.tree.map(_chunks, Keys(k_BTNH, kv[..., form.nope :], segments_BT))
-
-
-def _keys_gradient(latents_BTL, w_CNH, dk_BPQNH, dv_BPQNV, form: Form):
-    """fp32 gradients of `_keys` with respect to latents and w, of those of keys and values.
-
-    What is added up afterwards, over heads, tokens and devices, is not rounded before.
-    """
-    B, T, _ = latents_BTL.shape
-    dk_BTNH, dv_BTNV = (g.reshape(B, T, *g.shape[3:]) for g in (dk_BPQNH, dv_BPQNV))
-    dkv = jnp.concatenate([dk_BTNH[..., : form.nope], dv_BTNV], axis=-1).astype(w_CNH.dtype)
-    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
-    dc_BTC = product("BTNH,CNH->BTC", dkv, w_CNH)
-    dshared_BTR = jnp.sum(dk_BTNH[..., form.nope :], axis=2)
-    dw_CNH = product("BTC,BTNH->CNH", latents_BTL[..., : w_CNH.shape[0]], dkv)
-    return jnp.concatenate([dc_BTC, dshared_BTR], axis=-1), dw_CNH
 
 
 def _logits(start, mine: Queries, keys: Keys, diagonal: bool, scale: float) -> jax.Array:
@@ -264,6 +291,11 @@ def _differentiate(start, mine: Queries, dkv, *, keys: Keys, diagonal: bool, sca
 def _chunks(x: jax.Array) -> jax.Array:
     """[B, T, ...] -> [B, P, Q, ...]."""
     return x.reshape(x.shape[0], 2, x.shape[1] // 2, *x.shape[2:])
+
+
+def _joined(x: jax.Array) -> jax.Array:
+    """[B, P, Q, ...] -> [B, T, ...]."""
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
 def _chunk(tree: Any, which: jax.Array | int) -> Any:

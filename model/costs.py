@@ -53,12 +53,19 @@ def attention_flops_per_token(config: ModelConfig, seq_len: int, causal: bool = 
 
 
 def train_flops_per_token(config: ModelConfig, seq_len: int, causal: bool = True) -> float:
-    """FLOPs per token of forward and backward: 6 (active - V d) + 3 attention."""
-    active = count_parameters(config).active - config.vocab_size * config.hidden_size
+    """FLOPs per token of forward and backward: 6 (active - V d) + 3 attention.
+
+    A tied table is counted once and multiplied by once: nothing comes off.
+    """
+    looked_up = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size
+    active = count_parameters(config).active - looked_up
     return 6.0 * active + 3.0 * attention_flops_per_token(config, seq_len, causal)
 
 
 def cache_bytes_per_token(config: ModelConfig, bytes_per_value: int = 2) -> int:
-    """Latent cache: kv_lora_rank + qk_rope_head_dim values per layer and token."""
-    latent = config.kv_lora_rank + config.qk_rope_head_dim
-    return config.num_layers * latent * bytes_per_value
+    """What a cache holds of a token: per layer the latent and the rotary key, or all key heads'
+    keys and values."""
+    values = config.kv_lora_rank + config.qk_rope_head_dim
+    if config.attention == "grouped":
+        values = config.num_kv_heads * (config.qk_head_dim + config.v_head_dim)
+    return config.num_layers * values * bytes_per_value

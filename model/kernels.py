@@ -14,7 +14,14 @@ from model.config import ModelConfig
 from model.recipe import Kernels
 from pallas_kernels import attention, cross_entropy, decode, fp8, grouped, library
 from pallas_kernels.mosaic import Backend
-from sharding.devices import as_default, first_device, no_emulator, not_hopper, on_platform
+from sharding.devices import (
+    as_default,
+    first_device,
+    no_cudnn,
+    no_emulator,
+    not_hopper,
+    on_platform,
+)
 from sharding.partition import Layout, num_shards, use_layout
 
 Requested = Literal["auto", "mosaic", "emulated", "library", "portable", "reference"]
@@ -49,18 +56,19 @@ def choose(
     """Backends for a model of activation type `dtype` on a layout, with `fp8` products or without.
 
     "auto" takes our kernels on Hopper and the library's on other GPUs, where types and shapes allow
-    it, XLA elsewhere. "library" takes the library's wherever it has one. "mosaic" and "emulated"
-    take our kernels alone.
+    it, cuDNN's attention where that is grouped, XLA elsewhere. "library" takes the library's
+    wherever it has one. "mosaic" and "emulated" take our kernels alone.
 
     Raises:
         ValueError: kernels are asked for and cannot run; it names each and the reason.
     """
-    obstacles = OBSTACLES | FP8_OBSTACLES if fp8 else OBSTACLES
+    obstacles = _obstacles(config, fp8)
     if requested in ("portable", "reference"):
         same: dict[str, Backend] = dict.fromkeys(Kernels._fields, requested)
         return Choice(Kernels(**same), {}, tuple(obstacles))
     if requested == "library" or (requested == "auto" and not_hopper(layout)):
-        return _from_library(requested, config, dtype, layout, fp8)
+        choice = _from_library(requested, config, dtype, layout, fp8)
+        return _with_cudnn(choice, config, dtype, layout)
     emulated = requested == "emulated"
     everywhere = no_emulator(layout) if emulated else not_hopper(layout)
     with use_layout(layout):
@@ -75,14 +83,32 @@ def choose(
         )
     kernel: Backend = "emulated" if emulated else "mosaic"
     taken: dict[str, Backend] = {name: kernel for name in obstacles if name not in reasons}
-    return Choice(Kernels(**taken), reasons, tuple(obstacles))
+    choice = Choice(Kernels(**taken), reasons, tuple(obstacles))
+    return choice if requested != "auto" else _with_cudnn(choice, config, dtype, layout)
+
+
+def _obstacles(config: ModelConfig, fp8: bool) -> dict[str, "Obstacle"]:
+    """The hot paths that a model has, with what says why a kernel of ours cannot compute them."""
+    found = OBSTACLES | FP8_OBSTACLES if fp8 else OBSTACLES
+    return {name: why for name, why in found.items() if name != "experts" or config.has_experts}
+
+
+def _with_cudnn(choice: Choice, config: ModelConfig, dtype: str, layout: Layout) -> Choice:
+    """The choice with cuDNN's attention in place of XLA's, where that is grouped and a GPU is."""
+    with use_layout(layout):
+        refused = no_cudnn(layout) or _context_parallel() or config.attention != "grouped"
+    if choice.kernels.attention != "portable" or refused:
+        return choice
+    if attention.cudnn_unsupported(config.v_head_dim, jnp.dtype(dtype)):
+        return choice
+    return choice._replace(kernels=choice.kernels._replace(attention="cudnn"))
 
 
 def _from_library(
     requested: Requested, config: ModelConfig, dtype: str, layout: Layout, fp8: bool
 ) -> Choice:
     """The library's kernels, and XLA for what it has none for."""
-    paths = tuple(OBSTACLES | FP8_OBSTACLES if fp8 else OBSTACLES)
+    paths = tuple(_obstacles(config, fp8))
     missing, ours = library.unusable(first_device(layout)), not_hopper(layout)
     if requested == "library" and missing:
         raise ValueError(f"kernels=library cannot run here: {missing}; kernels=auto can")
@@ -95,6 +121,8 @@ def _from_library(
             "experts": _library_experts(config, dtype, fp8),
         }
     refusals = LIBRARY_LACKS | refusals
+    if config.attention == "grouped":
+        refusals |= dict.fromkeys(("attention", "decode"), "the library is asked for latent heads")
     taken: dict[str, Backend] = {name: "library" for name in paths if not refusals[name]}
     why = "asked for" if requested == "library" else str(ours)
     return Choice(Kernels(**taken), {name: refusals[name] or why for name in paths}, paths)
@@ -112,12 +140,17 @@ def _context_parallel() -> str | None:
 def _attention(config: ModelConfig, dtype: str) -> str | None:
     if why := _context_parallel():
         return why
+    if config.attention == "grouped":
+        return attention.grouped_unsupported(config.v_head_dim, jnp.dtype(dtype))
     sizes = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
     return attention.unsupported(*sizes, jnp.dtype(dtype))
 
 
 def _decode(config: ModelConfig, dtype: str) -> str | None:
     heads = config.num_heads // num_shards("heads")
+    if config.attention == "grouped":
+        group = config.num_heads // config.num_kv_heads
+        return decode.grouped_unsupported(config.v_head_dim, group, jnp.dtype(dtype))
     sizes = config.kv_lora_rank, config.qk_rope_head_dim
     return decode.unsupported(*sizes, heads, jnp.dtype(dtype))
 
@@ -141,13 +174,14 @@ def _linear(config: ModelConfig, dtype: str) -> str | None:
     return fp8.linear_unsupported(jnp.dtype(dtype))
 
 
-OBSTACLES: dict[str, Callable[[ModelConfig, str], str | None]] = {
+Obstacle = Callable[[ModelConfig, str], str | None]
+OBSTACLES: dict[str, Obstacle] = {
     "attention": _attention,
     "decode": _decode,
     "experts": _experts,
     "loss": _loss,
 }
-FP8_OBSTACLES: dict[str, Callable[[ModelConfig, str], str | None]] = {
+FP8_OBSTACLES: dict[str, Obstacle] = {
     "experts": _fp8_experts,
     "linear": _linear,
 }

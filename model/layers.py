@@ -14,7 +14,7 @@ from flax import nnx
 from model.recipe import Recipe
 from pallas_kernels.fp8 import fp8_linears
 from pallas_kernels.mosaic import Backend
-from sharding.partition import constrain, on_shards, sum_over
+from sharding.partition import Names, as_cut, constrain, on_shards, sum_over
 
 LATENT_EPS = 1e-6
 """Epsilon of the two latent norms in the released code, whatever the model's `norm_eps` says."""
@@ -105,10 +105,10 @@ def as_computed(w: nnx.Param) -> jax.Array:
     return constrain(value, *_axes(w, value))
 
 
-def _axes(w: nnx.Param, value: jax.Array) -> tuple[str, ...]:
+def _axes(w: nnx.Param, value: jax.Array) -> Names:
     """Logical axes of a weight's value, which may be one layer's part of a stack."""
     names = w.get_metadata("out_sharding")
-    return names[len(names) - value.ndim :]
+    return as_cut(names[len(names) - value.ndim :], value.shape)
 
 
 def _fp8_on_shards(
@@ -127,8 +127,9 @@ def _fp8_on_shards(
         B, T = x.shape[:2]
         x_MK = x.reshape(B * T, -1)
         ys = fp8_linears(x_MK, [w.reshape(x_MK.shape[1], -1) for w in ws], backend=backend)
+        cut = tuple(name for name in inner if name)
         return tuple(
-            sum_over(y_MN.reshape(B, T, *w.shape[contracted:]), *inner)
+            sum_over(y_MN.reshape(B, T, *w.shape[contracted:]), *cut)
             for y_MN, w in zip(ys, ws, strict=True)
         )
 

@@ -190,7 +190,7 @@ def loss_of_hidden(
     )
     main, mtp = jnp.where(k == 0, mean, 0.0), jnp.where(k > 0, mean / max(config.mtp_depth, 1), 0.0)
     none, zero = jnp.zeros((config.mtp_depth, config.num_experts)), jnp.zeros(())
-    return main + weights.mtp * mtp, LossParts(main, mtp, zero, none, zero)
+    return main + weights.mtp * mtp, LossParts(main, mtp, zero, none, Served(zero, zero))
 
 
 def loss_of_output(
@@ -204,7 +204,7 @@ def loss_of_output(
     share_KBT = weights_KBT / weights.num_targets
     means: list[Any] = [
         cross_entropy_sum(
-            hidden[k], model.head.kernel[...], targets_KBT[k], share_KBT[k], recipe.kernels.loss
+            hidden[k], model.head_kernel(), targets_KBT[k], share_KBT[k], recipe.kernels.loss
         )
         for k in range(len(hidden))
     ]

@@ -20,7 +20,7 @@ from pallas_kernels.fp8 import fp8_expert_ffn
 from pallas_kernels.grouped import combine_rows, expert_sums, gather_rows, part_of, sort_by_expert
 from sharding.experts.dispatch import Local, exchange
 from sharding.experts.rounds import Count, Span, in_rounds
-from sharding.partition import Names, constrain, max_over, on_shards, sum_over, vary
+from sharding.partition import Names, as_term, constrain, max_over, on_shards, sum_over, vary
 
 W_IN = ("experts", "embed", "expert_ffn")
 """Logical axes of the experts' gate and up weights."""
@@ -159,7 +159,7 @@ def _experts_on_shard(x_BTD, ids_BTK, weights_BTK, *params, local, groups):
     missed = vary(B * T * K - count.computed)
     dropped = max_over(sum_over(missed, "batch", "seq"), "expert_ffn")
     further = max_over(vary(count.further), "batch", "seq", "expert_ffn")
-    return y_ND.reshape(B, T, D), dropped.astype(jnp.float32), further.astype(jnp.float32)
+    return y_ND.reshape(B, T, D), dropped.astype(jnp.float32), as_term(further.astype(jnp.float32))
 
 
 def _local_experts(recipe: Recipe, params, x_ND, ids_NK, weights_NK, rows: int):

@@ -1,4 +1,6 @@
-"""The model as a pipeline sees it: before the MoE layers, one of them, and after them.
+"""The model as a pipeline sees it: before the stack of layers, one of them, and after them.
+
+The stack is `ModelConfig.stack`: the layers with experts, or all of a model without any.
 
 Letters: B batch, T sequence, D hidden width, L layers, E experts.
 """
@@ -26,21 +28,20 @@ from sharding.pipeline.stage_weights import Weights
 from sharding.pipeline.stages import Stages
 
 ROUTED = ("w_gate", "w_up", "w_down")
-LAYERS = "moe_layers"
-"""The stack that is cut into stages."""
 VOCABULARY = ("embed", "head")
 """What every rank has a part of."""
 FIRST = ("dense_layers",)
 """What the first stage computes before its layers; everything else is the last one's."""
 
 
-def split_weights(params: Tree, router_bias: Tree) -> Weights:
+def split_weights(config: ModelConfig, params: Tree, router_bias: Tree) -> Weights:
     """Parameters and router biases as a pipeline takes them."""
-    vocab = {name: params[name] for name in VOCABULARY}
-    around = {name: part for name, part in params.items() if name not in (LAYERS, *VOCABULARY)}
+    stack = config.stack
+    vocab = {name: params[name] for name in VOCABULARY if name in params}
+    around = {name: part for name, part in params.items() if name not in (stack, *VOCABULARY)}
     first = {name: around.pop(name) for name in FIRST if name in around}
-    bias = {name: part for name, part in router_bias.items() if name != LAYERS}
-    return Weights(vocab, first, around, params[LAYERS], bias, router_bias.get(LAYERS, {}))
+    bias = {name: part for name, part in router_bias.items() if name != stack}
+    return Weights(vocab, first, around, params[stack], bias, router_bias.get(stack, {}))
 
 
 def hold(w: jax.Array, names: Names, recipe: Recipe) -> jax.Array:
@@ -55,9 +56,9 @@ def hold(w: jax.Array, names: Names, recipe: Recipe) -> jax.Array:
     return w.astype(recipe.activation_dtype)
 
 
-def join_weights(weights: Weights) -> Tree:
+def join_weights(config: ModelConfig, weights: Weights) -> Tree:
     """The parameters' tree again, or that of their gradients."""
-    return {**weights.vocab, **weights.first, **weights.last, LAYERS: weights.layers}
+    return {**weights.vocab, **weights.first, **weights.last, config.stack: weights.layers}
 
 
 def pipeline_stages(config: ModelConfig, recipe: Recipe, balance_weight: float) -> Stages:
@@ -84,13 +85,15 @@ def pipeline_stages(config: ModelConfig, recipe: Recipe, balance_weight: float) 
         return bind_around(config, weights, {}).dense(x_BTD, micro[0].tokens, recipe)
 
     def block(weights: Tree, bias: Tree, x_BTD: jax.Array, tokens):
-        module: Any = bind_part(config, LAYERS, weights, bias)
+        module: Any = bind_part(config, config.stack, weights, bias)
         return module(x_BTD, tokens, recipe)
 
     recompute = recipe.rematerialize(block)
 
     def layer(weights: Tree, bias: Tree, x_BTD: jax.Array, micro):
         x_BTD, stats = recompute(weights, bias, x_BTD, micro[0].tokens)
+        if stats is None:
+            return (x_BTD, jnp.zeros(())), None
         assert isinstance(stats, MoEStats)
         scale = balance_weight / weights_of(micro).num_sequences
         return (x_BTD, scale * stats.balance), jax.lax.stop_gradient(stats)
@@ -103,7 +106,8 @@ def pipeline_stages(config: ModelConfig, recipe: Recipe, balance_weight: float) 
 
     def loss(vocab: Tree, hidden_BTD: jax.Array, micro, k: jax.Array):
         examples = jax.tree.map(lambda x: x[k], micro[0][1:])
-        kernel = vocab["head"]["kernel"]
+        tied = config.tie_embeddings
+        kernel = vocab["embed"]["table"].T if tied else vocab["head"]["kernel"]
         return loss_of_hidden(hidden_BTD, kernel, *examples, k, weights_of(micro), config, recipe)
 
     def place(x_BTD: jax.Array) -> jax.Array:
@@ -113,8 +117,10 @@ def pipeline_stages(config: ModelConfig, recipe: Recipe, balance_weight: float) 
     return Stages(prepare, ids, embed, first, layer, last, loss, place)
 
 
-def merge_parts(parts: LossParts, stats: MoEStats, num_sequences: jax.Array) -> LossParts:
+def merge_parts(parts: LossParts, stats: MoEStats | None, num_sequences: jax.Array) -> LossParts:
     """What `training_loss` reports, from that of the last stage and the layers' statistics."""
+    if stats is None:
+        return parts
     return parts._replace(
         balance=parts.balance + stats.balance.sum() / num_sequences,
         counts_LE=jnp.concatenate([stats.counts_E, parts.counts_LE]),
@@ -123,17 +129,19 @@ def merge_parts(parts: LossParts, stats: MoEStats, num_sequences: jax.Array) -> 
 
 
 def stage_costs(config: ModelConfig) -> tuple[float, float]:
-    """What is computed before and after the MoE layers, in MoE layers, by active parameters."""
+    """What is computed before and after the stack, in its layers, by active parameters."""
     plan = blueprint(config)
     K, E = config.experts_per_token, config.num_experts
 
     def active(block: Tree) -> float:
         routed = [w for name, w in block.get("moe", {}).items() if name in ROUTED]
-        return count_weights(block) - (1 - K / E) * count_weights(routed)
+        return count_weights(block) - (1 - K / max(E, 1)) * count_weights(routed)
 
-    layer = active(plan.params[LAYERS]) / config.num_moe_layers
-    before = count_weights(plan.params.get("dense_layers", {}))
-    head = count_weights(plan.params["head"]) * (1 + config.mtp_depth)
+    layer = active(plan.params[config.stack]) / config.stack_size
+    before = count_weights(
+        [plan.params[n] for n in FIRST if n in plan.params and n != config.stack]
+    )
+    head = config.vocab_size * config.hidden_size * (1 + config.mtp_depth)
     modules = plan.params.get("mtp", {})
     after = head + count_weights(modules) - count_weights(modules.get("block", {}))
     return before / layer, (after + active(modules.get("block", {}))) / layer

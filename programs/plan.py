@@ -55,7 +55,7 @@ def plan_of(trainer: Trainer) -> tuple[Trainer, int]:
     if CODES["FB"] not in table.codes:
         return trainer, 0
     fields = {field.name: getattr(trainer, field.name) for field in dataclasses.fields(Trainer)}
-    placed = place_layers(schedule, trainer.model.num_moe_layers, *stage_costs(trainer.model))
+    placed = place_layers(schedule, trainer.model.stack_size, *stage_costs(trainer.model))
     return PlanTrainer(**fields), _cotangents(trainer, table, placed.layer_of.shape[-1])
 
 

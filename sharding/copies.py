@@ -36,6 +36,12 @@ def reduces_once(layout: Layout) -> bool:
     return layout.config.reduce == "step" and bool(copying_axes(layout))
 
 
+def sums_on_the_way(layout: Layout) -> bool:
+    """Whether gradients are also added up over devices before the end of a step: those of shards
+    over `fsdp`, with every micro batch. Copies in a small type would have sums in that type."""
+    return layout.mesh.shape["fsdp"] > 1
+
+
 def held_spec(layout: Layout, names: Names) -> PartitionSpec:
     """Placement of a weight during a step: by the table, but whole over `pipe`."""
     rules = {name: tuple(a for a in axes if a != "pipe") for name, axes in layout.stored.items()}

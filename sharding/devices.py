@@ -73,6 +73,15 @@ def not_hopper(layout: Layout) -> str | None:
     return None
 
 
+def no_cudnn(layout: Layout) -> str | None:
+    """Reason why cuDNN's attention cannot run on a layout's devices; None: it can."""
+    device = first_device(layout)
+    if device.platform not in ("cuda", "gpu"):
+        return f"the devices are {device.device_kind}"
+    major = int(str(device.compute_capability).split(".")[0])
+    return None if major >= 8 else f"{device.device_kind} is older than NVIDIA's Ampere"
+
+
 def as_default(layout: Layout) -> Any:
     """Context in which one of a layout's devices is JAX's default, absent ones included.
 

@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sharding.config import MeshConfig
-from sharding.rules import COMPUTED, COPIED, STORED, Rules, axes_of, check_divides, spec
+from sharding.rules import COMPUTED, COPIED, STORED, Rules, axes_of, check_divides, fitting, spec
 
 Names = tuple[str | None, ...]
 
@@ -60,7 +60,15 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     if layout is None or _is_whole(layout):
         return x
     mesh = jax.sharding.get_abstract_mesh() if _outer.get() else layout.mesh
+    names = as_cut(names, x.shape)
     return lax.with_sharding_constraint(x, NamedSharding(mesh, _inner_spec(names, layout)))
+
+
+def as_cut(names: Names, shape: tuple[int, ...]) -> Names:
+    """Logical axes of an activation of this shape on the active layout; None for those that are
+    whole there though their rule would cut them (sharding/rules.py:WHOLE_IF_UNEVEN)."""
+    layout = _active.get()
+    return names if layout is None else fitting(names, shape, layout.computed, layout.mesh.shape)
 
 
 def along_axes(
@@ -150,15 +158,16 @@ def _flat(partition: PartitionSpec) -> list[str]:
     return [axis for entry in partition for axis in axes_of(entry)]
 
 
-def _axes(*names: str) -> tuple[str, ...]:
+def _axes(*names: str, whole: bool = False) -> tuple[str, ...]:
     """Mesh axes behind logical names inside the current region; none outside of one.
 
-    Those of the batch leave out what a region around gives: it adds up itself (`along_axes`).
+    Unless `whole`, those of the batch leave out what a region around gives: it adds up itself
+    (`along_axes`).
     """
     layout = _active.get()
     if layout is None or not _region.get():
         return ()
-    given = {"batch": _outer.get()}
+    given = {} if whole else {"batch": _outer.get()}
     return tuple(a for name in names for a in layout.computed[name] if a not in given.get(name, ()))
 
 
@@ -177,9 +186,18 @@ def sum_over(x: jax.Array, *names: str) -> jax.Array:
 
 
 def max_over(x: jax.Array, *names: str) -> jax.Array:
-    """Largest value over the devices that share these logical axes."""
-    axes = _axes(*names)
+    """Largest value over the devices that share these logical axes, in a region around too."""
+    axes = _axes(*names, whole=True)
     return lax.pmax(x, axes) if axes else x
+
+
+def as_term(x: jax.Array) -> jax.Array:
+    """This device's term of a sum over the batch whose value, x, all have (`along_axes`)."""
+    layout = _active.get()
+    if layout is None:
+        return x
+    outer = (axis for axis in layout.computed["batch"] if axis in _outer.get())
+    return x / math.prod(layout.mesh.shape[axis] for axis in outer)
 
 
 def gather(x: jax.Array, name: str) -> jax.Array:
@@ -276,6 +294,7 @@ def stored_spec(layout: Layout, shape: tuple[int, ...], names: Names) -> Partiti
     so that the shards of a pipeline's ranks are neighbours. A matrix without one, and a vector per
     layer, stay copies.
     """
+    names = fitting(names, shape, layout.stored, layout.mesh.shape)
     cut = [axes_of(entry) for entry in spec(names, layout.stored)]
     extra = tuple(axis for axis in layout.copied if all(axis not in axes for axes in cut))
     ways = math.prod(layout.mesh.shape[axis] for axis in extra)
@@ -299,6 +318,7 @@ def stored_shardings(layout: Layout, shapes: Any, axes: Any) -> Any:
     """
 
     def place(name: str, shape: tuple[int, ...], names: Names) -> NamedSharding:
+        names = fitting(names, shape, layout.stored, layout.mesh.shape)
         check_divides(name, shape, names, layout.mesh, layout.stored)
         return NamedSharding(layout.mesh, stored_spec(layout, shape, names))
 
@@ -315,6 +335,7 @@ def moment_spec(layout: Layout, shape: tuple[int, ...], names: Names) -> Partiti
     if not layout.config.zero1 or data == 1:
         return stored
     entries = [axes_of(entry) for entry in stored]
+    names = fitting(names, shape, layout.stored, layout.mesh.shape)
     cut_anyway = [axes_of(entry) for entry in spec(names, layout.stored)]
     extra = [set(now) - set(before) for now, before in zip(entries, cut_anyway, strict=True)]
     for i in sorted(range(len(shape)), key=lambda i: not extra[i]):
@@ -330,10 +351,21 @@ def optimizer_shardings(layout: Layout, shapes: Any, axes: Any) -> Any:
     """Placement of per-parameter optimizer state: `moment_spec` of every parameter."""
 
     def place(name: str, shape: tuple[int, ...], names: Names) -> NamedSharding:
+        names = fitting(names, shape, layout.stored, layout.mesh.shape)
         check_divides(name, shape, names, layout.mesh, layout.stored)
         return NamedSharding(layout.mesh, moment_spec(layout, shape, names))
 
     return _map_named(place, shapes, axes)
+
+
+def stored_axes(layout: Layout, shapes: Any, axes: Any) -> Any:
+    """Logical axes of every parameter as it is stored: None for those that stay whole."""
+    leaves, structure = jax.tree.flatten(shapes)
+    held = [
+        fitting(names, leaf.shape, layout.stored, layout.mesh.shape)
+        for leaf, names in zip(leaves, structure.flatten_up_to(axes), strict=True)
+    ]
+    return structure.unflatten(held)
 
 
 def _map_named(fn: Callable, shapes: Any, axes: Any) -> Any:
@@ -352,8 +384,13 @@ def with_shardings(tree: Any, shardings: Any) -> Any:
     return jax.lax.with_sharding_constraint(tree, shardings)
 
 
-def batch_sharding(layout: Layout, names: Names) -> NamedSharding:
-    """Placement of a batch array with these logical axes."""
+def batch_sharding(
+    layout: Layout, names: Names, shape: tuple[int, ...] | None = None
+) -> NamedSharding:
+    """Placement of a batch array with these logical axes; of this shape, where one of them may stay
+    whole for its size."""
+    if shape is not None:
+        names = fitting(names, shape, layout.computed, layout.mesh.shape)
     return NamedSharding(layout.mesh, spec(names, layout.computed))
 
 

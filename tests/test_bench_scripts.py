@@ -19,6 +19,7 @@ slow = pytest.mark.slow
 SCRIPTS = {
     "decode": pytest.mark.reference,
     "expert_exchange": slow,
+    "expert_memory": pytest.mark.gpu_compile,
     "gpu_programs": pytest.mark.gpu_compile,
     "gpu_proof": slow,
     "grouped_matmul": slow,

@@ -94,7 +94,7 @@ def layout(**sizes) -> Layout:
             MeshConfig(expert=-1, exchange_capacity=-1.0),
             8,
             "mesh: exchange_capacity=-1.0; give 1 or more times the mean load, inf for a single "
-            "round that holds everything",
+            "round that holds everything, or 0 for what is derived",
         ),
     ],
     ids=["product", "open axis", "two open", "zero", "negative", "nodes", "capacity"],

@@ -29,8 +29,8 @@ from model.stages import (
     stage_costs,
 )
 from model.transformer import DeepSeekV3
-from sharding.copies import is_gathered, sum_of_shards
-from sharding.partition import Layout, pipeline_ranks
+from sharding.copies import is_gathered, sum_of_shards, sums_on_the_way
+from sharding.partition import Layout, pipeline_ranks, stored_axes
 from sharding.pipeline.executor import run
 from sharding.pipeline.schedule import Schedule, make_schedule
 from sharding.pipeline.stage_weights import check_vocabulary, place_layers
@@ -55,6 +55,7 @@ def gradients_of_shards(
 ) -> tuple[jax.Array, LossParts, Tree]:  # fmt: skip
     """`accumulated_gradients`, of every device's own rows, added up once over the devices."""
     plan = blueprint(config)
+    axes = stored_axes(layout, plan.params, plan.params_axes)
 
     def of_rows(params: Tree, router_bias: Tree, batch: Batch, weights: LossWeights):
         inputs = params, router_bias, batch, weights
@@ -62,14 +63,19 @@ def gradients_of_shards(
         return (loss, parts), grads
 
     held = jax.tree.map(
-        lambda w, names: hold(w, names, recipe) if is_gathered(w, names, layout) else w,
-        params, plan.params_axes,
+        lambda w, names: _held(w, names, recipe, layout) if is_gathered(w, names, layout) else w,
+        params, axes,
     )  # fmt: skip
     (loss, parts), grads = sum_of_shards(
-        of_rows, layout, (held, plan.params_axes), (router_bias, plan.router_bias_axes), batch,
+        of_rows, layout, (held, axes), (router_bias, plan.router_bias_axes), batch,
         jax.tree.map(jnp.float32, weights),
     )  # fmt: skip
     return loss, parts, grads
+
+
+def _held(w: jax.Array, names: Any, recipe: Recipe, layout: Layout) -> jax.Array:
+    """A weight as a step holds it; its gradients have the same type until they are accumulated."""
+    return w if sums_on_the_way(layout) else hold(w, names, recipe)
 
 
 def accumulated_gradients(
@@ -122,7 +128,8 @@ def _loss_of_pair(model: DeepSeekV3, pair: list[Batch], weights: LossWeights, re
     ]
     total, parts = jax.tree.map(jnp.add, *ends)
     layers = jax.tree.map(jnp.add, *stats)
-    total += weights.balance * layers.balance.sum() / weights.num_sequences
+    if layers is not None:
+        total += weights.balance * layers.balance.sum() / weights.num_sequences
     return total, merge_parts(parts, layers, weights.num_sequences)
 
 
@@ -145,7 +152,7 @@ def check_micro_batches(config: ModelConfig, layout: Layout, num_micro: int) -> 
         )
     if pipeline_ranks(layout) > 1:
         schedule = make_pipeline_schedule(layout, num_micro)
-        place_layers(schedule, config.num_moe_layers, *stage_costs(config))
+        place_layers(schedule, config.stack_size, *stage_costs(config))
         check_vocabulary(layout, config.vocab_size)
 
 
@@ -160,16 +167,17 @@ def pipelined_gradients(
     only read (`programs/plan.py`).
     """
     schedule = make_pipeline_schedule(layout, batch["tokens"].shape[0])
-    placement = place_layers(schedule, config.num_moe_layers, *stage_costs(config))
+    placement = place_layers(schedule, config.stack_size, *stage_costs(config))
     plan = blueprint(config)
-    held = jax.tree.map(lambda w, names: hold(w, names, recipe), params, plan.params_axes)
-    axes: Any = split_weights(plan.params_axes, plan.router_bias_axes)
+    params_axes = stored_axes(layout, plan.params, plan.params_axes)
+    held = jax.tree.map(lambda w, names: _held(w, names, recipe, layout), params, params_axes)
+    axes: Any = split_weights(config, params_axes, plan.router_bias_axes)
     shared = weights.num_targets, weights.num_sequences, weights.mtp
     stages = pipeline_stages(config, recipe, weights.balance)
     table = tick_table(schedule)
     if change is not None:
         table = change(table)
-    weights_of = split_weights(held, router_bias)
+    weights_of = split_weights(config, held, router_bias)
     result = run(table, placement, stages, weights_of, axes, batch, shared, layout, every_slot)
     parts = merge_parts(result.parts, result.stats, weights.num_sequences)
-    return result.objective, parts, join_weights(result.gradients)
+    return result.objective, parts, join_weights(config, result.gradients)

@@ -88,9 +88,14 @@ def clip_by_global_norm(grads: Any, clip: float) -> tuple[Any, jax.Array]:
     return jax.tree.map(lambda g: (g.astype(jnp.float32) * scale).astype(g.dtype), grads), norm
 
 
+HEADS = ("heads", "kv_heads", "head_dim")
+"""Axes that are one side of a matrix together."""
+
+
 def is_1d(axes: Axes) -> bool:
-    """True for norm gains and the like: at most one axis besides the stacking of layers."""
-    return sum(axis != "layers" for axis in axes) <= 1
+    """True for norm gains and the like: at most one axis besides the stacking of layers; the two of
+    heads, which biases have, are one."""
+    return sum(axis not in ("layers", *HEADS) for axis in axes) + bool(set(HEADS) & set(axes)) <= 1
 
 
 def muon_label(axes: Axes) -> str:
@@ -198,7 +203,7 @@ def muon_dimensions(axes: Axes) -> optax.contrib.MuonDimensionNumbers:
     for dim, axis in enumerate(axes):
         if axis in STACKED:
             continue
-        if axis == "head_dim" and dim > 0 and axes[dim - 1] == "heads":
+        if axis == "head_dim" and dim > 0 and axes[dim - 1] in HEADS:
             sides[-1].append(dim)
         else:
             sides.append([dim])

@@ -11,7 +11,7 @@ from model.kernels import choose
 from runtime.gpus import GPUS
 from sharding.experts.room import buffers
 from sharding.mesh import describe
-from sharding.partition import num_shards, use_layout
+from sharding.partition import num_shards, stored_shards, use_layout
 from training.display import human
 from training.run import Run, plan_of
 from training.schedule import describe as describe_schedule
@@ -42,6 +42,7 @@ def summary(run: Run, trainer: Trainer, gpu: str = "") -> list[str]:
         *(f"kernels      {line}" for line in choice.describe()),
         f"state        {held / 2**30:.3g} GiB per device: weights, moments, biases",
         *room(held, gpu),
+        *key_heads(run.model, trainer),
         f"cache        {cache_bytes_per_token(run.model):,} bytes/token in bf16",
         f"batch        {last.batch_size} x {train.seq_len} tokens in {last.micro_batches} micro "
         f"batches",
@@ -67,6 +68,17 @@ def expert_buffers(model: ModelConfig, trainer: Trainer) -> list[str]:
         (model.num_expert_groups, model.groups_per_token), row_bytes, layout.config,
     )  # fmt: skip
     return found.describe(row_bytes)
+
+
+def key_heads(model: ModelConfig, trainer: Trainer) -> list[str]:
+    """That heads of keys are whole on every device, where `tensor` does not split them: a line."""
+    shards, held = stored_shards(trainer.layout, "kv_heads"), model.num_kv_heads
+    if held % shards == 0:
+        return []
+    return [
+        f"key heads    {held} do not split over tensor={shards}: every device holds all of them, "
+        "and computes those that its heads of queries read"
+    ]
 
 
 def room(held: int, gpu: str = "") -> list[str]:

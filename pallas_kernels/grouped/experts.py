@@ -116,7 +116,7 @@ class Rows(NamedTuple):
     index_M: Array | None = None
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
         """M."""
         return len(self.values) if self.index_M is None else len(self.index_M)
 
@@ -193,7 +193,7 @@ _expert_ffn.defvjp(_expert_ffn_fwd, _expert_ffn_bwd)
 
 def _portable_forward(tiling: Tiling, keep: bool, x: Rows, weights: Weights, group_sizes_E: Array):
     """Output, and with `keep` the gate and up activations [M + T, F] for the backward pass."""
-    M, D, F, dtype = x.count, x.values.shape[1], weights[0].shape[2], x.values.dtype
+    M, D, F, dtype = x.number, x.values.shape[1], weights[0].shape[2], x.values.dtype
     w_gate_EDF, w_up_EDF, w_down_EFD = weights
     tiles = make_tiles(group_sizes_E, M, tiling)
 
@@ -210,7 +210,9 @@ def _portable_forward(tiling: Tiling, keep: bool, x: Rows, weights: Weights, gro
             kept = put_tiles(gate, gate_BTF, chunk.start_B), put_tiles(up, up_BTF, chunk.start_B)
         return put_tiles(y, y_BTD, chunk.start_B), kept
 
-    zeros = partial(zeros_varying, dtype=dtype, like=jax.tree.leaves((x, weights, group_sizes_E)))
+    zeros = partial(
+        zeros_varying, dtype=dtype, like=tuple(jax.tree.leaves((x, weights, group_sizes_E)))
+    )
     rows = M + tiling.rows
     kept = (zeros((rows, F)), zeros((rows, F))) if keep else ()
     y, kept = lax.fori_loop(0, tiles.num_chunks, step, (zeros((rows, D)), kept))
@@ -220,7 +222,7 @@ def _portable_forward(tiling: Tiling, keep: bool, x: Rows, weights: Weights, gro
 def _portable_backward(
     way: Way, x: Rows, weights: Weights, group_sizes_E: Array, kept, dy: Rows, scale_M
 ):
-    M, D, dtype, tiling = x.count, x.values.shape[1], x.values.dtype, way.tiling
+    M, D, dtype, tiling = x.number, x.values.shape[1], x.values.dtype, way.tiling
     tiles = make_tiles(group_sizes_E, M, tiling)
 
     def step(i, carry):
@@ -252,7 +254,7 @@ def _portable_backward(
             add_weights(dw_down_EFD, batched_dot(transposed(h_BTF), dy_BTD, 2, 1), chunk.expert_B),
         )
 
-    like = jax.tree.leaves((x, weights, group_sizes_E, kept, dy, scale_M))
+    like = tuple(jax.tree.leaves((x, weights, group_sizes_E, kept, dy, scale_M)))
     zeros = partial(zeros_varying, like=like)
     rows = M + tiling.rows
     dscale = None if scale_M is None else zeros((rows, 1), jnp.float32)

@@ -101,6 +101,7 @@ def _sums_bwd(way: Way, saved, dout_ND: Array):
     weights_M = take(weights_NK.reshape(-1), plan.order_M).astype(jnp.float32)
     weights_M = jnp.where(here_M, weights_M, 0)
     dx_MD, dw, dweights_M = backward(way, x, experts, plan.group_sizes_E, kept, dout, weights_M)
+    assert dweights_M is not None
     return sum_rows(dx_MD, K, plan), of_choices(dweights_M, weights_NK, plan), None, None, dw
 
 

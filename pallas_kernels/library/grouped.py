@@ -116,10 +116,10 @@ def experts_forward(keep: bool, x_MD: Array, weights: tuple, group_sizes_E: Arra
 def experts_backward(dtype: Any, x_MD, weights: tuple, group_sizes_E, kept: tuple, dy_MD, scale_M):
     """dx [M, D], the gradients of the weights, of a type, and, with `scale_M`, factors of y, theirs
     [M]."""
-    w_gate_EDF, w_up_EDF, w_down_EFD = weights
+    (w_gate_EDF, w_up_EDF, w_down_EFD), (gate_MF, up_MF) = weights, kept
     sizes_E = group_sizes_E.astype(jnp.int32)
     dh_MF = _rows(dy_MD, w_down_EFD, sizes_E, transposed=True)
-    h_MF, dgate_MF, dup_MF, dscale_M = weighted_swiglu_vjp(*kept, dh_MF, scale_M)
+    h_MF, dgate_MF, dup_MF, dscale_M = weighted_swiglu_vjp(gate_MF, up_MF, dh_MF, scale_M)
     dx_MD = _rows(dgate_MF, w_gate_EDF, sizes_E, transposed=True)
     dx_MD += _rows(dup_MF, w_up_EDF, sizes_E, transposed=True)
     pairs = (x_MD, dgate_MF), (x_MD, dup_MF), (h_MF, dy_MD)

@@ -106,7 +106,8 @@ def buffers(
     one, over which the experts are cut."""
     capacity, (nodes, inside) = config.exchange_capacity, shards
     of_node, num_local = num_experts // nodes, num_experts // (nodes * inside)
-    received, levels = tokens, []
+    received = tokens
+    levels: list[Buffer] = []
     if config.exchange == "gather":
         received, nodes, inside = tokens * nodes * inside, 1, 1
     for what, number, held, rows in (
@@ -120,4 +121,4 @@ def buffers(
         received = number * levels[-1].rows
     mean, most = tokens * choices, received * min(choices, num_local)
     rows = room(mean, most, capacity, most * row_bytes)
-    return Buffers(*levels, Buffer("computed at a time", rows, mean, most, 1))
+    return Buffers(levels[0], levels[1], Buffer("computed at a time", rows, mean, most, 1))

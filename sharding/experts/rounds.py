@@ -87,7 +87,8 @@ def in_rounds(
     within = bound(lambda fn, *args: fn(*args))
     static = Static(_varying(one_round), room, like, _repeated.get(), within)
     rounds = static.rounds(needed)
-    y, count = _in_rounds(static, floats, ints, rounds)
+    total: Any = _in_rounds(static, floats, ints, rounds)
+    y, count = total
     return y, count._replace(further=count.further + vary(rounds))
 
 
