@@ -108,8 +108,8 @@ def carried_by(case: Case) -> dict[str, float]:
 def stage_weights(case: Case) -> Weights:
     """What the ranks of a pipeline hold to compute with."""
     plan = blueprint(case.model)
-    held = split_weights(held_weights(case), plan.router_bias)
-    axes: Any = split_weights(plan.params_axes, plan.router_bias_axes)
+    held = split_weights(case.model, held_weights(case), plan.router_bias)
+    axes: Any = split_weights(case.model, plan.params_axes, plan.router_bias_axes)
     return held_shapes(held, axes, case.placement, case.layout)
 
 
