@@ -194,6 +194,11 @@ def make_case(
     Raises:
         ValueError: the layout, the batch or the kernels cannot work, with the reason.
     """
+    if not run.model.num_moe_layers:
+        raise ValueError(
+            "plans are of models with experts; for a dense model, `python -m bench.gpu_programs` "
+            "compiles its step and says its memory and collectives"
+        )
     mesh = resolve(run.mesh, gpus)
     layout = planned_layout(mesh, gpus, planned_device(hardware.gpu_name))
     micro = run.train.micro_batch_size or run.train.batch_size
