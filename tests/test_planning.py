@@ -174,7 +174,7 @@ def test_kinds_of_devices_are_known_by_their_words():
     [
         ("tiny --gpus 8 --mesh.expert 3", "Legal and near: "),
         ("tiny --gpus 6 --mesh.pipe 2 --mesh.schedule dualpipe", "at least 2 x 2 ranks"),
-        ("v2_lite --gpus 64 --mesh.pipe 64", "26 MoE layers"),
+        ("v2_lite --gpus 64 --mesh.pipe 64", "26 layers to cut"),
         ("tiny --gpus 0 --gpu h100 --mesh.expert 16 --mesh.data -2", "must be positive"),
         ("tiny --gpu h100 --measured nowhere.json", "--measured nowhere.json"),
         ("tiny --compare a.json", "--compare takes two files"),
