@@ -253,8 +253,8 @@ def placements(module: ast.Module):
 
 
 def test_placement_lives_in_sharding():
-    """Except where compiled programs are read or layouts planned, and for the sum that processes form before a layout
-    exists."""
+    """Except where compiled programs are read or layouts planned, and for the sum that processes
+    form before a layout exists."""
     wrong = [
         f"{path}:{line}: {name}"
         for path in product_files()
