@@ -105,10 +105,11 @@ def pipeline_stages(config: ModelConfig, recipe: Recipe, balance_weight: float) 
         return (jnp.stack([output.hidden_BTD, *output.mtp_hidden]), objective), parts
 
     def loss(vocab: Tree, hidden_BTD: jax.Array, micro, k: jax.Array):
-        examples = jax.tree.map(lambda x: x[k], micro[0][1:])
+        targets_BT, weights_BT = micro[0].targets_KBT[k], micro[0].weights_KBT[k]
         tied = config.tie_embeddings
         kernel = vocab["embed"]["table"].T if tied else vocab["head"]["kernel"]
-        return loss_of_hidden(hidden_BTD, kernel, *examples, k, weights_of(micro), config, recipe)
+        arrays = hidden_BTD, kernel, targets_BT, weights_BT
+        return loss_of_hidden(*arrays, k, weights_of(micro), config, recipe)
 
     def place(x_BTD: jax.Array) -> jax.Array:
         return constrain(x_BTD, "batch", "stream", "embed")

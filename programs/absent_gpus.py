@@ -48,6 +48,7 @@ GPUS = {
     "gb300": Gpu("GB300", (10, 3), 152, 297_021_079_552, 7_928_064_000_000, 135_528_448, 2.07),
 }
 # fmt: on
+GPUS["a100"] = GPUS["a100-80"]
 """SXM modules, but for the L40S, a card.
 
 H100, H800 and H200 from NVIDIA's data sheets; an H800 is an H100 with fewer links to its

@@ -91,7 +91,9 @@ def describe(run: RunConfig) -> list[str]:
 def run_stage(run: RunConfig, trainer: Trainer, session: Session) -> int:
     """Stage sft or distill to its end, or to a signal; the status that a process exits with."""
     say = session.say
-    tokenizer = policy_tokenizer(run, session.init_from or run.sft.policy)
+    # A student may have other tokens than its teacher, if it is told which.
+    teacher = "" if run.data.tokenizer else run.sft.policy
+    tokenizer = policy_tokenizer(run, session.init_from or teacher)
     taught = teacher_tokenizer(run, tokenizer)
     agree("data", lambda: {"tokenizer": tokenizer.sha256})
     say(conventions_in_words(tokenizer))

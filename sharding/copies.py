@@ -37,9 +37,9 @@ def reduces_once(layout: Layout) -> bool:
 
 
 def sums_on_the_way(layout: Layout) -> bool:
-    """Whether gradients are also added up over devices before the end of a step: those of shards
-    over `fsdp`, with every micro batch. Copies in a small type would have sums in that type."""
-    return layout.mesh.shape["fsdp"] > 1
+    """Whether gradients are also added up over devices before the end of a step, with every micro
+    batch: over `fsdp` and `context`. Copies in a small type would have sums in that type."""
+    return any(layout.mesh.shape[axis] > 1 for axis in ("fsdp", "context"))
 
 
 def held_spec(layout: Layout, names: Names) -> PartitionSpec:

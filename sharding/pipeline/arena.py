@@ -43,7 +43,7 @@ class _Place(NamedTuple):
     shape: tuple[int, ...]
     start: Any
     """Of a layer's matrix, from the slot's first row; of another per rank: int [P]."""
-    count: int
+    rows: int
 
 
 class Arena:
@@ -97,7 +97,7 @@ class Arena:
             if not self._is_packed(leaf.shape, leaf.dtype):
                 return None
             found = _Place(leaf.shape[1:], end, _rows(leaf.shape[1:]))
-            end += found.count
+            end += found.rows
             return found
 
         return jax.tree.map(place, layers), end
@@ -164,7 +164,7 @@ class Arena:
     def _added(self, rows: jax.Array, places: Tree, new: Tree, start_of: Any) -> jax.Array:
         for place, x in _pairs(places, new):
             start = start_of(place)
-            old = lax.dynamic_slice(rows, (start, 0), (place.count, COLUMNS))
+            old = lax.dynamic_slice(rows, (start, 0), (place.rows, COLUMNS))
             rows = lax.dynamic_update_slice(rows, old + _flat(x), (start, 0))
         return rows
 
@@ -176,7 +176,7 @@ class Arena:
         def layer(place: _Place | None, x: Any) -> Any:
             if place is None:
                 return x
-            part = slots[:, place.start : place.start + place.count].reshape(self.slots, -1)
+            part = slots[:, place.start : place.start + place.rows].reshape(self.slots, -1)
             return part[:, : math.prod(place.shape)].reshape(self.slots, *place.shape)
 
         def end(here: jax.Array):
@@ -205,7 +205,7 @@ def _flat(x: jax.Array) -> jax.Array:
 
 
 def _read(rows: jax.Array, place: _Place, start: Any) -> jax.Array:
-    found = lax.dynamic_slice(rows, (start, 0), (place.count, COLUMNS))
+    found = lax.dynamic_slice(rows, (start, 0), (place.rows, COLUMNS))
     return found.reshape(-1)[: math.prod(place.shape)].reshape(place.shape)
 
 
