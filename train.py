@@ -351,6 +351,7 @@ def train(command: Command) -> int:
             print(line, flush=True)
 
     derived = summary(run, trainer, command.gpu) + stage.describe(run)
+    derived += check_memory(command, trainer)
     if command.print_config:
         print_config(command, derived)
         return 0
@@ -360,6 +361,25 @@ def train(command: Command) -> int:
         check_resumed(run, say)
         check_initial_weights(run, command.init_from)
         return stage.run_stage(run, trainer, session)
+
+
+def check_memory(command: Command, trainer: "Trainer") -> list[str]:
+    """A line about a step's memory on GPUs, those that are there or that --gpu names; none on CPU.
+
+    ValueError for a run that cannot fit, unless --no-memory-check says to go on.
+    """
+    from planning.guard import gpu_of_kind, memory_line
+    from sharding.devices import device_kind, num_devices, on_platform
+
+    run, gpu = command.run, command.gpu
+    if on_platform(trainer.layout, "cuda", "gpu"):
+        gpu = gpu_of_kind(device_kind(trainer.layout)) or gpu
+    if not gpu or run.stage != "pretrain":
+        return []
+    line, refusal = memory_line(run, gpu, num_devices(trainer.layout))
+    if refusal and command.memory_check and not command.print_config:
+        raise ValueError(refusal)
+    return [line, *([f"warning      {refusal}"] if refusal else [])]
 
 
 if __name__ == "__main__":

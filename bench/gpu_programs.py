@@ -40,7 +40,7 @@ from model.recipe import Recipe
 from programs.absent_gpus import GPUS, absent_gpus, inspection_options
 from programs.plan import plan_of
 from programs.scheduled import until_scheduled
-from programs.step import Report, lower, read, scheduled
+from programs.step import Report, lower, read, rows_of, scheduled
 from sharding.config import MeshConfig
 from sharding.mesh import axis_sizes, make_layout, named_layout, resolve
 from sharding.partition import batch_shards
@@ -179,7 +179,7 @@ def inspect(options: argparse.Namespace) -> tuple[Report, Seconds]:
     seconds = Seconds(lower_s, compile_s, processor_seconds() - processor)
     if options.text:
         pathlib.Path(options.text).write_text(program.text)
-    return read(program, layout.mesh), seconds
+    return read(program, layout.mesh, rows_of(trainer)), seconds
 
 
 @contextlib.contextmanager
@@ -270,6 +270,7 @@ def in_figures(report: Report, seconds: Seconds) -> dict[str, Any]:
         "devices": report.devices,
         "state_gib": report.arguments / GIB,
         "temporaries_gib": report.temporaries / GIB,
+        "parts_gib": {name: size / GIB for name, size in report.parts.items()},
         "collectives": [dict(zip(names, one, strict=True)) for one in report.collectives],
         "processor_seconds": seconds.processor,
         "report": report._asdict(),

@@ -14,7 +14,7 @@ from configs.options import parse_options
 from configs.r1 import rl_rate
 from configs.schema import RunConfig
 from rl.config import PUBLISHED
-from runtime.config import GPU_MEMORY_GB, RuntimeOptions
+from runtime.config import GPU_NAMES, RuntimeOptions
 from sharding.config import LAYOUTS
 
 OTHER_NAMES = {
@@ -45,8 +45,11 @@ class Command(RuntimeOptions):
     print_config: bool = False
     """Print what follows from the configuration, what differs from the preset, and every field that
     the stage reads, then stop."""
-    gpu: Literal[("", *GPU_MEMORY_GB)] = ""  # pyright: ignore[reportInvalidTypeForm]
-    """GPU that the run is meant for: the summary says how much of its memory the state leaves."""
+    gpu: Literal[("", *GPU_NAMES)] = ""  # pyright: ignore[reportInvalidTypeForm]
+    """GPU that the run is meant for: the summary says how much of its memory a step takes; what
+    cannot fit is refused."""
+    memory_check: bool = True
+    """Refuse a run whose memory, by closed form, is more than the GPUs have."""
     profile: str = ""
     """Steps to trace, FIRST:LAST (counted from the step that runs first), into RUN/profile."""
     recipe: str = ""
@@ -68,7 +71,7 @@ class Command(RuntimeOptions):
 
 def parse(arguments: Sequence[str] | None = None) -> Command:
     """Read the command line; exits with near matches on an unknown option."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = lower_gpu(list(sys.argv[1:] if arguments is None else arguments))
     # Preset, layout and published objective decide the defaults of the rest: they are read first.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", default="tiny")
@@ -96,6 +99,17 @@ def parse(arguments: Sequence[str] | None = None) -> Command:
     if not run.run_dir:
         run = dataclasses.replace(run, run_dir=f"runs/{command.config}")
     return dataclasses.replace(command, run=run)
+
+
+def lower_gpu(arguments: list[str]) -> list[str]:
+    """The words of a command line with the name of a GPU in small letters."""
+    words = []
+    for word in arguments:
+        name, is_pair, value = word.partition("=")
+        if name == "--gpu" and is_pair:
+            word = f"{name}={value.lower()}"
+        words.append(word.lower() if words and words[-1] == "--gpu" else word)
+    return words
 
 
 def print_config(command: Command, derived: list[str]) -> None:

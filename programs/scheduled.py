@@ -30,6 +30,9 @@ class Scheduled(NamedTuple):
     """Bytes per device: parameters of the program."""
     temporaries: int
     """Bytes per device besides, all of which the program allocates at its start."""
+    buffers: str = ""
+    """XLA's list of buffers, and when each is alive; "" of a program compiled to its end."""
+    live_ranges: str = ""
 
 
 def until_scheduled(lowered: jax.stages.Lowered, options: Mapping[str, Any]) -> Scheduled:
@@ -54,10 +57,12 @@ def until_scheduled(lowered: jax.stages.Lowered, options: Mapping[str, Any]) -> 
 
         threading.Thread(target=compile_all, daemon=True).start()
         text = _whole(pathlib.Path(folder), "*_gpu_after_optimizations.txt", ended)
-        buffers = _whole(
-            pathlib.Path(folder), "*_gpu_after_optimizations-buffer-assignment.txt", ended
+        found = (
+            _whole(pathlib.Path(folder), f"*_gpu_after_optimizations-{name}.txt", ended)
+            for name in ("buffer-assignment", "live-range")
         )
-    return Scheduled(text, *read_allocations(buffers))
+        buffers, live_ranges = found
+    return Scheduled(text, *read_allocations(buffers), buffers, live_ranges)
 
 
 def _whole(folder: pathlib.Path, pattern: str, ended: list[BaseException | None]) -> str:

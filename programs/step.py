@@ -8,16 +8,20 @@ The trainer's devices may be absent (`programs/absent_gpus.py`); its machine cod
 
 import collections
 import re
+from collections.abc import Collection
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from programs.collectives import by_op_and_axes, read_collectives
+from programs.buffers import alive_at_peak, parts
+from programs.collectives import by_op_and_axes, parse, read_collectives
 from programs.overlap import read_spans
 from programs.scheduled import Scheduled
 from sharding.devices import as_default
+from sharding.experts.sizes import exchange_rows
+from sharding.partition import batch_shards
 from training.step import Trainer
 
 
@@ -36,6 +40,9 @@ class Report(NamedTuple):
     calls: dict[str, int]
     """Calls in the program's text, loops counted once: libraries and kernels by name, and XLA's own
     fusions by kind."""
+    parts: dict[str, int]
+    """Bytes per device by what they are for (`programs/buffers.py:PARTS`); empty of a program that
+    was compiled to its end."""
 
 
 def lower(trainer: Trainer) -> jax.stages.Lowered:
@@ -59,13 +66,34 @@ def scheduled(compiled: jax.stages.Compiled) -> Scheduled:
     )
 
 
-def read(program: Scheduled, mesh: Mesh) -> Report:
+def rows_of(trainer: Trainer) -> list[tuple[int, int]]:
+    """Numbers of rows, from and to, that the arrays of a trainer's expert exchange have."""
+    train, model, mesh = trainer.train, trainer.model, trainer.layout.config
+    sequences = (train.micro_batch_size or train.batch_size) // batch_shards(trainer.layout)
+    row_bytes = model.hidden_size * trainer.recipe.activation_dtype.itemsize
+    rows = exchange_rows(
+        sequences * train.seq_len // mesh.context, model.experts_per_token, model.num_experts, mesh,
+        (model.num_expert_groups, model.groups_per_token), row_bytes,
+    )  # fmt: skip
+    # Sorted rows begin every expert's at a tile.
+    found = [(rows.sorted, rows.sorted + rows.sorted // 16 + 512)]
+    return found + [(n, n) for n in (rows.across, rows.inside) if n]
+
+
+def read(program: Scheduled, mesh: Mesh, rows: Collection[tuple[int, int]] = ()) -> Report:
     """Memory, collectives, overlap and calls of a step.
+
+    rows: see `programs/buffers.py:parts`.
 
     Raises:
         ValueError: the program is not scheduled, as XLA's are for GPUs.
     """
     groups = by_op_and_axes(read_collectives(program.text, mesh))
+    sizes: dict[str, int] = {}
+    if program.buffers:
+        alive = alive_at_peak(program.buffers, program.live_ranges)
+        held = program.arguments, program.temporaries
+        sizes = parts(parse(program.text), *held, alive, rows, mesh.shape["pipe"] > 1)
     return Report(
         mesh.size,
         program.arguments,
@@ -73,6 +101,7 @@ def read(program: Scheduled, mesh: Mesh) -> Report:
         [(op, axes, one.times, one.bytes) for (op, axes), one in groups.items()],
         [(s.op, s.source, len(s.products), len(s.of_others)) for s in read_spans(program.text)],
         read_calls(program.text),
+        sizes,
     )
 
 

@@ -3,8 +3,10 @@
 import dataclasses
 from typing import Literal
 
-GPU_MEMORY_GB = {"A100": 80, "H100": 80, "H200": 141, "B200": 180}
-"""Memory of a GPU (NVIDIA data sheets)."""
+from runtime.gpus import GPUS
+
+GPU_NAMES = tuple(GPUS)
+"""What `--gpu` takes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

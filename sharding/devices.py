@@ -1,6 +1,7 @@
 """Devices of a layout: their kind, and what they can run."""
 
-from typing import Any
+import contextlib
+from typing import Any, NamedTuple
 
 import jax
 
@@ -23,6 +24,19 @@ same layer recomputed then has other last bits, and a quantiser makes steps of t
 """
 
 
+class PlannedDevice(NamedTuple):
+    """A device of a layout that is only planned, with JAX's names for what it is."""
+
+    platform: str
+    device_kind: str
+    compute_capability: str
+
+
+def device_of(layout: Layout) -> Any:
+    """One of a layout's devices, which are all alike."""
+    return layout.mesh.devices.flat[0] if layout.device is None else layout.device
+
+
 def num_devices(layout: Layout) -> int:
     """Devices of all processes together."""
     return layout.mesh.size
@@ -35,12 +49,12 @@ def mesh_shape(layout: Layout) -> dict[str, int]:
 
 def device_kind(layout: Layout) -> str:
     """Kind of the devices in their maker's words, such as NVIDIA H200."""
-    return layout.mesh.devices.flat[0].device_kind
+    return device_of(layout).device_kind
 
 
 def on_platform(layout: Layout, *names: str) -> bool:
     """Whether the devices are of one of these platforms: cpu, cuda, gpu, tpu."""
-    return layout.mesh.devices.flat[0].platform in names
+    return device_of(layout).platform in names
 
 
 def schedule_options(config: MeshConfig) -> dict[str, Any]:
@@ -51,7 +65,7 @@ def schedule_options(config: MeshConfig) -> dict[str, Any]:
 
 def not_hopper(layout: Layout) -> str | None:
     """Reason why kernels for NVIDIA's Hopper cannot run on a layout's devices; None: they can."""
-    device = layout.mesh.devices.flat[0]
+    device = device_of(layout)
     if device.platform not in ("cuda", "gpu"):
         return f"the devices are {device.device_kind}, not NVIDIA Hopper GPUs"
     if not str(device.compute_capability).startswith("9."):
@@ -73,6 +87,8 @@ def as_default(layout: Layout) -> Any:
 
     What asks for it when it is traced is then made for these devices; nothing may run inside.
     """
+    if layout.device is not None:
+        return contextlib.nullcontext()
     devices = list(layout.mesh.devices.flat)
     own = (d for d in devices if d.process_index == jax.process_index())
     return jax.default_device(next(own, devices[0]))
@@ -80,12 +96,12 @@ def as_default(layout: Layout) -> Any:
 
 def first_device(layout: Layout) -> Any:
     """The first of a layout's devices: all are of one kind."""
-    return layout.mesh.devices.flat[0]
+    return device_of(layout)
 
 
 def no_emulator(layout: Layout) -> str | None:
     """Reason why kernels cannot be emulated on a layout's devices; None: they can."""
-    device = layout.mesh.devices.flat[0]
+    device = device_of(layout)
     if device.platform != "cpu":
         return f"the emulator runs on CPU, not on {device.device_kind}"
     return None if layout.mesh.size == 1 else "the emulator runs on one device"

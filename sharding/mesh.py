@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from sharding.config import AXES, LAYOUTS, MESH_AXES, MeshConfig
 from sharding.partition import Layout
@@ -98,6 +98,20 @@ def make_layout(config: MeshConfig, devices: Sequence[Any] | None = None) -> Lay
     config = resolve(config, len(devices))
     _check_platform(config, devices[0].platform)
     return Layout(make_mesh(config, devices), computed=computed_rules(config), config=config)
+
+
+def planned_layout(config: MeshConfig, num_devices: int, device: Any) -> Layout:
+    """The layout of a configuration on devices that are not there, of which `device` is one
+    (`sharding/devices.py:PlannedDevice`): for shapes, placements and traces, not for programs.
+
+    Raises ValueError as `make_layout` does.
+    """
+    config = resolve(config, num_devices)
+    _check_platform(config, device.platform)
+    sizes = mesh_sizes(config)
+    types = (AxisType.Auto,) * len(sizes)
+    mesh: Any = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=types)
+    return Layout(mesh, computed=computed_rules(config), config=config, device=device)
 
 
 def _check_platform(config: MeshConfig, platform: str) -> None:

@@ -34,6 +34,9 @@ class Layout:
     """Options of the collectives; the axes' sizes are the mesh's."""
     copied: tuple[str, ...] = COPIED
     """Mesh axes that also cut stored matrices which would be copies along them (`stored_spec`)."""
+    device: Any = dataclasses.field(default=None, hash=False)
+    """What all devices of an abstract mesh are like (`sharding/mesh.py:planned_layout`); None: the
+    mesh has devices."""
 
 
 _active: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout", default=None)
@@ -264,7 +267,9 @@ def rotate(x: jax.Array, name: str) -> jax.Array:
 def on_cpu() -> bool:
     """Whether the active layout lies on (emulated) CPU devices."""
     layout = _active.get()
-    return layout is None or layout.mesh.devices.flat[0].platform == "cpu"
+    if layout is None:
+        return True
+    return (layout.device or layout.mesh.devices.flat[0]).platform == "cpu"
 
 
 def num_shards(name: str) -> int:

@@ -100,7 +100,7 @@ def test_what_a_report_says_is_explained_and_short(capsys):
     spans = [("all-to-all", path, products, 0) for products in (0, 2, 5)] * 20
     spans.append(("all-gather", "jit(_step)/jvp()/while/body/dot_general", 3, 1))
     collectives = [("all-to-all", "expert?", 4, 2**30), ("all-reduce", "expert", 1, 2**20)]
-    show(Report(8, 2**30, 2**31, collectives, spans, {"fusion kLoop": 3}), Seconds(1, 2, 3))
+    show(Report(8, 2**30, 2**31, collectives, spans, {"fusion kLoop": 3}, {}), Seconds(1, 2, 3))
     said = capsys.readouterr().out
     assert "?  in a loop whose length the program does not tell" in said
     assert "~" not in said

@@ -180,9 +180,9 @@ def test_a_state_that_no_gpu_holds_is_said(capsys):
 @pytest.mark.parametrize(
     ("held", "gpu", "line"),
     [
-        (100e9, "", "A100 (80 GB), H100 (80 GB); spread"),
-        (100e9, "H100", "memory of H100 (80 GB); spread"),
-        (41e9, "H200", "93.1 GiB of an H200"),
+        (100e9, "", "A100 (80 GB), H100 (80 GB), H800 (80 GB); spread"),
+        (100e9, "h100", "memory of H100 (80 GB); spread"),
+        (41e9, "h200", "93.1 GiB of an H200"),
     ],
 )
 def test_room_of_a_gpu(held, gpu, line):

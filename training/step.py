@@ -203,7 +203,10 @@ class Trainer:
 
     def initial_state(self, key: jax.Array) -> State:
         """A new state, traced; a loss with a larger state adds its own."""
-        params, router_bias = initialize(self.model, key)
+        return self.fresh_state(*initialize(self.model, key))
+
+    def fresh_state(self, params: Tree, router_bias: Tree) -> State:
+        """The state of step 0 with these weights, traced."""
         zero = jnp.zeros((), jnp.int32)
         state = {
             "step": zero,

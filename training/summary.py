@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from model.config import ModelConfig
 from model.costs import cache_bytes_per_token, count_parameters, train_flops_per_token
 from model.kernels import choose
-from runtime.config import GPU_MEMORY_GB
+from runtime.gpus import GPUS
 from sharding.experts.room import buffers
 from sharding.mesh import describe
 from sharding.partition import num_shards, stored_shards, use_layout
@@ -22,7 +22,7 @@ from training.step import Trainer
 def summary(run: Run, trainer: Trainer, gpu: str = "") -> list[str]:
     """Devices, sizes, cost, kernels, memory and length of a run, a line each.
 
-    gpu: the one that the run is meant for, of GPU_MEMORY_GB; '' names those that are too small.
+    gpu: the one that the run is meant for, of runtime/gpus.py; '' names those that are too small.
     """
     plan, train = plan_of(run), run.train
     choice = choose(run.kernels, run.model, train.dtype, trainer.layout, train.fp8)
@@ -83,13 +83,15 @@ def key_heads(model: ModelConfig, trainer: Trainer) -> list[str]:
 
 def room(held: int, gpu: str = "") -> list[str]:
     """Whether the memory of GPUs holds `held` bytes of state: a line, or none."""
-    small = [name for name, size in GPU_MEMORY_GB.items() if held > size * 1e9]
-    named = [name for name in small if gpu in ("", name)]
+    small = [(key, known) for key, known in GPUS.items() if held > known.memory]
+    named = [known for key, known in small if gpu in ("", key)]
     if named:
-        sizes = ", ".join(f"{name} ({GPU_MEMORY_GB[name]} GB)" for name in named)
+        sizes = ", ".join(f"{known.name} ({known.memory / 1e9:.0f} GB)" for known in named)
         return [
             f"warning      the state alone is more than the memory of {sizes}; spread it over more "
             "devices: --mesh.fsdp, --mesh.expert, --mesh.pipe, --mesh.tensor"
         ]
-    left = (GPU_MEMORY_GB[gpu] * 1e9 - held) / 2**30 if gpu else 0
-    return [f"room         {left:.3g} GiB of an {gpu} for gradients and activations"] * bool(gpu)
+    if not gpu:
+        return []
+    left = (GPUS[gpu].memory - held) / 2**30
+    return [f"room         {left:.3g} GiB of an {GPUS[gpu].name} for gradients and activations"]

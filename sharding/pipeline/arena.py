@@ -122,6 +122,12 @@ class Arena:
         )
         return Stored(rows, *rest)
 
+    def shapes(self, layers: Tree, first: Tree, last: Tree) -> Stored:
+        """Shapes and types of what `pack` gives, of those of its weights."""
+        rows = jax.ShapeDtypeStruct((self.rows, COLUMNS), self.dtype)
+        pairs = (self.layers, layers), (self.first, first), (self.last, last)
+        return Stored(rows, *(_rest(*pair) for pair in pairs))
+
     def layer(self, stored: Stored, slot: jax.Array) -> Tree:
         """Weights of the layer in a slot."""
         base = slot * self.rows_of_slot

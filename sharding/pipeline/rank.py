@@ -54,6 +54,23 @@ class _End(NamedTuple):
     saved: Tree
 
 
+def stash_shapes(table: Table, slots: int, x: Any, saved: Tree) -> dict[str, Tree]:
+    """Shapes of a rank's stashes, of those of a layer's input `x` and of what it saves: all that is
+    carried from tick to tick besides weights and their gradients."""
+
+    def many(count: int, *inner: int) -> Callable[[Any], jax.ShapeDtypeStruct]:
+        return lambda s: jax.ShapeDtypeStruct((count + 1, *inner, *s.shape), s.dtype)
+
+    found = {
+        "x": many(table.num_x)(x),
+        "dy": many(table.num_dy)(x),
+        "saved": jax.tree.map(many(table.num_saved, slots), saved),
+    }
+    if CODES["I"] in table.codes:
+        found["cotangents"] = many(table.num_cotangents, slots)(x)
+    return found
+
+
 class Rank:
     """The program of one rank; its methods are traced."""
 
@@ -92,18 +109,7 @@ class Rank:
 
         `ends` are the passes at both ends, of all ranks.
         """
-        t = self.table
-        x, one = self.x, self.one
-        stash = {
-            "x": jnp.zeros((t.num_x + 1, *x.shape), x.dtype),
-            "dy": jnp.zeros((t.num_dy + 1, *x.shape), x.dtype),
-            "saved": jax.tree.map(
-                lambda s: jnp.zeros((t.num_saved + 1, self.slots, *s.shape), s.dtype), one.saved
-            ),
-        }
-        if self._asks("I"):
-            shape = (t.num_cotangents + 1, self.slots, *x.shape)
-            stash["cotangents"] = jnp.zeros(shape, x.dtype)
+        stash = zeros_like_shapes(stash_shapes(self.table, self.slots, self.x, self.one.saved))
         (_, total), _ = lax.scan(self._tick, (stash, self._zero_total()), (columns, ends))
         layers, first, last = self.arena.unpack(total.gradients, self.rank, self.at_ends)
         return total, Weights(total.vocab, first, last, layers, (), ())

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from sharding.copies import cutting_axes, gather_copies, held_spec, reduce_to, summed_axes
 from sharding.partition import Layout, Names, moment_spec, stored_spec
@@ -143,6 +143,32 @@ def send_back(
         return _on_devices(body, layout, parts, target)(g)
 
     return jax.tree.map(send_one, tree, axes)
+
+
+def held_shapes(weights: Weights, axes: Weights, placement: Placement, layout: Layout) -> Weights:
+    """ShapeDtypeStructs, with their placements, of what a step fetches and gathers."""
+
+    def placed(x: Any, shape: tuple[int, ...], partition: PartitionSpec) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=NamedSharding(layout.mesh, partition))
+
+    def slots(x: Any, names: Names) -> jax.ShapeDtypeStruct:
+        partition = PartitionSpec(AXIS, *held_spec(layout, names)[1:])
+        return placed(x, (placement.layer_of.size, *x.shape[1:]), partition)
+
+    def part(x: Any, names: Names) -> jax.ShapeDtypeStruct:
+        return placed(x, x.shape, vocabulary_spec(layout, names))
+
+    def whole(x: Any, names: Names) -> jax.ShapeDtypeStruct:
+        return placed(x, x.shape, held_spec(layout, names))
+
+    return Weights(
+        jax.tree.map(part, weights.vocab, axes.vocab),
+        jax.tree.map(whole, weights.first, axes.first),
+        jax.tree.map(whole, weights.last, axes.last),
+        jax.tree.map(slots, weights.layers, axes.layers),
+        jax.tree.map(whole, weights.end_constants, axes.end_constants),
+        jax.tree.map(slots, weights.layer_constants, axes.layer_constants),
+    )
 
 
 def fetch_vocabulary(tree: Tree, axes: Tree, layout: Layout) -> Tree:

@@ -1,0 +1,361 @@
+"""Plans against compiled programs and published runs.
+
+    python -m bench.plan [--write]                      predictions beside published runs
+    python -m bench.plan --memory [--write]             memory beside compiled programs
+    python -m bench.plan --learn                        workspace learned again from them
+
+The last two need `make gpu-compiler`. They compile every case, which takes half an hour of two
+quiet cores; the last writes `planning/learned.json`, where `planning/workspace.py` finds it.
+"""
+
+import dataclasses
+import datetime
+import functools
+import json
+import pathlib
+import statistics
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from bench.command import Command
+from bench.report import ROOT
+from configs import preset
+from configs.schema import RunConfig
+from planning.api import case_of
+from planning.case import Case
+from planning.compiled import figures
+from planning.hardware import Hardware, make_hardware
+from planning.memory import carried_by, terms_of
+from planning.report import GIB, Report, report_of
+from planning.ways import DEEPSEEK, MEGATRON, OWN, TORCHTITAN, Ways
+from planning.workspace import GROUPS, LEARNED, kind_of, sizes_of
+from sharding.config import LAYOUTS, MeshConfig
+
+CACHE = "cache/plans"
+CARRIED = ("weights", "gradients", "optimizer", "stash")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A layout whose program is compiled."""
+
+    preset: str
+    mesh: dict[str, Any]
+    train: dict[str, Any] = dataclasses.field(default_factory=dict)
+    micro_batches: int = 4
+    kernels: str = "mosaic"
+    gpu: str = "h200"
+
+    def case(self) -> Case:
+        """It as a plan, with one sequence per device and micro batch."""
+        run = dataclasses.replace(preset(self.preset), kernels=self.kernels)
+        mesh = MeshConfig(**self.mesh)
+        shards = mesh.data * mesh.fsdp * mesh.expert
+        gpus = shards * mesh.pipe * mesh.context * mesh.tensor
+        settings: dict[str, Any] = {
+            "batch_size": shards * self.micro_batches, "batch_ramp_from": 0,
+            "batch_ramp_tokens": 0.0, "dtype": "bfloat16", "remat": "selective",
+        }  # fmt: skip
+        settings |= self.train
+        return case_of(run, make_hardware(self.gpu), gpus, mesh, shards, **settings)
+
+
+def small(**mesh: Any) -> Layout:
+    """A layout of 8 GPUs through the kernels."""
+    return Layout("small", mesh)
+
+
+PAPER = dataclasses.asdict(LAYOUTS["deepseek"])
+COMPILED: dict[str, Layout] = {
+    "expert 8": small(expert=8),
+    "data 2, expert 4": small(data=2, expert=4),
+    "pipe 2, data 2, expert 2, dualpipe": small(pipe=2, data=2, expert=2, schedule="dualpipe"),
+    "pipe 2, expert 4, 1f1b": small(pipe=2, expert=4),
+    "fsdp 8": small(fsdp=8),
+    "fsdp 2, expert 4": small(fsdp=2, expert=4),
+    "pipe 4, expert 2, dualpipe": dataclasses.replace(
+        small(pipe=4, expert=2, schedule="dualpipe"), micro_batches=8
+    ),
+    "pipe 2, expert 4, zb1p": small(pipe=2, expert=4, schedule="zb1p"),
+    "tensor 2, expert 4, sequence": small(tensor=2, expert=4, sequence=True),
+    "pipe 2, expert 4, dualpipev": small(pipe=2, expert=4, schedule="dualpipev"),
+    "expert 8, remat full": dataclasses.replace(small(expert=8), train={"remat": "full"}),
+    "data 2, fsdp 2, expert 2": small(data=2, fsdp=2, expert=2),
+    "pipe 4, data 2, 1f1b": small(pipe=4, data=2),
+    "expert 8, FP8": dataclasses.replace(small(expert=8), train={"fp8": True}),
+    "expert 8 on 2 nodes, capacity 2": small(expert=8, expert_nodes=2, exchange_capacity=2.0),
+    "pipe 2, expert 4, interleaved": small(pipe=2, expert=4, schedule="interleaved", pipe_chunks=2),
+    "pipe 2, fsdp 4, gpipe": small(pipe=2, fsdp=4, schedule="gpipe"),
+    "context 2, fsdp 4": Layout("small", {"context": 2, "fsdp": 4}, kernels="portable"),
+    "context 2, expert 4": Layout("small", {"context": 2, "expert": 4}, kernels="portable"),
+    "cube, portable": Layout("small", {"fsdp": 2, "expert": 2, "tensor": 2}, kernels="portable"),
+    "data 8, portable": Layout("small", {"data": 8}, kernels="portable"),
+    "pipe 2, expert 4, dualpipe, portable": Layout(
+        "small", {"pipe": 2, "expert": 4, "schedule": "dualpipe"}, kernels="portable"
+    ),
+    "expert 8, in pairs": small(expert=8, overlap=True),
+}
+"""Over all axes and schedules, those of most worth first."""
+LARGE: dict[str, Layout] = {
+    "V3, pipe 16, data 2, expert 64, dualpipe": Layout("v3_671b", PAPER, {"fp8": False}, 32),
+    "V3, fsdp 32, expert 64": Layout(
+        "v3_671b", {"fsdp": 32, "expert": 64, "expert_nodes": 8, "exchange_capacity": 2.0},
+        {"fp8": False}, 2,
+    ),
+}  # fmt: skip
+"""At V3's size."""
+
+
+def _say(at: str, line: str) -> None:
+    print(f"{at}: {line}", file=sys.stderr, flush=True)
+
+
+def compiled_rows(names: list[str], cache: str) -> dict[str, tuple[Case, dict[str, int]]]:
+    """Case and parts of the compiled program, in bytes, of every layout that compiles."""
+    found, layouts = {}, COMPILED | LARGE
+    for number, name in enumerate(names, 1):
+        case = layouts[name].case()
+        say = functools.partial(_say, f"{number} of {len(names)}, {name}")
+        try:
+            found[name] = case, figures(case, cache, say)["parts"]
+        except ValueError as error:
+            say(str(error))
+    return found
+
+
+# ---- learning -----------------------------------------------------------------------------------
+
+
+def learn(rows: dict[str, tuple[Case, dict[str, int]]]) -> dict[str, Any]:
+    """Counts of every group of terms by class of layout, and the errors of the closed form."""
+    classes: dict[str, list[tuple[str, Case, dict[str, int]]]] = {}
+    for name, (case, parts) in rows.items():
+        classes.setdefault(kind_of(case), []).append((name, case, parts))
+    found: dict[str, Any] = {
+        "date": f"{datetime.date.today()}",
+        "jax": jax.__version__,
+        "script": "python -m bench.plan --learn",
+        "counts": {},
+        "errors": {},
+    }
+    for kind, members in classes.items():
+        counts = fit(members)
+        found["counts"][kind] = counts
+        ratios = []
+        for _, case, parts in members:
+            sizes = sizes_of(terms_of(case))
+            own = sum(carried_by(case).values())
+            closed = own + sum(counts[group] * sizes[group] for group in GROUPS)
+            ratios.append(closed / sum(parts.values()) - 1)
+        found["errors"][kind] = [min(ratios), max(ratios), len(ratios)]
+    return found
+
+
+def fit(members: list[tuple[str, Case, dict[str, int]]]) -> dict[str, float]:
+    """Counts, none negative, that bring the closed form's totals nearest to the programs', as
+    shares of these; small counts are preferred where programs do not decide."""
+    from scipy.optimize import nnls
+
+    matrix, wanted = [], []
+    for _, case, parts in members:
+        sizes, total = sizes_of(terms_of(case)), sum(parts.values())
+        own = sum(carried_by(case).values())
+        matrix.append([sizes[group] / total for group in GROUPS])
+        wanted.append((total - own) / total)
+    ridge = 0.003 * np.eye(len(GROUPS))
+    stacked = np.vstack([np.array(matrix), ridge])
+    counts, _ = nnls(stacked, np.concatenate([wanted, 0.003 * np.ones(len(GROUPS))]))
+    return {group: round(float(count), 3) for group, count in zip(GROUPS, counts, strict=True)}
+
+
+def memory_table(rows: dict[str, tuple[Case, dict[str, int]]]) -> list[str]:
+    """Markdown: closed form beside the compiled program."""
+    lines = [
+        "| layout | class | carried, GiB: closed form | compiled | error | total: closed form "
+        "| compiled | error |",
+        "|---" * 8 + "|",
+    ]
+    errors: list[float] = []
+    for name, (case, parts) in rows.items():
+        report = report_of(case, name)
+        own, total = report.memory.carried, report.memory.total
+        theirs, whole = sum(parts[part] for part in CARRIED), sum(parts.values())
+        errors.append(total / whole - 1)
+        lines.append(
+            f"| {name} | {report.memory.error.kind} | {own / GIB:.3f} | {theirs / GIB:.3f} "
+            f"| {own / theirs - 1:+.2%} | {total / GIB:.3f} | {whole / GIB:.3f} "
+            f"| {errors[-1]:+.1%} |"
+        )
+    lines += ["", f"Totals: {min(errors):+.1%} to {max(errors):+.1%}; "
+              f"{sum(abs(e) <= 0.05 for e in errors)} of {len(errors)} within 5%. Learned "
+              f"{LEARNED.get('date', 'never')} of jax {LEARNED.get('jax', '-')}."]  # fmt: skip
+    return lines
+
+
+# ---- published runs -----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A run that somebody measured, and its layout as this code can express it."""
+
+    what: str
+    preset: str
+    hardware: Hardware
+    gpus: int
+    mesh: MeshConfig
+    micro_batch_size: int
+    train: dict[str, Any]
+    tokens_per_s_per_gpu: float
+    source: str
+    difference: str
+    """What is not the same, and so the first reason of a miss."""
+    ways: Ways
+
+    def report(self, ways: Ways | None = None) -> Report:
+        """Our prediction, with the ways of their system or others."""
+        run: RunConfig = dataclasses.replace(preset(self.preset), kernels="portable")
+        if self.preset == "v3_671b" and self.gpus == 2048:
+            run = preset("v3_671b")
+        if not self.train.get("fp8") and "h" in self.hardware.gpu_name[:1]:
+            run = dataclasses.replace(run, kernels="auto")
+        settings = {"batch_ramp_from": 0, "batch_ramp_tokens": 0.0} | self.train
+        case = case_of(run, self.hardware, self.gpus, self.mesh, self.micro_batch_size, **settings)
+        return report_of(dataclasses.replace(case, ways=ways or self.ways), self.what)
+
+
+CARD = "Megatron-Bridge's model verification card, nemo 26.08"
+PUBLISHED = (
+    Published(
+        "V3, 2,048 H800, its own layout, FP8", "v3_671b", make_hardware("h800"), 2048,
+        LAYOUTS["deepseek"], 128, {"batch_size": 15360, "fp8": True}, 1541.7,
+        "ISCA 2025 (arXiv 2505.09343), table 4",
+        "their optimizer step holds more than its bytes; stages cut by hand", DEEPSEEK,
+    ),
+    Published(
+        "V3, 1,024 H100, BF16", "v3_671b", make_hardware("h100"), 1024,
+        MeshConfig(
+            pipe=8, data=2, expert=64, expert_nodes=8, schedule="interleaved", pipe_chunks=4
+        ),
+        128, {"batch_size": 16384, "fp8": False}, 1061, CARD,
+        "theirs cuts attention over tensor 2, which cuts experts here, and so is data 2; it "
+        "recomputes the MLPs; its grouped products are TransformerEngine's", MEGATRON,
+    ),
+    Published(
+        "V3, 256 GB200, MXFP8", "v3_671b", make_hardware("gb200"), 256,
+        MeshConfig(pipe=4, expert=64, schedule="interleaved", pipe_chunks=4), 64,
+        {"batch_size": 4096, "fp8": True}, 4735, CARD,
+        "speeds of products are a Hopper's shares of the peak; theirs recomputes less", MEGATRON,
+    ),
+    Published(
+        "Moonlight, 16 H100, BF16", "moonlight_16b", make_hardware("h100"), 16,
+        MeshConfig(data=2, expert=8), 32,
+        {"batch_size": 1024, "seq_len": 4096, "fp8": False}, 22528, CARD,
+        "theirs recomputes nothing that fits; its grouped products are TransformerEngine's",
+        MEGATRON,
+    ),
+    Published(
+        "V3, 512 H100, BF16", "v3_671b", make_hardware("h100"), 512,
+        MeshConfig(pipe=8, fsdp=2, expert=32, expert_nodes=4, schedule="interleaved",
+                   pipe_chunks=2),
+        64, {"batch_size": 4096, "fp8": False, "remat": "full"}, 579,
+        "torchtitan #2107, DeepEP, FSDP 64, EP 32, PP 8, full recomputation",
+        "theirs waits for the host at every layer, which one program does not", TORCHTITAN,
+    ),
+    Published(
+        "16B, 8 H100, BF16", "v2_lite", make_hardware("h100"), 8, MeshConfig(expert=8), 32,
+        {"batch_size": 256, "fp8": False}, 8667, "torchtitan #1610, FlexAttention, EP 8",
+        "theirs waits for the host, and its attention is no kernel for these heads", TORCHTITAN,
+    ),
+)  # fmt: skip
+
+
+def published_table() -> list[str]:
+    """Markdown: predictions beside what was published."""
+    lines = [
+        "| run | published, tokens/s/GPU | predicted of their system | error | MFU causal | of "
+        "this program | what differs still | source |",
+        "|---" * 8 + "|",
+    ]
+    errors = []
+    for run in PUBLISHED:
+        report, own = run.report(), run.report(OWN)
+        error = report.tokens_per_s_per_gpu / run.tokens_per_s_per_gpu - 1
+        errors.append(abs(error))
+        lines.append(
+            f"| {run.what} | {run.tokens_per_s_per_gpu:,.1f} | {report.tokens_per_s_per_gpu:,.1f} "
+            f"| {error:+.1%} | {report.mfu[0]:.2%} | {own.tokens_per_s_per_gpu:,.1f} "
+            f"| {run.difference} | {run.source} |"
+        )
+    lines += ["", f"Median error {statistics.median(errors):.1%}; the tables of "
+              "`planning/hardware.py` were fixed before."]  # fmt: skip
+    return [*lines, "", *breakdown()]
+
+
+ISCA = {
+    "1F": 1.13, "bubble": 2.06, "1B": 1.99, "1W": 0.48, "1F1B": 13.95, "optimizer": 0.29
+}  # fmt: skip
+"""Seconds of V3's step (arXiv 2505.09343, table 4); they add up to 19.926."""
+
+
+def breakdown() -> list[str]:
+    """V3's step beside the published one, part by part."""
+    report = PUBLISHED[0].report()
+    names = {"F": "1F", "B": "1B", "I": "1B", "W": "1W", "FB": "1F1B"}
+    own = dict.fromkeys(ISCA, 0.0)
+    for tick in report.timeline:
+        own[names[tick.kind]] += tick.end - tick.start
+    own["bubble"] = report.parts_seconds["bubble"]
+    own["optimizer"] = report.parts_seconds["optimizer"]
+    rest = report.step_seconds - sum(own.values())
+    lines = ["| V3's step, s | published | predicted of their system |", "|---|---|---|"]
+    lines += [f"| {name} | {ISCA[name]:.2f} | {own[name]:.2f} |" for name in ISCA]
+    lines += [f"| weights, gradients and messages between ranks | - | {rest:.2f} |"]
+    lines.append(f"| step | {sum(ISCA.values()):.2f} | {report.step_seconds:.2f} |")
+    return [*lines, "", *differences()]
+
+
+def differences() -> list[str]:
+    """What each way of their system would be worth to this program on V3's layout."""
+    run = PUBLISHED[0]
+    ways, before = OWN, run.report(OWN).tokens_per_s_per_gpu
+    lines = ["| way of DeepSeek's system, one after the other | tokens/s/GPU |", "|---|---|"]
+    lines.append(f"| this program | {before:,.1f} |")
+    for name in Ways._fields[1:]:
+        if getattr(DEEPSEEK, name) != getattr(OWN, name):
+            ways = ways._replace(**{name: getattr(DEEPSEEK, name)})
+            found = run.report(ways).tokens_per_s_per_gpu
+            lines.append(f"| {name} = {getattr(DEEPSEEK, name)} | {found:,.1f} |")
+    return lines
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print one of the tables, or learn."""
+    command = Command(__doc__)
+    command.add_argument("--memory", action="store_true", help="memory beside compiled programs")
+    command.add_argument("--learn", action="store_true", help="learn the workspace again")
+    command.add_argument("--cases", default="", help="only those whose names have this in them")
+    command.add_argument("--large", action="store_true", help="also at V3's size")
+    command.add_argument("--cache", default=CACHE, help="folder of compiled plans")
+    command.add_argument("--out", default=str(ROOT / "planning" / "learned.json"))
+    options = command.options(arguments)
+    started = time.monotonic()
+    if not (options.memory or options.learn):
+        return command.show("Plans beside published runs", published_table())
+    names = [
+        name for name in (COMPILED | (LARGE if options.large else {})) if options.cases in name
+    ]
+    rows = compiled_rows(names, options.cache)
+    if options.learn:
+        pathlib.Path(options.out).write_text(json.dumps(learn(rows), indent=1) + "\n")
+        print(f"{len(rows)} programs, {time.monotonic() - started:.0f} s: {options.out}")
+        return None
+    return command.show("Memory of plans beside compiled programs", memory_table(rows))
+
+
+if __name__ == "__main__":
+    main()

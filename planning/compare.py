@@ -1,0 +1,58 @@
+"""Two plans side by side, from the JSON that plan.py wrote."""
+
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+
+def compare(paths: Sequence[str]) -> list[str]:
+    """A table of two plans and their difference, line by line.
+
+    Raises:
+        ValueError: not two files, or one that is no plan.
+    """
+    if len(paths) != 2:
+        raise ValueError(f"--compare takes two files, got {len(paths)}")
+    first, second = (read(path) for path in paths)
+    lines = [f"{'':34} {_short(first, paths[0]):>24} {_short(second, paths[1]):>24} {'change':>10}"]
+    lines.append(f"{'layout':34} {_layout(first):>24} {_layout(second):>24}")
+    lines.append(f"{'fits':34} {'yes' if first['fits'] else 'no':>24} "
+                 f"{'yes' if second['fits'] else 'no':>24}")  # fmt: skip
+    for section, unit in (("memory_gib", "GiB"), ("parts_seconds", "s")):
+        names = dict.fromkeys([*first[section], *second[section]])
+        for name in names:
+            values = first[section].get(name, 0.0), second[section].get(name, 0.0)
+            lines.append(_line(f"{name}, {unit}", *values))
+    for name in ("step_seconds", "tokens_per_s_per_gpu", "mfu_causal", "mfu_noncausal",
+                 "bubble_fraction", "gpu_hours", "cost"):  # fmt: skip
+        lines.append(_line(name, first[name], second[name]))
+    return lines
+
+
+def read(path: str) -> dict[str, Any]:
+    """A plan's JSON; ValueError for what is none."""
+    try:
+        found = json.loads(pathlib.Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--compare {path}: {error}") from None
+    missing = {"memory_gib", "parts_seconds", "step_seconds"} - set(found)
+    if missing:
+        raise ValueError(f"--compare {path} is no plan: it has no {', '.join(sorted(missing))}")
+    return found
+
+
+def _short(plan: dict[str, Any], path: str) -> str:
+    return pathlib.Path(path).stem[:24] or plan["name"][:24]
+
+
+def _layout(plan: dict[str, Any]) -> str:
+    axes = ("pipe", "data", "fsdp", "expert", "context", "tensor")
+    sizes = plan["layout"]
+    words = [f"{axis[0]}{sizes[axis]}" for axis in axes if sizes.get(axis, 1) != 1]
+    return f"{plan['gpus']} {plan['gpu']} {' '.join(words)}"[:24]
+
+
+def _line(name: str, first: float, second: float) -> str:
+    change = f"{second / first - 1:+10.1%}" if first else f"{'new' if second else '':>10}"
+    return f"{name:34} {first:24,.4g} {second:24,.4g} {change}"

@@ -1,0 +1,64 @@
+"""GPUs as data: what their maker says of them. Whoever asks for a GPU by name asks here.
+
+Peaks are dense, without sparsity. Figures are of the SXM modules, and of GB200 in its rack of 72.
+"""
+
+from typing import NamedTuple
+
+GB = 10**9
+TFLOPS = 10**12
+
+
+class Gpu(NamedTuple):
+    """Figures of a data sheet."""
+
+    name: str
+    memory: int
+    """Bytes, as the data sheet counts them."""
+    usable: int
+    """Bytes that its driver reports, which is what a program can be given at most."""
+    bandwidth: int
+    """Bytes a second of its memory."""
+    bf16: int
+    """FLOP/s of dense products in BF16."""
+    fp8: int
+    """The same in FP8; 0 if it has none."""
+    nvlink: int
+    """Bytes a second that it sends to other GPUs of its NVLink domain, in one direction."""
+    domain: int
+    """GPUs that NVLink connects."""
+    network: int
+    """Bytes a second that it sends to other domains."""
+    cores: int
+    """Streaming multiprocessors."""
+    source: str
+
+
+SHEET = "NVIDIA data sheet"
+GPUS = {
+    "a100": Gpu(
+        "A100", 80 * GB, 85_100_068_864, 2_039 * GB, 312 * TFLOPS, 0, 300 * GB, 8, 25 * GB, 108,
+        f"{SHEET} A100 80GB SXM; 8 x 200 Gb/s a host (DGX A100)",
+    ),
+    "h100": Gpu(
+        "H100", 80 * GB, 85_520_809_984, 3_350 * GB, 989 * TFLOPS, 1_979 * TFLOPS, 450 * GB, 8,
+        50 * GB, 132, f"{SHEET} H100 SXM; 8 x 400 Gb/s a host (DGX H100)",
+    ),
+    "h800": Gpu(
+        "H800", 80 * GB, 85_520_809_984, 3_350 * GB, 989 * TFLOPS, 1_979 * TFLOPS, 200 * GB, 8,
+        50 * GB, 132, "H100 with less NVLink (ISCA 2025, section 4.1: 200 GB/s one way)",
+    ),
+    "h200": Gpu(
+        "H200", 141 * GB, 150_000_000_000, 4_800 * GB, 989 * TFLOPS, 1_979 * TFLOPS, 450 * GB, 8,
+        50 * GB, 132, f"{SHEET} H200 SXM; 8 x 400 Gb/s a host (DGX H200)",
+    ),
+    "b200": Gpu(
+        "B200", 180 * GB, 191_514_411_008, 7_700 * GB, 2_250 * TFLOPS, 4_500 * TFLOPS, 900 * GB, 8,
+        50 * GB, 148, f"{SHEET} HGX B200; 8 x 400 Gb/s a host (DGX B200)",
+    ),
+    "gb200": Gpu(
+        "GB200", 186 * GB, 197_897_748_480, 8_000 * GB, 2_500 * TFLOPS, 5_000 * TFLOPS, 900 * GB,
+        72, 50 * GB, 152, f"{SHEET} GB200 NVL72; 400 Gb/s a GPU (DGX GB200)",
+    ),
+}  # fmt: skip
+"""By the name that `--gpu` takes."""

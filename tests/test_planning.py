@@ -1,0 +1,307 @@
+"""Plans: closed forms against figures worked out by hand, refusals, files, and the page.
+
+Compiled programs: tests/test_planning_compiled.py.
+"""
+
+import dataclasses
+import json
+import math
+import re
+
+import pytest
+
+import plan as entry
+from configs import preset
+from planning import plan
+from planning.api import case_of
+from planning.compare import compare
+from planning.guard import gpu_of_kind, memory_line
+from planning.hardware import FP8_PRODUCTS, MEMORY, Shape, make_hardware, near
+from planning.memory import carried_by
+from planning.page import page_of
+from planning.report import GIB
+from planning.search import Limits, pareto, ranked
+from planning.time import passes_of
+from planning.traffic import traffic_of
+from planning.ways import DEEPSEEK
+from programs.absent_gpus import GPUS as COMPILED_FOR
+from runtime.gpus import GPUS
+from sharding.config import LAYOUTS, MeshConfig
+from sharding.pipeline.schedule import make_schedule
+from sharding.pipeline.simulate import Costs, simulate
+from training.throughput import PEAK_BF16_TFLOPS
+
+H100 = make_hardware("h100")
+MEMORY_KEYS = {
+    "weights", "gradients", "optimizer", "stash", "exchange", "workspace", "total", "limit",
+}  # fmt: skip
+KEYS = {
+    "fits", "memory_gib", "collectives", "step_seconds", "parts_seconds", "bubble_fraction",
+    "tokens_per_s_per_gpu", "mfu_causal", "mfu_noncausal", "gpu_hours", "cost", "engine",
+}  # fmt: skip
+SENT_KEYS = {"op", "axis", "times", "gib", "link", "seconds", "exposed_seconds"}
+
+
+def lite(mesh: MeshConfig, gpus: int, micro: int, **train):
+    return case_of("v2_lite", H100, gpus, mesh, micro, **train)
+
+
+# ---- figures worked out by hand -----------------------------------------------------------------
+
+
+def test_state_of_a_layout_worked_out_by_hand():
+    """V2-Lite on 8 GPUs, experts over all of them (docs/planning.md has the same sums).
+
+    15.706 B parameters, 14.395 B of them routed experts' (26 layers x 64 x 3 x 2048 x 1408). A GPU
+    stores an eighth of everything in fp32, moments in bf16, and holds in bf16 what it computes
+    with, its experts and the others whole; gradients of those are summed in fp32.
+    """
+    carried = carried_by(lite(MeshConfig(expert=8), 8, 8, batch_size=64))
+    routed = 26 * 64 * 3 * 2048 * 1408
+    others = 15_706_484_224 - routed
+    stored = (routed + others) / 8
+    held = routed / 8 + others
+    assert carried["weights"] == pytest.approx(4 * stored + 2 * held, rel=2e-3)
+    assert carried["optimizer"] == pytest.approx(4 * stored, rel=2e-3)
+    assert carried["gradients"] == pytest.approx(4 * held, rel=2e-3)
+
+
+def test_stash_of_a_layout_worked_out_by_hand():
+    """What 26 MoE layers keep of 4096 tokens: input, key-value latent, attention's output with its
+    log-sums, the experts' numbers and weights, and positions."""
+    carried = carried_by(lite(MeshConfig(expert=8), 8, 8, batch_size=64))
+    token = 2 * (2048 + 576 + 16 * 128) + 4 * (16 + 6 + 6 + 1)
+    assert carried["stash"] == pytest.approx(26 * 4096 * token, rel=1e-3)
+
+
+@pytest.mark.parametrize("remat", ["selective", "full"])
+def test_the_stash_follows_the_recomputation(remat):
+    kept = lite(MeshConfig(expert=8), 8, 8, batch_size=64, remat=remat).kept()
+    assert kept[0].shape == (4096, 2048)
+    assert (len(kept) > 2) == (remat == "selective")
+
+
+def test_sequence_parallelism_cuts_what_layers_keep():
+    def stash(**mesh) -> float:
+        case = lite(MeshConfig(fsdp=2, tensor=4, **mesh), 8, 2, batch_size=8)
+        return carried_by(case)["stash"]
+
+    whole, cut = stash(), stash(sequence=True)
+    token_of_stream = 2 * (2048 + 576)
+    assert whole - cut == pytest.approx(26 * 4096 * token_of_stream * 3 / 4, rel=1e-3)
+
+
+def test_the_expert_exchange_sends_what_even_load_brings():
+    """8 GPUs, no groups: a token needs a shard of 8 of 64 experts with 1 - C(56, 6)/C(64, 6)."""
+    case = lite(MeshConfig(expert=8, exchange="ragged"), 8, 8, batch_size=64)
+    share = 1 - math.comb(56, 6) / math.comb(64, 6)
+    sent = next(one for one in traffic_of(case, passes_of(case)) if one.axis == "expert")
+    passes = 26 * 8
+    ways = 5  # to the experts and back; again, with gradients of outputs, and of inputs back
+    assert sent.bytes == pytest.approx(passes * ways * 8 * 4096 * share * 2048 * 2, rel=1e-3)
+    assert sent.seconds == pytest.approx(sent.bytes / (450e9 * 155 / 200))
+
+
+def test_a_pipeline_is_no_faster_than_its_schedule_allows():
+    case = lite(MeshConfig(pipe=2, expert=4, schedule="1f1b"), 8, 4, batch_size=32)
+    passing = passes_of(case)
+    layer = passing.layer
+    stage = 13
+    costs = Costs(
+        F=stage * layer.F.total, B=stage * layer.B.total, W=stage * layer.W.compute, FB=1.0
+    )
+    ideal = simulate(make_schedule("1f1b", 2, 8), costs)
+    assert passing.seconds > ideal.makespan
+    assert passing.bubble >= 0.9 * max(ideal.bubble) / passing.seconds
+
+
+def test_v3_in_deepseeks_ways_is_as_fast_as_published():
+    """1,541.7 tokens/s/GPU and 38.94% of the peak (ISCA 2025, table 4), within 10%."""
+    from planning.report import report_of
+
+    hardware, mesh = make_hardware("h800"), LAYOUTS["deepseek"]
+    case = case_of("v3_671b", hardware, 2048, mesh, 128, batch_ramp_from=0, batch_ramp_tokens=0.0)
+    report = report_of(dataclasses.replace(case, ways=DEEPSEEK), "v3")
+    assert report.tokens_per_s_per_gpu == pytest.approx(1541.7, rel=0.1)
+    assert report.mfu[0] == pytest.approx(0.3894, rel=0.1)
+    own = report_of(case, "v3")
+    assert own.tokens_per_s_per_gpu < report.tokens_per_s_per_gpu
+
+
+# ---- hardware -----------------------------------------------------------------------------------
+
+
+def test_one_source_of_facts_about_gpus():
+    for name, gpu in COMPILED_FOR.items():
+        if name in GPUS:
+            assert abs(gpu.memory - GPUS[name].usable) < 0.08 * gpu.memory, name
+            assert gpu.bandwidth == pytest.approx(GPUS[name].bandwidth, rel=0.05), name
+    for gpu in GPUS.values():
+        assert PEAK_BF16_TFLOPS[gpu.name] * 1e12 == gpu.bf16
+
+
+def test_speeds_of_published_shapes_are_theirs():
+    shape = Shape(7168, 16384)
+    assert near(FP8_PRODUCTS, *shape) == FP8_PRODUCTS[shape]
+    assert make_hardware("h800").product(4096, *shape, fp8=True) == pytest.approx(1520e12)
+    assert H100.memory_speed == pytest.approx(3.35e12 * MEMORY.value)
+    between = near(FP8_PRODUCTS, 4096, 6000)
+    assert min(FP8_PRODUCTS.values()) < between < max(FP8_PRODUCTS.values())
+
+
+def test_own_measurements_override(tmp_path):
+    file = tmp_path / "measured.json"
+    file.write_text(json.dumps({"memory": {"bandwidth": 1e12}, "dollars_per_gpu_hour": 3}))
+    own = make_hardware("h100", measured=str(file))
+    assert own.memory_speed == 1e12
+    assert own.dollars_per_hour == 3
+    file.write_text(json.dumps({"memry": {}}))
+    with pytest.raises(ValueError, match="no table memry; there are products"):
+        make_hardware("h100", measured=str(file))
+
+
+def test_kinds_of_devices_are_known_by_their_words():
+    assert gpu_of_kind("NVIDIA H100 80GB HBM3") == "h100"
+    assert gpu_of_kind("NVIDIA GB200") == "gb200"
+    assert gpu_of_kind("cpu") == ""
+
+
+# ---- refusals -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("tiny --gpus 8 --mesh.expert 3", "Legal and near: "),
+        ("tiny --gpus 6 --mesh.pipe 2 --mesh.schedule dualpipe", "at least 2 x 2 ranks"),
+        ("v2_lite --gpus 64 --mesh.pipe 64", "26 layers to cut"),
+        ("tiny --gpus 0 --gpu h100 --mesh.expert 16 --mesh.data -2", "must be positive"),
+        ("tiny --gpu h100 --measured nowhere.json", "--measured nowhere.json"),
+        ("tiny --compare a.json", "--compare takes two files"),
+    ],
+)
+def test_what_cannot_work_is_refused(capsys, words, message):
+    assert entry.main(words.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("plan.py: ")
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_unknown_presets_and_gpus_name_what_there_is(capsys):
+    with pytest.raises(SystemExit) as ended:
+        entry.main(["v3"])
+    assert ended.value.code == 2
+    assert "Known: tiny" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--gpu h101: there are a100, h100"):
+        plan("tiny", gpu="h101")
+
+
+def test_neighbours_of_a_refused_layout_are_legal():
+    with pytest.raises(ValueError, match="Legal and near: ") as refused:
+        plan("tiny", gpus=8, layout=MeshConfig(expert=3))
+    offers = str(refused.value).split("Legal and near: ")[1].split("; ")
+    sizes = dict(re.findall(r"(pipe|data|fsdp|expert|context|tensor)=(\d+)", offers[0]))
+    assert sizes
+    mesh = MeshConfig(**({"expert": 3} | {name: int(size) for name, size in sizes.items()}))
+    assert plan("tiny", gpus=8, layout=mesh, with_advice=False).gpus == 8
+
+
+# ---- reports, files, the page -------------------------------------------------------------------
+
+
+def test_json_has_the_documented_keys_and_adds_up(tmp_path, capsys):
+    file = tmp_path / "plan.json"
+    assert entry.main(["tiny", "--gpus", "8", "--json", str(file), "--no-advice"]) == 0
+    capsys.readouterr()
+    found = json.loads(file.read_text())
+    assert found.keys() >= KEYS
+    memory = found["memory_gib"]
+    assert memory.keys() == MEMORY_KEYS
+    assert sum(v for k, v in memory.items() if k not in ("total", "limit")) == pytest.approx(
+        memory["total"]
+    )
+    assert found["fits"] is True
+    assert sum(found["parts_seconds"].values()) == pytest.approx(found["step_seconds"])
+    assert all(one.keys() >= SENT_KEYS for one in found["collectives"])
+    tokens = found["tokens_per_step"] / found["step_seconds"] / 8
+    assert found["tokens_per_s_per_gpu"] == pytest.approx(tokens)
+    assert found["engine"] == "closed form"
+
+
+def test_the_page_has_the_numbers_of_the_json():
+    report = plan("tiny", gpus=8, layout="cube", with_advice=False)
+    found = report.to_json()
+    page = page_of([found])
+    data = re.search(r'<script type="application/json" id="plans">(.*?)</script>', page, re.DOTALL)
+    assert data is not None
+    assert json.loads(data.group(1).replace("<\\/", "</")) == [json.loads(json.dumps(found))]
+    for name, size in found["memory_gib"].items():
+        if name not in ("total",) and size > 0:
+            assert f"{name}: {size:.4g} GiB" in page
+    for name, seconds in found["parts_seconds"].items():
+        if seconds > 0:
+            assert f"{name}: {seconds:.4g} seconds" in page
+    assert "http://" not in re.sub(r'xmlns[:\w]*="[^"]*"|xlink="[^"]*"', "", page)
+    assert "https://" not in page
+
+
+def test_a_pipelines_page_shows_its_ticks():
+    report = plan(
+        "tiny", gpus=4, layout=MeshConfig(pipe=2, data=2), micro_batch_size=2, batch_size=8,
+        with_advice=False,
+    )  # fmt: skip
+    page = page_of([report.to_json()])
+    assert page.count("forward: ") >= 4
+    assert report.bubble_fraction > 0
+
+
+def test_two_plans_side_by_side(tmp_path):
+    names = []
+    for layout in ("fsdp", "cube"):
+        names.append(str(tmp_path / f"{layout}.json"))
+        plan("tiny", gpus=8, layout=layout, with_advice=False).write(names[-1])
+    lines = compare(names)
+    assert "fsdp" in lines[0]
+    assert any(line.startswith("tokens_per_s_per_gpu") for line in lines)
+    (tmp_path / "fsdp.json").write_text("{}")
+    with pytest.raises(ValueError, match="is no plan"):
+        compare(names)
+
+
+def test_a_plan_that_does_not_fit_is_told_what_helps():
+    report = plan("v2_lite", gpu="h100", gpus=1, layout="single", micro_batch_size=1, batch_size=64)
+    assert not report.fits
+    assert report.advice[0].startswith("does not fit by ")
+
+
+# ---- search and train.py ------------------------------------------------------------------------
+
+
+def test_search_ranks_legal_layouts_and_keeps_the_front():
+    run = preset("tiny")
+    found = ranked(run, H100, 4, Limits(2, 2, 1), "tiny", show=False)
+    assert found.legal > 5
+    speeds = [report.tokens_per_s_per_gpu for report in found.best]
+    assert speeds == sorted(speeds, reverse=True)
+    assert found.front == tuple(pareto(list(found.front)))
+    assert {report.gpus for report in found.best} == {4}
+
+
+def test_memory_line_of_a_run_and_its_refusal():
+    line, refusal = memory_line(preset("tiny"), "h100", 8)
+    assert line.startswith("memory       ")
+    assert refusal == ""
+    run = dataclasses.replace(preset("v3_671b"), mesh=MeshConfig(fsdp=8))
+    run = dataclasses.replace(run, train=dataclasses.replace(run.train, micro_batch_size=8))
+    _, refusal = memory_line(run, "h100", 8)
+    assert "a step takes at least" in refusal
+    assert "--no-memory-check" in refusal
+
+
+def test_limits_say_where_the_rest_goes():
+    report = plan("tiny", gpus=8, with_advice=False)
+    left, lines = H100.limit(1)
+    assert report.memory.limit == left
+    assert left < GPUS["h100"].usable < 80 * GIB
+    assert len(lines) == 4
