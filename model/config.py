@@ -8,7 +8,7 @@ parameter formula in `model/costs.py`.
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +108,12 @@ class ModelConfig:
     def num_moe_layers(self) -> int:
         """Layers with experts, MTP modules not counted."""
         return self.num_layers - self.num_dense_layers
+
+    def module(self) -> Any:
+        """The class that is built from it; a configuration with more parts has its own."""
+        from model.transformer import DeepSeekV3
+
+        return DeepSeekV3
 
     def __post_init__(self):
         for field in _POSITIVE:

@@ -3,7 +3,7 @@
 Letters: B batch, T sequence, D hidden width, V vocabulary, L layers, E experts.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,8 @@ class Tokens(NamedTuple):
     """Position of each token for RoPE, int32."""
     segments_BT: jax.Array | None
     """Document of each token, 0 for padding; None: one document, nothing padded."""
+    beside: Any = None
+    """What else a model reads for its input vectors (`DeepSeekV3.inputs`): a tree of arrays."""
 
     @property
     def valid_BT(self) -> jax.Array:
@@ -204,9 +206,13 @@ class DeepSeekV3(nnx.Module):
         merged = jax.tree.map(lambda *a: jnp.concatenate(a), *stats) if stats else None
         return output._replace(stats=merged)
 
+    def inputs(self, tokens: Tokens, recipe: Recipe) -> jax.Array:
+        """Input of the first layer [B, T, D]; a model that reads more than ids overrides it."""
+        return self.embed(tokens.ids_BT, recipe)
+
     def before(self, tokens: Tokens, recipe: Recipe) -> jax.Array:
         """Input of the MoE layers [B, T, D]: embedding and dense layers."""
-        x_BTD = self.embed(tokens.ids_BT, recipe)
+        x_BTD = self.inputs(tokens, recipe)
         if self.dense_layers is not None:
             x_BTD, _ = scan_layers(self.dense_layers, x_BTD, _one_layer(tokens, recipe))
         return x_BTD
