@@ -36,13 +36,15 @@ class Entry:
     out_dims: tuple[int, ...]
     """Factors of the tensor's first axis."""
     in_dims: tuple[int, ...] | None
-    """Factors of its second axis; None: used as stored, with shape out_dims."""
+    """Factors of its second axis; (): a vector; None: used as stored, with shape out_dims."""
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """Shape of one tensor in a checkpoint."""
         if self.in_dims is None:
             return self.out_dims
+        if not self.in_dims:
+            return (math.prod(self.out_dims),)
         return math.prod(self.out_dims), math.prod(self.in_dims)
 
     @property
@@ -70,16 +72,18 @@ def table(config: ModelConfig) -> list[Entry]:
     entries = [
         _single("embed/table", "model.embed_tokens.weight", (c.vocab_size, d)),
         _single("final_norm/scale", "model.norm.weight", (d,)),
-        _single("head/kernel", "lm_head.weight", (c.vocab_size,), (d,)),
     ]
+    if not c.tie_embeddings:
+        entries.append(_single("head/kernel", "lm_head.weight", (c.vocab_size,), (d,)))
+    attention = [*_norms(c), *{"mla": _latent, "grouped": _grouped}[c.attention](c)]
     if k:
-        entries += _stacked("dense_layers", range(k), [*_attention(c), *_dense(c)])
+        entries += _stacked("dense_layers", range(k), [*attention, *_dense(c)])
     if k < L:
-        entries += _stacked("moe_layers", range(k, L), [*_attention(c), *_experts(c)])
+        entries += _stacked("moe_layers", range(k, L), [*attention, *_experts(c)])
     if D:
         block = [
             dataclasses.replace(entry, path=f"block/{entry.path}")
-            for entry in [*_attention(c), *_experts(c)]
+            for entry in [*attention, *_experts(c)]
         ]
         outside = [
             _single("embed_norm/scale", "enorm.weight", (d,)),
@@ -92,11 +96,27 @@ def table(config: ModelConfig) -> list[Entry]:
     return entries
 
 
-def _attention(c: ModelConfig) -> Iterator[Entry]:
-    """Latent attention and the two norms of a block."""
+def _norms(c: ModelConfig) -> Iterator[Entry]:
+    """The two norms of a block."""
+    yield _single("attn_norm/scale", "input_layernorm.weight", (c.hidden_size,))
+    yield _single("ffn_norm/scale", "post_attention_layernorm.weight", (c.hidden_size,))
+
+
+def _grouped(c: ModelConfig) -> Iterator[Entry]:
+    """Attention with heads of keys that groups of queries share."""
+    d, width = c.hidden_size, c.qk_head_dim
+    for name, heads in (("q", c.num_heads), ("k", c.num_kv_heads), ("v", c.num_kv_heads)):
+        yield _single(f"attn/w_{name}", f"self_attn.{name}_proj.weight", (heads, width), (d,))
+        if c.qkv_bias:
+            yield _single(f"attn/b_{name}", f"self_attn.{name}_proj.bias", (heads, width), ())
+        if c.qk_norm and name != "v":
+            yield _single(f"attn/{name}_norm/scale", f"self_attn.{name}_norm.weight", (width,))
+    yield _single("attn/w_o", "self_attn.o_proj.weight", (d,), (c.num_heads, width))
+
+
+def _latent(c: ModelConfig) -> Iterator[Entry]:
+    """Latent attention."""
     d, H, latent = c.hidden_size, c.num_heads, c.kv_lora_rank
-    yield _single("attn_norm/scale", "input_layernorm.weight", (d,))
-    yield _single("ffn_norm/scale", "post_attention_layernorm.weight", (d,))
     if c.q_lora_rank is None:
         yield _single("attn/w_q", "self_attn.q_proj.weight", (H, c.qk_head_dim), (d,))
     else:
@@ -153,6 +173,8 @@ def _stacked(path: str, layers: range, block: list[Entry]) -> Iterator[Entry]:
 def shared_copies(config: ModelConfig) -> dict[str, str]:
     """Tensors that released MTP layers repeat -> the main model's tensors they are copies of."""
     copies = {}
+    if config.tie_embeddings:  # transformers leaves the copy out, some releases have it
+        copies["lm_head.weight"] = "model.embed_tokens.weight"
     for layer in range(config.num_layers, config.num_layers + config.mtp_depth):
         copies[f"model.layers.{layer}.embed_tokens.weight"] = "model.embed_tokens.weight"
         copies[f"model.layers.{layer}.shared_head.head.weight"] = "lm_head.weight"

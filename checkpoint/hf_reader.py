@@ -168,6 +168,10 @@ class HuggingFaceFolder:
         piece = self._pieces[name]
         if entry.in_dims is None:
             return safetensors.read(piece.info, index)
+        if not entry.in_dims:
+            rows, inner = _flat(entry.out_dims, index)
+            vector = safetensors.read(piece.info, (rows,))
+            return vector.reshape(-1, *entry.out_dims[1:])[(slice(None), *inner)]
         inputs, outputs = index[: len(entry.in_dims)], index[len(entry.in_dims) :]
         columns, inner_in = _flat(entry.in_dims, inputs)
         rows, inner_out = _flat(entry.out_dims, outputs)
@@ -390,6 +394,6 @@ def _compare(copy: TensorInfo, original: TensorInfo, samples: int | None) -> Non
     )
     if not same:
         raise ValueError(
-            f"{copy.path}: {copy.name} differs from {original.name}; MTP modules share embedding "
-            "and head with the main model, so the two must be equal"
+            f"{copy.path}: {copy.name} differs from {original.name}; the model has one of both "
+            "(tied, or shared with MTP modules), so the two must be equal"
         )

@@ -1,4 +1,4 @@
-"""Rotary positions in a Hugging Face `config.json`: the base, and YaRN's extension of the context.
+"""Rotary positions in a Hugging Face `config.json`: the base, and the extension of the context.
 
 Two generations of files spell them in three places, which must agree.
 """
@@ -6,18 +6,25 @@ Two generations of files spell them in three places, which must agree.
 from typing import Any
 
 from checkpoint.hf_values import number, require
-from model.config import YarnConfig
+from model.config import BandsConfig, ModelConfig, YarnConfig
 
 _YARN = {
     "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale",
     "mscale_all_dim",
 }  # fmt: skip
+_BANDS = {
+    "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor",
+}  # fmt: skip
+_KEYS = {"default": set(), "yarn": _YARN, "llama3": _BANDS}
 _ROPE_FIXED = {"partial_rotary_factor": 1.0, "attention_factor": None, "truncate": True}
 
 
-def read_rope(hf: dict[str, Any]) -> tuple[float, YarnConfig | None]:
-    """Base and extension: older files hold them in `rope_theta` and `rope_scaling`, files of
-    transformers 5 in `rope_parameters`. What is said in several places must agree."""
+def read_rope(hf: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, Any]:
+    """Base and extension, one of `kinds`, as fields of ModelConfig.
+
+    Older files hold them in `rope_theta` and `rope_scaling`, files of transformers 5 in
+    `rope_parameters`. What is said in several places must agree.
+    """
     thetas, extensions = {}, {}
     if "rope_theta" in hf:
         thetas["rope_theta"] = hf["rope_theta"]
@@ -30,7 +37,7 @@ def read_rope(hf: dict[str, Any]) -> tuple[float, YarnConfig | None]:
             thetas[f"{name}.rope_theta"] = rope["rope_theta"]
         # Theirs may be no more than the place of the base.
         if rope.keys() - {"rope_theta"}:
-            extensions[name] = _extension(name, rope)
+            extensions[name] = _extension(name, rope, kinds)
     numbers = {key: number(key, value, above=1.0) for key, value in thetas.items()}
     if len({*numbers.values()}) > 1:
         raise ValueError(f"config.json: {numbers} contradict each other; leave one")
@@ -40,19 +47,53 @@ def read_rope(hf: dict[str, Any]) -> tuple[float, YarnConfig | None]:
             f"{hf['rope_parameters']!r} contradict each other; leave the one that is meant"
         )
     theta = next(iter(numbers.values()), 10000.0)
-    return theta, next(iter(extensions.values()), None)
+    extension = next(iter(extensions.values()), None)
+    field = {"bands" if isinstance(extension, BandsConfig) else "yarn": extension}
+    return {"rope_theta": theta} | field
 
 
-def _extension(name: str, rope: dict[str, Any]) -> YarnConfig | None:
+def write_rope(config: ModelConfig) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling` of a model, as every version of transformers reads them."""
+    scaling = None
+    if config.yarn is not None:
+        yarn = config.yarn
+        scaling = {
+            "type": "yarn",
+            "factor": yarn.factor,
+            "original_max_position_embeddings": yarn.original_max_position,
+            "beta_fast": yarn.beta_fast,
+            "beta_slow": yarn.beta_slow,
+            "mscale": yarn.mscale,
+            "mscale_all_dim": yarn.mscale_all_dim,
+        }
+    if config.bands is not None:
+        bands = config.bands
+        scaling = {
+            "rope_type": "llama3",
+            "factor": bands.factor,
+            "original_max_position_embeddings": bands.original_max_position,
+            "low_freq_factor": bands.low_freq_factor,
+            "high_freq_factor": bands.high_freq_factor,
+        }
+    return {"rope_theta": config.rope_theta, "rope_scaling": scaling}
+
+
+def _extension(
+    name: str, rope: dict[str, Any], allowed: tuple[str, ...]
+) -> YarnConfig | BandsConfig | None:
     """The context extension that an object of the file asks for; None for none."""
     kinds = {key: rope[key] for key in ("rope_type", "type") if key in rope}
     if len({repr(kind) for kind in kinds.values()}) != 1:
         raise ValueError(
-            f"config.json: {name} is {rope!r}; it must say its type, once: 'default' or 'yarn'"
+            f"config.json: {name} is {rope!r}; it must say its type, once: "
+            f"{' or '.join(map(repr, allowed))}"
         )
     kind = next(iter(kinds.values()))
-    if kind not in ("default", "yarn"):
-        raise ValueError(f"config.json: {name}: type {kind!r} not implemented; only plain yarn is")
+    extensions = " or ".join(f"plain {kind}" for kind in allowed[1:])
+    if kind not in allowed:
+        raise ValueError(
+            f"config.json: {name}: type {kind!r} not implemented; only {extensions} is"
+        )
     for key, value in _ROPE_FIXED.items():
         require(
             rope.get(key, value) == value,
@@ -60,15 +101,16 @@ def _extension(name: str, rope: dict[str, Any]) -> YarnConfig | None:
             rope.get(key),
             f"only {value!r} is implemented",
         )
-    known = {"rope_type", "type", "rope_theta", *_ROPE_FIXED, *(_YARN if kind == "yarn" else ())}
+    known = {"rope_type", "type", "rope_theta", *_ROPE_FIXED, *_KEYS[kind]}
     if unknown := sorted(rope.keys() - known):
         raise ValueError(
-            f"config.json: {name}: type {kind!r} has no {', '.join(unknown)}; only plain yarn is "
+            f"config.json: {name}: type {kind!r} has no {', '.join(unknown)}; only {extensions} is "
             "implemented"
         )
     if kind == "default":
         return None
-    if missing := [k for k in ("factor", "original_max_position_embeddings") if k not in rope]:
+    needed = _BANDS if kind == "llama3" else {"factor", "original_max_position_embeddings"}
+    if missing := sorted(needed - rope.keys()):
         raise ValueError(f"config.json: {name}: missing {', '.join(missing)}")
     original = rope["original_max_position_embeddings"]
     require(
@@ -77,6 +119,10 @@ def _extension(name: str, rope: dict[str, Any]) -> YarnConfig | None:
         original,
         "must be an integer of 1 or more",
     )
+    if kind == "llama3":
+        low = number(f"{name}.low_freq_factor", rope["low_freq_factor"], above=0.0)
+        high = number(f"{name}.high_freq_factor", rope["high_freq_factor"], above=low)
+        return BandsConfig(number(f"{name}.factor", rope["factor"], least=1.0), low, high, original)
     # Null means the default there.
     given = {key: value for key, value in rope.items() if value is not None}
     fast = number(f"{name}.beta_fast", given.get("beta_fast", 32.0), above=0.0)

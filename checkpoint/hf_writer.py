@@ -57,7 +57,8 @@ def layout(config: ModelConfig, dtype: str, fp8_blocks: bool) -> tuple[Specs, di
                 rows, columns = entry.stored_shape
                 specs[name] = (fp8.E4M3, (rows, columns))
                 specs[f"{name}_scale_inv"] = (_FLOAT32, fp8.scale_shape((rows, columns)))
-    for copy, original in shared_copies(config).items():
+    copies = {} if config.tie_embeddings else shared_copies(config)
+    for copy, original in copies.items():
         specs[copy], sources[copy] = specs[original], sources[original]
     return specs, sources
 

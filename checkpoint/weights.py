@@ -20,7 +20,7 @@ from checkpoint.config import CheckpointConfig
 from checkpoint.folder import find_steps, unreadable_reason
 from checkpoint.hf_reader import HuggingFaceFolder, is_hf_folder, own_files
 from checkpoint.manager import CheckpointManager
-from model.config import ModelConfig, YarnConfig
+from model.config import BandsConfig, ModelConfig, YarnConfig
 
 SCALES = "scales.safetensors"
 """In a run folder's `hf/`: the FP8 factors that its weights were imported with."""
@@ -186,8 +186,9 @@ def _model_config(file: Path) -> ModelConfig:
     """The "model" of a run's config.json."""
     try:
         fields = dict(json.loads(file.read_text(encoding="utf-8"))["model"])
-        if fields.get("yarn") is not None:
-            fields["yarn"] = YarnConfig(**fields["yarn"])
+        for name, kind in (("yarn", YarnConfig), ("bands", BandsConfig)):
+            if fields.get(name) is not None:
+                fields[name] = kind(**fields[name])
         return ModelConfig(**fields)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} does not describe a model of this version ({error})") from None

@@ -142,8 +142,11 @@ class Decoder:
 
     def logits(self, hidden_BD: jax.Array) -> jax.Array:
         """Main head on normed hidden states, also those of the MTP module; [B, V] fp32."""
-        kernel_DV = self.head.kernel[...].astype(hidden_BD.dtype)
-        return jnp.einsum("BD,DV->BV", hidden_BD, kernel_DV, preferred_element_type=jnp.float32)
+        # A tied head reads the table as it lies: [V, D].
+        tied = self.head is None
+        kernel = (self.embed.table if tied else self.head.kernel)[...].astype(hidden_BD.dtype)
+        product = "BD,VD->BV" if tied else "BD,DV->BV"
+        return jnp.einsum(product, hidden_BD, kernel, preferred_element_type=jnp.float32)
 
     def read(
         self,
@@ -236,7 +239,7 @@ def make_decoder(config: ModelConfig, weights: Tree, recipe: Recipe, mtp: bool) 
         embed=part("embed"),
         layers=[layer for _, layer in (*layers("dense_layers"), *layers("moe_layers"))],
         final_norm=part("final_norm"),
-        head=part("head"),
+        head=None if config.tie_embeddings else part("head"),
         mtp=layers("mtp")[0] if mtp else None,
         recipe=dataclasses.replace(recipe, fp8=False),
     )

@@ -69,7 +69,7 @@ class Scorer:
             # What enters at the end reaches only positions that `logits` marks as NaN.
             next_ids_BT = jnp.roll(ids_BT, -1, axis=1) if self._mtp else None
             output = model(Tokens(ids_BT, positions_BT, None), self._recipe, next_ids_BT)
-            kernel_DV = model.head.kernel[...]
+            kernel_DV = model.head_kernel()
             return [
                 jnp.einsum("BTD,DV->BTV", hidden_BTD.astype(jnp.float32), kernel_DV)
                 for hidden_BTD in (output.hidden_BTD, *output.mtp_hidden)

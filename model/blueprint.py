@@ -74,14 +74,14 @@ def bind(config: ModelConfig, params: Tree, router_bias: Tree) -> DeepSeekV3:
 
 
 def bind_around(config: ModelConfig, params: Tree, router_bias: Tree) -> DeepSeekV3:
-    """The model without its MoE layers: only its `before` and `after` are whole."""
+    """The model without its stack of layers: only its `before` and `after` are whole."""
     graph, params_state, bias_state = _abstract_around(config)
     return nnx.merge(graph, _fill(params_state, params), _fill(bias_state, router_bias))
 
 
 @functools.cache
 def _abstract_around(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    return _split(nnx.eval_shape(lambda: config.module()(config, nnx.Rngs(0), moe_layers=False)))
+    return _split(nnx.eval_shape(lambda: config.module()(config, nnx.Rngs(0), layers=False)))
 
 
 def bind_part(config: ModelConfig, name: str, params: Tree, router_bias: Tree) -> nnx.Module:
@@ -95,12 +95,12 @@ def bind_part(config: ModelConfig, name: str, params: Tree, router_bias: Tree) -
 
 
 def prepare_parts(config: ModelConfig) -> None:
-    """Make what `bind_around` and `bind_part` of the MoE layers need, ahead of a region.
+    """Make what `bind_around` and `bind_part` of the stack need, ahead of a region.
 
     Inside of one, flax would look for the logical axes on the region's mesh.
     """
     _abstract_around(config)
-    _abstract_part(config, "moe_layers")
+    _abstract_part(config, config.stack)
 
 
 @functools.cache

@@ -1,47 +1,70 @@
-"""Causal latent attention over sequences that are cut over devices (sharding/context.py).
+"""Causal attention over sequences that are cut over devices (sharding/context.py).
 
-What a device sends to the others is one latent and one rotary key per token, never the keys and
-values of its heads: those are expanded where they are read. Per visited shard a device computes two
-blocks of one chunk of queries against one chunk of keys, and three for its own: nothing of the
-other half of the square is computed, and all devices do the same work.
+What a device sends to the others is what a cache would hold: of latent attention one latent and one
+rotary key per token, never the keys and values of its heads, which are expanded where they are
+read; of grouped attention the keys and values that a group of heads shares. Per visited shard a
+device computes two blocks of one chunk of queries against one chunk of keys, and three for its own:
+nothing of the other half of the square is computed, and all devices do the same work.
 
 Blocks are combined by online softmax (Milakov and Gimelshein 2018); the backward pass recomputes
 the probabilities of each block from the log-sum-exp (FlashAttention 2, algorithm 2), walking over
 the shards a second time (Ring Attention, Liu et al. 2023).
 
 Letters: B batch, T tokens of this device, P = 2 chunks of this device (earlier, later), Q query and
-S key positions of a chunk, N heads, H query/key channels (nope then rope), V value channels,
-C latent width, L = C + rope channels.
+S key positions of a chunk, N heads, H query/key channels, V value channels.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from model.recipe import keep
 from sharding.context import over_sources, sequence_shards
-from sharding.partition import on_shards, shard_index, sum_over, vary
+from sharding.partition import Names, on_shards, shard_index, sum_over, vary
 
 QUERY_ROWS = 256
 """Most queries of a block whose logits exist at a time."""
 OWN_BLOCKS = ((0, 0, True), (1, 1, True), (1, 0, False))
 """Of the own keys: chunk of queries, chunk of keys, whether it lies on the diagonal."""
 
-_TOKENS, _LATENTS = ("batch", "seq"), ("batch", "seq", None)
+_TOKENS = ("batch", "seq")
 _HEADS, _STATISTIC = ("batch", "seq", "heads", "head_dim"), ("batch", "seq", "heads")
-_WEIGHT = ("latent", "heads", "head_dim")
+
+Arrays = tuple[jax.Array, ...]
 
 
-class Form(NamedTuple):
-    """What the arrays do not say."""
+class Form(Protocol):
+    """A kind of attention; hashable. `sent` is what travels, `weights` what expands it."""
 
-    scale: float
-    """Factor on the logits."""
-    nope: int
-    """Query/key channels without rotation."""
+    @property
+    def scale(self) -> float:
+        """Factor on the logits."""
+        ...
+
+    @property
+    def sent_names(self) -> tuple[Names, ...]:
+        """Logical axes of what travels."""
+        ...
+
+    @property
+    def weight_names(self) -> tuple[Names, ...]:
+        """Logical axes of the weights."""
+        ...
+
+    def width(self, sent: Arrays, weights: Arrays) -> int:
+        """Channels of a value."""
+        ...
+
+    def expand(self, here: int, sent: Arrays, weights: Arrays) -> tuple[jax.Array, jax.Array]:
+        """Keys [B, S, N, H] and values [B, S, N, V] of a device's `here` heads."""
+        ...
+
+    def summed(self, gradient: jax.Array) -> jax.Array:
+        """Gradient of what travels, over the devices that hold it for other heads too."""
+        ...
 
 
 class Queries(NamedTuple):
@@ -65,62 +88,75 @@ class Keys(NamedTuple):
 
 def context_attention(
     q_BTNH: jax.Array,
-    latents_BTL: jax.Array,
-    w_CNH: jax.Array,
+    sent: Arrays,
+    weights: Arrays,
     segments_BT: jax.Array | None,
     form: Form,
 ) -> jax.Array:
     """softmax(q k^T * scale) v [B, T, N, V] of tokens in balanced order, T cut over devices.
 
-    Per head `w_CNH` makes [k_nope | v] of the first C channels of the latents; the others are the
-    rotated key that all heads share. Keys of other segments are not seen. fp32 softmax. Its
-    gradient must be taken under the same layout.
+    `form` makes k and v of `sent` [B, T, ...] and `weights`. Keys of other segments are not seen.
+    fp32 softmax. Its gradient must be taken under the same layout.
     """
-    return _attention(q_BTNH, latents_BTL, w_CNH, segments_BT, form, sequence_shards())
+    return _attention(q_BTNH, sent, weights, segments_BT, form, sequence_shards())
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attention(q_BTNH, latents_BTL, w_CNH, segments_BT, form: Form, shards: int) -> jax.Array:
-    return _forward(q_BTNH, latents_BTL, w_CNH, segments_BT, form, shards)[0]
+def _attention(q_BTNH, sent, weights, segments_BT, form: Form, shards: int) -> jax.Array:
+    return _forward(q_BTNH, sent, weights, segments_BT, form, shards)[0]
 
 
-def _forward(q_BTNH, latents_BTL, w_CNH, segments_BT, form: Form, shards: int):
+def _with_segments(arrays: tuple, names: tuple, segments_BT: jax.Array | None):
+    """Arrays of a region with their logical axes; segments last, if there are any."""
+    if segments_BT is None:
+        return arrays, names
+    return (*arrays, segments_BT), (*names, _TOKENS)
+
+
+def _forward(q_BTNH, sent, weights, segments_BT, form: Form, shards: int):
     assert shards == sequence_shards()
-    region = partial(_forward_on_shard, form=form)
-    arrays, names = (q_BTNH, latents_BTL, w_CNH), (_HEADS, _LATENTS, _WEIGHT)
-    if segments_BT is not None:
-        arrays, names = (*arrays, segments_BT), (*names, _TOKENS)
+    region = partial(_forward_on_shard, form=form, parts=(len(sent), len(weights)))
+    arrays, names = (q_BTNH, *sent, *weights), (_HEADS, *form.sent_names, *form.weight_names)
+    arrays, names = _with_segments(arrays, names, segments_BT)
     o_BTNV, lse_BTN = on_shards(region, names, (_HEADS, _STATISTIC))(*arrays)
     # With selective recomputation the walk over the shards is not repeated for these two.
     o_BTNV, lse_BTN = keep(o_BTNV), keep(lse_BTN)
-    return o_BTNV, (q_BTNH, latents_BTL, w_CNH, segments_BT, o_BTNV, lse_BTN)
+    return o_BTNV, (q_BTNH, sent, weights, segments_BT, o_BTNV, lse_BTN)
 
 
 def _backward(form: Form, shards: int, saved, do_BTNV):
     assert shards == sequence_shards(), "differentiate inside of `use_layout`"
-    q_BTNH, latents_BTL, w_CNH, segments_BT, o_BTNV, lse_BTN = saved
-    region = partial(_backward_on_shard, form=form)
-    arrays = (q_BTNH, latents_BTL, w_CNH, o_BTNV, lse_BTN, do_BTNV)
-    names = (_HEADS, _LATENTS, _WEIGHT, _HEADS, _STATISTIC, _HEADS)
-    if segments_BT is not None:
-        arrays, names = (*arrays, segments_BT), (*names, _TOKENS)
-    return (*on_shards(region, names, (_HEADS, _LATENTS, _WEIGHT))(*arrays), None)
+    q_BTNH, sent, weights, segments_BT, o_BTNV, lse_BTN = saved
+    region = partial(_backward_on_shard, form=form, parts=(len(sent), len(weights)))
+    arrays = (q_BTNH, o_BTNV, lse_BTN, do_BTNV, *sent, *weights)
+    made = (*form.sent_names, *form.weight_names)
+    names = (_HEADS, _HEADS, _STATISTIC, _HEADS, *made)
+    arrays, names = _with_segments(arrays, names, segments_BT)
+    dq_BTNH, *rest = on_shards(region, names, (_HEADS, *made))(*arrays)
+    return dq_BTNH, tuple(rest[: len(sent)]), tuple(rest[len(sent) :]), None
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def _forward_on_shard(q_BTNH, latents_BTL, w_CNH, segments_BT=None, *, form: Form):
+def _parted(arrays: Arrays, parts: tuple[int, int]) -> tuple[Arrays, Arrays, jax.Array | None]:
+    """What travels, the weights, and the segments, if there are any."""
+    sent, rest = arrays[: parts[0]], arrays[parts[0] :]
+    return sent, rest[: parts[1]], rest[parts[1]] if len(rest) > parts[1] else None
+
+
+def _forward_on_shard(q_BTNH, *arrays, form: Form, parts: tuple[int, int]):
     """Output [B, T, N, V] and log-sum-exp of the logits [B, T, N] of one device's queries."""
+    sent, weights, segments_BT = _parted(arrays, parts)
     B, T, N, _ = q_BTNH.shape
     zeros_BTN = vary(jnp.zeros((B, T, N), jnp.float32))
-    o_BTNV = vary(jnp.zeros((B, T, N, w_CNH.shape[-1] - form.nope), jnp.float32))
+    o_BTNV = vary(jnp.zeros((B, T, N, form.width(sent, weights)), jnp.float32))
     rest = (o_BTNV, zeros_BTN - jnp.inf, zeros_BTN)
     queries = jax.tree.map(_chunks, Queries(q_BTNH, segments_BT, rest))
 
     def read(running, blocks, there):
-        latents_BSL, segments_BS = there
-        keys = _keys(latents_BSL, segments_BS, w_CNH, form)
+        sent, segments_BS = there
+        keys = jax.tree.map(_chunks, Keys(*form.expand(N, sent, weights), segments_BS))
         for a, b, diagonal in blocks:
             mine, part = queries._replace(rest=running), _chunk(keys, b)
             rows = partial(_attend, keys=part, diagonal=diagonal, scale=form.scale)
@@ -131,7 +167,7 @@ def _forward_on_shard(q_BTNH, latents_BTL, w_CNH, segments_BT=None, *, form: For
     running, _ = over_sources(
         lambda own: read(queries.rest, OWN_BLOCKS, own),
         lambda running, source, there: read(running, _blocks_of(source), there),
-        (latents_BTL, segments_BT),
+        (sent, segments_BT),
     )
     o_BPQNV, max_BPQN, sum_BPQN = running
     o_BTNV = (o_BPQNV / sum_BPQN[..., None]).reshape(o_BTNV.shape).astype(q_BTNH.dtype)
@@ -139,38 +175,46 @@ def _forward_on_shard(q_BTNH, latents_BTL, w_CNH, segments_BT=None, *, form: For
 
 
 def _backward_on_shard(
-    q_BTNH, latents_BTL, w_CNH, o_BTNV, lse_BTN, do_BTNV, segments_BT=None, *, form: Form
+    q_BTNH, o_BTNV, lse_BTN, do_BTNV, *arrays, form: Form, parts: tuple[int, int]
 ):
-    """Gradients with respect to q, latents and w, the last two summed over devices."""
+    """Gradients with respect to q, what travels and weights, the last summed over devices."""
+    sent, weights, segments_BT = _parted(arrays, parts)
+    N = q_BTNH.shape[2]
     delta_BTN = jnp.einsum("BTNV,BTNV->BTN", do_BTNV, o_BTNV, preferred_element_type=jnp.float32)
     rest = (do_BTNV, lse_BTN, delta_BTN)
     queries = jax.tree.map(_chunks, Queries(q_BTNH, segments_BT, rest))
+    exact = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)  # noqa: E731
 
     def read(state, blocks, there):
-        dq_BPQNH, dw_CNH = state
-        latents_BSL, segments_BS = there
-        keys, pull = jax.vjp(lambda x, w: _keys(x, segments_BS, w, form)[:2], latents_BSL, w_CNH)
-        keys = Keys(*keys, None if segments_BS is None else _chunks(segments_BS))
-        dkv = jax.tree.map(lambda x: vary(jnp.zeros(x.shape, jnp.float32)), keys[:2])
+        dq_BPQNH, dweights = state
+        sent, segments_BS = there
+
+        def expanded(sent, weights):
+            return jax.tree.map(_chunks, form.expand(N, sent, weights))
+
+        kv, pull = jax.vjp(expanded, sent, weights)
+        keys = Keys(*kv, None if segments_BS is None else _chunks(segments_BS))
+        dkv = jax.tree.map(lambda x: vary(jnp.zeros(x.shape, jnp.float32)), kv)
         for a, b, diagonal in blocks:
             part = _chunk(keys, b)
             rows = partial(_differentiate, keys=part, diagonal=diagonal, scale=form.scale)
             dkv_b, dq = _by_rows(rows, _chunk(dkv, b), _chunk(queries, a))
             dkv = _put_chunk(dkv, dkv_b, b)
             dq_BPQNH = _put_chunk(dq_BPQNH, _chunk(dq_BPQNH, a) + dq, a)
-        dlatents_BSL, dw = pull(jax.tree.map(lambda g, x: g.astype(x.dtype), dkv, keys[:2]))
-        return (dq_BPQNH, dw_CNH + dw.astype(jnp.float32)), dlatents_BSL.astype(jnp.float32)
+        dsent, dw = pull(jax.tree.map(lambda g, x: g.astype(x.dtype), dkv, kv))
+        return (dq_BPQNH, jax.tree.map(jnp.add, dweights, exact(dw))), exact(dsent)
 
     zero = lambda x: vary(jnp.zeros(x.shape, jnp.float32))  # noqa: E731
-    (dq_BPQNH, dw_CNH), dlatents_BTL = over_sources(
-        lambda own: read((zero(queries.q), zero(w_CNH)), OWN_BLOCKS, own),
+    (dq_BPQNH, dweights), dsent = over_sources(
+        lambda own: read((zero(queries.q), jax.tree.map(zero, weights)), OWN_BLOCKS, own),
         lambda state, source, there: read(state, _blocks_of(source), there),
-        (latents_BTL, segments_BT),
+        (sent, segments_BT),
     )
     # dc[B, T_cp, L]{U_tp} -> AllReduce_tp ; dw[C, N_tp, H]{U_batch,cp} -> AllReduce
-    dlatents_BTL = sum_over(dlatents_BTL.astype(latents_BTL.dtype), "heads")
-    dw_CNH = sum_over(dw_CNH, "batch", "seq").astype(w_CNH.dtype)
-    return dq_BPQNH.reshape(q_BTNH.shape).astype(q_BTNH.dtype), dlatents_BTL, dw_CNH
+    dsent = [form.summed(g.astype(x.dtype)) for g, x in zip(dsent, sent, strict=True)]
+    pairs = zip(dweights, weights, strict=True)
+    dweights = [sum_over(g, "batch", "seq").astype(w.dtype) for g, w in pairs]
+    return dq_BPQNH.reshape(q_BTNH.shape).astype(q_BTNH.dtype), *dsent, *dweights
 
 
 def _blocks_of(source: jax.Array):
@@ -181,16 +225,6 @@ def _blocks_of(source: jax.Array):
     """
     behind = (source > shard_index("seq")).astype(jnp.int32)
     return ((1, 0, False), (behind, behind, False))
-
-
-def _keys(latents_BTL, segments_BT, w_CNH, form: Form) -> Keys:
-    """Keys and values of every head (V3 report, eq. 2-5)."""
-    C = w_CNH.shape[0]
-    kv = jnp.einsum("BTC,CNH->BTNH", latents_BTL[..., :C], w_CNH)
-    shared = latents_BTL[:, :, None, C:]
-    shared = jnp.broadcast_to(shared, (*kv.shape[:3], shared.shape[-1]))
-    k_BTNH = jnp.concatenate([kv[..., : form.nope], shared], axis=-1)
-    return jax.tree.map(_chunks, Keys(k_BTNH, kv[..., form.nope :], segments_BT))
 
 
 def _logits(start, mine: Queries, keys: Keys, diagonal: bool, scale: float) -> jax.Array:

@@ -59,6 +59,9 @@ def train_flops_per_token(config: ModelConfig, seq_len: int, causal: bool = True
 
 
 def cache_bytes_per_token(config: ModelConfig, bytes_per_value: int = 2) -> int:
-    """Latent cache: kv_lora_rank + qk_rope_head_dim values per layer and token."""
-    latent = config.kv_lora_rank + config.qk_rope_head_dim
-    return config.num_layers * latent * bytes_per_value
+    """What a cache holds of a token: per layer the latent and the rotary key, or all key heads'
+    keys and values."""
+    values = config.kv_lora_rank + config.qk_rope_head_dim
+    if config.attention == "grouped":
+        values = config.num_kv_heads * (config.qk_head_dim + config.v_head_dim)
+    return config.num_layers * values * bytes_per_value

@@ -80,6 +80,8 @@ def choose(
 def _attention(config: ModelConfig, dtype: str) -> str | None:
     if num_shards("seq") > 1:
         return "sequences are cut over devices, and the ring of keys is XLA's"
+    if config.attention == "grouped":
+        return attention.grouped_unsupported(config.v_head_dim, jnp.dtype(dtype))
     sizes = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
     return attention.unsupported(*sizes, jnp.dtype(dtype))
 

@@ -14,7 +14,7 @@ from flax import nnx
 from model.recipe import Recipe
 from pallas_kernels.fp8 import fp8_linear
 from pallas_kernels.mosaic import Backend
-from sharding.partition import constrain, on_shards, sum_over
+from sharding.partition import Names, as_cut, constrain, on_shards, sum_over
 
 LATENT_EPS = 1e-6
 """Epsilon of the two latent norms in the released code, whatever the model's `norm_eps` says."""
@@ -80,10 +80,10 @@ def as_computed(w: nnx.Param) -> jax.Array:
     return constrain(value, *_axes(w, value))
 
 
-def _axes(w: nnx.Param, value: jax.Array) -> tuple[str, ...]:
+def _axes(w: nnx.Param, value: jax.Array) -> Names:
     """Logical axes of a weight's value, which may be one layer's part of a stack."""
     names = w.get_metadata("out_sharding")
-    return names[len(names) - value.ndim :]
+    return as_cut(names[len(names) - value.ndim :], value.shape)
 
 
 def _fp8_on_shards(
@@ -102,7 +102,8 @@ def _fp8_on_shards(
         B, T = x.shape[:2]
         x_MK = x.reshape(B * T, -1)
         y_MN = fp8_linear(x_MK, w.reshape(x_MK.shape[1], -1), backend=backend)
-        return (sum_over(y_MN.reshape(B, T, *w.shape[contracted:]), *inner),)
+        y_BT = y_MN.reshape(B, T, *w.shape[contracted:])
+        return (sum_over(y_BT, *(name for name in inner if name)),)
 
     return on_shards(on_shard, ((*lead, *inner), names), ((*lead, *outer),))(x, value)[0]
 

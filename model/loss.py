@@ -172,7 +172,7 @@ def loss_of_output(
     hidden = (output.hidden_BTD, *output.mtp_hidden)
     sums: list[Any] = [
         cross_entropy_sum(
-            hidden[k], model.head.kernel[...], targets_KBT[k], weights_KBT[k], recipe.kernels.loss
+            hidden[k], model.head_kernel(), targets_KBT[k], weights_KBT[k], recipe.kernels.loss
         )
         for k in range(len(hidden))
     ]

@@ -9,23 +9,23 @@ H query/key channels (nope then rope), R rope channels, V value channels, L = C 
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from model.config import ModelConfig
-from model.context_attention import Form, context_attention
+from model.context_attention import context_attention
 from model.layers import LATENT_EPS, RMSNorm, from_stream, project, to_stream, weight
-from model.recipe import KEPT, Recipe, keep
+from model.recipe import KEPT, PLAIN, Recipe, keep
 from model.rope import rotate, rotation, softmax_scale
 from pallas_kernels.attention import mla_attention, starts_of_segments
 from pallas_kernels.decode import mla_decode
 from pallas_kernels.mosaic import Backend
 from sharding.context import sequence_shards
-from sharding.partition import constrain, on_shards
+from sharding.partition import constrain, on_shards, sum_over
 
-PLAIN = Recipe()
 HEADS = ("batch", "seq", "heads", "head_dim")
 """Logical axes of what every head has."""
 
@@ -78,7 +78,7 @@ class MLA(nnx.Module):
         if sequence_shards() > 1:
             w_ukv_CNH = self.w_ukv[...].astype(x_BTD.dtype)
             form = Form(softmax_scale(c), c.qk_nope_head_dim)
-            o_BTNV = context_attention(q_BTNH, latents_BTL, w_ukv_CNH, segments_BT, form)
+            o_BTNV = context_attention(q_BTNH, (latents_BTL,), (w_ukv_CNH,), segments_BT, form)
         else:
             c_kv_BTC, k_rope_BTR = jnp.split(latents_BTL, [c.kv_lora_rank], axis=-1)
             arrays = q_BTNH, self.keys_values(c_kv_BTC, recipe), k_rope_BTR, segments_BT
@@ -170,6 +170,34 @@ def _decode_on_shards(
     attend = functools.partial(mla_decode, scale=scale, latent=latent, backend=backend)
     on_shard = on_shards(lambda *shards: (attend(*shards),), names, (HEADS,))
     return on_shard(q_BTNL, cache_BSL, lengths_B)[0]
+
+
+class Form(NamedTuple):
+    """What `context_attention` asks: latents travel, with the key that all heads share."""
+
+    scale: float
+    """Factor on the logits."""
+    nope: int
+    """Query/key channels without rotation."""
+    sent_names = (("batch", "seq", None),)
+    weight_names = (("latent", "heads", "head_dim"),)
+
+    def width(self, sent, weights) -> int:
+        """Channels of a value."""
+        return weights[0].shape[-1] - self.nope
+
+    def expand(self, here: int, sent, weights) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of every head (V3 report, eq. 2-5)."""
+        (latents_BTL,), (w_CNH,) = sent, weights
+        C = w_CNH.shape[0]
+        kv = jnp.einsum("BTC,CNH->BTNH", latents_BTL[..., :C], w_CNH)
+        shared = latents_BTL[:, :, None, C:]
+        shared = jnp.broadcast_to(shared, (*kv.shape[:3], shared.shape[-1]))
+        return jnp.concatenate([kv[..., : self.nope], shared], axis=-1), kv[..., self.nope :]
+
+    def summed(self, dlatents_BTL: jax.Array) -> jax.Array:
+        """All devices' heads read the same latents."""
+        return sum_over(dlatents_BTL, "heads")
 
 
 def split_heads_first(w_CNH: jax.Array, nope: int) -> tuple[jax.Array, jax.Array]:

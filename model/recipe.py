@@ -71,6 +71,10 @@ class Recipe:
         return jax.checkpoint(fn, prevent_cse=False, policy=policy)
 
 
+PLAIN = Recipe()
+"""fp32, nothing recomputed, no kernels."""
+
+
 def keep(x: jax.Array) -> jax.Array:
     """Mark a value that selective recomputation stores.
 

@@ -1,4 +1,4 @@
-"""Rotary position embedding and its YaRN extension (V3 report, sections 2.1.1 and 4.3).
+"""Rotary position embedding and its extensions: YaRN (V3 report, sections 2.1.1 and 4.3), bands.
 
 Letters: B batch, T sequence, N heads, R rope channels, J = R/2 rotated pairs.
 """
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.config import ModelConfig, YarnConfig
+from model.config import BandsConfig, ModelConfig, YarnConfig
 
 
 def _mscale(factor: float, coefficient: float) -> float:
@@ -32,10 +32,20 @@ def _ramp(yarn: YarnConfig, size: int, theta: float) -> np.ndarray:
     return np.clip((np.arange(size // 2) - low) / width, 0.0, 1.0)
 
 
+def _by_bands(bands: BandsConfig, plain: np.ndarray) -> np.ndarray:
+    """Fast pairs as they are, slow ones slowed by the factor, and a blend in between."""
+    turns = bands.original_max_position * plain / (2 * math.pi)
+    low, high = bands.low_freq_factor, bands.high_freq_factor
+    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return plain * kept + plain / bands.factor * (1 - kept)
+
+
 def frequencies(config: ModelConfig) -> np.ndarray:
     """Radians per position of each rotated pair [J], float64."""
     size = config.qk_rope_head_dim
     plain = config.rope_theta ** (-np.arange(0, size, 2, dtype=np.float64) / size)
+    if config.bands is not None:
+        return _by_bands(config.bands, plain)
     if config.yarn is None:
         return plain
     ramp = _ramp(config.yarn, size, config.rope_theta)

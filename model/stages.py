@@ -1,4 +1,7 @@
-"""The model as a pipeline sees it: before the MoE layers, one of them, and after them.
+"""The model as a pipeline sees it: before the stack of layers, one of them, and after them.
+
+The stack is `ModelConfig.stack`: it is cut into stages; everything else is computed with the first
+or last of them.
 
 Letters: B batch, T sequence, D hidden width, L layers, E experts.
 """
@@ -18,20 +21,18 @@ from sharding.partition import constrain
 from sharding.pipeline.executor import Stages, Weights
 
 ROUTED = ("w_gate", "w_up", "w_down")
-LAYERS = "moe_layers"
-"""The stack that is cut into stages; everything else is computed with the first or last of them."""
 
 
-def split_weights(params: Tree, router_bias: Tree) -> Weights:
+def split_weights(config: ModelConfig, params: Tree, router_bias: Tree) -> Weights:
     """Parameters and router biases as a pipeline takes them."""
-    outer = {name: part for name, part in params.items() if name != LAYERS}
-    outer_bias = {name: part for name, part in router_bias.items() if name != LAYERS}
-    return Weights(outer, params[LAYERS], outer_bias, router_bias.get(LAYERS, {}))
+    outer = {name: part for name, part in params.items() if name != config.stack}
+    outer_bias = {name: part for name, part in router_bias.items() if name != config.stack}
+    return Weights(outer, params[config.stack], outer_bias, router_bias.get(config.stack, {}))
 
 
-def join_weights(outer: Tree, layers: Tree) -> Tree:
+def join_weights(config: ModelConfig, outer: Tree, layers: Tree) -> Tree:
     """The parameters' tree again, or that of their gradients."""
-    return {**outer, LAYERS: layers}
+    return {**outer, config.stack: layers}
 
 
 def pipeline_stages(config: ModelConfig, recipe: Recipe, balance_weight: float) -> Stages:
@@ -50,13 +51,15 @@ def pipeline_stages(config: ModelConfig, recipe: Recipe, balance_weight: float) 
         return bind_around(config, outer, bias).before(micro[0].tokens, recipe)
 
     def block(weights: Tree, bias: Tree, x_BTD: jax.Array, tokens):
-        module: Any = bind_part(config, LAYERS, weights, bias)
+        module: Any = bind_part(config, config.stack, weights, bias)
         return module(x_BTD, tokens, recipe)
 
     recompute = recipe.rematerialize(block)
 
     def layer(weights: Tree, bias: Tree, x_BTD: jax.Array, micro):
         x_BTD, stats = recompute(weights, bias, x_BTD, micro[0].tokens)
+        if stats is None:
+            return (x_BTD, jnp.zeros(())), None
         assert isinstance(stats, MoEStats)
         scale = balance_weight / weights_of(micro).num_sequences
         return (x_BTD, scale * stats.balance), jax.lax.stop_gradient(stats)
@@ -71,8 +74,10 @@ def pipeline_stages(config: ModelConfig, recipe: Recipe, balance_weight: float) 
     return Stages(first, layer, last, place)
 
 
-def merge_parts(parts: LossParts, stats: MoEStats, num_sequences: jax.Array) -> LossParts:
+def merge_parts(parts: LossParts, stats: MoEStats | None, num_sequences: jax.Array) -> LossParts:
     """What `training_loss` reports, from that of the last stage and the layers' statistics."""
+    if stats is None:
+        return parts
     return parts._replace(
         balance=parts.balance + stats.balance.sum() / num_sequences,
         counts_LE=jnp.concatenate([stats.counts_E, parts.counts_LE]),
@@ -81,17 +86,19 @@ def merge_parts(parts: LossParts, stats: MoEStats, num_sequences: jax.Array) -> 
 
 
 def stage_costs(config: ModelConfig) -> tuple[float, float]:
-    """What is computed before and after the MoE layers, in MoE layers, by active parameters."""
+    """What is computed before and after the stack, in its layers, by active parameters."""
     plan = blueprint(config)
     K, E = config.experts_per_token, config.num_experts
 
     def active(block: Tree) -> float:
         routed = [w for name, w in block.get("moe", {}).items() if name in ROUTED]
-        return count_weights(block) - (1 - K / E) * count_weights(routed)
+        return count_weights(block) - (1 - K / max(E, 1)) * count_weights(routed)
 
-    layer = active(plan.params[LAYERS]) / config.num_moe_layers
-    before = count_weights(plan.params.get("dense_layers", {}))
-    head = count_weights(plan.params["head"]) * (1 + config.mtp_depth)
+    layer = active(plan.params[config.stack]) / config.stack_size
+    before = count_weights(plan.params["dense_layers"]) if config.num_dense_layers else 0
+    if config.stack == "dense_layers":
+        before = 0
+    head = config.vocab_size * config.hidden_size * (1 + config.mtp_depth)
     modules = plan.params.get("mtp", {})
     after = head + count_weights(modules) - count_weights(modules.get("block", {}))
     return before / layer, (after + active(modules.get("block", {}))) / layer

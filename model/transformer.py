@@ -1,8 +1,11 @@
 """DeepSeek-V3: embedding, dense layers, scanned MoE layers, multi-token prediction, head.
 
+A model without experts is the same with its dense layers in the place of the MoE layers.
+
 Letters: B batch, T sequence, D hidden width, V vocabulary, L layers, E experts.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from model.config import ModelConfig
+from model.grouped import GroupedAttention
 from model.layers import RMSNorm, SwiGLU, project, scan_layers, stack, weight
 from model.mla import MLA
 from model.moe import MoE, MoEStats, Routed
@@ -49,13 +53,20 @@ class Output(NamedTuple):
     """Statistics of every MoE layer, stacked [L]; MTP modules last. None for a dense model."""
 
 
+ATTENTION: dict[str, Callable[[ModelConfig, nnx.Rngs], Any]] = {
+    "mla": MLA,
+    "grouped": GroupedAttention,
+}
+"""Kinds of `ModelConfig.attention`."""
+
+
 class Block(nnx.Module):
-    """Pre-norm decoder layer: latent attention, then a dense MLP or experts."""
+    """Pre-norm decoder layer: attention, then a dense MLP or experts."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, moe: bool):
         size, eps = config.hidden_size, config.norm_eps
         self.attn_norm = RMSNorm(size, eps)
-        self.attn = MLA(config, rngs)
+        self.attn = ATTENTION[config.attention](config, rngs)
         self.ffn_norm = RMSNorm(size, eps)
         if moe:
             self.moe = MoE(config, rngs)
@@ -114,7 +125,7 @@ def _look_up(table_VD: jax.Array, ids_BT: jax.Array) -> tuple[jax.Array]:
 
 
 class Head(nnx.Module):
-    """Output projection, not tied to the embedding; MTP modules read the same one."""
+    """Output projection of its own; MTP modules read the same one."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         shape = (config.hidden_size, config.vocab_size)
@@ -161,17 +172,20 @@ class Projection(nnx.Module):
 class DeepSeekV3(nnx.Module):
     """The whole model. Layers of one kind are stacked and scanned.
 
-    Without `moe_layers` it is what surrounds them: `before` and `after` still work.
+    The stack `config.stack` is the one between `before` and `after`. Without it (`layers` False)
+    the two still work.
     """
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, moe_layers: bool = True):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, layers: bool = True):
         c = config
         self.embed = Embedding(c, rngs)
-        self.dense_layers = stack(lambda r: Block(c, r, moe=False), c.num_dense_layers, rngs)
-        count = c.num_moe_layers if moe_layers else 0
-        self.moe_layers = stack(lambda r: Block(c, r, moe=True), count, rngs)
+        counts = {"dense_layers": c.num_dense_layers, "moe_layers": c.num_moe_layers}
+        if not layers:
+            counts[c.stack] = 0
+        self.dense_layers = stack(lambda r: Block(c, r, moe=False), counts["dense_layers"], rngs)
+        self.moe_layers = stack(lambda r: Block(c, r, moe=True), counts["moe_layers"], rngs)
         self.final_norm = RMSNorm(c.hidden_size, c.norm_eps)
-        self.head = Head(c, rngs)
+        self.head = None if c.tie_embeddings else Head(c, rngs)
         self.mtp = stack(lambda r: MTP(c, r), c.mtp_depth, rngs)
         self.config = c
 
@@ -198,9 +212,8 @@ class DeepSeekV3(nnx.Module):
 
         `replayed_LBTK` are the experts that the tokens of every MoE layer keep to.
         """
-        x_BTD, layer_stats = self.before(tokens, recipe), None
-        if self.moe_layers is not None:
-            (x_BTD,), (layer_stats,) = self.between((x_BTD,), (tokens,), recipe, replayed_LBTK)
+        x_BTD = self.before(tokens, recipe)
+        (x_BTD,), (layer_stats,) = self.between((x_BTD,), (tokens,), recipe, replayed_LBTK)
         output = self.after(x_BTD, tokens, recipe, ahead_KBT)
         stats = [part for part in (layer_stats, output.stats) if part is not None]
         merged = jax.tree.map(lambda *a: jnp.concatenate(a), *stats) if stats else None
@@ -211,9 +224,9 @@ class DeepSeekV3(nnx.Module):
         return self.embed(tokens.ids_BT, recipe)
 
     def before(self, tokens: Tokens, recipe: Recipe) -> jax.Array:
-        """Input of the MoE layers [B, T, D]: embedding and dense layers."""
+        """Input of the stack [B, T, D]: embedding, and the dense layers of a model with experts."""
         x_BTD = self.inputs(tokens, recipe)
-        if self.dense_layers is not None:
+        if self.dense_layers is not None and self.config.num_moe_layers:
             x_BTD, _ = scan_layers(self.dense_layers, x_BTD, _one_layer(tokens, recipe))
         return x_BTD
 
@@ -223,8 +236,9 @@ class DeepSeekV3(nnx.Module):
         tokens: tuple[Tokens, ...],
         recipe: Recipe,
         replayed_LBTK: jax.Array | None = None,
-    ) -> tuple[tuple[jax.Array, ...], tuple[MoEStats, ...]]:
-        """The MoE layers, for micro batches side by side; statistics are stacked [L] for each.
+    ) -> tuple[tuple[jax.Array, ...], tuple[MoEStats | None, ...]]:
+        """The stack, for micro batches side by side; statistics are stacked [L] for each, None
+        without experts.
 
         Every layer is computed for all of them before the next: what one exchanges with other
         devices can travel while another is computed.
@@ -239,9 +253,15 @@ class DeepSeekV3(nnx.Module):
             ys, stats = zip(*pairs, strict=True)
             return ys, stats
 
-        assert self.moe_layers is not None
+        layers = getattr(self, self.config.stack)
         inputs = () if replayed_LBTK is None else (replayed_LBTK,)
-        return scan_layers(self.moe_layers, xs, apply, *inputs)
+        return scan_layers(layers, xs, apply, *inputs)
+
+    def head_kernel(self) -> jax.Array:
+        """The output projection [D, V], fp32: the head's, or the transposed embedding table."""
+        if self.head is not None:
+            return self.head.kernel[...]
+        return constrain(self.embed.table[...].T, "embed", "vocab")
 
     def after(
         self, x_BTD: jax.Array, tokens: Tokens, recipe: Recipe, ahead_KBT: jax.Array | None

@@ -17,7 +17,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-Backend = Literal["mosaic", "emulated", "portable", "reference"]
+Backend = Literal["mosaic", "emulated", "portable", "reference", "cudnn"]
 """Way to compute a hot path: "mosaic" by the kernel, on Hopper; "emulated" by the same kernel on
 CPU, block by block (for tests: thousands of times slower); "portable" by XLA, anywhere; "reference"
 by its definition in fp32, with no care for cost."""

@@ -96,7 +96,7 @@ class PolicyTrainer(Trainer):
             routes_BTLK = micro["routes"].reshape(*ids_BT.shape, -1, K).astype(jnp.int32)
             replayed = jnp.moveaxis(routes_BTLK, 2, 0)
         output: Output = model.forward(tokens, self.recipe, None, replayed)
-        head_DV = model.head.kernel[...].astype(output.hidden_BTD.dtype)
+        head_DV = model.head_kernel().astype(output.hidden_BTD.dtype)
         logp_BT, entropy_BT = chunked_logps_and_entropy(
             output.hidden_BTD, head_DV, targets_BT, self.temperature, kept_BTK=micro.get("kept")
         )

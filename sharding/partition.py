@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sharding.config import MeshConfig
-from sharding.rules import COMPUTED, STORED, Rules, axes_of, check_divides, spec
+from sharding.rules import COMPUTED, STORED, Rules, axes_of, check_divides, fitting, spec
 
 Names = tuple[str | None, ...]
 
@@ -55,7 +55,15 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     if layout is None or layout.mesh.size == 1:
         return x
     mesh = jax.sharding.get_abstract_mesh() if _outer.get() else layout.mesh
+    names = as_cut(names, x.shape)
     return lax.with_sharding_constraint(x, NamedSharding(mesh, spec(names, layout.computed)))
+
+
+def as_cut(names: Names, shape: tuple[int, ...]) -> Names:
+    """Logical axes of an activation of this shape on the active layout; None for those that are
+    whole there though their rule would cut them (sharding/rules.py:WHOLE_IF_UNEVEN)."""
+    layout = _active.get()
+    return names if layout is None else fitting(names, shape, layout.computed, layout.mesh.shape)
 
 
 def along_axis(fn: Callable, axis: str, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
@@ -245,6 +253,7 @@ def stored_shardings(layout: Layout, shapes: Any, axes: Any) -> Any:
     """
 
     def place(name: str, shape: tuple[int, ...], names: Names) -> NamedSharding:
+        names = fitting(names, shape, layout.stored, layout.mesh.shape)
         check_divides(name, shape, names, layout.mesh, layout.stored)
         return NamedSharding(layout.mesh, spec(names, layout.stored))
 
@@ -271,6 +280,16 @@ def optimizer_shardings(layout: Layout, shapes: Any, axes: Any) -> Any:
     if not layout.config.zero1 or data == 1:
         return stored
     return jax.tree.map(extend, stored, shapes)
+
+
+def stored_axes(layout: Layout, shapes: Any, axes: Any) -> Any:
+    """Logical axes of every parameter as it is stored: None for those that stay whole."""
+    leaves, structure = jax.tree.flatten(shapes)
+    held = [
+        fitting(names, leaf.shape, layout.stored, layout.mesh.shape)
+        for leaf, names in zip(leaves, structure.flatten_up_to(axes), strict=True)
+    ]
+    return structure.unflatten(held)
 
 
 def _map_named(fn: Callable, shapes: Any, axes: Any) -> Any:

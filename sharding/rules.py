@@ -26,6 +26,7 @@ STORED: Rules = {
     "latent": ("fsdp", "pipe"),
     "latent_out": (),
     "heads": ("tensor",),
+    "kv_heads": ("tensor",),
     "head_dim": (),
     "ffn": ("tensor",),
     "router": (),
@@ -48,6 +49,7 @@ COMPUTED: Rules = {
     "latent": (),
     "latent_out": (),
     "heads": ("tensor",),
+    "kv_heads": ("tensor",),
     "head_dim": (),
     "ffn": ("tensor",),
     "router": (),
@@ -98,6 +100,25 @@ def spec(names: tuple[str | None, ...], rules: Rules) -> PartitionSpec:
             used[axis] = str(name)
         entries.append(axes or None)
     return PartitionSpec(*entries)
+
+
+WHOLE_IF_UNEVEN = ("kv_heads",)
+"""Logical axes that every device holds whole where they do not split over their mesh axes: a model
+has few heads of keys, and each is read by many of queries."""
+
+
+def fitting(
+    names: tuple[str | None, ...], shape: tuple[int, ...], rules: Rules, sizes: Mapping[str, int]
+) -> tuple[str | None, ...]:
+    """The logical axes of an array of this shape on a mesh of these sizes, None for what stays
+    whole though its rule would cut it."""
+
+    def fits(name: str | None, size: int) -> bool:
+        shards = math.prod(sizes[axis] for axis in rules.get(name or "", ()))
+        return name not in WHOLE_IF_UNEVEN or size % shards == 0
+
+    pairs = zip(names, shape, strict=True)
+    return tuple(name if fits(name, size) else None for name, size in pairs)
 
 
 def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -19,7 +19,8 @@ import model.loss
 from generation.config import Sampling
 from generation.engine import Generator
 from generation.score import Scorer
-from model.context_attention import Form, context_attention
+from model.context_attention import context_attention
+from model.mla import Form
 from model.recipe import Recipe
 from model.transformer import Block, Tokens, ids_ahead
 from pallas_kernels.attention import mla_attention, starts_of_segments
@@ -101,7 +102,9 @@ def one_device_attention(q_BTNH, latents_BTL, w_CNH, segments_BT):
 
 def cut_attention(q_BTNH, latents_BTL, w_CNH, segments_BT):
     q_BTNH, latents_BTL, segments_BT = jax.tree.map(balance, (q_BTNH, latents_BTL, segments_BT))
-    return restore(context_attention(q_BTNH, latents_BTL, w_CNH, segments_BT, Form(SCALE, NOPE)))
+    return restore(
+        context_attention(q_BTNH, (latents_BTL,), (w_CNH,), segments_BT, Form(SCALE, NOPE))
+    )
 
 
 def results(attention, layout, segments, dtype=np.float32):
@@ -354,7 +357,8 @@ def test_half_of_the_square_is_never_computed():
 
     def run(*inputs):
         with use_layout(layout):
-            return context_attention(*inputs, None, Form(SCALE, H - 4))
+            q, latents, w = inputs
+            return context_attention(q, (latents,), (w,), None, Form(SCALE, H - 4))
 
     abstract = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
     flops = jax.jit(run).lower(*abstract).compile().cost_analysis()["flops"]

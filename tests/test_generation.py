@@ -65,7 +65,7 @@ def teacher_forced(config=CONFIG):
     def forward(trees, ids_BT):
         model = bind(config, trees["params"], trees["router_bias"])
         positions_BT = jnp.arange(ids_BT.shape[1])[None]
-        return model(Tokens(ids_BT, positions_BT, None), RECIPE).hidden_BTD @ model.head.kernel[...]
+        return model(Tokens(ids_BT, positions_BT, None), RECIPE).hidden_BTD @ model.head_kernel()
 
     return lambda ids: np.asarray(forward(weights(), jnp.asarray(ids)[None]))[0]
 

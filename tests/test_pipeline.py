@@ -166,7 +166,11 @@ def test_v3_on_sixteen_stages():
 @pytest.mark.parametrize(
     ("layout", "micro", "message"),
     [
-        (MeshConfig(pipe=8), 8, "8 stages, but the model has 5 MoE layers; lower pipe to at most"),
+        (
+            MeshConfig(pipe=8),
+            8,
+            "8 stages, but the model has 5 layers to cut; lower pipe to at most",
+        ),
         (MeshConfig(pipe=2, schedule="dualpipe"), 2, "micro"),
         (MeshConfig(pipe=2, schedule="interleaved", pipe_chunks=2), 1, "micro"),
         (MeshConfig(pipe=2, overlap=True), 2, "mesh.overlap computes micro batches in pairs"),

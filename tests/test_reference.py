@@ -123,7 +123,7 @@ def test_hidden_states_and_logits(ref):
         close(x_BTD, ref["hidden"][index + 1], MODEL_ATOL)
     hidden_BTD = ref.model.final_norm(x_BTD)
     close(hidden_BTD, ref["final_hidden"], MODEL_ATOL)
-    close(hidden_BTD @ ref.model.head.kernel[...], ref["logits"], MODEL_ATOL)
+    close(hidden_BTD @ ref.model.head_kernel(), ref["logits"], MODEL_ATOL)
 
 
 def predictions(ref: Reference, params):
@@ -135,7 +135,7 @@ def predictions(ref: Reference, params):
     ids_BT = ref.tokens.ids_BT
     next_BT = jnp.pad(ids_BT[:, 1:], ((0, 0), (0, 1)))
     out = model(ref.tokens, RECIPE, next_BT if ref.config.mtp_depth else None)
-    head_DV = params["head"]["kernel"]
+    head_DV = model.head_kernel()
     logits_BTV = out.hidden_BTD @ head_DV
     mtp = [(hidden @ head_DV)[:, : -k - 1] for k, hidden in enumerate(out.mtp_hidden)]
     return logits_BTV, mtp

@@ -96,7 +96,7 @@ def logits(trainer: Trainer, state, rows) -> np.ndarray:
         model = bind(trainer.model, state["params"], state["router_bias"])
         tokens = inputs_and_targets({name: x[0] for name, x in rows.items()})[0]
         hidden = model.forward(tokens, trainer.recipe, None).hidden_BTD
-        x = np.asarray(jnp.einsum("BTD,DV->BTV", hidden, model.head.kernel[...]), np.float64)
+        x = np.asarray(jnp.einsum("BTD,DV->BTV", hidden, model.head_kernel()), np.float64)
     x = x - x.max(-1, keepdims=True)
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
 

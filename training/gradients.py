@@ -22,7 +22,7 @@ from model.loss import (
 from model.recipe import Recipe
 from model.stages import join_weights, merge_parts, pipeline_stages, split_weights, stage_costs
 from model.transformer import DeepSeekV3
-from sharding.partition import Layout, pipeline_ranks
+from sharding.partition import Layout, pipeline_ranks, stored_axes
 from sharding.pipeline.executor import run
 from sharding.pipeline.schedule import Schedule, make_schedule
 from sharding.pipeline.stage_weights import place_layers
@@ -88,7 +88,8 @@ def _loss_of_pair(model: DeepSeekV3, pair: list[Batch], weights: LossWeights, re
     ]
     total, parts = jax.tree.map(jnp.add, *ends)
     layers = jax.tree.map(jnp.add, *stats)
-    total += weights.balance * layers.balance.sum() / weights.num_sequences
+    if layers is not None:
+        total += weights.balance * layers.balance.sum() / weights.num_sequences
     return total, merge_parts(parts, layers, weights.num_sequences)
 
 
@@ -111,7 +112,7 @@ def check_micro_batches(config: ModelConfig, layout: Layout, num_micro: int) -> 
         )
     if pipeline_ranks(layout) > 1:
         schedule = make_pipeline_schedule(layout, num_micro)
-        place_layers(schedule, config.num_moe_layers, *stage_costs(config))
+        place_layers(schedule, config.stack_size, *stage_costs(config))
 
 
 def pipelined_gradients(
@@ -120,13 +121,14 @@ def pipelined_gradients(
 ) -> tuple[jax.Array, LossParts, Tree]:  # fmt: skip
     """The same, with the layers cut over `pipe` and micro batches in flight at the same time."""
     schedule = make_pipeline_schedule(layout, batch["tokens"].shape[0])
-    placement = place_layers(schedule, config.num_moe_layers, *stage_costs(config))
-    held = split_weights(params, router_bias)
-    axes: Any = split_weights(blueprint(config).params_axes, blueprint(config).router_bias_axes)
+    placement = place_layers(schedule, config.stack_size, *stage_costs(config))
+    held, plan = split_weights(config, params, router_bias), blueprint(config)
+    params_axes = stored_axes(layout, plan.params, plan.params_axes)
+    axes: Any = split_weights(config, params_axes, plan.router_bias_axes)
     shared = weights.num_targets, weights.num_sequences, weights.mtp
     stages = pipeline_stages(config, recipe, weights.balance)
     table = tick_table(schedule)
     examples = jax.vmap(lambda micro: make_examples(micro, config.mtp_depth))(batch)
     result = run(table, placement, stages, held, axes, examples, shared, layout)
     parts = merge_parts(result.parts, result.stats, weights.num_sequences)
-    return result.objective, parts, join_weights(result.d_outer, result.d_layers)
+    return result.objective, parts, join_weights(config, result.d_outer, result.d_layers)

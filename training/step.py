@@ -236,7 +236,7 @@ class Trainer:
             batch = {name: rows[0] for name, rows in batch.items()}
             tokens, targets_BT, weights_BT = inputs_and_targets(batch)
             output = model(tokens, self.recipe, next_ids_BT=targets_BT)
-            kernel = model.head.kernel[...]
+            kernel = model.head_kernel()
             nats = cross_entropy_sum(
                 output.hidden_BTD, kernel, targets_BT, weights_BT, self.recipe.kernels.loss
             )

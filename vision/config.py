@@ -113,7 +113,7 @@ class TokenizerConfig:
             )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class JanusConfig(ModelConfig):
     """A language model that reads images and draws them. The inherited fields are the language
     model's."""

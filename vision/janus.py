@@ -70,8 +70,8 @@ def _std(size: int) -> float:
 class Janus(DeepSeekV3):
     """The language model with eyes and a brush."""
 
-    def __init__(self, config: JanusConfig, rngs: nnx.Rngs, moe_layers: bool = True):
-        super().__init__(config, rngs, moe_layers)
+    def __init__(self, config: JanusConfig, rngs: nnx.Rngs, layers: bool = True):
+        super().__init__(config, rngs, layers)
         width, size = config.encoder.width, config.hidden_size
         self.encoder = Encoder(rngs, config.encoder, config.init_std)
         self.aligner = Adaptor(rngs, width, size, config.aligner_depth, "embed")

@@ -31,7 +31,7 @@ def portable(
             k_BTNH[:, :end],
             preferred_element_type=jnp.float32,
         )
-        p_BNQS = masked_softmax(logits_BNQS, _pairs(start_BT, first, end)).astype(v_BTNV.dtype)
+        p_BNQS = masked_softmax(logits_BNQS, pairs(start_BT, first, end)).astype(v_BTNV.dtype)
         outputs.append(jnp.einsum("BNQS,BSNV->BQNV", p_BNQS, v_BTNV[:, :end]))
     return jnp.concatenate(outputs, axis=1)
 
@@ -44,8 +44,8 @@ def reference(
     k_BTNH, v_BTNV = _keys_values(q32, kv32, k_rope32)
     with jax.default_matmul_precision("highest"):
         logits_BNTS = scale * jnp.einsum("BTNH,BSNH->BNTS", q32, k_BTNH)
-        pairs = _pairs(start_BT, 0, q_BTNH.shape[1])
-        p_BNTS = jax.nn.softmax(jnp.where(pairs, logits_BNTS, -jnp.inf), axis=-1)
+        seen = pairs(start_BT, 0, q_BTNH.shape[1])
+        p_BNTS = jax.nn.softmax(jnp.where(seen, logits_BNTS, -jnp.inf), axis=-1)
         return jnp.einsum("BNTS,BSNV->BTNV", p_BNTS, v_BTNV).astype(q_BTNH.dtype)
 
 
@@ -57,7 +57,7 @@ def _keys_values(q_BTNH: Array, kv_BTNW: Array, k_rope_BTR: Array) -> tuple[Arra
     return jnp.concatenate([kv_BTNW[..., :P], k_rope_BTNR], axis=-1), kv_BTNW[..., P:]
 
 
-def _pairs(start_BT: Array | None, first: int, end: int) -> Array:
+def pairs(start_BT: Array | None, first: int, end: int) -> Array:
     """Which keys [0, end) the rows [first, end) see [B or 1, 1, Q, S]."""
     key_S, row_Q1 = jnp.arange(end), jnp.arange(first, end)[:, None]
     pairs_QS = key_S <= row_Q1

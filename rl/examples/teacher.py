@@ -89,7 +89,7 @@ class Teacher:
             def one(micro: Batch) -> TopK:
                 model = bind(self.model, params, router_bias)
                 output = model.forward(inputs_and_targets(micro)[0], self.recipe, None)
-                head_DV = model.head.kernel[...][:, : self.vocab_size or None]
+                head_DV = model.head_kernel()[:, : self.vocab_size or None]
                 return chunked_top_k(output.hidden_BTD, head_DV, self.k)
 
             return jax.lax.map(one, batch)
@@ -130,7 +130,7 @@ class StudentTrainer(Trainer):
         output = model.forward(tokens, self.recipe, targets_KBT[:-1])
         loss, parts = loss_of_output(model, output, examples, weights, self.recipe)
         kl = distillation_loss(
-            output.hidden_BTD, model.head.kernel[...], TopK(*(micro[name] for name in TEACHER)),
+            output.hidden_BTD, model.head_kernel(), TopK(*(micro[name] for name in TEACHER)),
             weights_KBT[0], weights.num_targets,
         )  # fmt: skip
         return loss + self.kl_weight * (kl - parts.main), (parts, kl)

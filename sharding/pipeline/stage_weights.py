@@ -59,7 +59,7 @@ def place_layers(
     if num_layers < stages:
         raise ValueError(
             f"mesh.pipe={schedule.ranks} with the schedule {schedule.name} makes {stages} stages, "
-            f"but the model has {num_layers} MoE layers; lower pipe to at most "
+            f"but the model has {num_layers} layers to cut; lower pipe to at most "
             f"{num_layers * schedule.ranks // stages}, or choose a schedule with fewer chunks"
         )
     counts = [1] * stages

@@ -1,4 +1,4 @@
-"""Tiny DeepSeek models that differ in one semantic choice each: the values behind the golden files.
+"""Tiny models that differ in one semantic choice each: the values behind the golden files.
 
 `hf` is a Hugging Face `config.json` in the spelling of the released checkpoints (`rope_scaling`,
 `num_nextn_predict_layers`), so that reading real configurations is tested by the same cases.
@@ -177,5 +177,128 @@ CASES: dict[str, Case] = {
         },
         1100,
         "softmax scores, plain top-K",
+    ),
+}
+
+# --- dense models ---------------------------------------------------------------------------------
+
+_DENSE = {
+    "vocab_size": 48,
+    "hidden_size": 16,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+_QWEN2 = _DENSE | {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 4096}
+_QWEN3 = _DENSE | {"model_type": "qwen3", "head_dim": 12, "attention_bias": False}
+_LLAMA = _DENSE | {"model_type": "llama", "attention_bias": False, "mlp_bias": False}
+# 24 rather than 8192 original positions: some pairs of a head of 12 are kept, blended and slowed.
+_BANDS = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 24,
+}
+_YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+DENSE: dict[str, Case] = {
+    "dense_biases": Case(_QWEN2, 2000, "biases on queries, keys and values; groups of two"),
+    "dense_one_key_head": Case(
+        _QWEN2 | {"num_key_value_heads": 1, "tie_word_embeddings": True},
+        2100,
+        "one key head for all; tied embeddings with biases",
+    ),
+    "dense_bias_yarn": Case(
+        _QWEN2
+        | {
+            "rope_scaling": _YARN,
+            "rope_theta": 1e6,
+            "num_attention_heads": 1,
+            "num_key_value_heads": 1,
+        },
+        2200,
+        "YaRN as Qwen writes it: the temperature sits on cos and sin",
+    ),
+    "dense_8_to_1": Case(
+        _QWEN2 | {"num_attention_heads": 16, "num_key_value_heads": 2, "hidden_size": 32},
+        2300,
+        "eight heads of queries to one of keys, of two channels",
+    ),
+    "dense_bias_bands": Case(
+        _QWEN2
+        | {
+            "rope_scaling": _BANDS,
+            "hidden_size": 24,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+        },
+        2400,
+        "bands, with biases",
+    ),
+    "dense_bias_odd": Case(
+        _QWEN2
+        | {
+            "hidden_size": 20,
+            "num_attention_heads": 5,
+            "num_key_value_heads": 5,
+            "intermediate_size": 33,
+            "vocab_size": 67,
+        },
+        2500,
+        "odd sizes, as many key heads as heads",
+    ),
+    "dense_norms": Case(_QWEN3, 2600, "norms of every head; wider heads than hidden / heads"),
+    "dense_norms_tied": Case(
+        _QWEN3 | {"tie_word_embeddings": True, "rope_theta": 1e6}, 2700, "the same, tied"
+    ),
+    "dense_norms_yarn": Case(
+        _QWEN3 | {"rope_scaling": _YARN | {"beta_fast": 4}, "num_key_value_heads": 4},
+        2800,
+        "YaRN with norms",
+    ),
+    "dense_plain": Case(
+        _LLAMA | {"num_key_value_heads": 4}, 2900, "neither biases nor norms, no groups"
+    ),
+    "dense_bands": Case(
+        _LLAMA | {"rope_scaling": _BANDS, "head_dim": 12, "rope_theta": 5e5},
+        3000,
+        "frequencies by bands; a head_dim of its own",
+    ),
+    "dense_bands_tied": Case(
+        _LLAMA
+        | {
+            "rope_scaling": _BANDS,
+            "hidden_size": 24,
+            "num_attention_heads": 2,
+            "tie_word_embeddings": True,
+        },
+        3100,
+        "bands, tied",
+    ),
+    "dense_odd": Case(
+        _LLAMA
+        | {
+            "hidden_size": 18,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "intermediate_size": 25,
+            "vocab_size": 61,
+            "num_hidden_layers": 3,
+        },
+        3200,
+        "odd sizes, groups of three",
+    ),
+    "dense_epsilon": Case(
+        _QWEN3 | {"rms_norm_eps": 1e-2, "num_attention_heads": 3, "num_key_value_heads": 3},
+        3300,
+        "one epsilon, that of the stream, for the norms of heads too",
     ),
 }

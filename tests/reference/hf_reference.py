@@ -1,4 +1,4 @@
-"""Run Hugging Face's DeepSeek models on tiny random weights and write down everything they compute.
+"""Run Hugging Face's models on tiny random weights and write down everything they compute.
 
     hf_reference.py run --case v3 --seed 100 --out v3.npz
     hf_reference.py load --checkpoint DIR --tokens tokens.npy --out logits.npz
@@ -32,11 +32,25 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 import numpy as np
 import torch
 import transformers
-from cases import BATCH, CASES, LENGTH
-from transformers import AutoModelForCausalLM, DeepseekV2Config, DeepseekV3Config
+from cases import BATCH, CASES, DENSE, LENGTH
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 from transformers.modeling_layers import MtpModel
 
-CONFIG_CLASSES = {"deepseek_v2": DeepseekV2Config, "deepseek_v3": DeepseekV3Config}
+CONFIG_CLASSES = {
+    "deepseek_v2": DeepseekV2Config,
+    "deepseek_v3": DeepseekV3Config,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "llama": LlamaConfig,
+}
+ALL_CASES = CASES | DENSE
 MIN_MARGIN = 1e-3
 """Top-K decisions closer than this may differ between two correct fp32 programs."""
 MTP_WEIGHT = 0.3
@@ -91,6 +105,8 @@ def fill(tensors: dict[str, torch.Tensor], rng: np.random.Generator) -> None:
         draw = rng.standard_normal(tuple(tensor.shape))
         if name.endswith("e_score_correction_bias"):
             draw = 0.1 * draw
+        elif name.endswith("bias"):
+            draw = 0.3 * draw
         elif tensor.ndim == 1:
             draw = 1.0 + 0.2 * draw
         else:
@@ -195,7 +211,7 @@ def capture_layers(model) -> list[torch.Tensor]:
 
 def run(case: str, seed: int) -> dict[str, np.ndarray]:
     """Everything about one case with the first seed from `seed` whose routing is clear-cut."""
-    hf = CASES[case].hf
+    hf = ALL_CASES[case].hf
     for attempt in range(seed, seed + MAX_SEEDS):
         rng = np.random.Generator(np.random.PCG64(attempt))
         model, mtp = build(hf)
@@ -252,7 +268,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     runs = commands.add_parser("run", help="seeded weights of a named case")
-    runs.add_argument("--case", required=True, choices=sorted(CASES))
+    runs.add_argument("--case", required=True, choices=sorted(ALL_CASES))
     runs.add_argument("--seed", type=int, help="default: the seed of the golden file")
     loads = commands.add_parser("load", help="a checkpoint folder")
     loads.add_argument("--checkpoint", required=True)
@@ -263,7 +279,7 @@ def main() -> None:
     torch.set_num_threads(1)  # one summation order: the same file on every machine of a kind
     transformers.utils.logging.set_verbosity_error()
     if args.command == "run":
-        seed = CASES[args.case].seed if args.seed is None else args.seed
+        seed = ALL_CASES[args.case].seed if args.seed is None else args.seed
         arrays = run(args.case, seed)
     else:
         arrays = load(args.checkpoint, args.tokens)

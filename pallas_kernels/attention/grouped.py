@@ -1,0 +1,115 @@
+"""Causal attention whose heads of keys and values are shared by groups of queries.
+
+By XLA in blocks of queries (`portable`), by cuDNN through XLA on a GPU (`cudnn`), and by the
+kernels of latent attention (`mosaic`, `emulated`), which want keys of every head and a rotary key
+that all heads share: keys are repeated for them, and that one is 0.
+
+Letters: B batch, T query and S key positions, K heads of keys, G queries of a key head, N = K G
+heads, H channels, Q queries of a block.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from pallas_kernels.attention import blocks
+from pallas_kernels.attention.mla import mla_attention
+from pallas_kernels.attention.portable import MAX_BLOCKS, QUERY_BLOCK, masked_softmax, pairs
+from pallas_kernels.mosaic import Backend
+
+ROTARY = 16
+"""Channels of the rotary key that the kernels of latent attention ask for; here they are 0."""
+CUDNN_CHANNELS = 128
+"""The widest head whose gradients cuDNN makes on every GPU that it supports."""
+
+
+def grouped_attention(
+    q_BTNH: Array,
+    k_BTKH: Array,
+    v_BTKH: Array,
+    start_BT: Array | None = None,
+    *,
+    scale: float,
+    backend: Backend = "portable",
+    kept: str | None = None,
+) -> Array:
+    """softmax(scale q k^T) v [B, T, N, H], fp32 softmax; row t sees the keys start[t] <= s <= t.
+
+    Head n reads head n // G of the keys and values. `start_BT`, `backend` and `kept` are those of
+    `mla_attention`; "cudnn" is a backend of its own, with a mask of T x T where `start_BT` is
+    given. Differentiable in q, k and v. Raises ValueError for what a kernel cannot take.
+    """
+    if backend in ("mosaic", "emulated"):
+        group = q_BTNH.shape[2] // k_BTKH.shape[2]
+        kv_BTNW = jnp.repeat(jnp.concatenate([k_BTKH, v_BTKH], axis=-1), group, axis=2)
+        q_BTNL = jnp.pad(q_BTNH, ((0, 0), (0, 0), (0, 0), (0, ROTARY)))
+        none_BTR = jnp.zeros((*k_BTKH.shape[:2], ROTARY), k_BTKH.dtype)
+        options = {"scale": scale, "backend": backend, "kept": kept}
+        return mla_attention(q_BTNL, kv_BTNW, none_BTR, start_BT, **options)
+    run: Any = {"cudnn": _cudnn, "portable": portable, "reference": reference}[backend]
+    o_BTNH = run(q_BTNH, k_BTKH, v_BTKH, start_BT, scale)
+    return o_BTNH if kept is None else checkpoint_name(o_BTNH, kept)
+
+
+def unsupported(channels: int, dtype: Any) -> str | None:
+    """Reason why the kernels cannot take heads of this width, a clause; None if they can."""
+    return blocks.unsupported(channels, ROTARY, channels, dtype)
+
+
+def cudnn_unsupported(channels: int, dtype: Any) -> str | None:
+    """Reason why cuDNN cannot, a clause; None if it can."""
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"attention's operands are {jnp.dtype(dtype)}, and cuDNN multiplies 16-bit types"
+    if channels % 8 or channels > CUDNN_CHANNELS:
+        return f"heads have {channels} channels; cuDNN takes multiples of 8 up to {CUDNN_CHANNELS}"
+    return None
+
+
+def portable(
+    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, start_BT: Array | None, scale: float
+) -> Array:
+    """`grouped_attention` in blocks of queries, each against the keys up to its own end."""
+    B, T, N, H = q_BTNH.shape
+    K = k_BTKH.shape[2]
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    block = max(QUERY_BLOCK, -(-T // MAX_BLOCKS))
+    outputs = []
+    for first in range(0, T, block):
+        end = min(first + block, T)
+        logits_BKGQS = scale * jnp.einsum(
+            "BQKGH,BSKH->BKGQS",
+            q_BTKGH[:, first:end],
+            k_BTKH[:, :end],
+            preferred_element_type=jnp.float32,
+        )
+        seen = pairs(start_BT, first, end)[:, None]
+        p_BKGQS = masked_softmax(logits_BKGQS, seen).astype(v_BTKH.dtype)
+        o_BQKGH = jnp.einsum("BKGQS,BSKH->BQKGH", p_BKGQS, v_BTKH[:, :end])
+        outputs.append(o_BQKGH.reshape(B, end - first, N, H))
+    return jnp.concatenate(outputs, axis=1)
+
+
+def reference(
+    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, start_BT: Array | None, scale: float
+) -> Array:
+    """`grouped_attention` over all pairs at once, every head's keys written out, in fp32."""
+    group = q_BTNH.shape[2] // k_BTKH.shape[2]
+    q32 = q_BTNH.astype(jnp.float32)
+    k32, v32 = (jnp.repeat(x.astype(jnp.float32), group, axis=2) for x in (k_BTKH, v_BTKH))
+    with jax.default_matmul_precision("highest"):
+        logits_BNTS = scale * jnp.einsum("BTNH,BSNH->BNTS", q32, k32)
+        seen = pairs(start_BT, 0, q_BTNH.shape[1])
+        p_BNTS = jax.nn.softmax(jnp.where(seen, logits_BNTS, -jnp.inf), axis=-1)
+        return jnp.einsum("BNTS,BSNH->BTNH", p_BNTS, v32).astype(q_BTNH.dtype)
+
+
+def _cudnn(
+    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, start_BT: Array | None, scale: float
+) -> Array:
+    mask = None if start_BT is None else pairs(start_BT, 0, q_BTNH.shape[1])
+    return jax.nn.dot_product_attention(
+        q_BTNH, k_BTKH, v_BTKH, mask=mask, scale=scale, is_causal=True, implementation="cudnn"
+    )
