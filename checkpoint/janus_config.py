@@ -130,6 +130,11 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
+def language_of(config: JanusConfig) -> ModelConfig:
+    """The language model alone."""
+    return ModelConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(ModelConfig)})
+
+
 def to_janus_config(config: JanusConfig, text: dict[str, Any]) -> dict[str, Any]:
     """A `config.json` that transformers reads as this model; `text` is its language model's."""
     e, t, size = config.encoder, config.tokenizer, config.hidden_size

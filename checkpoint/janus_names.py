@@ -1,6 +1,6 @@
 """Names of a Hugging Face `JanusForConditionalGeneration` checkpoint and our parameters, both ways.
 
-The language model keeps its own names (`hf_names.py`) below `model.language_model`. Kernels of
+The language model keeps its own names (`hf_names.py`) below LANGUAGE. Kernels of
 convolutions and tables lie here as they do there.
 """
 
@@ -9,16 +9,18 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from checkpoint.hf_names import PARAMS, Entry
+from checkpoint.entries import PARAMS, Entry
 from vision.config import EncoderConfig, JanusConfig, TokenizerConfig
 
 COLOURS = 3
+LANGUAGE = "model.language_model."
+"""What names of the language model begin with here, and with "model." alone elsewhere."""
 
 
 def table(config: JanusConfig, language: list[Entry]) -> list[Entry]:
     """Every array of ours with the tensors it holds; `language` are those of a language model."""
     below = np.frompyfunc(
-        lambda name: "model.language_model." + name.removeprefix("model.")
+        lambda name: LANGUAGE + name.removeprefix("model.")
         if name.startswith("model.")
         else name, 1, 1,
     )  # fmt: skip
