@@ -95,7 +95,9 @@ def _encoder_layer(e: EncoderConfig) -> Iterator[Entry]:
 def _tokenizer(name: str, t: TokenizerConfig) -> Iterator[Entry]:
     widths, base, last = [m * t.base_width for m in t.multipliers], t.base_width, t.multipliers[-1]
     top, path = last * base, "tokenizer"
-    yield _kept(f"{path}/codebook", f"{name}.quantize.embedding.weight", (t.num_codes, t.code_width))
+    yield _kept(
+        f"{path}/codebook", f"{name}.quantize.embedding.weight", (t.num_codes, t.code_width)
+    )
     yield from _conv(f"{path}/into_codes", f"{name}.quant_conv", t.latent_width, t.code_width, 1)
     out = (t.code_width, t.latent_width, 1)
     yield from _conv(f"{path}/from_codes", f"{name}.post_quant_conv", *out)

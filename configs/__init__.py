@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Callable
 
-from configs import deepseek, r1, search, small, tiny
+from configs import deepseek, janus, r1, search, small, tiny
 from configs.schema import RunConfig
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {
@@ -15,6 +15,9 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
         *(r1.r1_base, r1.r1_zero, r1.r1_base2, r1.r1_zero2, r1.r1_cold, r1.r1_reasoning),
         *(r1.r1_sft, r1.r1, r1.r1_student, r1.r1_student2),
         *(search.search_base, search.search_zero),
+        *(janus.janus_tiny_tokenizer, janus.janus_tiny),
+        *(janus.janus_pro_1b, janus.janus_pro_1b_stage2, janus.janus_pro_1b_stage3),
+        *(janus.janus_pro_7b, janus.janus_pro_7b_stage2, janus.janus_pro_7b_stage3),
     )
 }
 """Presets in the order of `--help`."""

@@ -114,9 +114,7 @@ class Steps:
     def _decoder(self, weights: Tree) -> Decoder:
         return make_decoder(self._config, weights, self._recipe, self._speculate)
 
-    def _prefill(
-        self, weights, ids_BT, lengths_B, budget_B, eos, seed, given, slots: int
-    ) -> State:
+    def _prefill(self, weights, ids_BT, lengths_B, budget_B, eos, seed, given, slots: int) -> State:
         key = jax.random.key(seed)
         with use_layout(self._layout):
             decoder = self._decoder(weights)

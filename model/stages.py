@@ -6,6 +6,7 @@ or last of them.
 Letters: B batch, T sequence, D hidden width, L layers, E experts.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -35,11 +36,18 @@ def join_weights(config: ModelConfig, outer: Tree, layers: Tree) -> Tree:
     return {**outer, config.stack: layers}
 
 
-def pipeline_stages(config: ModelConfig, recipe: Recipe, balance_weight: float) -> Stages:
+Last = Callable[[Any, Any, jax.Array], tuple[jax.Array, Any]]
+"""`objective, parts = last(model, micro, x_BTD)`: a loss of its own, from the stack's result."""
+
+
+def pipeline_stages(
+    config: ModelConfig, recipe: Recipe, balance_weight: float, own_loss: Last | None = None
+) -> Stages:
     """Functions for `sharding/pipeline/executor.py:run`; micro is (Examples, LossWeights without
     balance).
 
-    Their objectives add up to `model/loss.py:training_loss`.
+    Their objectives add up to `model/loss.py:training_loss`. With `own_loss`, of models without
+    experts, micro is whatever that takes; its first part has `tokens`.
     """
     prepare_parts(config)
 
@@ -66,6 +74,8 @@ def pipeline_stages(config: ModelConfig, recipe: Recipe, balance_weight: float) 
 
     def last(outer: Tree, bias: Tree, x_BTD: jax.Array, micro):
         model = bind_around(config, outer, bias)
+        if own_loss is not None:
+            return own_loss(model, micro, x_BTD)
         return training_loss(model, micro[0], weights_of(micro), recipe, x_BTD)
 
     def place(x_BTD: jax.Array) -> jax.Array:

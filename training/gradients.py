@@ -23,7 +23,7 @@ from model.recipe import Recipe
 from model.stages import join_weights, merge_parts, pipeline_stages, split_weights, stage_costs
 from model.transformer import DeepSeekV3
 from sharding.partition import Layout, pipeline_ranks, stored_axes
-from sharding.pipeline.executor import run
+from sharding.pipeline.executor import Result, Stages, run
 from sharding.pipeline.schedule import Schedule, make_schedule
 from sharding.pipeline.stage_weights import place_layers
 from sharding.pipeline.ticks import tick_table
@@ -67,7 +67,7 @@ def accumulated_gradients(
         return jax.tree.map(jnp.add, total, grad_of(params, micro)), None
 
     first = jax.tree.map(lambda rows: rows[0], batch)
-    if batch["tokens"].shape[0] == 1:
+    if jax.tree.leaves(batch)[0].shape[0] == 1:
         (loss, parts), grads = grad_of(params, first)
     else:
         shapes = jax.eval_shape(grad_of, params, first)
@@ -120,15 +120,23 @@ def pipelined_gradients(
     batch: Batch, weights: LossWeights,
 ) -> tuple[jax.Array, LossParts, Tree]:  # fmt: skip
     """The same, with the layers cut over `pipe` and micro batches in flight at the same time."""
-    schedule = make_pipeline_schedule(layout, batch["tokens"].shape[0])
+    shared = weights.num_targets, weights.num_sequences, weights.mtp
+    stages = pipeline_stages(config, recipe, weights.balance)
+    examples = jax.vmap(lambda micro: make_examples(micro, config.mtp_depth))(batch)
+    result = run_pipeline(config, layout, params, router_bias, stages, examples, shared)
+    parts = merge_parts(result.parts, result.stats, weights.num_sequences)
+    return result.objective, parts, join_weights(config, result.d_outer, result.d_layers)
+
+
+def run_pipeline(
+    config: ModelConfig, layout: Layout, params: Tree, router_bias: Tree, stages: Stages,
+    examples: Any, shared: Any,
+) -> Result:  # fmt: skip
+    """The stages of a model over examples [micro batches, ..]; `shared` is the same for all."""
+    num_micro = jax.tree.leaves(examples)[0].shape[0]
+    schedule = make_pipeline_schedule(layout, num_micro)
     placement = place_layers(schedule, config.stack_size, *stage_costs(config))
     held, plan = split_weights(config, params, router_bias), blueprint(config)
     params_axes = stored_axes(layout, plan.params, plan.params_axes)
     axes: Any = split_weights(config, params_axes, plan.router_bias_axes)
-    shared = weights.num_targets, weights.num_sequences, weights.mtp
-    stages = pipeline_stages(config, recipe, weights.balance)
-    table = tick_table(schedule)
-    examples = jax.vmap(lambda micro: make_examples(micro, config.mtp_depth))(batch)
-    result = run(table, placement, stages, held, axes, examples, shared, layout)
-    parts = merge_parts(result.parts, result.stats, weights.num_sequences)
-    return result.objective, parts, join_weights(config, result.d_outer, result.d_layers)
+    return run(tick_table(schedule), placement, stages, held, axes, examples, shared, layout)

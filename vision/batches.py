@@ -64,9 +64,7 @@ def text_example(ids: np.ndarray) -> Example:
     return Example(ids, np.full(len(ids), -1, np.int32), np.ones(len(ids), bool))
 
 
-def draw_example(
-    talk: Conversations, caption: str, codes_P: np.ndarray, blank: bool
-) -> Example:
+def draw_example(talk: Conversations, caption: str, codes_P: np.ndarray, blank: bool) -> Example:
     """An image to draw; its codes are learned. `blank`: without the words, as guidance needs it."""
     asked, tokens = talk.caption(caption), talk.drawing
     if blank:

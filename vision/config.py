@@ -1,5 +1,5 @@
-"""Sizes and semantics of Janus-Pro: a language model, an encoder that reads images, a tokenizer that
-makes them.
+"""Sizes and semantics of Janus-Pro: a language model, an encoder that reads images, a tokenizer
+that makes them; and what a stage of training learns.
 
 Sources: Janus-Pro report (arXiv 2501.17811), Janus report (arXiv 2410.13848), LlamaGen for the
 image tokenizer (arXiv 2406.06525).
@@ -7,7 +7,7 @@ image tokenizer (arXiv 2406.06525).
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Literal
 
 from model.config import ModelConfig
 
@@ -160,3 +160,51 @@ class JanusConfig(ModelConfig):
             self.mtp_depth == 0,
             f"mtp_depth is {self.mtp_depth}; there is no multi-token prediction over images",
         )
+
+
+Learned = Literal["tokenizer", "adaptors", "language", "reading"]
+"""What a stage of training changes: the image tokenizer alone; both adaptors and the generation
+head (stage I of the report); all but the two encoders (II); all but the image tokenizer (III)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageTraining:
+    """A stage of training with images: what is learned, from which examples."""
+
+    learned: Learned = "language"
+    """What changes; the rest is frozen and has no optimizer state."""
+    records: tuple[str, ...] = ()
+    """JSON Lines of conversations, captions and texts with paths of images, or folders of images
+    and texts. Empty: drawn scenes."""
+    read: float = 1.0
+    """Examples of understanding, relative to the others."""
+    text: float = 0.0
+    """Examples of text alone."""
+    draw: float = 1.0
+    """Examples of generation."""
+    condition_dropout: float = 0.1
+    """Share of generation examples that lose their words, for guidance. Unverified: no report says
+    it, 10% is what is said of the training of others."""
+    images_per_row: int = 4
+    """Images that a packed row reads at most; shorter rows read as many black ones."""
+    answers: int = 120
+    """Scenes of either direction that the end of a run on drawn scenes is judged by."""
+
+    @property
+    def shares(self) -> tuple[float, float, float]:
+        """Understanding : text : generation."""
+        return self.read, self.text, self.draw
+
+    def __post_init__(self):
+        for name in ("read", "text", "draw"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ValueError(f"images.{name} is {value}; it must be 0 or more")
+        if not sum(self.shares):
+            raise ValueError("images.read, images.text and images.draw are all 0; learn something")
+        if not 0 <= self.condition_dropout <= 1:
+            raise ValueError(
+                f"images.condition_dropout is {self.condition_dropout}; it is a share, 0 to 1"
+            )
+        if self.images_per_row < 1 or self.answers < 1:
+            raise ValueError("images.images_per_row and images.answers must be 1 or more")

@@ -23,7 +23,7 @@ from generation.decode import make_decoder
 from generation.engine import SLOT_BLOCK, Generator, padded_length
 from generation.steps import at_index
 from model.blueprint import Tree, bind_part
-from sharding.partition import batch_shards, batch_sharding, constrain, replicated, use_layout
+from sharding.partition import batch_sharding, batch_shards, constrain, replicated, use_layout
 from vision.config import JanusConfig
 
 State = dict[str, Any]
@@ -110,11 +110,10 @@ class Painter:
         start = (weights, whole(ids_NRT.reshape(N * R, T)), whole(lengths_N), seed)
         state = self._timed(self._start.lower(*start, slots).compile, *start)
         width = max(1, round(P**0.5))
-        advance = None
+        steps = whole(np.array(width, np.int32))
+        advance = self._timed(self._advance.lower(weights, state, steps).compile)
         for drawn in range(0, P, width):
             steps = whole(np.array(min(width, P - drawn), np.int32))
-            if advance is None:
-                advance = self._timed(lambda: self._advance.lower(weights, state, steps).compile())
             began = time.perf_counter()
             state = advance(weights, state, steps)
             finite = bool(state["finite"])

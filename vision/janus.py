@@ -33,7 +33,7 @@ class Sight(NamedTuple):
     pixels_BMHWC: jax.Array | None
     """Prepared images of every row, in the order of their places."""
     patches_BT: jax.Array | None
-    """Which patch of the row's images stands at a place, int32, counted over its images; -1: none."""
+    """Patch that stands at a place, int32, counted over the row's images; -1: none."""
     codes_BT: jax.Array | None
     """Which code of a drawn image stands at a place, int32; -1: none."""
 

@@ -75,7 +75,7 @@ class GroupNorm(nnx.Module):
 
 
 class Conv(nnx.Module):
-    """Convolution with a square window and a bias. The kernel lies as checkpoints store it, OIHW."""
+    """Convolution with a square window and a bias; the kernel lies as stored, OIHW."""
 
     def __init__(self, rngs: nnx.Rngs, width: int, out: int, window: int, stride: int = 1):
         std = 1 / math.sqrt(3 * width * window * window)
@@ -95,9 +95,7 @@ class Conv(nnx.Module):
             (sides, sides),
             dimension_numbers=("NHWC", "OIHW", "NHWC"),
         )
-        return constrain(
-            y_NHWC + self.bias[...].astype(x_NHWC.dtype), "batch", None, None, None
-        )
+        return constrain(y_NHWC + self.bias[...].astype(x_NHWC.dtype), "batch", None, None, None)
 
 
 class Adaptor(nnx.Module):

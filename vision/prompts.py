@@ -28,6 +28,9 @@ USER, ASSISTANT = "<|User|>", "<|Assistant|>"
 NOTHING = np.zeros(0, np.int32)
 PLACE, BEGIN, END = "<image_placeholder>", "<begin_of_image>", "<end_of_image>"
 
+TOKENS = (USER, ASSISTANT, PLACE, BEGIN, END)
+"""What the template needs of a tokenizer."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ImageTokens:
@@ -39,7 +42,7 @@ class ImageTokens:
 
 
 def image_tokens(settings: Mapping[str, Any]) -> ImageTokens:
-    """The names that a folder's tokenizer_config.json gives; the released ones where it is silent."""
+    """The names that a folder's tokenizer_config.json gives; else the released ones."""
 
     def name(key: str, default: str) -> str:
         extra = settings.get("extra_special_tokens")
@@ -137,7 +140,7 @@ class Conversations:
 def with_image_tokens(tokenizer: Tokenizer) -> Tokenizer:
     """The same with the tokens of Janus-Pro's template, new ids at the end."""
     bare = tokenizers.Tokenizer.from_str(tokenizer.json)
-    bare.add_special_tokens([USER, ASSISTANT, PLACE, BEGIN, END])
+    bare.add_special_tokens(list(TOKENS))
     settings = json.dumps({"bos_token": tokenizer.conventions.bos,
                            "eos_token": tokenizer.conventions.eos,
                            "pad_token": tokenizer.conventions.pad})  # fmt: skip
@@ -166,5 +169,3 @@ def folder_tokens(
                 )
             found[name] = getattr(own, name)
     return DrawingTokens(**found)
-
-

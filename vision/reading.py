@@ -29,7 +29,9 @@ def load_pixels(path: Path, config: JanusConfig) -> np.ndarray:
     wanted = (3, side, side)
     if not isinstance(found, np.ndarray) or found.dtype.kind != "f" or found.shape[1:] != wanted:
         shape = getattr(found, "shape", "several arrays")
-        raise ValueError(f"{path} holds {shape}; the model reads float32 [images, 3, {side}, {side}]")
+        raise ValueError(
+            f"{path} holds {shape}; the model reads float32 [images, 3, {side}, {side}]"
+        )
     if not np.isfinite(found).all():
         raise ValueError(f"{path} holds NaN or infinity")
     return found.astype(np.float32)

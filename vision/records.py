@@ -1,6 +1,6 @@
 """Images with texts from files: JSON Lines of conversations and captions, or a folder of pairs.
 
-    {"images": ["a.png"], "messages": [{"role": "user", "content": ".."}, {"role": "assistant", ..}]}
+    {"images": ["a.png"], "messages": [{"role": "user", "content": ".."}, ..]}
     {"image": "a.png", "caption": "a red circle"}
     {"text": "words without an image"}
 

@@ -1,4 +1,4 @@
-"""Drawn scenes: coloured shapes on a grid of cells, captions, questions, and rules that read pixels.
+"""Drawn scenes: coloured shapes on a grid of cells, captions, questions, and rules for pixels.
 
 Two shapes stand in two neighbouring cells of a 2 x 2 grid, so a scene is four choices of two things
 and a relation between them. Some combinations are never shown in training; what is asked and drawn
@@ -69,7 +69,7 @@ class Scene:
     def cells(self) -> dict[tuple[int, int], Thing]:
         """(row, column) -> what stands there."""
         vertical = self.relation in ("above", "below")
-        places = ((0, 1) if self.relation in ("above", "left of") else (1, 0))
+        places = (0, 1) if self.relation in ("above", "left of") else (1, 0)
         at = [(place, self.lane) if vertical else (self.lane, place) for place in places]
         return dict(zip(at, (self.first, self.second), strict=True))
 

@@ -78,7 +78,7 @@ def write_images(
 
 
 def progress_bar(total: int, say: Callable[[str], None]) -> Any:
-    """`with progress_bar(codes) as report: report(codes drawn)`; lines where there is no terminal."""
+    """`with progress_bar(codes) as report: report(codes drawn)`; lines without a terminal."""
     return _Bar(total, say)
 
 

@@ -13,7 +13,7 @@ ROOT/<case>.npz with its fp32 results:
   paintings, codes, loss   [images, 3, H, W], int32 [images, P'], []: `encode` of the tokenizer
   decoded                  [images, 3, H, W]: `decode` of the codes that were drawn
   prompts, drawn           int32 [B, T], int32 [B, P']: greedy drawing with guidance
-  steps, margin            [B, P', S], []: guided logits of the codes drawn; smallest gap of the best
+  steps, margin            [B, P', S], []: guided logits of the codes; smallest gap of the best
   embedded                 [S, D]: input vectors of all codes
 
 `load` reads folders strictly and writes FOLDER.npz with logits of the ids and pixels given. `count`
@@ -68,7 +68,9 @@ def reading(model: JanusForConditionalGeneration, case: dict, generator: torch.G
     config = model.config
     patches, size = model.model.vision_model.embeddings.num_patches, config.vision_config.image_size
     rows, images = 2, case["images"]
-    ids = torch.randint(4, config.text_config.vocab_size, (rows, case["length"]), generator=generator)
+    ids = torch.randint(
+        4, config.text_config.vocab_size, (rows, case["length"]), generator=generator
+    )
     ids[ids == config.image_token_id] = 5
     pieces = []
     for number in range(images):
