@@ -21,6 +21,7 @@ import tyro
 
 from configs.options import parse_options
 from generation.config import ExpertOptions, Sampling, Speculation
+from generation.defaults import folder_sampling, said_of_sampling
 from generation.text import Answers, TextStream
 from runtime.config import RuntimeOptions
 from sharding.config import LAYOUTS, MeshConfig
@@ -93,7 +94,7 @@ class Generate(Common):
     option alone, times it first and stops where it does not pay; a seed's text may then differ
     between runs, unless temperature is 0."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling()
-    """How tokens are drawn."""
+    """How tokens are drawn; by default as generation_config.json of the folder says."""
     experts: Annotated[ExpertOptions, tyro.conf.arg(name="")] = ExpertOptions()
     """Redundant experts, and the load that decides which."""
     pictures: Annotated[ImageOptions, tyro.conf.arg(name="")] = ImageOptions()
@@ -125,11 +126,16 @@ def parse(arguments: Sequence[str]) -> Generate | Score:
     # The layout decides the defaults of the mesh's axes, so it is read first.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--layout", default="")
-    mesh = LAYOUTS.get(first.parse_known_args(rest)[0].layout, Common.mesh)
+    first.add_argument("--checkpoint", type=Path, default=Path())
+    early = first.parse_known_args(rest)[0]
+    mesh = LAYOUTS.get(early.layout, Common.mesh)
     if scores:
         default = Score(checkpoint=tyro.MISSING, tokens=tyro.MISSING, mesh=mesh)
         return parse_options(default, rest, "generate.py score")
-    default = Generate(checkpoint=tyro.MISSING, mesh=mesh)
+    # And so does what the folder says about sampling.
+    default = Generate(
+        checkpoint=tyro.MISSING, mesh=mesh, sampling=folder_sampling(early.checkpoint)
+    )
     return parse_options(default, rest, "generate.py")
 
 
@@ -324,6 +330,9 @@ def generate(options: Generate, source: "Weights", layout: "Layout") -> int:
     from runtime.start import is_first_process
 
     tokenizer = load_tokenizer(source)
+    if is_first_process():
+        for line in said_of_sampling(options.checkpoint, options.sampling):
+            note(line)
     prompts = encode_prompts(options, source, tokenizer)
     choices: dict[str, Speculation] = {"off": False, "on": True, "auto": "auto"}
     speculate = choices[options.speculate]

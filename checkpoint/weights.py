@@ -201,10 +201,11 @@ def _model_config(file: Path) -> ModelConfig:
 
 
 def differences(a: ModelConfig, b: ModelConfig) -> list[str]:
-    """Fields in which two configurations differ, init_std (not a property of weights) left out."""
+    """Fields in which two configurations differ; those that are no property of weights left out."""
     if type(a) is not type(b):
         return [f"kind of model: {type(a).__name__} against {type(b).__name__}"]
-    fields = [f.name for f in dataclasses.fields(a) if f.name != "init_std"]
+    free = "init_std", "max_position"
+    fields = [f.name for f in dataclasses.fields(a) if f.name not in free]
     return [
         f"{name}: {getattr(a, name)} against {getattr(b, name)}"
         for name in fields
@@ -212,39 +213,51 @@ def differences(a: ModelConfig, b: ModelConfig) -> list[str]:
     ]
 
 
-def open_initial(path: Path, config: ModelConfig) -> tuple[Weights, bool]:
-    """Weights for a new run of the model `config`, and whether they lack its MTP modules.
+def open_initial(path: Path, config: ModelConfig) -> tuple[Weights, tuple[str, ...]]:
+    """Weights for a new run of the model `config`, and the parts of it that they lack: "mtp" where
+    they have no MTP modules, "head" where theirs is the embedding.
 
     Raises ValueError that lists the fields in which the two models differ otherwise.
     """
     weights = open_weights(path)
-    without_mtp = weights.config.mtp_depth == 0 and config.mtp_depth > 0
-    wanted = dataclasses.replace(config, mtp_depth=0) if without_mtp else config
+    wanted, lacking = config, []
+    if weights.config.mtp_depth == 0 and config.mtp_depth > 0:
+        wanted, lacking = dataclasses.replace(wanted, mtp_depth=0), [*lacking, "mtp"]
+    if weights.config.tie_embeddings and not config.tie_embeddings:
+        wanted, lacking = dataclasses.replace(wanted, tie_embeddings=True), [*lacking, "head"]
     if unlike := differences(weights.config, wanted):
         raise ValueError(
             f"{path} holds another model than this run's:\n  "
             + "\n  ".join(unlike)
             + "\n(weights against run); give the run the same --config or --model.* fields"
         )
-    return weights, without_mtp
+    return weights, tuple(lacking)
 
 
 def load_initial(path: Path, config: ModelConfig, abstract: Any) -> tuple[Any, str]:
     """({"params", "router_bias"}, what was loaded) for a new run of the model `config`.
 
     `abstract` has the structure, types and shardings wanted. Weights without MTP modules serve a
-    model with them: the returned trees then lack "mtp", and the text says so. Raises ValueError
-    as `open_initial` does.
+    model with them: the returned trees then lack "mtp", and the text says so. A head that theirs
+    lack begins as the embedding. Raises ValueError as `open_initial` does.
     """
-    weights, without_mtp = open_initial(path, config)
-    if without_mtp:
-        abstract = {
-            tree: {k: v for k, v in abstract[tree].items() if k != "mtp"}
-            for tree in ("params", "router_bias")
-        }
-    loaded = weights.load({tree: abstract[tree] for tree in ("params", "router_bias")})
+    weights, lacking = open_initial(path, config)
+    held = {
+        tree: {k: v for k, v in abstract[tree].items() if k not in lacking}
+        for tree in ("params", "router_bias")
+    }
+    loaded = weights.load(held)
     note = f"weights from {path}, fresh optimizer state"
-    return loaded, note + ("; it has no MTP modules, these start at random" if without_mtp else "")
+    if "mtp" in lacking:
+        note += "; it has no MTP modules, these start at random"
+    if "head" in lacking:
+        import jax
+
+        place = abstract["params"]["head"]["kernel"].sharding
+        head = jax.jit(lambda table_VD: table_VD.T, out_shardings=place)
+        loaded["params"]["head"] = {"kernel": head(loaded["params"]["embed"]["table"])}
+        note += "; its head is the embedding, from which this run's begins"
+    return loaded, note
 
 
 def total_bytes(config: ModelConfig, itemsize: int) -> int:

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Callable
 
-from configs import deepseek, janus, r1, search, small, tiny
+from configs import deepseek, dense, janus, r1, search, small, tiny
 from configs.schema import RunConfig
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {
@@ -15,6 +15,11 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
         *(r1.r1_base, r1.r1_zero, r1.r1_base2, r1.r1_zero2, r1.r1_cold, r1.r1_reasoning),
         *(r1.r1_sft, r1.r1, r1.r1_student, r1.r1_student2),
         *(search.search_base, search.search_zero),
+        *(dense.tiny_dense, dense.r1_student_dense, dense.r1_zero_dense),
+        *(dense.qwen25_1_5b, dense.qwen25_7b, dense.qwen25_14b, dense.qwen25_32b),
+        *(dense.llama31_8b, dense.llama33_70b, dense.llama31_405b),
+        *(dense.r1_distill_qwen_1_5b, dense.r1_distill_qwen_7b, dense.r1_distill_qwen_14b),
+        *(dense.r1_distill_qwen_32b, dense.r1_distill_llama_8b, dense.r1_distill_llama_70b),
         *(janus.janus_tiny_tokenizer, janus.janus_tiny),
         *(janus.janus_pro_1b, janus.janus_pro_1b_stage2, janus.janus_pro_1b_stage3),
         *(janus.janus_pro_7b, janus.janus_pro_7b_stage2, janus.janus_pro_7b_stage3),

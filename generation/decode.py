@@ -1,10 +1,10 @@
-"""The model over a latent cache: a prompt at once (expanded), then a few tokens (absorbed).
+"""The model over a cache: a prompt at once (expanded), then a few tokens (absorbed).
 
 Here layers are separate modules, not a scanned stack: a scan slices every layer's weights out of
 the stack, which is a copy of all experts per token where a token reads eight of them.
 
 Letters: B batch, T prompt, Q new tokens of a row, S slots of the cache, D hidden width,
-V vocabulary, L cached channels (latent and rotary key).
+V vocabulary, K heads of keys, L cached channels (latent and rotary key; or value and key).
 """
 
 import dataclasses
@@ -28,7 +28,8 @@ STACKS = ("dense_layers", "moe_layers", "mtp")
 EXPERT_WEIGHTS = ("w_gate", "w_up", "w_down")
 EXPERTS = tuple(f"/moe/{name}" for name in EXPERT_WEIGHTS)
 Cache = list[jax.Array]
-"""Per layer [B, S, L]; the MTP module's own last, if it runs."""
+"""Per layer [B, S, L], or [B, K, S, L] of grouped attention; the MTP module's own last, if it
+runs."""
 
 
 def unstack(
@@ -53,7 +54,7 @@ def unstack(
 
     def convert_leaf(path, stack: jax.Array) -> list[Any]:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        exact = name.endswith(("scale", "bias")) or "router/" in name
+        exact = name.endswith(("scale", "bias")) or "router/" in name or "/b_" in name
         kept = stack.dtype if exact else dtype
         if name.split("/")[0] not in STACKS:
             parts = [stack.astype(kept)]
@@ -109,8 +110,8 @@ class Layer(NamedTuple):
 
     block: Block
     """Its `w_ukv` is joined anew from the halves: a program that does not read it never does so."""
-    halves: tuple[jax.Array, jax.Array]
-    """W_UK and W_UV, heads first."""
+    halves: tuple[jax.Array, jax.Array] | None
+    """W_UK and W_UV, heads first; None in grouped attention."""
     routed: RoutedExperts | None
     """None in a dense layer."""
 
@@ -192,10 +193,11 @@ class Decoder:
             normed_BTD = block.attn_norm(x_BTD)
             if isinstance(cache, int):
                 y_BTD, rows_BTL = block.attn.expanded(normed_BTD, positions_BT, None, self.recipe)
-                spare = cache - rows_BTL.shape[1]
-                entries_BSL = jnp.pad(rows_BTL, ((0, 0), (0, spare), (0, 0)))
+                spare = (0, cache - rows_BTL.shape[-2])
+                outer = ((0, 0),) * (rows_BTL.ndim - 2)
+                entries_BSL = jnp.pad(rows_BTL, (*outer, spare, (0, 0)))
             else:
-                y_BTD, entries_BSL = block.attn.absorbed(
+                y_BTD, entries_BSL = block.attn.over_cache(
                     normed_BTD, positions_BT, cache[number], halves, self.recipe
                 )
             x_BTD, found = block.feed_forward(x_BTD + y_BTD, valid_BT, self.recipe, routed=routed)
@@ -250,8 +252,9 @@ def _bind_layer(
 ) -> tuple[Any, Layer]:
     """The module of one layer, and the layer; its own block but for the MTP module's."""
     inside = params["block"] if name == "mtp" else params
-    halves = inside["attn"]["w_ukv"]
-    inside = {**inside, "attn": {**inside["attn"], "w_ukv": join_halves(*halves)}}
+    halves = inside["attn"].get("w_ukv")
+    if halves is not None:
+        inside = {**inside, "attn": {**inside["attn"], "w_ukv": join_halves(*halves)}}
     routed = None
     if "moe" in inside:
         moe = dict(inside["moe"])

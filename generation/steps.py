@@ -1,11 +1,11 @@
 """The compiled programs of generation: prompts to a first token, then some steps at a time.
 
-State (arrays of B rows): `cache`, one [B, S, L] per layer; `lengths_B`, tokens in the cache;
-`pending_B`, the last token drawn, not in the cache yet; `left_B`, tokens a row may still give;
-`finished_B`; `streams_B`, numbers that tell the rows' draws apart; `key`. Speculation adds
-`mtp_cache`, `draft_B` (a guess for the token after pending) and, unless it is greedy, `q_BV`, the
-distribution that was drawn from. Where experts' tokens are counted, `prefill` adds `load_LE`, which
-is no part of the state of `advance`.
+State (arrays of B rows): `cache`, one [B, S, L] per layer (or [B, K, S, L] of K key heads);
+`lengths_B`, tokens in the cache; `pending_B`, the last token drawn, not in the cache yet; `left_B`,
+tokens a row may still give; `finished_B`; `streams_B`, numbers that tell the rows' draws apart;
+`key`. Speculation adds `mtp_cache`, `draft_B` (a guess for the token after pending) and, unless it
+is greedy, `q_BV`, the distribution that was drawn from. Where experts' tokens are counted,
+`prefill` adds `load_LE`, which is no part of the state of `advance`.
 
 Letters: B rows, T prompt length, D hidden width, V vocabulary, S slots, N tokens of one call,
 L MoE layers (the MTP module last), E experts.
@@ -24,6 +24,7 @@ from generation.sampling import NO_TOKEN, draw, kept_tokens, probabilities, row_
 from generation.speculate import accept_or_redraw
 from model.blueprint import Tree
 from model.config import ModelConfig
+from model.grouped import CACHE
 from model.mla import write_rows
 from model.moe import MoEStats
 from model.recipe import Recipe
@@ -106,10 +107,14 @@ class Steps:
     def _state_shardings(self) -> dict[str, Any]:
         """Caches by rows, the rest whole on every device, the host's own included."""
         rows, whole = batch_sharding(self._layout, ("batch",)), replicated(self._layout)
+        cache, kv = rows, self._config.num_kv_heads
+        if kv:  # its first axes alone are named
+            cache = batch_sharding(self._layout, CACHE[:2], (0, kv))
         names = ["cache", "lengths_B", "pending_B", "left_B", "finished_B", "streams_B", "key"]
         if self._speculate:
             names += ["mtp_cache", "draft_B"] + ([] if self._greedy else ["q_BV"])
-        return {name: rows if name in BY_ROWS else whole for name in names}
+        placed = {name: rows if name in BY_ROWS else whole for name in names}
+        return placed | {"cache": cache}
 
     def _decoder(self, weights: Tree) -> Decoder:
         return make_decoder(self._config, weights, self._recipe, self._speculate)
@@ -317,6 +322,7 @@ def place(state: State) -> State:
         if name == "key":
             return value
         batch = "batch" if name in BY_ROWS else None
-        return jax.tree.map(lambda x: constrain(x, batch, *(None,) * (x.ndim - 1)), value)
+        names = lambda x: CACHE if x.ndim == len(CACHE) else (batch, *(None,) * (x.ndim - 1))  # noqa: E731
+        return jax.tree.map(lambda x: constrain(x, *names(x)), value)
 
     return {name: constrained(name, value) for name, value in state.items()}

@@ -20,6 +20,7 @@ from model.layers import RMSNorm, from_stream, project, to_stream, weight
 from model.recipe import KEPT, PLAIN, Recipe
 from model.rope import rotate, rotation, softmax_scale
 from pallas_kernels.attention import grouped_attention, starts_of_segments
+from pallas_kernels.decode import grouped_decode
 from pallas_kernels.mosaic import Backend
 from sharding.context import sequence_shards
 from sharding.partition import as_cut, constrain, on_shards, shard_index, sum_over
@@ -28,6 +29,8 @@ HEADS = ("batch", "seq", "heads", "head_dim")
 """Logical axes of what every head has."""
 KEY_HEADS = ("batch", "seq", "kv_heads", "head_dim")
 """Logical axes of keys and values."""
+CACHE = ("batch", "kv_heads", None, None)
+"""Logical axes of the cache [B, K, S, L]."""
 
 
 class GroupedAttention(nnx.Module):
@@ -60,7 +63,42 @@ class GroupedAttention(nnx.Module):
 
         On a mesh that cuts sequences, tokens come in balanced order (sharding/context.py).
         """
-        q_BTNH, k_BTKH, v_BTKH = self.heads(x_BTD, positions_BT, recipe)
+        return self._attend(self.heads(x_BTD, positions_BT, recipe), segments_BT, recipe)
+
+    def expanded(
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        segments_BT: jax.Array | None,
+        recipe: Recipe = PLAIN,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Causal attention [B, T, D], and what a cache keeps of these tokens [B, K, T, L]."""
+        heads = self.heads(x_BTD, positions_BT, recipe)
+        return self._attend(heads, segments_BT, recipe), _slots(*heads[1:])
+
+    def over_cache(
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        cache_BKSL: jax.Array,
+        halves: None,
+        recipe: Recipe = PLAIN,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Attention [B, T, D] of T new tokens over a cache, and the cache with them in.
+
+        A token's place in the cache is its position; positions of one row are consecutive. Slots
+        beyond a query's own position may hold anything finite. There are no `halves` here.
+        """
+        q_BTNH, *kv = self.heads(x_BTD, positions_BT, recipe)
+        put = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (0, at, 0)))
+        new_BKTL = _slots(*kv).astype(cache_BKSL.dtype)
+        cache_BKSL = constrain(put(cache_BKSL, new_BKTL, positions_BT[:, 0]), *CACHE)
+        arrays = q_BTNH, cache_BKSL, positions_BT[:, -1] + 1
+        o_BTNH = _decode_on_shards(*arrays, softmax_scale(self.config), recipe.kernels.decode)
+        return self.output(o_BTNH, recipe), cache_BKSL
+
+    def _attend(self, heads, segments_BT: jax.Array | None, recipe: Recipe) -> jax.Array:
+        q_BTNH, k_BTKH, v_BTKH = heads
         scale = softmax_scale(self.config)
         if sequence_shards() > 1:
             form = Form(scale, self.config.num_heads, as_cut(KEY_HEADS, k_BTKH.shape))
@@ -113,16 +151,32 @@ def _attend_on_shards(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale: float, backend
     return on_shards(on_shard, names, (HEADS,))(*arrays)[0]
 
 
-def own_heads(kv_BSKH: jax.Array, here: int, total: int, names) -> jax.Array:
-    """Of keys (or values) with these logical axes, the heads that this device's `here` of `total`
-    heads of queries read; in a region."""
-    held = kv_BSKH.shape[2]
+def _slots(k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
+    """Slots of the cache [B, K, T, L]."""
+    return constrain(jnp.concatenate([v_BTKH, k_BTKH], axis=-1).swapaxes(1, 2), *CACHE)
+
+
+def _decode_on_shards(q_BTNH, cache_BKSL, lengths_B, scale: float, backend: Backend) -> jax.Array:
+    """Attention over the cache [B, T, N, H], each device on its own rows and heads."""
+    total, cache = q_BTNH.shape[2], as_cut(CACHE, cache_BKSL.shape)
+
+    def on_shard(q_BTNH, cache_BKSL, lengths_B):
+        cache_BKSL = own_heads(cache_BKSL, q_BTNH.shape[2], total, cache, axis=1)
+        return (grouped_decode(q_BTNH, cache_BKSL, lengths_B, scale=scale, backend=backend),)
+
+    run = on_shards(on_shard, (HEADS, cache, ("batch",)), (HEADS,))
+    return run(q_BTNH, cache_BKSL, lengths_B)[0]
+
+
+def own_heads(kv: jax.Array, here: int, total: int, names, axis: int = 2) -> jax.Array:
+    """Of keys (or values, or slots) with these logical axes, heads along `axis`, those that this
+    device's `here` of `total` heads of queries read; in a region."""
     if here == total or "kv_heads" in names:
-        return kv_BSKH
-    group, first = total // held, shard_index("heads") * here
+        return kv
+    group, first = total // kv.shape[axis], shard_index("heads") * here
     if group % here == 0:
-        return jax.lax.dynamic_slice_in_dim(kv_BSKH, first // group, 1, axis=2)
-    return jnp.take(kv_BSKH, (first + jnp.arange(here)) // group, axis=2)
+        return jax.lax.dynamic_slice_in_dim(kv, first // group, 1, axis)
+    return jnp.take(kv, (first + jnp.arange(here)) // group, axis)
 
 
 class Form(NamedTuple):

@@ -88,6 +88,9 @@ def _attention(config: ModelConfig, dtype: str) -> str | None:
 
 def _decode(config: ModelConfig, dtype: str) -> str | None:
     heads = config.num_heads // num_shards("heads")
+    if config.attention == "grouped":
+        group = config.num_heads // config.num_kv_heads
+        return decode.grouped_unsupported(config.v_head_dim, group, jnp.dtype(dtype))
     sizes = config.kv_lora_rank, config.qk_rope_head_dim
     return decode.unsupported(*sizes, heads, jnp.dtype(dtype))
 

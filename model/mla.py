@@ -90,7 +90,7 @@ class MLA(nnx.Module):
         kv_BTNW = project("BTC,CNH->BTNH", c_kv_BTC, self.w_ukv, recipe)
         return constrain(kv_BTNW, *HEADS)
 
-    def absorbed(
+    def over_cache(
         self,
         x_BTD: jax.Array,
         positions_BT: jax.Array,
@@ -98,7 +98,8 @@ class MLA(nnx.Module):
         halves: tuple[jax.Array, jax.Array],
         recipe: Recipe = PLAIN,
     ) -> tuple[jax.Array, jax.Array]:
-        """The same attention [B, T, D] for T new tokens over a cache, and the cache with them in.
+        """Absorbed: the same attention [B, T, D] for T new tokens over a cache, and the cache with
+        them in.
 
         A token's place in the cache is its position; positions of one row are consecutive. Slots
         beyond a query's own position may hold anything finite. `halves` are those of `w_ukv`

@@ -100,4 +100,4 @@ def update_bias(bias_LE: jax.Array, counts_LE: jax.Array, rate: jax.Array) -> ja
 
 def load_max_over_mean(counts_LE: jax.Array) -> jax.Array:
     """Load of the busiest expert over the mean load, per layer [L]; 1 is perfect balance."""
-    return counts_LE.max(-1) / jnp.maximum(counts_LE.mean(-1), 1e-9)
+    return counts_LE.max(-1, initial=0.0) / jnp.maximum(counts_LE.mean(-1), 1e-9)

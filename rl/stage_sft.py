@@ -22,9 +22,9 @@ from rl.evaluate import Evaluation
 from rl.examples.conversations import JoinedExamples
 from rl.examples.demonstrations import read_examples, task_examples
 from rl.examples.packing import PackedExamples, sft_batches
-from rl.examples.sampled import sampled_traces
+from rl.examples.sampled import sampled_traces, traces_place
 from rl.examples.teacher import StudentTrainer, Teacher, load_policy
-from rl.examples.traces import read_traces
+from rl.examples.traces import in_tokens_of, read_traces, told_traces
 from rl.prompts import TaskPrompts, misfits, refuse
 from rl.stage_rl import conventions_in_words, make_sampler, policy_tokenizer
 from rl.stopping import RolloutStoppedError
@@ -92,7 +92,7 @@ def run_stage(run: RunConfig, trainer: Trainer, session: Session) -> int:
     """Stage sft or distill to its end, or to a signal; the status that a process exits with."""
     say = session.say
     tokenizer = policy_tokenizer(run, session.init_from or run.sft.policy)
-    check_policy_tokenizer(run.sft.policy, tokenizer)
+    taught = teacher_tokenizer(run, tokenizer)
     agree("data", lambda: {"tokenizer": tokenizer.sha256})
     say(conventions_in_words(tokenizer))
     connect(trainer.layout.mesh)
@@ -104,7 +104,7 @@ def run_stage(run: RunConfig, trainer: Trainer, session: Session) -> int:
     check_stores(run, texts, say)
     write_settings(run, tokenizer.files, texts)
     try:
-        examples = packed_examples(run, trainer, tokenizer, policy, say)
+        examples = packed_examples(run, trainer, tokenizer, policy, say, taught)
     except RolloutStoppedError:
         return 0
     agree(
@@ -133,21 +133,31 @@ def make_teacher(run: RunConfig, trainer: Trainer, policy: Any) -> Teacher:
 # ---- What is learned -----------------------------------------------------------------------------
 
 
-def check_policy_tokenizer(policy: str, tokenizer: Tokenizer) -> None:
-    """Raise ValueError if the folder `policy` has a tokenizer, and another one."""
-    found = tokenizer_file(Path(policy)) if policy else None
-    if found and load_tokenizer(found).sha256 != tokenizer.sha256:
+def teacher_tokenizer(run: RunConfig, tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer of sft.policy: what its prompts and answers are in; this run's without one.
+
+    Raises ValueError if it is another and the policy's distribution is to be learned.
+    """
+    found = tokenizer_file(Path(run.sft.policy)) if run.sft.policy else None
+    own = load_tokenizer(found) if found else tokenizer
+    if own.sha256 == tokenizer.sha256:
+        return tokenizer
+    if run.sft.kl_weight:
         raise ValueError(
-            f"sft.policy {policy} has another tokenizer than this run; its answers would be other "
-            "tokens here. Take a policy with the same, or give its texts: --sft.examples "
-            "TRACES.jsonl"
+            f"sft.policy {run.sft.policy} has another tokenizer than this run, so that the two "
+            f"distributions (sft.kl_weight={run.sft.kl_weight}) are over other tokens. Set "
+            "sft.kl_weight to 0: its texts are learned"
         )
+    return own
 
 
 def packed_examples(
-    run: RunConfig, trainer: Trainer, tokenizer: Tokenizer, policy: Any, say: Say
-) -> PackedExamples:
+    run: RunConfig, trainer: Trainer, tokenizer: Tokenizer, policy: Any, say: Say,
+    taught: Tokenizer | None = None,
+) -> PackedExamples:  # fmt: skip
     """All that the run learns, in rows; samples what has to be sampled. Says how much there is.
+
+    `taught` is the tokenizer of the policy, where it is another: its texts are learned then.
 
     RolloutStoppedError as `sampled_traces`.
     """
@@ -155,18 +165,21 @@ def packed_examples(
     for place in sft.examples:
         path = Path(place)
         folder = "://" in place or path.is_dir()
-        sources.append(
-            read_traces(place, tokenizer).examples
-            if folder
-            else read_examples(path, tokenizer, say)
-        )
+        if not folder:
+            sources.append(read_examples(path, tokenizer, say))
+        elif in_tokens_of(place, tokenizer):
+            sources.append(read_traces(place, tokenizer).examples)
+        else:
+            sources.append(told_traces(place, tokenizer, say))
     if sft.demonstrations:
         task = configured_task(run.task)
         shown = task_examples(task, tokenizer, run.seed, sft.demonstrations)
         say(f"demonstrations: {sft.demonstrations} are right, {shown.wrong} wrong ones left out")
         sources.append(shown.examples)
     if policy is not None:
-        sources.append(sampled_traces(run, trainer, tokenizer, policy, say))
+        sampled = sampled_traces(run, trainer, taught or tokenizer, policy, say)
+        other = taught is not None and taught.sha256 != tokenizer.sha256
+        sources.append(told_traces(traces_place(run), tokenizer, say) if other else sampled)
     examples = JoinedExamples(sources)
     rows = PackedExamples(examples, run.train.seq_len, run.seed, tokenizer.pad_id, sft.too_long)
     say(

@@ -308,8 +308,13 @@ def with_shardings(tree: Any, shardings: Any) -> Any:
     return jax.lax.with_sharding_constraint(tree, shardings)
 
 
-def batch_sharding(layout: Layout, names: Names) -> NamedSharding:
-    """Placement of a batch array with these logical axes."""
+def batch_sharding(
+    layout: Layout, names: Names, shape: tuple[int, ...] | None = None
+) -> NamedSharding:
+    """Placement of a batch array with these logical axes; of this shape, where one of them may stay
+    whole for its size."""
+    if shape is not None:
+        names = fitting(names, shape, layout.computed, layout.mesh.shape)
     return NamedSharding(layout.mesh, spec(names, layout.computed))
 
 

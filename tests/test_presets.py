@@ -1,6 +1,7 @@
 """Presets against published numbers, counted again here from the formulas of the papers."""
 
 import dataclasses
+import json
 import pathlib
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 
+from checkpoint.hf_config import to_hf_config
 from configs import PRESETS, preset
 from configs.command import parse
 from configs.deepseek import KIMI_K2_YARN, V2_YARN, V3_YARN, extended
@@ -21,6 +23,7 @@ from model.costs import (
 from model.rope import frequencies, rotation, softmax_scale
 from sharding.mesh import resolve
 from sharding.pipeline.schedule import make_schedule
+from tests.test_reference import interpreter
 from training.schedule import BatchPlan
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -34,10 +37,23 @@ ACTIVE = {
     "moonlight_16b": 2.915e9, "kimi_k2": 32.862e9,
 }  # fmt: skip
 """Parameters of the released models, embedding and head included, as far as they are published."""
+DENSE = {
+    "qwen25_1_5b": 1_543_714_304, "qwen25_7b": 7_615_616_512, "qwen25_14b": 14_770_033_664,
+    "qwen25_32b": 32_763_876_352, "llama31_8b": 8_030_261_248, "llama33_70b": 70_553_706_496,
+    "llama31_405b": 405_853_388_800, "r1_distill_qwen_1_5b": 1_777_088_000,
+    "r1_distill_qwen_7b": 7_615_616_512, "r1_distill_qwen_14b": 14_770_033_664,
+    "r1_distill_qwen_32b": 32_763_876_352, "r1_distill_llama_8b": 8_030_261_248,
+    "r1_distill_llama_70b": 70_553_706_496,
+}  # fmt: skip
+"""Dense models, as transformers' classes count them (a reference test builds these)."""
 
 
 def attention_size(c: ModelConfig) -> int:
     d, H = c.hidden_size, c.num_heads
+    if c.attention == "grouped":
+        projected = (H + 2 * c.num_kv_heads) * c.v_head_dim
+        biases, norms = projected * c.qkv_bias, 2 * c.v_head_dim * c.qk_norm
+        return d * projected + biases + norms + H * c.v_head_dim * d
     q_head = c.qk_nope_head_dim + c.qk_rope_head_dim
     queries = d * H * q_head
     if c.q_lora_rank:
@@ -56,7 +72,7 @@ def moe_size(c: ModelConfig, experts: int) -> int:
 
 def model_size(c: ModelConfig, experts: int) -> int:
     d = c.hidden_size
-    outside = 2 * c.vocab_size * d + d
+    outside = (2 - c.tie_embeddings) * c.vocab_size * d + d
     layers = c.num_layers * (attention_size(c) + 2 * d)
     dense = c.num_dense_layers * 3 * d * c.dense_ffn_size
     return outside + layers + dense + (c.num_layers - c.num_dense_layers) * moe_size(c, experts)
@@ -72,6 +88,45 @@ def test_parameters_by_the_formula(name):
     d = c.hidden_size
     module = attention_size(c) + moe_size(c, c.num_experts) + 2 * d * d + 5 * d
     assert count.mtp == c.mtp_depth * module
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_dense_parameters(name):
+    count = count_parameters(preset(name).model)
+    assert (count.total, count.active, count.mtp) == (DENSE[name], DENSE[name], 0)
+
+
+@pytest.mark.reference
+def test_dense_parameters_are_those_of_transformers():
+    """The classes that read our config.json, built without values."""
+    configs = {name: to_hf_config(preset(name).model) for name in DENSE}
+    program = (
+        "import json, sys, torch; from transformers import AutoConfig, AutoModelForCausalLM as M\n"
+        "found = {}\n"
+        "for name, hf in json.load(sys.stdin).items():\n"
+        "    with torch.device('meta'):\n"
+        "        model = M.from_config(AutoConfig.for_model(**hf))\n"
+        "    found[name] = sum(p.numel() for p in model.parameters())\n"
+        "print(json.dumps(found))"
+    )
+    done = subprocess.run(
+        [interpreter(), "-c", program], input=json.dumps(configs), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == DENSE
+
+
+@pytest.mark.parametrize(
+    ("name", "rate"),
+    [("qwen_1_5b", 1e-4), ("qwen_7b", 8e-5), ("qwen_14b", 7e-5), ("qwen_32b", 6e-5),
+     ("llama_8b", 5e-5), ("llama_70b", 2e-5)],
+)  # fmt: skip
+def test_students_have_r1s_settings(name, rate):
+    """R1 report, B.4.3 and its table of rates: cosine to a tenth, 64 sequences of 32,768."""
+    train = preset(f"r1_distill_{name}").train
+    assert (train.seq_len, train.batch_size) == (32768, 64)
+    first, last = train.learning_rate
+    assert (first.value, last.value, last.shape) == (rate, pytest.approx(rate / 10), "cosine")
 
 
 @pytest.mark.parametrize("name", TOTAL)
@@ -125,9 +180,10 @@ def test_a_preset_is_whole(name):
     assert run.train.seq_len <= run.model.max_position
     assert run.train.batch_size % (run.train.micro_batch_size or run.train.batch_size) == 0
     assert run.data.vocab_size <= run.model.vocab_size
-    if run.model.topk_method == "noaux_tc":
+    if run.model.has_experts and run.model.topk_method == "noaux_tc":
         assert any(phase.value > 0 for phase in run.train.bias_update_rate)
-    assert run.train.balance_weight > 0
+    if run.model.has_experts:
+        assert run.train.balance_weight > 0
     if run.model.mtp_depth:
         assert any(phase.value > 0 for phase in run.train.mtp_weight)
 

@@ -43,7 +43,7 @@ def read_examples(
     unread: set[str] = set()
 
     def use(number: int, fields: dict[str, Any]) -> None:
-        found = _examples(fields, tokenizer)
+        found = examples_of(fields, tokenizer)
         examples.extend(found)
         names.extend([f"{path}:{number}"] * len(found))
         unread.update(fields.keys() - {"messages", "prompt", "completion"})
@@ -95,7 +95,8 @@ def task_examples(task: Task, tokenizer: Tokenizer, seed: int, count: int) -> De
     return Demonstrations(ListedExamples(examples, names), wrong)
 
 
-def _examples(fields: dict[str, Any], tokenizer: Tokenizer) -> list[Example]:
+def examples_of(fields: dict[str, Any], tokenizer: Tokenizer) -> list[Example]:
+    """Examples of a line's object; ValueError for what it must not have, or lacks."""
     check_fields(fields, (*UNREAD, *REASONING, *WEIGHTS))
     pair = [name for name in ("prompt", "completion") if name in fields]
     if ("messages" in fields) == bool(pair) or len(pair) == 1:

@@ -35,7 +35,7 @@ def sampled_traces(
     Raises ValueError with several processes, unless all traces are there already, and
     RolloutStoppedError soon after SIGTERM or SIGINT, when it has said what is kept.
     """
-    sft, place = run.sft, str(Path(run.run_dir) / "traces")
+    sft, place = run.sft, traces_place(run)
     if jax.process_count() > 1 and count_rounds(place) < sft.rounds:
         raise ValueError(
             f"sft.policy is sampled by one process, and {place} has {count_rounds(place)} of "
@@ -76,6 +76,11 @@ def sampled_traces(
         "again to go on after these, to the same traces"
     )
     raise RolloutStoppedError
+
+
+def traces_place(run: RunConfig) -> str:
+    """The folder of a run's own traces."""
+    return str(Path(run.run_dir) / "traces")
 
 
 def trace_settings(run: RunConfig) -> dict[str, Any]:

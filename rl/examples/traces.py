@@ -28,7 +28,8 @@ from data.split import HoldOut
 from data.store import TokenStore, build_store, find_store, seal_store
 from data.tokenizer import Tokenizer
 from generation.chat import think_opening
-from rl.examples.conversations import Example, JoinedExamples
+from rl.examples.conversations import Example, JoinedExamples, ListedExamples
+from rl.examples.demonstrations import examples_of
 from rl.examples.rejection import Attempt, Filter, Kept, Round, Selection, select
 
 LINES, PROMPTS = "traces.jsonl", "prompt_lengths.npy"
@@ -104,8 +105,7 @@ def write_traces(
 def read_traces(place: str, tokenizer: Tokenizer) -> Traces:
     """The traces of a folder or bucket, read where they are needed.
 
-    Raises ValueError if there is none, or if they are in other tokens: then take the texts, from
-    the transcripts.
+    Raises ValueError if there is none, or if they are in other tokens: see `told_traces`.
     """
     stores = _find_rounds(place)
     if not stores:
@@ -113,6 +113,37 @@ def read_traces(place: str, tokenizer: Tokenizer) -> Traces:
     for store in stores:
         _check_agreement(store, {"tokenizer": tokenizer.sha256})
     return Traces(tuple(stores), JoinedExamples([_StoredExamples(store) for store in stores]))
+
+
+def told_traces(
+    place: str, tokenizer: Tokenizer, say: Callable[[str], None] = print
+) -> ListedExamples:
+    """The traces of a folder or bucket in the tokens of another tokenizer than they were sampled
+    in: texts, through its own template. ValueError if there is none, naming a line that has no
+    place in the template."""
+    stores = _find_rounds(place)
+    if not stores:
+        raise ValueError(f"there are no traces in {place}; write some first")
+    examples, names = [], []
+    for store in stores:
+        for number, line in enumerate(transcript([store]), 1):
+            name = f"{storage.join(store.place, LINES)}:{number}"
+            try:
+                found = examples_of(line, tokenizer)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+            examples += found
+            names += [name] * len(found)
+    say(
+        f"traces in {place} are in the tokens of another tokenizer: the texts of {len(examples)} "
+        "are learned, in this run's own tokens and template"
+    )
+    return ListedExamples(examples, names)
+
+
+def in_tokens_of(place: str, tokenizer: Tokenizer) -> bool:
+    """Whether the traces of a folder or bucket, if there are any, were sampled in these tokens."""
+    return all(s.meta["traces"]["tokenizer"] == tokenizer.sha256 for s in _find_rounds(place))
 
 
 def count_rounds(place: str) -> int:

@@ -18,6 +18,7 @@ and FP8 blocks are made here. Beside it ROOT/<case>.npz holds the fp32 results o
 
 import argparse
 import json
+import logging
 import pathlib
 
 import numpy as np
@@ -198,8 +199,20 @@ def dequantized(folder: pathlib.Path) -> pathlib.Path:
     return plain
 
 
+class Said(logging.Handler):
+    """What a program logs from warnings on."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
 def load(folder: pathlib.Path, ids_file: str) -> dict[str, np.ndarray]:
-    """Results of a folder; SystemExit for a missing, unexpected or mismatched tensor."""
+    """Results of a folder; SystemExit for a missing, unexpected or mismatched tensor, and for a
+    warning (MTP layers, which transformers leaves out, apart)."""
     config = json.loads((folder / "config.json").read_text())
     layers, depth = config["num_hidden_layers"], config.get("num_nextn_predict_layers", 0)
     # transformers names the MTP layer of the release, 61; the same rule for few layers.
@@ -209,10 +222,15 @@ def load(folder: pathlib.Path, ids_file: str) -> dict[str, np.ndarray]:
     ]
     if "quantization_config" in config:
         folder = dequantized(folder)
+    said = Said()
+    logging.getLogger("transformers").addHandler(said)
+    options = {"experts_implementation": "eager"} if "n_routed_experts" in config else {}
     model, info = AutoModelForCausalLM.from_pretrained(
-        folder, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32,
-        output_loading_info=True,
+        folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True,
+        **options,
     )  # fmt: skip
+    if said.lines and not depth:
+        raise SystemExit(f"{folder}: transformers says {said.lines}")
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
             raise SystemExit(f"{folder}: {problem}: {sorted(info[problem])}")
@@ -233,7 +251,7 @@ def main() -> None:
     loads.add_argument("folders", help=".json: folder -> .npz with the ids")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_warning()
     transformers.utils.logging.disable_progress_bar()
     if args.command == "write":
         for name, case in json.loads(pathlib.Path(args.cases).read_text()).items():
