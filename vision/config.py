@@ -133,7 +133,7 @@ class JanusConfig(ModelConfig):
 
     def module(self) -> Any:
         """The class that is built from this configuration."""
-        from vision.janus import Janus
+        from vision.janus import Janus  # needs JAX, which configurations do without
 
         return Janus
 
