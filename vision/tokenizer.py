@@ -178,12 +178,12 @@ class ImageTokenizer(nnx.Module):
         """What is compared with the codebook [N, H, W, E]."""
         latent_NHWC = self.encoder(pixels_NHWC)
         encoded_NHWE = self.into_codes(latent_NHWC)
-        return unit(encoded_NHWE) if self.config.normalize_encoding else encoded_NHWE
+        return unit(encoded_NHWE) if _compares_directions(self.config) else encoded_NHWE
 
     def entries(self) -> jax.Array:
         """What encodings are compared with [S, E]."""
         codebook_SE = self.codebook[...]
-        return unit(codebook_SE) if self.config.normalize_encoding else codebook_SE
+        return unit(codebook_SE) if _compares_directions(self.config) else codebook_SE
 
     def nearest(self, encoded_NHWE: jax.Array) -> jax.Array:
         """Codes at the smallest squared distance [N, P]; of equals the first."""
@@ -215,6 +215,10 @@ class ImageTokenizer(nnx.Module):
         return Reconstruction(self.paint(through_NHWE), codes_NP, codebook, commitment)
 
 
+def _compares_directions(config: TokenizerConfig) -> bool:
+    return config.normalize_encoding
+
+
 def tokenizer_loss(
     tokenizer: ImageTokenizer, pixels_NHWC: jax.Array
 ) -> tuple[jax.Array, Reconstruction]:
@@ -222,7 +226,11 @@ def tokenizer_loss(
 
     LlamaGen adds a perceptual and an adversarial loss, which need networks that are not part of it.
     """
-    found, config = tokenizer.reconstruct(pixels_NHWC), tokenizer.config
+    found = tokenizer.reconstruct(pixels_NHWC)
     error = jnp.square(found.pixels_NHWC - pixels_NHWC).mean()
-    loss = error + config.codebook_weight * found.codebook
-    return loss + config.commitment_weight * found.commitment, found
+    return error + codebook_loss(tokenizer.config, found), found
+
+
+def codebook_loss(config: TokenizerConfig, found: Reconstruction) -> jax.Array:
+    """Codebook and commitment, weighted."""
+    return config.codebook_weight * found.codebook + config.commitment_weight * found.commitment
