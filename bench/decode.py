@@ -26,11 +26,11 @@ import numpy as np
 
 from bench.command import REFERENCE, Command, Side, load, numbers, transformers_side
 from checkpoint.hf_config import to_hf_config
-from configs import deepseek, tiny
+from configs import deepseek, dense, tiny
 from generation.config import Sampling
 from generation.engine import Generator
 from model.config import ModelConfig
-from model.costs import count_parameters
+from model.costs import cache_bytes_per_token, count_parameters
 from model.recipe import Recipe
 from sharding.config import MeshConfig
 from sharding.mesh import make_layout
@@ -44,7 +44,8 @@ def cases() -> dict[str, ModelConfig]:
     wide = dataclasses.replace(
         deepseek.v2_lite_model(), num_layers=4, max_position=8192, yarn=None, init_std=0.02
     )
-    return {"tiny": small, "v2_lite": wide}
+    grouped = dataclasses.replace(dense.tiny_dense().model, max_position=8192)
+    return {"tiny": small, "v2_lite": wide, "dense": grouped}
 
 
 def bandwidth(rounds: int = 5) -> float:
@@ -63,12 +64,13 @@ def bandwidth(rounds: int = 5) -> float:
 def bytes_per_step(c: ModelConfig, batch: int, context: int) -> float:
     """What one step must read, in fp32: see the head of this file."""
     d, E, K = c.hidden_size, c.num_experts, c.experts_per_token
-    everything = count_parameters(c).total - c.vocab_size * d  # a step reads rows of the table
+    everything = count_parameters(c).total
+    if not c.tie_embeddings:  # a step reads rows of the table
+        everything -= c.vocab_size * d
     expert = 3 * d * c.expert_ffn_size
-    chosen = E * (1 - (1 - K / E) ** batch)
+    chosen = E * (1 - (1 - K / max(E, 1)) ** batch)
     weights = everything - c.num_moe_layers * (E - chosen) * expert
-    cache = batch * context * c.num_layers * (c.kv_lora_rank + c.qk_rope_head_dim)
-    return 4.0 * (weights + cache)
+    return 4.0 * weights + batch * context * cache_bytes_per_token(c, 4)
 
 
 class Ours:
@@ -160,8 +162,8 @@ def growth(name: str, config: ModelConfig, options: argparse.Namespace) -> list[
         side.ask(*shape)
         times = [side.ask(*shape)["seconds"] for _ in range(options.rounds)]
         step = statistics.median(times) / options.tokens
-        entry = config.num_layers * (config.kv_lora_rank + config.qk_rope_head_dim)
-        lines.append(f"| {context} | {1e3 * step:.2f} | {4 * entry * context / 2**20:.1f} |")
+        held = cache_bytes_per_token(config, 4) * context
+        lines.append(f"| {context} | {1e3 * step:.2f} | {held / 2**20:.1f} |")
         print(lines[-1], flush=True)
     side.close()
     return lines

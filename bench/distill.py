@@ -1,12 +1,13 @@
 """Distillation against RL, for one small student: what a larger model's answers are worth.
 
     python -m bench.distill [--seeds 0] [--teacher runs/r1_bench] [--folder runs/distill_bench]
-                            [--write]
+                            [--dense] [--teacher-seed 0] [--write]
 
 The teacher is `r1_zero` after `r1_base` (made, or read where `bench.r1` has left it). The student,
 0.2 M parameters, first reads a corpus with few chains (10%) for a short while; from there it learns
 once from the teacher's rejection-sampled answers (stage distill) and once from rewards (stage rl),
-for more processor time than distillation takes.
+for more processor time than distillation takes. With --dense the student is a dense model (grouped
+attention, no experts); --teacher-seed lets all seeds of the student learn from one teacher.
 """
 
 from pathlib import Path
@@ -21,34 +22,40 @@ FEW_CHAINS = ("--task.options", "share_of_chains=0.1")
 BASE_STEPS, RL_STEPS = ("--train.steps", "200"), ("--train.steps", "1000")
 
 
-def student_shape() -> list[str]:
-    """Options that give another preset the student's shape."""
+def rl_preset(student: str) -> list[str]:
+    """Preset of RL on a student, and the options that give it the student's shape."""
+    if student == "r1_student_dense":
+        return ["r1_zero_dense"]
     shape = student_model()
     fields = ("hidden_size", "num_layers", "expert_ffn_size", "dense_ffn_size", "init_std")
     return [
-        part for name in fields
-        for part in (f"--model.{name.replace('_', '-')}", str(getattr(shape, name)))
+        "r1_zero",
+        *(
+            part for name in fields
+            for part in (f"--model.{name.replace('_', '-')}", str(getattr(shape, name)))
+        ),
     ]  # fmt: skip
 
 
-def run(seed: int, teachers: Path, folder: Path) -> dict[str, dict[str, float]]:
+def run(
+    seed: int, teachers: Path, folder: Path, student: str, by: int
+) -> dict[str, dict[str, float]]:
     """Accuracy (T = 1, greedy), length and seconds of the student as it starts, after RL, and after
-    distillation; and the teacher's."""
+    distillation; and the teacher's, of seed `by`."""
     place, more = folder / f"student-{seed}", ("--seed", str(seed))
-    base, teacher = (teachers / f"r1-{seed}" / name for name in ("r1_base", "r1_zero"))
+    base, teacher = (teachers / f"r1-{by}" / name for name in ("r1_base", "r1_zero"))
+    its = "--seed", str(by)
     taught = [
-        train_once(base, "r1_base", *more),
-        train_once(teacher, "r1_zero", *more, "--init-from", str(base)),
+        train_once(base, "r1_base", *its),
+        train_once(teacher, "r1_zero", *its, "--init-from", str(base)),
     ]
     start = place / "base"
     few = (*BASE_STEPS, *FEW_CHAINS)
-    train_once(start, "r1_student", "--stage", "pretrain", *more, *few)
+    train_once(start, student, "--stage", "pretrain", *more, *few)
     init = ("--init-from", str(start))
-    distilled = train_once(
-        place / "distilled", "r1_student", *more, *init, "--sft.policy", str(teacher)
-    )
+    distilled = train_once(place / "distilled", student, *more, *init, "--sft.policy", str(teacher))
     rewarded = train_once(
-        place / "rl", "r1_zero", *more, *init, *FEW_CHAINS, *student_shape(),
+        place / "rl", *rl_preset(student), *more, *init, *FEW_CHAINS,
         "--train.eval-every", "50", *RL_STEPS,
     )  # fmt: skip
     first, last = (evaluations(place / "rl")[i] for i in (0, -1))
@@ -99,11 +106,20 @@ def main() -> None:
     parser.add_argument("--seeds", type=numbers, default="0")
     parser.add_argument("--teacher", default="runs/r1_bench")
     parser.add_argument("--folder", default="runs/distill_bench")
+    parser.add_argument("--dense", action="store_true", help="a dense student")
+    parser.add_argument("--teacher-seed", type=int, help="of all students' teacher")
     options = parser.options()
     folder, teachers = Path(options.folder).absolute(), Path(options.teacher).absolute()
-    runs = {seed: run(seed, teachers, folder) for seed in options.seeds}
+    student, title = "r1_student", "Distillation in small"
+    if options.dense:
+        student, title = "r1_student_dense", "Distillation in small, a dense student"
+    one = options.teacher_seed
+    runs = {
+        seed: run(seed, teachers, folder, student, seed if one is None else one)
+        for seed in options.seeds
+    }
     figure(runs, folder / "distill.png")
-    parser.show("Distillation in small", report(runs))
+    parser.show(title, report(runs))
 
 
 if __name__ == "__main__":

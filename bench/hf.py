@@ -1,4 +1,4 @@
-"""Hugging Face's DeepSeek models: the other side of `bench/step.py` and `bench/decode.py`.
+"""Hugging Face's models: the other side of `bench/step.py` and `bench/decode.py`.
 
     hf.py '{"measure": "step", "batch": 8, "length": 256, "compile": false, "model_type": ...}'
     hf.py '{"measure": "decode", "model_type": "deepseek_v3", "vocab_size": 4096, ...}'
@@ -23,6 +23,8 @@ import transformers  # pyright: ignore[reportMissingImports]
 CONFIG_CLASSES = {
     "deepseek_v2": transformers.DeepseekV2Config,
     "deepseek_v3": transformers.DeepseekV3Config,
+    "qwen2": transformers.Qwen2Config,
+    "llama": transformers.LlamaConfig,
 }
 Answer = Callable[..., dict[str, float]]
 
@@ -92,7 +94,8 @@ def main() -> None:
         f"torch {torch.__version__}, transformers {transformers.__version__}, "
         f"{sum(p.numel() for p in model.parameters()):,} parameters, "
         f"attention {model.config._attn_implementation}, "
-        f"experts {model.config._experts_implementation}, {torch.get_num_threads()} threads"
+        f"experts {getattr(model.config, '_experts_implementation', None)}, "
+        f"{torch.get_num_threads()} threads"
         f"{', torch.compile' * (shape[-1:] == [True])}",
         flush=True,
     )

@@ -1,4 +1,4 @@
-"""Train step on CPU against Hugging Face's DeepSeek-V3: tokens per second, share of the peak.
+"""Train step on CPU against Hugging Face's models: tokens per second, share of the peak.
 
     python -m bench.step [--rounds 5] [--steps 3] [--write]
 
@@ -28,7 +28,7 @@ from bench.command import REFERENCE, Command, Side, load, transformers_side  # n
 from bench.report import device  # noqa: E402
 from bench.timing import Timing, timed  # noqa: E402
 from checkpoint.hf_config import to_hf_config  # noqa: E402
-from configs import tiny  # noqa: E402
+from configs import dense, tiny  # noqa: E402
 from model.config import ModelConfig  # noqa: E402
 from model.costs import train_flops_per_token  # noqa: E402
 from model.recipe import Recipe  # noqa: E402
@@ -54,6 +54,7 @@ def cases() -> dict[str, ModelConfig]:
         "64 experts, top-6": dataclasses.replace(
             shape, num_experts=64, experts_per_token=6, num_expert_groups=8, groups_per_token=4
         ),
+        "dense: 8 heads on 2, tied": dense.tiny_dense().model,
     }
 
 
@@ -142,7 +143,8 @@ def measure(name: str, config: ModelConfig, options: argparse.Namespace) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Measure every case and print the table."""
     parser = Command(__doc__, rounds=1, steps=1, cases=1, compile=False)
-    parser.add_argument("--cases", type=int, default=2, help="models, the first so many")
+    parser.add_argument("--cases", type=int, default=3, help="models, the first so many")
+    parser.add_argument("--first", type=int, default=0, help="models to pass over")
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=True,
         help="torch.compile too, which needs g++",
@@ -159,7 +161,8 @@ def main(arguments: list[str] | None = None) -> None:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        measure(name, config, options) for name, config in list(cases().items())[: options.cases]
+        measure(name, config, options)
+        for name, config in list(cases().items())[options.first : options.cases]
     ]
     lines += [
         "",

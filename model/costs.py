@@ -53,8 +53,12 @@ def attention_flops_per_token(config: ModelConfig, seq_len: int, causal: bool = 
 
 
 def train_flops_per_token(config: ModelConfig, seq_len: int, causal: bool = True) -> float:
-    """FLOPs per token of forward and backward: 6 (active - V d) + 3 attention."""
-    active = count_parameters(config).active - config.vocab_size * config.hidden_size
+    """FLOPs per token of forward and backward: 6 (active - V d) + 3 attention.
+
+    A tied table is counted once and multiplied by once: nothing comes off.
+    """
+    looked_up = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size
+    active = count_parameters(config).active - looked_up
     return 6.0 * active + 3.0 * attention_flops_per_token(config, seq_len, causal)
 
 

@@ -13,7 +13,7 @@ from model.config import ModelConfig
 from model.recipe import Kernels
 from pallas_kernels import attention, cross_entropy, decode, fp8, grouped
 from pallas_kernels.mosaic import Backend
-from sharding.devices import no_emulator, not_hopper
+from sharding.devices import no_cudnn, no_emulator, not_hopper
 from sharding.partition import Layout, num_shards, use_layout
 
 Requested = Literal["auto", "mosaic", "emulated", "portable", "reference"]
@@ -47,13 +47,15 @@ def choose(
 ) -> Choice:
     """Backends for a model of activation type `dtype` on a layout, with `fp8` products or without.
 
-    "auto" takes the kernel where devices, types and shapes allow it, XLA elsewhere. "mosaic" and
-    "emulated" take the kernels alone.
+    "auto" takes the kernel where devices, types and shapes allow it, cuDNN's attention where that
+    is grouped and a GPU, XLA elsewhere. "mosaic" and "emulated" take the kernels alone.
 
     Raises:
         ValueError: kernels are asked for and one of them cannot run; it names each and the reason.
     """
     obstacles = OBSTACLES | FP8_OBSTACLES if fp8 else OBSTACLES
+    if not config.has_experts:
+        obstacles = {name: why for name, why in obstacles.items() if name != "experts"}
     if requested in ("portable", "reference"):
         same: dict[str, Backend] = dict.fromkeys(Kernels._fields, requested)
         return Choice(Kernels(**same), {}, tuple(obstacles))
@@ -71,6 +73,9 @@ def choose(
         )
     kernel: Backend = "emulated" if emulated else "mosaic"
     taken: dict[str, Backend] = {name: kernel for name in obstacles if name not in reasons}
+    with use_layout(layout):
+        if "attention" in reasons and not (no_cudnn(layout) or _cudnn(config, dtype)):
+            taken["attention"] = "cudnn"
     return Choice(Kernels(**taken), reasons, tuple(obstacles))
 
 
@@ -84,6 +89,13 @@ def _attention(config: ModelConfig, dtype: str) -> str | None:
         return attention.grouped_unsupported(config.v_head_dim, jnp.dtype(dtype))
     sizes = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
     return attention.unsupported(*sizes, jnp.dtype(dtype))
+
+
+def _cudnn(config: ModelConfig, dtype: str) -> str | None:
+    """What stands in cuDNN's way, which is asked after the kernel."""
+    if config.attention != "grouped" or num_shards("seq") > 1:
+        return "it computes grouped attention of whole sequences"
+    return attention.cudnn_unsupported(config.v_head_dim, jnp.dtype(dtype))
 
 
 def _decode(config: ModelConfig, dtype: str) -> str | None:

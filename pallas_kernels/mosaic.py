@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 Backend = Literal["mosaic", "emulated", "portable", "reference", "cudnn"]
 """Way to compute a hot path: "mosaic" by the kernel, on Hopper; "emulated" by the same kernel on
 CPU, block by block (for tests: thousands of times slower); "portable" by XLA, anywhere; "reference"
-by its definition in fp32, with no care for cost."""
+by its definition in fp32, with no care for cost; "cudnn", of grouped attention alone, by cuDNN."""
 
 NUM_SMS = 132
 """Streaming multiprocessors of an H100 or H200 SXM."""

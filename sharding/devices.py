@@ -51,6 +51,15 @@ def not_hopper(layout: Layout) -> str | None:
     return None
 
 
+def no_cudnn(layout: Layout) -> str | None:
+    """Reason why cuDNN's attention cannot run on a layout's devices; None: it can."""
+    device = layout.mesh.devices.flat[0]
+    if device.platform not in ("cuda", "gpu"):
+        return f"the devices are {device.device_kind}"
+    major = int(str(device.compute_capability).split(".")[0])
+    return None if major >= 8 else f"{device.device_kind} is older than NVIDIA's Ampere"
+
+
 def no_emulator(layout: Layout) -> str | None:
     """Reason why kernels cannot be emulated on a layout's devices; None: they can."""
     device = layout.mesh.devices.flat[0]

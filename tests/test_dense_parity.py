@@ -64,8 +64,10 @@ def root(tmp_path_factory) -> pathlib.Path:
     return path
 
 
-def test_there_are_enough_cases():
-    assert len(WRITTEN) >= 12
+def test_there_are_enough_cases(root):
+    """At least twelve whose text is not a token or two over and over, as tied heads tend to."""
+    texts = [expected(root / f"{name}.npz")["greedy"] for name in WRITTEN]
+    assert sum(len(np.unique(text)) > 3 for text in texts) >= 12
 
 
 @pytest.mark.parametrize("name", WRITTEN)
@@ -81,7 +83,6 @@ def test_greedy_text(root, name):
     wanted = expected(root / f"{name}.npz")
     assert wanted["greedy"].shape == (2, NEW)
     assert wanted["margin"] > 10 * ATOL, "near ties make the comparison a matter of luck"
-    assert len(np.unique(wanted["greedy"])) > 3, "text of one token would prove little"
     generator, weights = loaded(root / name)
     prompts = list(wanted["prompts"])
     session = generator.start(generator.prepare(weights), prompts, Sampling(temperature=0), NEW)

@@ -64,6 +64,29 @@ def test_auto_decides_per_hot_path():
     )
 
 
+DENSE = preset("llama31_8b").model
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "heads", "attention"),
+    [
+        (HOPPER, "bfloat16", 128, "mosaic"),
+        (HOPPER, "bfloat16", 72, "cudnn"),  # no multiple of 16
+        (HOPPER, "bfloat16", 256, "portable"),  # too wide for both
+        (HOPPER, "float32", 128, "portable"),
+        (AMPERE, "bfloat16", 128, "cudnn"),
+        (CPU, "bfloat16", 128, "portable"),
+    ],
+)
+def test_grouped_attention_goes_to_cudnn_where_the_kernel_cannot(device, dtype, heads, attention):
+    model = dataclasses.replace(DENSE, qk_rope_head_dim=heads, v_head_dim=heads)
+    choice = choose("auto", model, dtype, layout_on(device))
+    assert choice.kernels.attention == attention
+    assert "experts" not in "".join(choice.describe())
+    cut = choose("auto", model, dtype, layout_on(device, MeshConfig(context=2), 2))
+    assert cut.kernels.attention == "portable"
+
+
 def test_fp32_goes_to_xla():
     choice = choose("auto", SMALL, "float32", layout_on(HOPPER))
     assert set(choice.kernels) == {"portable"}

@@ -8,6 +8,7 @@ from model.costs import cache_bytes_per_token, count_parameters, train_flops_per
 from model.kernels import choose
 from runtime.config import GPU_MEMORY_GB
 from sharding.mesh import describe
+from sharding.partition import stored_shards
 from training.display import human
 from training.run import Run, plan_of
 from training.schedule import describe as describe_schedule
@@ -38,12 +39,24 @@ def summary(run: Run, trainer: Trainer, gpu: str = "") -> list[str]:
         *(f"kernels      {line}" for line in choice.describe()),
         f"state        {held / 2**30:.3g} GiB per device: weights, moments, biases",
         *room(held, gpu),
+        *key_heads(run, trainer),
         f"cache        {cache_bytes_per_token(run.model):,} bytes/token in bf16",
         f"batch        {last.batch_size} x {train.seq_len} tokens in {last.micro_batches} micro "
         f"batches",
         f"length       {train.steps:,} steps, {human(plan.tokens_before(train.steps))} tokens",
         f"rate         {describe_schedule(schedules(train)['learning_rate'], plan)}",
         *(f"warning      {line}" for line in ends_elsewhere(train, plan)),
+    ]
+
+
+def key_heads(run: Run, trainer: Trainer) -> list[str]:
+    """That heads of keys are whole on every device, where `tensor` does not split them: a line."""
+    shards, held = stored_shards(trainer.layout, "kv_heads"), run.model.num_kv_heads
+    if held % shards == 0:
+        return []
+    return [
+        f"key heads    {held} do not split over tensor={shards}: every device holds all of them, "
+        "and computes those that its heads of queries read"
     ]
 
 

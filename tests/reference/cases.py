@@ -221,6 +221,7 @@ DENSE: dict[str, Case] = {
         | {
             "rope_scaling": _YARN,
             "rope_theta": 1e6,
+            "max_position_embeddings": 256,
             "num_attention_heads": 1,
             "num_key_value_heads": 1,
         },
@@ -260,7 +261,12 @@ DENSE: dict[str, Case] = {
         _QWEN3 | {"tie_word_embeddings": True, "rope_theta": 1e6}, 2700, "the same, tied"
     ),
     "dense_norms_yarn": Case(
-        _QWEN3 | {"rope_scaling": _YARN | {"beta_fast": 4}, "num_key_value_heads": 4},
+        _QWEN3
+        | {
+            "rope_scaling": _YARN | {"beta_fast": 4},
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 256,
+        },
         2800,
         "YaRN with norms",
     ),
