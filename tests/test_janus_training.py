@@ -38,8 +38,10 @@ LAYOUTS = {
     "pipe 2": (MeshConfig(pipe=2), 4),
     "pipe 2 x fsdp 2": (MeshConfig(pipe=2, fsdp=2), 2),
 }
-QUICK = ("cube", "pipe 2")
+QUICK = ("cube",)
 """In the default suite; the others are slow tests."""
+NO_EFFECT = "encoder['layers']['k']['bias']"
+"""The same on all keys of an image, so softmax does not see it: its gradient is rounding."""
 
 
 class GradientTrainer(ImageTrainer):
@@ -109,6 +111,9 @@ def test_gradients_of_a_mixed_batch_are_one_devices(name):
         got = jax.tree_util.tree_leaves_with_path(state["opt"][part])
         for (path, a), b in zip(got, jax.tree.leaves(wanted["opt"][part]), strict=True):
             where, largest = f"{part}{jax.tree_util.keystr(path)}", np.abs(b).max()
+            if where == NO_EFFECT:
+                assert max(np.abs(a).max(), largest) < 1e-6
+                continue
             assert (largest > 0) == (part in trainer.learned), where
             assert np.abs(a - b).max() <= GRADIENT_RTOL * max(largest, 1e-12), where
     for metric in ("train/loss", "train/text_loss", "train/code_loss", "train/grad_norm"):
