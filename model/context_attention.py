@@ -62,7 +62,7 @@ class Form(Protocol):
         """Keys [B, S, N, H] and values [B, S, N, V] of a device's `here` heads."""
         ...
 
-    def summed(self, gradient: jax.Array) -> jax.Array:
+    def summed(self, gradient: jax.Array, /) -> jax.Array:
         """Gradient of what travels, over the devices that hold it for other heads too."""
         ...
 
@@ -193,7 +193,7 @@ def _backward_on_shard(
             return jax.tree.map(_chunks, form.expand(N, sent, weights))
 
         kv, pull = jax.vjp(expanded, sent, weights)
-        keys = Keys(*kv, None if segments_BS is None else _chunks(segments_BS))
+        keys = Keys(kv[0], kv[1], None if segments_BS is None else _chunks(segments_BS))
         dkv = jax.tree.map(lambda x: vary(jnp.zeros(x.shape, jnp.float32)), kv)
         for a, b, diagonal in blocks:
             part = _chunk(keys, b)

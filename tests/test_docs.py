@@ -19,6 +19,8 @@ DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").gl
 MADE_BY_RUNS = ("runs/", "cache/", ".venv")
 """Paths that docs may name although a fresh checkout has none of them."""
 
+EXTENSIONS = ("YarnConfig", "BandsConfig")
+"""Of the context; a preset has one of them or none."""
 FILE_NAME = re.compile(r"[\w./*-]+\.(py|md|toml|lock|yaml)|Makefile|\.ci/run")
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 
@@ -263,16 +265,18 @@ def squeezed(text: str) -> str:
 def field_texts(files: list[pathlib.Path]) -> list[tuple[str, str]]:
     """(field, docstring) of every config field in `files` whose option every preset has.
 
-    Schedules and sources (tuples) and YaRN (None unless a preset extends the context) show the
+    Schedules and sources (tuples) and extensions (None unless a preset has one) show the
     options of their elements, as many as a preset has.
     """
     found = []
     for path in files:
         for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.ClassDef) and node.name != "YarnConfig":
+            if isinstance(node, ast.ClassDef) and node.name not in EXTENSIONS:
                 for field, text in zip(node.body, node.body[1:], strict=False):
                     if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-                        if ast.unparse(field.annotation).startswith(("tuple[", "YarnConfig |")):
+                        if ast.unparse(field.annotation).startswith(
+                            ("tuple[", *(f"{name} |" for name in EXTENSIONS))
+                        ):
                             continue
                         assert isinstance(text.value, ast.Constant)
                         name = f"{node.name}.{ast.unparse(field.target)}"

@@ -105,7 +105,7 @@ _FIELDS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("", "perf/tokens_per_s", lambda x: f"{human(x)} tok/s"),
     ("", "perf/tokens_per_s_per_device", lambda x: f"{human(x)} tok/s/device"),
     ("MFU", "perf/mfu", lambda x: f"{100 * x:.1f}%"),
-    ("load", "moe/load_max_over_mean", lambda x: f"{x:.2f}x"),
+    ("load", "moe/load_max_over_mean", lambda x: f"{x:.2f}x" if x else ""),  # 0: no experts
     ("skipped", "train/skipped_steps", lambda x: f"{x:.0f}" if x else ""),
 )
 """Label, metric, format, in the order of a reader's interest."""
