@@ -144,7 +144,7 @@ def janus_pro_7b_stage3() -> RunConfig:
 
 
 VOCAB = 512
-TINY_TOKENIZER_STEPS, TINY_STEPS = 250, 900
+TINY_TOKENIZER_STEPS, TINY_STEPS = 400, 900
 
 
 def tiny_model() -> JanusConfig:

@@ -147,14 +147,14 @@ def test_parts(root, name):
 
 @pytest.mark.parametrize("name", JANUS_CASES)
 def test_score_command(root, tmp_path, name):
-    """`generate.py score --pixels`: text logits with images, on one device and, once, on eight."""
+    """`generate.py score --pixels`: text logits with images, on eight devices."""
     wanted = expected(root / f"{name}.npz")
     for key in ("ids", "pixels"):
         np.save(tmp_path / f"{key}.npy", wanted[key])
     where = ["--checkpoint", str(root / name), "--tokens", str(tmp_path / "ids.npy")]
     what = ["--pixels", str(tmp_path / "pixels.npy"), "--out", str(tmp_path / "out.npy")]
-    mesh = ["--mesh.data", "2", "--mesh.tensor", "2"] if name == "two_images" else []
-    assert generate.main(["score", *where, *what, *(mesh or ["--mesh.data", "1"])]) == 0
+    mesh = ["--mesh.tensor", "2"] if name == "two_images" else []
+    assert generate.main(["score", *where, *what, *mesh]) == 0
     close(np.load(tmp_path / "out.npy"), wanted["logits"])
 
 
@@ -168,7 +168,7 @@ def test_draw_command(root, tmp_path, name):
     ids = ",".join(map(str, wanted["prompts"][0]))
     how = ["--draw-ids", ids, "--greedy", "--guidance", str(case["guidance"])]
     mesh = ["--mesh.tensor", "2"] if name == "plain" else []
-    arguments = ["--checkpoint", str(root / name), *how, *out, "--mesh.data", "1", *mesh]
+    arguments = ["--checkpoint", str(root / name), *how, *out, *mesh]
     assert generate.main(arguments) == 0
     np.testing.assert_array_equal(np.load(tmp_path / "ids.npy"), wanted["drawn"][:1])
     close(np.load(tmp_path / "pixels.npy"), wanted["decoded"][:1])

@@ -26,7 +26,9 @@ HELD_OUT = 6
 """One combination in so many is held out."""
 FAR = 80.0
 """Distance in RGB beyond which a pixel is of none of the colours."""
-SHARE = 0.85
+REACH = 0.8
+"""Half the side of a square, in halves of its cell."""
+SHARE = 0.8
 """Overlap over union of a cell's coloured pixels and a shape's, from which on it is that shape."""
 
 
@@ -86,14 +88,13 @@ class Scene:
 
 @functools.cache
 def mask_of(shape: str, cell: int) -> np.ndarray:
-    """Pixels of a shape in its cell, bool [cell, cell]; an eighth of the cell is left around."""
+    """Pixels of a shape in its cell, bool [cell, cell]; round ones are smaller than squares."""
     y, x = (np.mgrid[0:cell, 0:cell] + 0.5) / cell * 2 - 1
-    reach = 0.75
     if shape == "circle":
-        return x * x + y * y <= reach**2
+        return x * x + y * y <= 0.65**2
     if shape == "square":
-        return np.maximum(abs(x), abs(y)) <= reach
-    return (abs(x) <= (y + reach) / 2) & (y <= reach)
+        return np.maximum(abs(x), abs(y)) <= REACH
+    return (abs(x) <= (y + REACH) / 2) & (y <= REACH)
 
 
 def all_scenes() -> list[Scene]:

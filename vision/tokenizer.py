@@ -160,7 +160,8 @@ class ImageTokenizer(nnx.Module):
     def __init__(self, rngs: nnx.Rngs, config: TokenizerConfig):
         self.encoder, self.decoder = Downward(rngs, config), Upward(rngs, config)
         shape = (config.num_codes, config.code_width)
-        self.codebook = weight(rngs, shape, ("codes", "code"), 1.0)
+        # Directions of about unit length, as LlamaGen's: longer ones would turn more slowly.
+        self.codebook = weight(rngs, shape, ("codes", "code"), config.code_width**-0.5)
         self.into_codes = Conv(rngs, config.latent_width, config.code_width, 1)
         self.from_codes = Conv(rngs, config.code_width, config.latent_width, 1)
         self.config = config
