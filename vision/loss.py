@@ -4,7 +4,7 @@ and of codes on the generation head, both over the count of all targets (Janus-P
 Letters: B rows, T places, D hidden width, S codes, M images of a row, H W pixels.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,11 +93,13 @@ def mixed_loss(
     else:
         hidden_BTD = model.after(x_BTD, tokens, recipe, None).hidden_BTD
     backend = recipe.kernels.loss
-    text = cross_entropy_sum(
+    text: Any = cross_entropy_sum(
         hidden_BTD, model.head_kernel(), examples.targets_BT, examples.text_BT, backend
     )
     inner_BTD, kernel_DS = _with_bias(model.drawing, hidden_BTD)
-    drawn = cross_entropy_sum(inner_BTD, kernel_DS, examples.codes_BT, examples.drawn_BT, backend)
+    drawn: Any = cross_entropy_sum(
+        inner_BTD, kernel_DS, examples.codes_BT, examples.drawn_BT, backend
+    )
     loss = (text + drawn) / counts.total
     parts = (text / jnp.maximum(counts.text, 1.0), drawn / jnp.maximum(counts.drawn, 1.0))
     return loss, MixedParts(*parts)
