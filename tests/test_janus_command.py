@@ -9,7 +9,16 @@ from PIL import Image
 import generate
 import train
 
-SMALL = ["--model.num-layers", "1", "--model.num-dense-layers", "1", "--model.hidden-size", "32", "--model.num-heads", "2", "--model.num-kv-heads", "2", "--model.qk-rope-head-dim", "16", "--model.v-head-dim", "16", "--model.dense-ffn-size", "32", "--model.encoder.num-layers", "1", "--model.encoder.width", "16", "--model.tokenizer.multipliers", "1", "1", "--model.encoder.ffn-size", "16", "--model.encoder.image-size", "16", "--model.drawn-tokens", "64", "--train.seq-len", "128", "--train.batch-size", "8", "--train.steps", "2", "--images.answers", "8"]  # fmt: skip
+SIZES = {
+    "model.num-layers": 1, "model.num-dense-layers": 1, "model.hidden-size": 32,
+    "model.num-heads": 2, "model.num-kv-heads": 2, "model.qk-rope-head-dim": 16,
+    "model.v-head-dim": 16, "model.dense-ffn-size": 32, "model.encoder.num-layers": 1,
+    "model.encoder.width": 16, "model.encoder.ffn-size": 16, "model.encoder.image-size": 16,
+    "model.drawn-tokens": 64, "train.seq-len": 128, "train.batch-size": 8, "train.steps": 2,
+    "images.answers": 8,
+}  # fmt: skip
+SMALL = [word for name, size in SIZES.items() for word in (f"--{name}", str(size))]
+SMALL += ["--model.tokenizer.multipliers", "1", "1"]
 
 
 @pytest.fixture(scope="module")
