@@ -144,7 +144,7 @@ def janus_pro_7b_stage3() -> RunConfig:
 
 
 VOCAB = 512
-TINY_TOKENIZER_STEPS, TINY_STEPS = 400, 900
+TINY_TOKENIZER_STEPS, TINY_STEPS = 400, 1000
 
 
 def tiny_model() -> JanusConfig:
@@ -178,7 +178,7 @@ def _tiny(learned: Learned, steps: int, batch: int, rate: float) -> RunConfig:
         stage="images",
         train=TrainConfig(
             steps=steps,
-            seq_len=64,
+            seq_len=80,  # two examples of any kinds
             batch_size=batch,
             learning_rate=(
                 Phase(steps // 20, rate, "linear", "steps"),
@@ -189,7 +189,7 @@ def _tiny(learned: Learned, steps: int, batch: int, rate: float) -> RunConfig:
             eval_every=0,
             log_every=10,
         ),
-        images=ImageTraining(learned=learned, images_per_row=2),
+        images=ImageTraining(learned=learned, images_per_row=2, read=3, draw=2),
         data=DataConfig(vocab_size=VOCAB),
         mesh=MeshConfig(fsdp=-1),
         checkpoint=CheckpointConfig(every=0, keep=1),
@@ -208,6 +208,6 @@ def janus_tiny() -> RunConfig:
     """Janus, tiny: reads and draws scenes of coloured shapes on a CPU.
 
     `make janus` learns its image tokenizer first (`janus_tiny_tokenizer`) and then, in one stage
-    from random weights, all else: questions about pictures and drawing from captions, 1 : 1.
+    from random weights, all else: questions about pictures and drawing from captions, 3 : 2.
     """
     return _tiny("reading", TINY_STEPS, 24, 2e-3)

@@ -17,7 +17,7 @@ from flax import nnx
 from model.layers import weight
 from model.recipe import Recipe
 from model.transformer import DeepSeekV3, Tokens
-from sharding.partition import constrain
+from sharding.partition import constrain, on_shards
 from vision.config import JanusConfig
 from vision.encoder import Encoder
 from vision.layers import Adaptor, Linear
@@ -95,10 +95,19 @@ class Janus(DeepSeekV3):
             B, M = sight.pixels_BMHWC.shape[:2]
             pixels_NHWC = sight.pixels_BMHWC.reshape(B * M, *sight.pixels_BMHWC.shape[2:])
             seen_BPD = self.see(pixels_NHWC, recipe).reshape(B, -1, x_BTD.shape[-1])
-            places_BT1 = jnp.maximum(sight.patches_BT, 0)[..., None]
-            seen_BTD = jnp.take_along_axis(constrain(seen_BPD, "batch", None, None), places_BT1, 1)
-            x_BTD = jnp.where(sight.patches_BT[..., None] >= 0, seen_BTD, x_BTD)
+            # Rows read their own images: nothing crosses devices, whatever XLA would make of it.
+            names = ("batch", None, None), ("batch", "seq"), ("batch", "seq", None)
+            put = on_shards(_put_in_place, names, (names[2],))
+            x_BTD = put(seen_BPD, sight.patches_BT, x_BTD)[0]
         if sight.codes_BT is not None:
             drawn_BTD = self.drawing.embed(jnp.maximum(sight.codes_BT, 0), recipe)
             x_BTD = jnp.where(sight.codes_BT[..., None] >= 0, drawn_BTD, x_BTD)
         return constrain(x_BTD, "batch", "stream", "embed")
+
+
+def _put_in_place(
+    seen_BPD: jax.Array, patches_BT: jax.Array, x_BTD: jax.Array
+) -> tuple[jax.Array]:
+    """x with the patch of the row's images at each place that has one."""
+    seen_BTD = jnp.take_along_axis(seen_BPD, jnp.maximum(patches_BT, 0)[..., None], 1)
+    return (jnp.where(patches_BT[..., None] >= 0, seen_BTD, x_BTD),)
