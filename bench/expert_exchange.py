@@ -26,12 +26,11 @@ from model.config import ModelConfig
 from model.moe import MoE
 from model.recipe import Recipe
 from model.router import select
-from pallas_kernels.grouped import expert_ffn
-from pallas_kernels.grouped.permute import combine_rows, gather_rows, sort_by_expert
+from pallas_kernels.grouped import expert_sums, sort_by_expert
 from programs.collectives import Instruction, collective_op, parse, replica_groups
 from runtime.devices import emulate_devices
 from sharding.config import MeshConfig
-from sharding.experts.exchange import even_share, slots_per_shard
+from sharding.experts.room import even_share, room
 from sharding.mesh import make_layout
 from sharding.partition import use_layout
 
@@ -40,6 +39,7 @@ DEVICES, TOKENS, WIDTH = 8, 256, 128
 SENDS: tuple[str, ...] = ("all-to-all", "all-gather", "reduce-scatter")
 WAYS = (
     ("gather", 2, MeshConfig(expert=DEVICES, exchange="gather")),
+    ("dense, room for all", 2, MeshConfig(expert=DEVICES, exchange_capacity=math.inf)),
     ("dense", 2, MeshConfig(expert=DEVICES)),
     ("dense, capacity 1.25", 2, MeshConfig(expert=DEVICES, exchange_capacity=1.25)),
     ("2 levels", 2, MeshConfig(expert=DEVICES, expert_nodes=2)),
@@ -86,10 +86,10 @@ def price(repeats: int) -> list[str]:
 
     def plain(params, x_BTD, weights_BTK, ids_BTK):
         rows_ND, K = x_BTD.reshape(-1, x_BTD.shape[-1]), ids_BTK.shape[-1]
-        w_gate, w_up, w_down = (params[name].get_value() for name in ("w_gate", "w_up", "w_down"))
+        experts = tuple(params[name].get_value() for name in ("w_gate", "w_up", "w_down"))
         plan = sort_by_expert(ids_BTK.reshape(-1, K), config.num_experts)
-        y_MD = expert_ffn(gather_rows(rows_ND, plan), w_gate, w_up, w_down, plan.group_sizes_E)
-        return combine_rows(y_MD, weights_BTK.reshape(-1, K), plan).reshape(x_BTD.shape)
+        y_ND = expert_sums(rows_ND, weights_BTK.reshape(-1, K), experts, plan)
+        return y_ND.reshape(x_BTD.shape)
 
     def exchanged(params, x_BTD, weights_BTK, ids_BTK):
         return nnx.merge(definition, params).routed(x_BTD, ids_BTK, weights_BTK, Recipe())[0]
@@ -182,14 +182,14 @@ def rounds_of(mesh: MeshConfig, ids_SNK: np.ndarray, config: ModelConfig) -> int
 
     def rounds(rows: int, most: int, experts: int, tokens: int) -> int:
         mean = tokens * even_share(num_experts, experts, K, groups)
-        return math.ceil(most / slots_per_shard(rows, mean, mesh.exchange_capacity))
+        return math.ceil(most / room(mean, rows, mesh.exchange_capacity))
 
     across = max(needs(ids, num_experts // nodes).sum(0).max() for ids in ids_SNK)
     slots = (
         N
         if nodes == 1
-        else slots_per_shard(
-            N, N * even_share(num_experts, num_experts // nodes, K, groups), mesh.exchange_capacity
+        else room(
+            N * even_share(num_experts, num_experts // nodes, K, groups), N, mesh.exchange_capacity
         )
     )
     # A device of a node receives the tokens of the devices with its own index in all nodes.

@@ -37,11 +37,11 @@ from configs import preset
 from model.config import ModelConfig
 from model.kernels import choose
 from model.recipe import Recipe
-from programs.absent_gpus import GPUS, INSPECTION, absent_gpus
+from programs.absent_gpus import GPUS, absent_gpus, inspection_options
+from programs.plan import plan_of
 from programs.scheduled import until_scheduled
 from programs.step import Report, lower, read, scheduled
 from sharding.config import MeshConfig
-from sharding.devices import schedule_options
 from sharding.mesh import axis_sizes, make_layout, named_layout, resolve
 from sharding.partition import batch_shards
 from training.step import Trainer
@@ -163,15 +163,17 @@ def inspect(options: argparse.Namespace) -> tuple[Report, Seconds]:
     trainer = trainer_of(options)
     layout = trainer.layout
     start, processor = time.perf_counter(), processor_seconds()
+    planned, left_out = plan_of(trainer) if options.plan else (trainer, 0)
     with working(f"lowering the step for {layout.mesh.size} GPUs"):
-        lowered = lower(trainer)
+        lowered = lower(planned)
     lower_s = time.perf_counter() - start
-    flags = INSPECTION | schedule_options(layout.config)
+    flags = inspection_options(layout.config)
     with working("compiling it until buffers are assigned, for V3 some minutes"):
         if options.memory_only:
             program = until_scheduled(lowered, flags)
         else:
             program = scheduled(lowered.compile(compiler_options=flags))
+    program = program._replace(temporaries=program.temporaries + left_out)
     compile_s = time.perf_counter() - start - lower_s
     seconds = Seconds(lower_s, compile_s, processor_seconds() - processor)
     if options.text:
@@ -327,6 +329,13 @@ def parser() -> Command:
         help="compile until buffers are assigned; to the end takes three times as long, and "
         "nothing more is read from it",
     )
+    found.add_argument(
+        "--plan",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="of a pipeline compile the kind of tick that needs most memory alone, and add what "
+        "others carry (programs/plan.py); default: with --memory-only",
+    )
     found.add_argument("--json", default="", help="write the report here instead of printing it")
     found.add_argument("--text", default="", help="write the compiled text here")
     found.add_argument(
@@ -345,6 +354,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = command.options(arguments)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
+    if options.plan is None:
+        options.plan = options.memory_only
     if options.table:
         title, cases = TABLES[options.table]
         return command.keep(title, table(cases))

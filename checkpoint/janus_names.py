@@ -36,8 +36,8 @@ def table(config: JanusConfig, language: list[Entry]) -> list[Entry]:
     entries += [_kept("drawing/table", "model.generation_embeddings.weight", shape)]
     places = ("drawing/adaptor", "model.generation_aligner")
     entries += _adaptor(*places, t.code_width, d, config.drawing_depth)
-    entries += _linear("drawing/inner", "model.generation_head.proj_out", d, d)
-    entries += _linear("drawing/head", "model.generation_head.vision_head", d, t.num_codes)
+    entries += _linear("brush/inner", "model.generation_head.proj_out", d, d)
+    entries += _linear("brush/head", "model.generation_head.vision_head", d, t.num_codes)
     return entries
 
 

@@ -70,7 +70,7 @@ class Generator:
         placement: ExpertPlacement | None = None, count_load: bool = False,
     ):  # fmt: skip
         self.config, self.recipe, self.count_load = config, recipe, count_load
-        self.layout = dataclasses.replace(whole_sequences(layout), stored=RESIDENT)
+        self.layout = dataclasses.replace(whole_sequences(layout), stored=RESIDENT, copied=())
         self.pass_steps: dict[Any, float] = {}
         """Cost of a speculative pass in plain steps, by sampling and shape, once measured."""
         self._copies = None if placement is None else Copies(placement, self.layout)

@@ -10,7 +10,7 @@ import jax
 
 from generation.replicas import Replicas
 from model.config import ModelConfig
-from model.moe import W_IN, W_OUT, routed_on_shards, weighted_sums
+from model.moe import W_IN, W_OUT, Served, routed_on_shards, sums_by, weighted_sums
 from model.recipe import Recipe
 from pallas_kernels.grouped import expert_ffn, separate_expert_ffn
 
@@ -26,8 +26,8 @@ class RoutedExperts(NamedTuple):
 
     def __call__(
         self, x_BTD: jax.Array, ids_BTK: jax.Array, weights_BTK: jax.Array, recipe: Recipe
-    ) -> tuple[jax.Array, jax.Array]:
-        """Weighted sums of the chosen experts' outputs [B, T, D], and the choices missed."""
+    ) -> tuple[jax.Array, Served]:
+        """Weighted sums of the chosen experts' outputs [B, T, D], and how they came about."""
         groups = self.config.num_expert_groups, self.config.groups_per_token
         if self.replicas is not None:
             ids_BTK = self.replicas.choose(ids_BTK)
@@ -36,7 +36,7 @@ class RoutedExperts(NamedTuple):
         ffn = _separate_ffn if separate else expert_ffn
         ffn = functools.partial(ffn, backend=recipe.kernels.experts)
         names = (W_OUT, W_OUT, W_IN) if separate else (W_IN, W_IN, W_OUT)  # apart, output first
-        local = functools.partial(weighted_sums, ffn)
+        local = functools.partial(weighted_sums, sums_by(ffn))
         params = jax.tree.map(lambda w: w.astype(x_BTD.dtype), self.params)
         return routed_on_shards(x_BTD, ids_BTK, weights_BTK, params, names, local, groups)
 

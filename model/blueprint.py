@@ -74,7 +74,7 @@ def bind(config: ModelConfig, params: Tree, router_bias: Tree) -> DeepSeekV3:
 
 
 def bind_around(config: ModelConfig, params: Tree, router_bias: Tree) -> DeepSeekV3:
-    """The model without its stack of layers: only its `before` and `after` are whole."""
+    """The model around its stack, for `dense` and `after` with what each of them needs."""
     graph, params_state, bias_state = _abstract_around(config)
     return nnx.merge(graph, _fill(params_state, params), _fill(bias_state, router_bias))
 
@@ -94,13 +94,15 @@ def bind_part(config: ModelConfig, name: str, params: Tree, router_bias: Tree) -
     return nnx.merge(graph, _fill(params_state, params), _fill(bias_state, router_bias))
 
 
-def prepare_parts(config: ModelConfig) -> None:
-    """Make what `bind_around` and `bind_part` of the stack need, ahead of a region.
+def prepare_parts(config: ModelConfig, *more: str) -> None:
+    """Make what `bind_around`, and `bind_part` of stack, embedding and `more` parts need, ahead of
+    a region.
 
     Inside of one, flax would look for the logical axes on the region's mesh.
     """
     _abstract_around(config)
-    _abstract_part(config, config.stack)
+    for name in (config.stack, "embed", *more):
+        _abstract_part(config, name)
 
 
 @functools.cache

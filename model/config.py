@@ -165,6 +165,12 @@ class ModelConfig:
         return "moe_layers" if self.num_moe_layers else "dense_layers"
 
     @property
+    def first_parts(self) -> tuple[str, ...]:
+        """Parts of the parameters that the first stage of a pipeline computes before its layers;
+        but for the vocabulary's, everything else is the last one's."""
+        return ("dense_layers",)
+
+    @property
     def stack_size(self) -> int:
         """Layers of `stack`."""
         return self.num_moe_layers or self.num_layers

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from model.config import ModelConfig
-from model.moe import MoEStats
+from model.moe import MoEStats, Served
 from model.recipe import Recipe
 from model.transformer import DeepSeekV3, Output, Tokens
 from pallas_kernels.cross_entropy import Parts, loss_and_gradients, loss_sum, merge
@@ -123,8 +123,8 @@ class LossParts(NamedTuple):
     """Balance loss per sequence, summed over layers (before alpha)."""
     counts_LE: jax.Array
     """Tokens per expert and MoE layer."""
-    dropped: jax.Array
-    """Choices that no expert computed."""
+    served: Served
+    """Of all layers: choices that no expert computed, and further rounds."""
 
 
 def target_weights(
@@ -164,6 +164,35 @@ def training_loss(
     return loss_of_output(model, output, examples, weights, recipe)
 
 
+def balance_of_output(
+    output: Output, weights: LossWeights, config: ModelConfig
+) -> tuple[jax.Array, LossParts]:
+    """The terms of `loss_of_output` that need no head."""
+    zero = jnp.zeros((), jnp.float32)
+    balance, counts_LE, dropped = _moe_parts(output.stats, weights, config)
+    return weights.balance * balance, LossParts(zero, zero, balance, counts_LE, dropped)
+
+
+def loss_of_hidden(
+    hidden_BTD: jax.Array,
+    kernel_DV: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    k: jax.Array,
+    weights: LossWeights,
+    config: ModelConfig,
+    recipe: Recipe,
+) -> tuple[jax.Array, LossParts]:
+    """The others, of one hidden state: the main model's (k = 0) or that of MTP module k."""
+    total: Any = cross_entropy_sum(
+        hidden_BTD, kernel_DV, targets_BT, weights_BT, recipe.kernels.loss
+    )
+    mean = total / weights.num_targets
+    main, mtp = jnp.where(k == 0, mean, 0.0), jnp.where(k > 0, mean / max(config.mtp_depth, 1), 0.0)
+    none, zero = jnp.zeros((config.mtp_depth, config.num_experts)), jnp.zeros(())
+    return main + weights.mtp * mtp, LossParts(main, mtp, zero, none, Served(zero, zero))
+
+
 def loss_of_output(
     model: DeepSeekV3, output: Output, examples: Examples, weights: LossWeights, recipe: Recipe
 ) -> tuple[jax.Array, LossParts]:
@@ -179,9 +208,9 @@ def loss_of_output(
     # All are divided by the count of the main loss, not by T - k (eq. 24).
     main, *ahead = (total / weights.num_targets for total in sums)
     mtp = sum(ahead, jnp.zeros((), jnp.float32)) / max(len(ahead), 1)
-    balance, counts_LE, dropped = _moe_parts(output.stats, weights, model.config)
+    balance, counts_LE, served = _moe_parts(output.stats, weights, model.config)
     loss = main + weights.mtp * mtp + weights.balance * balance
-    return loss, LossParts(main, mtp, balance, counts_LE, dropped)
+    return loss, LossParts(main, mtp, balance, counts_LE, served)
 
 
 def make_examples(batch: dict[str, jax.Array], mtp_depth: int) -> Examples:
@@ -229,12 +258,13 @@ def mtp_targets(batch: dict[str, jax.Array], k: int) -> tuple[jax.Array, jax.Arr
 
 
 def _moe_parts(stats: MoEStats | None, weights: LossWeights, config: ModelConfig):
-    """Balance loss per sequence summed over layers, expert counts, dropped choices."""
+    """Balance loss per sequence summed over layers, expert counts, how experts served."""
     if stats is None:
         zero = jnp.zeros((), jnp.float32)
-        return zero, jnp.zeros((0, config.num_experts), jnp.float32), zero
+        return zero, jnp.zeros((0, config.num_experts), jnp.float32), Served(zero, zero)
     counts_LE = jax.lax.stop_gradient(stats.counts_E)
-    return stats.balance.sum() / weights.num_sequences, counts_LE, stats.dropped.sum()
+    served = jax.tree.map(jnp.sum, stats.served)
+    return stats.balance.sum() / weights.num_sequences, counts_LE, served
 
 
 def greedy_ids(x_BTD: jax.Array, kernel_DV: jax.Array) -> jax.Array:

@@ -17,8 +17,9 @@ from model.layers import SwiGLU, as_computed, from_stream, router_bias, to_strea
 from model.recipe import Recipe, keep
 from model.router import affinities, balance_loss, expert_counts, select
 from pallas_kernels.fp8 import fp8_expert_ffn
-from pallas_kernels.grouped import combine_rows, expert_ffn, gather_rows, sort_by_expert
-from sharding.experts.dispatch import exchange
+from pallas_kernels.grouped import combine_rows, expert_sums, gather_rows, part_of, sort_by_expert
+from sharding.experts.dispatch import Local, exchange
+from sharding.experts.rounds import Count, Span, in_rounds
 from sharding.partition import Names, constrain, max_over, on_shards, sum_over, vary
 
 W_IN = ("experts", "embed", "expert_ffn")
@@ -26,8 +27,18 @@ W_IN = ("experts", "embed", "expert_ffn")
 W_OUT = ("experts", "expert_ffn", "embed")
 """Logical axes of their down weights."""
 
-Routed = Callable[..., tuple[jax.Array, jax.Array]]
-"""(x_BTD, ids_BTK, weights_BTK, recipe) to weighted sums [B, T, D] and the choices missed."""
+Routed = Callable[..., tuple[jax.Array, "Served"]]
+"""(x_BTD, ids_BTK, weights_BTK, recipe) to weighted sums [B, T, D] and how they came about."""
+
+
+class Served(NamedTuple):
+    """How the experts' work went, fp32, over all devices."""
+
+    dropped: jax.Array
+    """Routed token-expert pairs that no expert computed; must be 0."""
+    further: jax.Array
+    """Rounds beyond the first that the exchange or an expert's buffer took, on the device with the
+    most of them."""
 
 
 class MoEStats(NamedTuple):
@@ -37,8 +48,7 @@ class MoEStats(NamedTuple):
     """Tokens routed to each expert."""
     balance: jax.Array
     """Sequence-wise balance loss before its factor, summed over sequences."""
-    dropped: jax.Array
-    """Routed token-expert pairs that no expert computed; must be 0."""
+    served: Served
     ids_BTK: jax.Array | None = None
     """The experts of every token, where the recipe asks for them."""
 
@@ -94,16 +104,16 @@ class MoE(nnx.Module):
             scores_BTE, None if bias is None else bias[...], c, replayed_BTK
         )
         ids_BTK, weights_BTK = keep(ids_BTK), keep(weights_BTK)
-        y_BTD, dropped = (routed or self.routed)(x_BTD, ids_BTK, weights_BTK, recipe)
+        y_BTD, served = (routed or self.routed)(x_BTD, ids_BTK, weights_BTK, recipe)
         y_BTD = to_stream(y_BTD)
         if self.shared is not None:
             y_BTD = y_BTD + self.shared(x_BTD, recipe)
         counts_E = expert_counts(ids_BTK, valid_BT, c.num_experts)
         balance, routes = balance_loss(scores_BTE, valid_BT, c), ids_BTK if recipe.routes else None
-        return y_BTD, MoEStats(counts_E, balance, dropped, routes)
+        return y_BTD, MoEStats(counts_E, balance, served, routes)
 
-    def routed(self, x_BTD, ids_BTK, weights_BTK, recipe: Recipe) -> tuple[jax.Array, jax.Array]:
-        """Weighted sum of the chosen experts' outputs [B, T, D], and the choices missed."""
+    def routed(self, x_BTD, ids_BTK, weights_BTK, recipe: Recipe) -> tuple[jax.Array, Served]:
+        """Weighted sum of the chosen experts' outputs [B, T, D], and how it came about."""
         params = tuple(w.get_value() for w in (self.w_gate, self.w_up, self.w_down))
         if not recipe.fp8:  # FP8 is made of the master weights, and gives fp32 gradients
             params = tuple(w.astype(x_BTD.dtype) for w in params)
@@ -119,18 +129,19 @@ def routed_on_shards(
     weights_BTK: jax.Array,
     params: tuple[Any, Any, Any],
     names: tuple[Names, ...],
-    local: Callable[..., tuple[jax.Array, jax.Array]],
+    local: Local,
     groups: tuple[int, int],
-) -> tuple[jax.Array, jax.Array]:
-    """Tokens to the devices of their experts: weighted sums [B, T, D], and the choices missed.
+) -> tuple[jax.Array, Served]:
+    """Tokens to the devices of their experts: weighted sums [B, T, D], and how they came about.
 
     `params` are gate, up and down, each with one entry per expert, laid out by the logical axes
     `names`. `local` and `groups` are those of `sharding/experts/dispatch.py:exchange`.
     """
     tokens, choices = ("batch", "seq", "embed"), ("batch", "seq", "choices")
     region = functools.partial(_experts_on_shard, local=local, groups=groups)
-    run = on_shards(region, (tokens, choices, choices, *names), (tokens, ()))
-    return run(x_BTD, ids_BTK, weights_BTK, *params)
+    run = on_shards(region, (tokens, choices, choices, *names), (tokens, (), ()))
+    y_BTD, *served = run(x_BTD, ids_BTK, weights_BTK, *params)
+    return y_BTD, Served(*served)
 
 
 def _experts_on_shard(x_BTD, ids_BTK, weights_BTK, *params, local, groups):
@@ -138,28 +149,52 @@ def _experts_on_shard(x_BTD, ids_BTK, weights_BTK, *params, local, groups):
     B, T, D = x_BTD.shape
     K = ids_BTK.shape[-1]
     rows = x_BTD.reshape(B * T, D), ids_BTK.reshape(B * T, K), weights_BTK.reshape(B * T, K)
-    y_ND, computed = exchange(*rows, params, len(params[0]), local, groups)
+    y_ND, count = exchange(*rows, params, len(params[0]), local, groups)
     # Over all devices, choices made minus choices that some expert computed.
-    missed = vary(B * T * K - computed)
+    missed = vary(B * T * K - count.computed)
     dropped = max_over(sum_over(missed, "batch", "seq"), "expert_ffn")
-    return y_ND.reshape(B, T, D), dropped.astype(jnp.float32)
+    further = max_over(vary(count.further), "batch", "seq", "expert_ffn")
+    return y_ND.reshape(B, T, D), dropped.astype(jnp.float32), further.astype(jnp.float32)
 
 
-def _local_experts(recipe: Recipe, params, x_ND, ids_NK, weights_NK):
+def _local_experts(recipe: Recipe, params, x_ND, ids_NK, weights_NK, rows: int):
     """`weighted_sums` over stacked weights: gate and up [E, D, F], down [E, F, D]."""
-    ffn = fp8_expert_ffn if recipe.fp8 else expert_ffn
-    ffn = functools.partial(ffn, backend=recipe.kernels.experts)
-    return weighted_sums(ffn, params, x_ND, ids_NK, weights_NK)
+    backend = recipe.kernels.experts
+    sums = functools.partial(expert_sums, backend=backend)
+    if recipe.fp8:
+        sums = sums_by(functools.partial(fp8_expert_ffn, backend=backend))
+    return weighted_sums(sums, params, x_ND, ids_NK, weights_NK, rows)
 
 
-def weighted_sums(ffn: Callable[..., jax.Array], params, x_ND, ids_NK, weights_NK):
-    """Weighted sums [N, D] over the experts held here, and how many choices they are.
+def sums_by(ffn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`expert_sums` by a function of rows sorted by expert, such as `expert_ffn`."""
 
-    Rows are sorted by expert, computed by `ffn(rows, gate, up, down, rows of each expert)`, weighed
-    and summed. Ids outside of [0, E) add nothing.
+    def sums(x_ND, weights_NK, params, plan):
+        y_MD = ffn(gather_rows(x_ND, plan), *params, plan.group_sizes_E)
+        return combine_rows(y_MD, weights_NK, plan)
+
+    return sums
+
+
+def weighted_sums(
+    sums: Callable[..., jax.Array], params, x_ND, ids_NK, weights_NK, rows: int
+) -> tuple[jax.Array, Count]:
+    """Weighted sums [N, D] over the experts held here, and what was computed.
+
+    Choices are sorted by expert, and `sums(x, weights, params, plan)` computes `rows` of them at a
+    time, in as many rounds as it takes. Ids outside of [0, E) add nothing.
     """
     num_experts, (N, K) = len(params[0]), ids_NK.shape
-    # A token chooses an expert at most once.
-    plan = sort_by_expert(ids_NK, num_experts, N * min(K, num_experts))
-    y_MD = ffn(gather_rows(x_ND, plan), *params, plan.group_sizes_E)
-    return combine_rows(y_MD, weights_NK, plan), jnp.sum(plan.group_sizes_E)
+    most = N * min(K, num_experts)  # a token chooses an expert at most once
+    plan = sort_by_expert(ids_NK, num_experts, most)
+    if rows >= most:
+        y_ND = sums(x_ND, weights_NK, params, plan)
+        return y_ND, Count(jnp.sum(plan.group_sizes_E), jnp.int32(0))
+
+    def one_round(span: Span, floats, plan):
+        params, x_ND, weights_NK = floats
+        now = part_of(plan, *span)
+        return sums(x_ND, weights_NK, params, now), Count(jnp.sum(now.group_sizes_E), jnp.int32(0))
+
+    needed, like = jnp.sum(plan.group_sizes_E), jax.ShapeDtypeStruct(x_ND.shape, x_ND.dtype)
+    return in_rounds(one_round, (params, x_ND, weights_NK), plan, needed, rows, like)

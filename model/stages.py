@@ -1,12 +1,10 @@
 """The model as a pipeline sees it: before the stack of layers, one of them, and after them.
 
-The stack is `ModelConfig.stack`: it is cut into stages; everything else is computed with the first
-or last of them.
+The stack is `ModelConfig.stack`: the layers with experts, or all of a model without any.
 
 Letters: B batch, T sequence, D hidden width, L layers, E experts.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,39 +13,57 @@ import jax.numpy as jnp
 from model.blueprint import Tree, bind_around, bind_part, blueprint, prepare_parts
 from model.config import ModelConfig
 from model.costs import count_weights
-from model.loss import LossParts, LossWeights, training_loss
+from model.loss import (
+    Examples,
+    LossParts,
+    LossWeights,
+    balance_of_output,
+    loss_of_hidden,
+    make_examples,
+)
 from model.moe import MoEStats
 from model.recipe import Recipe
-from sharding.partition import constrain
-from sharding.pipeline.executor import Stages, Weights
+from sharding.partition import Names, constrain
+from sharding.pipeline.stage_weights import Weights
+from sharding.pipeline.stages import Stages
 
 ROUTED = ("w_gate", "w_up", "w_down")
+VOCABULARY = ("embed", "head")
+"""What every rank has a part of."""
 
 
 def split_weights(config: ModelConfig, params: Tree, router_bias: Tree) -> Weights:
     """Parameters and router biases as a pipeline takes them."""
-    outer = {name: part for name, part in params.items() if name != config.stack}
-    outer_bias = {name: part for name, part in router_bias.items() if name != config.stack}
-    return Weights(outer, params[config.stack], outer_bias, router_bias.get(config.stack, {}))
+    stack = config.stack
+    vocab = {name: params[name] for name in VOCABULARY if name in params}
+    around = {name: part for name, part in params.items() if name not in (stack, *VOCABULARY)}
+    first = {name: around.pop(name) for name in config.first_parts if name in around}
+    bias = {name: part for name, part in router_bias.items() if name != stack}
+    return Weights(vocab, first, around, params[stack], bias, router_bias.get(stack, {}))
 
 
-def join_weights(config: ModelConfig, outer: Tree, layers: Tree) -> Tree:
+def hold(w: jax.Array, names: Names, recipe: Recipe) -> jax.Array:
+    """A weight in the type in which a step holds it: that of its products.
+
+    A matrix is converted where it is used, so it may as well be before it is gathered: half the
+    bytes, and the same numbers. Not converted are gains, the router, and what FP8 products read.
+    """
+    is_matrix = sum(name != "layers" for name in names) > 1
+    if not is_matrix or "router" in names or recipe.fp8:
+        return w
+    return w.astype(recipe.activation_dtype)
+
+
+def join_weights(config: ModelConfig, weights: Weights) -> Tree:
     """The parameters' tree again, or that of their gradients."""
-    return {**outer, config.stack: layers}
+    return {**weights.vocab, **weights.first, **weights.last, config.stack: weights.layers}
 
 
-Last = Callable[[Any, Any, jax.Array], tuple[jax.Array, Any]]
-"""`objective, parts = last(model, micro, x_BTD)`: a loss of its own, from the stack's result."""
-
-
-def pipeline_stages(
-    config: ModelConfig, recipe: Recipe, balance_weight: float, own_loss: Last | None = None
-) -> Stages:
+def pipeline_stages(config: ModelConfig, recipe: Recipe, balance_weight: float) -> Stages:
     """Functions for `sharding/pipeline/executor.py:run`; micro is (Examples, LossWeights without
     balance).
 
-    Their objectives add up to `model/loss.py:training_loss`. With `own_loss`, of models without
-    experts, micro is whatever that takes; its first part has `tokens`.
+    Their objectives add up to `model/loss.py:training_loss`.
     """
     prepare_parts(config)
 
@@ -55,8 +71,16 @@ def pipeline_stages(
         num_targets, num_sequences, mtp = micro[1]
         return LossWeights(num_targets, num_sequences, mtp, balance_weight)
 
-    def first(outer: Tree, bias: Tree, micro) -> jax.Array:
-        return bind_around(config, outer, bias).before(micro[0].tokens, recipe)
+    def ids(micro):
+        examples: Examples = micro[0]
+        return examples.tokens.ids_BT, examples.targets_KBT[:-1]
+
+    def embed(vocab: Tree, ids_BT: jax.Array) -> jax.Array:
+        module: Any = bind_part(config, "embed", vocab["embed"], {})
+        return module(ids_BT, recipe)
+
+    def first(weights: Tree, x_BTD: jax.Array, micro) -> jax.Array:
+        return bind_around(config, weights, {}).dense(x_BTD, micro[0].tokens, recipe)
 
     def block(weights: Tree, bias: Tree, x_BTD: jax.Array, tokens):
         module: Any = bind_part(config, config.stack, weights, bias)
@@ -72,16 +96,23 @@ def pipeline_stages(
         scale = balance_weight / weights_of(micro).num_sequences
         return (x_BTD, scale * stats.balance), jax.lax.stop_gradient(stats)
 
-    def last(outer: Tree, bias: Tree, x_BTD: jax.Array, micro):
-        model = bind_around(config, outer, bias)
-        if own_loss is not None:
-            return own_loss(model, micro, x_BTD)
-        return training_loss(model, micro[0], weights_of(micro), recipe, x_BTD)
+    def last(weights: Tree, bias: Tree, x_BTD: jax.Array, ahead_KBTD: jax.Array, micro):
+        model, tokens = bind_around(config, weights, bias), micro[0].tokens
+        output = model.after(x_BTD, tokens, recipe, ahead_KBTD)
+        objective, parts = balance_of_output(output, weights_of(micro), config)
+        return (jnp.stack([output.hidden_BTD, *output.mtp_hidden]), objective), parts
+
+    def loss(vocab: Tree, hidden_BTD: jax.Array, micro, k: jax.Array):
+        examples = jax.tree.map(lambda x: x[k], micro[0][1:])
+        tied = config.tie_embeddings
+        kernel = vocab["embed"]["table"].T if tied else vocab["head"]["kernel"]
+        return loss_of_hidden(hidden_BTD, kernel, *examples, k, weights_of(micro), config, recipe)
 
     def place(x_BTD: jax.Array) -> jax.Array:
         return constrain(x_BTD, "batch", "stream", "embed")
 
-    return Stages(first, layer, last, place)
+    prepare = jax.vmap(lambda rows: make_examples(rows, config.mtp_depth))
+    return Stages(prepare, ids, embed, first, layer, last, loss, place)
 
 
 def merge_parts(parts: LossParts, stats: MoEStats | None, num_sequences: jax.Array) -> LossParts:
@@ -91,7 +122,7 @@ def merge_parts(parts: LossParts, stats: MoEStats | None, num_sequences: jax.Arr
     return parts._replace(
         balance=parts.balance + stats.balance.sum() / num_sequences,
         counts_LE=jnp.concatenate([stats.counts_E, parts.counts_LE]),
-        dropped=parts.dropped + stats.dropped.sum(),
+        served=jax.tree.map(lambda total, layers: total + layers.sum(), parts.served, stats.served),
     )
 
 
@@ -105,9 +136,9 @@ def stage_costs(config: ModelConfig) -> tuple[float, float]:
         return count_weights(block) - (1 - K / max(E, 1)) * count_weights(routed)
 
     layer = active(plan.params[config.stack]) / config.stack_size
-    before = count_weights(plan.params["dense_layers"]) if config.num_dense_layers else 0
-    if config.stack == "dense_layers":
-        before = 0
+    before = count_weights(
+        [plan.params[n] for n in config.first_parts if n in plan.params and n != config.stack]
+    )
     head = config.vocab_size * config.hidden_size * (1 + config.mtp_depth)
     modules = plan.params.get("mtp", {})
     after = head + count_weights(modules) - count_weights(modules.get("block", {}))

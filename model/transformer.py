@@ -225,8 +225,11 @@ class DeepSeekV3(nnx.Module):
 
     def before(self, tokens: Tokens, recipe: Recipe) -> jax.Array:
         """Input of the stack [B, T, D]: embedding, and the dense layers of a model with experts."""
-        x_BTD = self.inputs(tokens, recipe)
-        if self.dense_layers is not None and self.config.num_moe_layers:
+        return self.dense(self.inputs(tokens, recipe), tokens, recipe)
+
+    def dense(self, x_BTD: jax.Array, tokens: Tokens, recipe: Recipe) -> jax.Array:
+        """The dense layers before the stack, of the embedding."""
+        if self.dense_layers is not None and self.config.stack != "dense_layers":
             x_BTD, _ = scan_layers(self.dense_layers, x_BTD, _one_layer(tokens, recipe))
         return x_BTD
 
@@ -264,26 +267,29 @@ class DeepSeekV3(nnx.Module):
         return constrain(self.embed.table[...].T, "embed", "vocab")
 
     def after(
-        self, x_BTD: jax.Array, tokens: Tokens, recipe: Recipe, ahead_KBT: jax.Array | None
+        self, x_BTD: jax.Array, tokens: Tokens, recipe: Recipe, ahead: jax.Array | None
     ) -> Output:
-        """Output for the last layer's result; its statistics are those of the MTP modules."""
+        """Output for the last layer's result; its statistics are those of the MTP modules.
+
+        `ahead` is what these read, the tokens [K, B, T] or their embeddings [K, B, T, D].
+        """
         hidden_BTD = self.final_norm(x_BTD)
-        if self.mtp is None or ahead_KBT is None:
+        if self.mtp is None or ahead is None:
             return Output(hidden_BTD, (), None)
-        mtp_hidden, stats = self._predict_ahead(hidden_BTD, ahead_KBT, tokens, recipe)
+        mtp_hidden, stats = self._predict_ahead(hidden_BTD, ahead, tokens, recipe)
         return Output(hidden_BTD, mtp_hidden, stats)
 
-    def _predict_ahead(self, hidden_BTD, ahead_KBT, tokens: Tokens, recipe: Recipe):
+    def _predict_ahead(self, hidden_BTD, ahead, tokens: Tokens, recipe: Recipe):
         """Run the MTP modules one after the other; module k reads the token k ahead (eq. 21)."""
 
         @recipe.rematerialize
-        def apply(module: MTP, hidden_BTD, ids_BT):
-            embedded_BTD = self.embed(ids_BT, recipe)
+        def apply(module: MTP, hidden_BTD, ahead):
+            embedded_BTD = ahead if ahead.ndim == hidden_BTD.ndim else self.embed(ahead, recipe)
             hidden_BTD, stats = module(hidden_BTD, embedded_BTD, tokens, recipe)
             return hidden_BTD, (hidden_BTD, stats)
 
         assert self.mtp is not None
-        _, (hidden, stats) = scan_layers(self.mtp, hidden_BTD, apply, ahead_KBT)
+        _, (hidden, stats) = scan_layers(self.mtp, hidden_BTD, apply, ahead)
         return tuple(hidden), stats
 
 

@@ -28,14 +28,18 @@ class MeshConfig:
     """Shards of heads, MLP width and vocabulary."""
     zero1: bool = True
     """Shard optimizer state over `data` where weights are replicated (ZeRO-1)."""
+    reduce: Literal["step", "micro"] = "step"
+    """When the gradient of a weight that several devices hold is summed over them. step: once,
+    after all micro batches, of fp32 sums that each device holds whole; micro: in every backward
+    pass, so that a device holds its shard of them alone, and sends it as often."""
     expert_nodes: int = 1
     """Nodes that `expert` spans: a token crosses to a node once and fans out inside it."""
     exchange: Literal["dense", "ragged", "gather"] = "dense"
     """Exchange of tokens with their experts. dense: all-to-all of padded buffers; ragged: of exact
     sizes (GPU only); gather: an all-gather and a reduce-scatter."""
     exchange_capacity: float = 0.0
-    """Rows of an all-to-all buffer, as a multiple of the mean under even load; what does not fit
-    goes in further rounds. 0: one round that holds everything."""
+    """Room for rows of experts, sent and computed, as a multiple of the mean under even load; what
+    does not fit goes in further rounds. 0: derived; inf: room for everything."""
     exchange_dtype: Literal["", "float8_e4m3fn"] = ""
     """Type that tokens travel to their experts in; empty is that of the activations."""
     context_exchange: Literal["ring", "gather"] = "ring"
@@ -65,7 +69,6 @@ LAYOUTS: dict[str, MeshConfig] = {
         data=2,
         expert=64,
         expert_nodes=8,
-        exchange_capacity=2.0,
         exchange_dtype="float8_e4m3fn",
         schedule="dualpipe",
     ),

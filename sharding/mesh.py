@@ -61,10 +61,15 @@ def _checked(config: MeshConfig) -> MeshConfig:
             f"mesh: expert={config.expert} does not split over expert_nodes="
             f"{config.expert_nodes}; choose a number of nodes that divides it"
         )
-    if config.exchange_capacity < 0:
+    if config.reduce == "micro" and config.pipe > 1:
+        raise ValueError(
+            f"mesh: reduce=micro with pipe={config.pipe}; the ranks of a pipeline keep whole sums "
+            "and reduce them once a step: leave reduce at step, or set pipe to 1"
+        )
+    if not config.exchange_capacity >= 0:
         raise ValueError(
             f"mesh: exchange_capacity={config.exchange_capacity}; give 1 or more times the mean "
-            "load, or 0 for a single round that holds everything"
+            "load, inf for a single round that holds everything, or 0 for what is derived"
         )
     return config
 

@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sharding.config import MeshConfig
-from sharding.rules import COMPUTED, STORED, Rules, axes_of, check_divides, fitting, spec
+from sharding.rules import COMPUTED, COPIED, STORED, Rules, axes_of, check_divides, fitting, spec
 
 Names = tuple[str | None, ...]
 
@@ -32,6 +32,8 @@ class Layout:
     computed: Rules = dataclasses.field(default_factory=lambda: COMPUTED, hash=False)
     config: MeshConfig = MeshConfig()
     """Options of the collectives; the axes' sizes are the mesh's."""
+    copied: tuple[str, ...] = COPIED
+    """Mesh axes that also cut stored matrices which would be copies along them (`stored_spec`)."""
 
 
 _active: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout", default=None)
@@ -52,11 +54,11 @@ def use_layout(layout: Layout | None) -> Generator[None]:
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Tell XLA how an activation with these logical axes is laid out."""
     layout = _active.get()
-    if layout is None or layout.mesh.size == 1:
+    if layout is None or _is_whole(layout):
         return x
     mesh = jax.sharding.get_abstract_mesh() if _outer.get() else layout.mesh
     names = as_cut(names, x.shape)
-    return lax.with_sharding_constraint(x, NamedSharding(mesh, spec(names, layout.computed)))
+    return lax.with_sharding_constraint(x, NamedSharding(mesh, _inner_spec(names, layout)))
 
 
 def as_cut(names: Names, shape: tuple[int, ...]) -> Names:
@@ -66,32 +68,38 @@ def as_cut(names: Names, shape: tuple[int, ...]) -> Names:
     return names if layout is None else fitting(names, shape, layout.computed, layout.mesh.shape)
 
 
-def along_axis(fn: Callable, axis: str, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """`fn` run once per device of one mesh axis, everything else laid out as outside of it.
+def along_axes(
+    fn: Callable, axes: tuple[str, ...], in_specs: Any, out_specs: Any
+) -> Callable[..., Any]:
+    """`fn` run once per device of some mesh axes, everything else laid out as outside of it.
 
-    Within, `constrain` and `on_shards` act on the other axes, and collectives over `axis` may be
-    used. Specs are trees of PartitionSpec that name `axis` alone. Not differentiable: `fn` takes
-    its own derivatives.
+    Within, arrays have the sizes of a device's own part along `axes`; `constrain` and `on_shards`
+    act on the other axes, and collectives over `axes` may be used. Sums over the batch leave `axes`
+    out: what `fn` adds up over the batch is this device's term of a sum. Specs are trees of
+    PartitionSpec that name `axes` alone. Not differentiable: `fn` takes its own derivatives.
     """
     layout = _active.get()
     assert layout is not None
-    assert not _outer.get(), "one such axis at a time"
+    assert not _outer.get(), "one such region at a time"
+    mesh = layout.mesh
+    # Axes of one device are given too: where no others are left, nothing is left to partition.
+    outer = {axis for axis in mesh.axis_names if axis in axes or mesh.shape[axis] == 1}
 
     def body(*args):
-        token = _outer.set((axis,))
+        token = _outer.set(tuple(axis for axis in mesh.axis_names if axis in outer))
         try:
             return fn(*args)
         finally:
             _outer.reset(token)
 
     return jax.shard_map(
-        body,
-        mesh=layout.mesh,
-        in_specs=in_specs,
-        out_specs=out_specs,
-        axis_names={axis},
-        check_vma=False,
+        body, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=outer, check_vma=False
     )
+
+
+def along_axis(fn: Callable, axis: str, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """`along_axes` of one axis."""
+    return along_axes(fn, (axis,), in_specs, out_specs)
 
 
 def on_shards(
@@ -105,19 +113,21 @@ def on_shards(
     a tuple with one entry per element of `out_names`.
     """
     layout = _active.get()
-    if layout is None or layout.mesh.size == math.prod(layout.mesh.shape[a] for a in _outer.get()):
+    if layout is None or layout.mesh.size == 1:
         return fn
-    in_specs = tuple(spec(names, layout.computed) for names in in_names)
-    out_specs = tuple(spec(names, layout.computed) for names in out_names)
+    in_specs = tuple(_inner_spec(names, layout) for names in in_names)
+    out_specs = tuple(_inner_spec(names, layout) for names in out_names)
     axes = tuple(a for a in layout.mesh.axis_names if any(a in _flat(s) for s in in_specs))
 
     def body(*args):
-        token = _region.set(axes)
+        token = _region.set(axes + _outer.get())
         try:
             return fn(*jax.tree.map(vary, args))
         finally:
             _region.reset(token)
 
+    if _is_whole(layout):
+        return body
     if not _outer.get():
         return jax.shard_map(body, mesh=layout.mesh, in_specs=in_specs, out_specs=out_specs)
     # JAX 0.11 names the outer axis in the specs of an inner region's residuals when it tracks what
@@ -129,16 +139,32 @@ def on_shards(
     )
 
 
+def _is_whole(layout: Layout) -> bool:
+    """Whether a device sees whole arrays: no axis is left to cut them."""
+    return layout.mesh.size == math.prod(layout.mesh.shape[a] for a in _outer.get())
+
+
+def _inner_spec(names: Names, layout: Layout) -> PartitionSpec:
+    """Spec of an activation over the axes that the region around does not give."""
+    outer = _outer.get()
+    inner = (tuple(a for a in axes_of(e) if a not in outer) for e in spec(names, layout.computed))
+    return PartitionSpec(*(entry or None for entry in inner))
+
+
 def _flat(partition: PartitionSpec) -> list[str]:
     return [axis for entry in partition for axis in axes_of(entry)]
 
 
 def _axes(*names: str) -> tuple[str, ...]:
-    """Mesh axes behind logical names inside the current region; none outside of one."""
+    """Mesh axes behind logical names inside the current region; none outside of one.
+
+    Those of the batch leave out what a region around gives: it adds up itself (`along_axes`).
+    """
     layout = _active.get()
     if layout is None or not _region.get():
         return ()
-    return tuple(axis for name in names for axis in layout.computed[name])
+    given = {"batch": _outer.get()}
+    return tuple(a for name in names for a in layout.computed[name] if a not in given.get(name, ()))
 
 
 def vary(x: jax.Array) -> jax.Array:
@@ -214,7 +240,7 @@ def rotate(x: jax.Array, name: str) -> jax.Array:
     axes, count = _axes(name), num_shards(name)
     if not axes or count == 1:
         return x
-    if not (_outer.get() and on_cpu()):
+    if not ("pipe" in _outer.get() and on_cpu()):
         return lax.ppermute(x, axes, [(i, (i + 1) % count) for i in range(count)])
     # XLA:CPU's permute waits for every device of the program, also for pipeline ranks that are in
     # another branch. An all-to-all waits for its own group only.
@@ -245,6 +271,30 @@ def options() -> MeshConfig:
     return MeshConfig() if layout is None else layout.config
 
 
+def stored_spec(layout: Layout, shape: tuple[int, ...], names: Names) -> PartitionSpec:
+    """Placement of a parameter: by the table, and a matrix also over the axes that would copy it.
+
+    ZeRO: of `layout.copied`, the axes that do not cut the matrix yet go to a dimension that they
+    divide: one that the table cuts over `fsdp`, or else the first. In it they stand before `pipe`,
+    so that the shards of a pipeline's ranks are neighbours. A matrix without one, and a vector per
+    layer, stay copies.
+    """
+    names = fitting(names, shape, layout.stored, layout.mesh.shape)
+    cut = [axes_of(entry) for entry in spec(names, layout.stored)]
+    extra = tuple(axis for axis in layout.copied if all(axis not in axes for axes in cut))
+    ways = math.prod(layout.mesh.shape[axis] for axis in extra)
+    own = [dim for dim, name in enumerate(names) if name != "layers"]
+    if ways > 1 and len(own) > 1:
+        takers = (dim for dim in own if names[dim] != "vocab")  # a pipeline's ranks cut that
+        for dim in sorted(takers, key=lambda dim: "fsdp" not in cut[dim]):
+            taken = math.prod(layout.mesh.shape[axis] for axis in cut[dim])
+            if shape[dim] % (taken * ways) == 0:
+                at = cut[dim].index("pipe") if "pipe" in cut[dim] else len(cut[dim])
+                cut[dim] = cut[dim][:at] + extra + cut[dim][at:]
+                break
+    return PartitionSpec(*(axes or None for axes in cut))
+
+
 def stored_shardings(layout: Layout, shapes: Any, axes: Any) -> Any:
     """Placement of every parameter: a tree of NamedSharding like `shapes`.
 
@@ -255,31 +305,42 @@ def stored_shardings(layout: Layout, shapes: Any, axes: Any) -> Any:
     def place(name: str, shape: tuple[int, ...], names: Names) -> NamedSharding:
         names = fitting(names, shape, layout.stored, layout.mesh.shape)
         check_divides(name, shape, names, layout.mesh, layout.stored)
-        return NamedSharding(layout.mesh, spec(names, layout.stored))
+        return NamedSharding(layout.mesh, stored_spec(layout, shape, names))
 
     return _map_named(place, shapes, axes)
 
 
-def optimizer_shardings(layout: Layout, shapes: Any, axes: Any) -> Any:
-    """Placement of per-parameter optimizer state: as stored, and with ZeRO-1 also over `data`.
+def moment_spec(layout: Layout, shape: tuple[int, ...], names: Names) -> PartitionSpec:
+    """Placement of what belongs to a parameter: as stored, and with ZeRO-1 also over `data`.
 
-    The first dimension that `data` still divides takes it; a parameter without one stays whole.
+    The first dimension that `data` still divides takes it; a parameter without one stays whole. The
+    dimension that other copies cut comes first, beside them: one reduction then serves both.
     """
-    data = layout.mesh.shape["data"]
-
-    def extend(placement: NamedSharding, leaf) -> NamedSharding:
-        entries = [axes_of(entry) for entry in placement.spec]
-        for i, size in enumerate(leaf.shape):
-            taken = math.prod(layout.mesh.shape[axis] for axis in entries[i])
-            if size % (taken * data) == 0:
-                entries[i] += ("data",)
-                break
-        return NamedSharding(layout.mesh, PartitionSpec(*(entry or None for entry in entries)))
-
-    stored = stored_shardings(layout, shapes, axes)
+    stored, data = stored_spec(layout, shape, names), layout.mesh.shape["data"]
     if not layout.config.zero1 or data == 1:
         return stored
-    return jax.tree.map(extend, stored, shapes)
+    entries = [axes_of(entry) for entry in stored]
+    names = fitting(names, shape, layout.stored, layout.mesh.shape)
+    cut_anyway = [axes_of(entry) for entry in spec(names, layout.stored)]
+    extra = [set(now) - set(before) for now, before in zip(entries, cut_anyway, strict=True)]
+    for i in sorted(range(len(shape)), key=lambda i: not extra[i]):
+        taken = math.prod(layout.mesh.shape[axis] for axis in entries[i])
+        if shape[i] % (taken * data) == 0:
+            at = len(entries[i]) - bool(extra[i] and entries[i][-1] == "pipe")
+            entries[i] = (*entries[i][:at], "data", *entries[i][at:])
+            break
+    return PartitionSpec(*(entry or None for entry in entries))
+
+
+def optimizer_shardings(layout: Layout, shapes: Any, axes: Any) -> Any:
+    """Placement of per-parameter optimizer state: `moment_spec` of every parameter."""
+
+    def place(name: str, shape: tuple[int, ...], names: Names) -> NamedSharding:
+        names = fitting(names, shape, layout.stored, layout.mesh.shape)
+        check_divides(name, shape, names, layout.mesh, layout.stored)
+        return NamedSharding(layout.mesh, moment_spec(layout, shape, names))
+
+    return _map_named(place, shapes, axes)
 
 
 def stored_axes(layout: Layout, shapes: Any, axes: Any) -> Any:

@@ -36,6 +36,10 @@ STORED: Rules = {
 }
 """Parameters, and gradients and optimizer state with them."""
 
+COPIED = ("expert_nodes", "expert")
+"""Mesh axes that also cut the stored matrices which the table leaves whole along them: all but the
+experts' own (`sharding/partition.py:stored_spec`). Along `data`, moments are cut (ZeRO-1)."""
+
 COMPUTED: Rules = {
     "batch": ("data", "fsdp", "expert_nodes", "expert"),
     "seq": ("context",),

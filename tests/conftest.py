@@ -27,6 +27,9 @@ import hypothesis
 import jax
 import pytest
 
+# Tracing makes many objects and few cycles: at the default, collecting is a tenth of its time.
+gc.set_threshold(100_000, 20, 100)
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 # Derandomised: what is red here is red on the next machine. No deadline: a first example compiles.

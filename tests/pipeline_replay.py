@@ -45,7 +45,7 @@ def _read(table: Table, tick: int, rank: int, part: Part, stage: int, held: _Hel
         "F": {"x": "f_x"},
         "B": {"saved": "b_saved", "dy": "b_dy"},
         "I": {"saved": "b_saved", "dy": "b_dy"},
-        "W": {"saved": "b_saved", "cotangents": "b_saved"},
+        "W": {"saved": "b_saved", "cotangents": "b_cotangents"},
     }[part.kind]
     for stash, column in stashes.items():
         slot = int(getattr(table, column)[tick, rank])
@@ -71,14 +71,14 @@ def _left_behind(part: Part, stage: int, last: int) -> dict[str, _Tag]:
     if part.kind == "W":
         return {}
     gradient = {"dy": (part.micro, stage - 1)} if stage else {}
-    return gradient | ({"i_saved": here} if part.kind == "I" else {})
+    return gradient | ({"i_cotangents": here} if part.kind == "I" else {})
 
 
 def _write(table: Table, tick: int, rank: int, held: _Held, sent: list[dict[str, _Tag]]) -> None:
     """The end of a tick on one rank. What is written without being meant for here spoils a slot."""
-    count = {"x": table.num_x, "dy": table.num_dy}
+    count = {"x": table.num_x, "dy": table.num_dy, "cotangents": table.num_cotangents}
     writes = [("saved", "f_saved", sent[rank].get("f_saved"))]
-    writes.append(("cotangents", "i_saved", sent[rank].get("i_saved")))
+    writes.append(("cotangents", "i_cotangents", sent[rank].get("i_cotangents")))
     writes.append(("dy", "y_kept", sent[rank].get("y_kept")))
     for stash in ("x", "dy"):
         for way, sender in (("up", rank - 1), ("down", rank + 1), ("same", rank)):

@@ -23,6 +23,7 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from model.blueprint import blueprint
 from model.recipe import Recipe
 from programs.collectives import (
     Collective,
@@ -33,6 +34,7 @@ from programs.collectives import (
     replica_groups,
     table,
 )
+from programs.step import lower
 from sharding.config import MeshConfig
 from sharding.mesh import axis_sizes, make_mesh
 from tests.layout_helpers import KNOBS, MODEL, TRAIN, layout_of
@@ -250,6 +252,37 @@ def test_experts_are_gathered_only_where_they_are_stored_in_shards(name):
             if math.prod(array.sizes) > allowed:
                 wrong.append(complaint(one, f"{array} has more than {allowed} entries"))
     assert not wrong, "\n".join(wrong)
+
+
+def sent_for_dense_gradients(collectives, axes: set[str]) -> int:
+    """Bytes of sums over axes that copy weights, of more than a number per token or expert."""
+    return sum(
+        one.bytes
+        for one in collectives
+        if one.op in ("all-reduce", "reduce-scatter") and set(one.axes) & axes
+        if any(len([n for n in array.sizes if n > 1]) > 1 for array in one.arrays)
+        if not any(is_expert_weight(array.sizes, MeshConfig()) for array in one.arrays)
+    )
+
+
+@pytest.mark.parametrize("micro", [2, 8])
+def test_gradients_of_copies_are_sent_once_a_step(micro):
+    """In fp32, and as many bytes whatever the number of micro batches; with `reduce` micro more."""
+    mesh, train = MeshConfig(data=2, expert=4), dataclasses.replace(ROWS, batch_size=8 * micro)
+    train = dataclasses.replace(train, micro_batch_size=8, seq_len=8)
+    sent = {}
+    for when in ("step", "micro"):
+        layout = layout_of(dataclasses.replace(mesh, reduce=when))
+        trainer = Trainer(LEAN, train, Recipe(), layout)
+        text = lower(trainer).compile().as_text() or ""
+        sent[when] = sent_for_dense_gradients(
+            read_collectives(text, layout.mesh), {"data", "expert"}
+        )
+    axes = jax.tree.leaves(blueprint(LEAN).params_axes, is_leaf=lambda x: isinstance(x, tuple))
+    params = jax.tree.leaves(blueprint(LEAN).params)
+    dense = 4 * sum(p.size for p, names in zip(params, axes, strict=True) if "experts" not in names)
+    assert 0.9 * dense < sent["step"] <= 1.1 * dense
+    assert sent["micro"] > micro / 2 * dense
 
 
 def test_logits_are_never_moved(name):

@@ -136,7 +136,7 @@ def test_the_loss_is_cross_entropy_over_all_targets():
         return -(jnp.take_along_axis(logp, targets[..., None], -1)[..., 0] * weights).sum()
 
     text = nats(hidden @ model.head_kernel(), examples.targets_BT, examples.text_BT)
-    drawn = nats(model.drawing.logits(hidden), examples.codes_BT, examples.drawn_BT)  # pyright: ignore
+    drawn = nats(model.brush.logits(hidden), examples.codes_BT, examples.drawn_BT)  # pyright: ignore
     assert counts.text == examples.text_BT.sum()
     assert counts.drawn == examples.drawn_BT.sum() > 10
     assert float(loss) == pytest.approx(float((text + drawn) / counts.total), rel=1e-5)

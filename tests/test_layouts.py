@@ -92,7 +92,10 @@ def test_a_step_is_the_one_device_step(case):
 
 
 def test_parameters_are_held_in_shards(case):
-    """A device holds 1/n of every parameter that the rules cut n ways, and nothing else of it."""
+    """A device holds 1/n of every parameter that the rules cut n ways, and nothing else of it.
+
+    `expert` cuts the experts, and every other matrix where it is stored (ZeRO).
+    """
     result = case.step()
     mesh = case.mesh
     cuts = dict.fromkeys(("embed", "embed_pair", "latent"), mesh.fsdp * mesh.pipe)
@@ -102,6 +105,8 @@ def test_parameters_are_held_in_shards(case):
 
     def check(param, names):
         shards = math.prod(cuts.get(name, 1) for name in names)
+        if "experts" not in names and sum(name != "layers" for name in names) > 1:
+            shards *= mesh.expert
         assert param.addressable_shards[0].data.size == param.size // shards, names
 
     jax.tree.map(check, result.state["params"], axes)

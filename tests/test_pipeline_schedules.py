@@ -268,7 +268,7 @@ def trash(table, name: str) -> int:
         return IDLE
     if "chunk" in name or "micro" in name:
         return -1
-    sizes = {"saved": table.num_saved, "x": table.num_x}
+    sizes = {"saved": table.num_saved, "x": table.num_x, "cotangents": table.num_cotangents}
     return next((size for part, size in sizes.items() if part in name.split("_")), table.num_dy)
 
 

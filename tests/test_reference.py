@@ -108,7 +108,7 @@ def test_router(moe_ref):
 def test_experts(moe_ref):
     out, stats = moe_ref.first_moe(jnp.asarray(moe_ref["moe_in"]), moe_ref.tokens.valid_BT, RECIPE)
     close(out, moe_ref["moe_out"], BLOCK_ATOL * max(1.0, moe_ref.config.routed_scaling_factor))
-    assert stats.dropped == 0
+    assert stats.served.dropped == 0
 
 
 # --- the whole model --------------------------------------------------------------------------

@@ -172,7 +172,10 @@ WRONG_LINES = {
         "3 boxes of 4 make 12 apples",
     ],
     "12": ["about 12 million"],
-    "5": ["so it is 5k", "so it is 5x", r"The answer is $\frac{5}{2}$.", "The answer is -5", ""],
+    "5": [
+          "so it is 5k", "so it is 5x", r"The answer is $\frac{5}{2}$.", "The answer is -5", "",
+          "5 is too small", "The answer is 5? No.", "5 是吗？不是", "Is it 5? No, it is not",
+    ],
     "10": ["$2^{10}$", "it is 2^{10}"],
     "2": [r"The answer is \frac{5}{2}."],
 }  # fmt: skip
@@ -389,6 +392,10 @@ SAME_MATHS = {
         r"\mathbf{\begin{pmatrix}1&2\\5&4\end{pmatrix}}",
     ],
     r"\{3,4\}": ["{4,3}"],
+    "5 cm": ["5", "5 centimeters", r"5\text{ cm}", "5厘米", "5 widgets"],
+    r"5\text{ cm}^2": ["5 square centimeters", "5cm²", "5", "5 平方厘米"],
+    "60 km/h": ["60", r"60\text{ km/h}", "60 kilometers per hour"],
+    "3 minutes": ["3 min", "3 分钟"],
 }  # fmt: skip
 
 OTHER_MATHS = {
@@ -437,6 +444,12 @@ OTHER_MATHS = {
     "3+4i": ["7"],
     "5!": ["5"],
     "2^{10}": ["10"],
+    "5 cm": ["5 m", "50", "5 cm^2", "5 厘米 或 6 厘米"],
+    r"5\text{ cm}^2": ["5 cm", r"5\text{ m}^2", "5 cubic centimeters"],
+    "60 km/h": ["60 km", "60 m/s", "60 miles per hour"],
+    "3 minutes": ["3 hours", "3 小时", "180"],
+    "5 厘米": ["5 米", "5 m"],
+    r"\frac{1}{2}\text{ hour}": [r"\frac{1}{2} minute"],
 }  # fmt: skip
 
 

@@ -106,7 +106,7 @@ def test_a_dense_student_learns_from_a_teacher_with_other_tokens(tmp_path):
     tokens.write_text(train_tokenizer(["3cab:>4 2abc:c1a4b0>0"] * 3, 290).json)
     short = ["--task.options", "length=1", "held_out=0.1", "share_of_chains=0"]
     short += ["--train.eval-every", "2", "--rl.eval-prompts", "4", "--train.seq-len", "64"]
-    short += ["--rl.max-new-tokens", "28"]
+    short += ["--rl.max-new-tokens", "8", "--model.num-layers", "1", "--model.hidden-size", "16"]
     short += ["--train.batch-size", "4", "--task.documents", "300", "--checkpoint.every", "0"]
 
     def train(name: str, *words: str) -> str:
@@ -123,6 +123,7 @@ def test_a_dense_student_learns_from_a_teacher_with_other_tokens(tmp_path):
     said = train(
         "student", "--config", "r1_student_dense", "--sft.policy", str(tmp_path / "teacher"),
         "--data.tokenizer", str(tokens), "--model.vocab-size", "290", "--train.steps", "4",
+        "--model.num-dense-layers", "1", "--sft.max-new-tokens", "8",
         "--sft.rounds", "1", "--sft.prompts-per-round", "64",
     )  # fmt: skip
     assert "in this run's own tokens and template" in said

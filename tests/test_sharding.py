@@ -1,5 +1,6 @@
 """Meshes and placements: what is refused, in which words, and what a rule means in shards."""
 
+import dataclasses
 import os
 import pathlib
 import re
@@ -35,10 +36,11 @@ from sharding.partition import (
     scatter_sum,
     shard_index,
     stored_shardings,
+    stored_spec,
     sum_over,
     use_layout,
 )
-from sharding.rules import COMPUTED, STORED, check_divides, spec
+from sharding.rules import COMPUTED, COPIED, STORED, check_divides, spec
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -91,7 +93,7 @@ def layout(**sizes) -> Layout:
         (
             MeshConfig(expert=-1, exchange_capacity=-1.0),
             8,
-            "mesh: exchange_capacity=-1.0; give 1 or more times the mean load, or 0 for a single "
+            "mesh: exchange_capacity=-1.0; give 1 or more times the mean load, inf for a single "
             "round that holds everything",
         ),
     ],
@@ -208,6 +210,25 @@ def test_large_models_split_over_a_cluster(name):
     experts = shapes["moe"]["w_gate"]
     assert held(experts, axes["moe"]["w_gate"]) * 1024 == np.prod(experts.shape)
     jax.tree.map(held, shapes, axes)
+
+
+def test_copies_of_matrices_are_stored_in_shards():
+    """Over `expert`: the dimension that `fsdp` cuts, before `pipe`; else the first that divides.
+    Not vectors, nor the vocabulary, of which a pipeline's ranks take parts; and not to generate."""
+    cut = layout(pipe=2, fsdp=2, expert=2)
+    cases = {
+        (("layers", "embed", "ffn"), (3, 16, 6)): (None, ("fsdp", *COPIED, "pipe"), ("tensor",)),
+        (("latent", "heads", "head_dim"), (4, 2, 6)): (("fsdp", "pipe"), ("tensor", *COPIED), None),
+        (("vocab", "embed"), (32, 4)): (("tensor",), ("fsdp", "pipe")),
+        (("layers", "norm"), (4, 8)): (None, None),
+        (("layers", "experts", "embed", "expert_ffn"), (3, 4, 16, 6)): (
+            None, COPIED, ("fsdp", "pipe"), ("tensor",)
+        ),
+    }  # fmt: skip
+    for (names, shape), expected in cases.items():
+        assert stored_spec(cut, shape, names) == PartitionSpec(*expected), names
+        whole = dataclasses.replace(cut, copied=())
+        assert stored_spec(whole, shape, names) == spec(names, STORED)
 
 
 def test_zero1_takes_the_first_dimension_that_divides():

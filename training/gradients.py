@@ -20,13 +20,22 @@ from model.loss import (
     training_loss,
 )
 from model.recipe import Recipe
-from model.stages import join_weights, merge_parts, pipeline_stages, split_weights, stage_costs
+from model.stages import (
+    hold,
+    join_weights,
+    merge_parts,
+    pipeline_stages,
+    split_weights,
+    stage_costs,
+)
 from model.transformer import DeepSeekV3
+from sharding.copies import is_gathered, sum_of_shards
 from sharding.partition import Layout, pipeline_ranks, stored_axes
-from sharding.pipeline.executor import Result, Stages, run
+from sharding.pipeline.executor import Result, run
 from sharding.pipeline.schedule import Schedule, make_schedule
-from sharding.pipeline.stage_weights import place_layers
-from sharding.pipeline.ticks import tick_table
+from sharding.pipeline.stage_weights import check_vocabulary, place_layers
+from sharding.pipeline.stages import Stages
+from sharding.pipeline.ticks import Table, tick_table
 
 Batch = dict[str, jax.Array]
 MicroLoss = Callable[[DeepSeekV3, Batch, LossWeights], tuple[jax.Array, Any]]
@@ -39,6 +48,30 @@ def loss_weights(batch: Batch, mtp_weight: jax.Array, balance_weight: float) -> 
     flat = {name: rows.reshape(-1, rows.shape[-1]) for name, rows in batch.items()}
     num_targets = jnp.maximum(inputs_and_targets(flat)[2].sum(), 1.0)
     return LossWeights(num_targets, jnp.float32(num_micro * num_rows), mtp_weight, balance_weight)
+
+
+def gradients_of_shards(
+    config: ModelConfig, recipe: Recipe, layout: Layout, params: Tree, router_bias: Tree,
+    batch: Batch, weights: LossWeights, in_pairs: bool = False,
+) -> tuple[jax.Array, LossParts, Tree]:  # fmt: skip
+    """`accumulated_gradients`, of every device's own rows, added up once over the devices."""
+    plan = blueprint(config)
+    axes = stored_axes(layout, plan.params, plan.params_axes)
+
+    def of_rows(params: Tree, router_bias: Tree, batch: Batch, weights: LossWeights):
+        inputs = params, router_bias, batch, weights
+        loss, parts, grads = accumulated_gradients(config, recipe, *inputs, in_pairs)
+        return (loss, parts), grads
+
+    held = jax.tree.map(
+        lambda w, names: hold(w, names, recipe) if is_gathered(w, names, layout) else w,
+        params, axes,
+    )  # fmt: skip
+    (loss, parts), grads = sum_of_shards(
+        of_rows, layout, (held, axes), (router_bias, plan.router_bias_axes), batch,
+        jax.tree.map(jnp.float32, weights),
+    )  # fmt: skip
+    return loss, parts, grads
 
 
 def accumulated_gradients(
@@ -70,8 +103,11 @@ def accumulated_gradients(
     if jax.tree.leaves(batch)[0].shape[0] == 1:
         (loss, parts), grads = grad_of(params, first)
     else:
-        shapes = jax.eval_shape(grad_of, params, first)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        found, shapes = jax.eval_shape(grad_of, params, first)
+        zeros = (
+            jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), found),
+            jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes),
+        )
         ((loss, parts), grads), _ = jax.lax.scan(body, zeros, batch)
     return loss, parts, grads
 
@@ -113,30 +149,41 @@ def check_micro_batches(config: ModelConfig, layout: Layout, num_micro: int) -> 
     if pipeline_ranks(layout) > 1:
         schedule = make_pipeline_schedule(layout, num_micro)
         place_layers(schedule, config.stack_size, *stage_costs(config))
+        check_vocabulary(layout, config.vocab_size)
 
 
 def pipelined_gradients(
     config: ModelConfig, recipe: Recipe, layout: Layout, params: Tree, router_bias: Tree,
-    batch: Batch, weights: LossWeights,
+    batch: Batch, weights: LossWeights, change: Callable[[Table], Table] | None = None,
+    every_slot: bool = False,
 ) -> tuple[jax.Array, LossParts, Tree]:  # fmt: skip
-    """The same, with the layers cut over `pipe` and micro batches in flight at the same time."""
+    """The same, with the layers cut over `pipe` and micro batches in flight at the same time.
+
+    `change` of the table, and `every_slot` computed though it be empty, are for programs that are
+    only read (`programs/plan.py`).
+    """
     shared = weights.num_targets, weights.num_sequences, weights.mtp
     stages = pipeline_stages(config, recipe, weights.balance)
-    examples = jax.vmap(lambda micro: make_examples(micro, config.mtp_depth))(batch)
-    result = run_pipeline(config, layout, params, router_bias, stages, examples, shared)
+    inputs = params, router_bias, stages, batch, shared
+    result = run_pipeline(config, recipe, layout, *inputs, change, every_slot)
     parts = merge_parts(result.parts, result.stats, weights.num_sequences)
-    return result.objective, parts, join_weights(config, result.d_outer, result.d_layers)
+    return result.objective, parts, join_weights(config, result.gradients)
 
 
 def run_pipeline(
-    config: ModelConfig, layout: Layout, params: Tree, router_bias: Tree, stages: Stages,
-    examples: Any, shared: Any,
+    config: ModelConfig, recipe: Recipe, layout: Layout, params: Tree, router_bias: Tree,
+    stages: Stages, batch: Batch, shared: Any, change: Callable[[Table], Table] | None = None,
+    every_slot: bool = False,
 ) -> Result:  # fmt: skip
-    """The stages of a model over examples [micro batches, ..]; `shared` is the same for all."""
-    num_micro = jax.tree.leaves(examples)[0].shape[0]
-    schedule = make_pipeline_schedule(layout, num_micro)
+    """The stages of a model over a batch [micro batches, ..]; `shared` is the same for all."""
+    schedule = make_pipeline_schedule(layout, batch["tokens"].shape[0])
     placement = place_layers(schedule, config.stack_size, *stage_costs(config))
-    held, plan = split_weights(config, params, router_bias), blueprint(config)
+    plan = blueprint(config)
     params_axes = stored_axes(layout, plan.params, plan.params_axes)
+    held = jax.tree.map(lambda w, names: hold(w, names, recipe), params, params_axes)
     axes: Any = split_weights(config, params_axes, plan.router_bias_axes)
-    return run(tick_table(schedule), placement, stages, held, axes, examples, shared, layout)
+    table = tick_table(schedule)
+    if change is not None:
+        table = change(table)
+    weights = split_weights(config, held, router_bias)
+    return run(table, placement, stages, weights, axes, batch, shared, layout, every_slot)

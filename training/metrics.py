@@ -115,7 +115,8 @@ METRICS: dict[str, Metric] = {
     "perf/reward_share": Metric("1", "share spent in rewards"),
     "perf/update_share": Metric("1", "share spent in updates and handing weights over"),
     "moe/load_max_over_mean": Metric("1", "busiest expert's tokens over the mean, worst layer"),
-    "moe/dropped_tokens": Metric("tokens", "token-expert pairs that found no room; must read 0"),
+    "moe/dropped_tokens": Metric("tokens", "token-expert pairs that no expert computed; must be 0"),
+    "moe/further_rounds": Metric("rounds", "that buffers of expert rows took beyond one per layer"),
     "mem/peak_gib": Metric("GiB", "peak memory of the fullest local device, or of the process"),
 }
 """Fixed names. Each MoE layer has one more, `moe/load_max_over_mean/layer_NN`; so has each part of

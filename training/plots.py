@@ -103,11 +103,13 @@ def _series(records: list[dict[str, float]], name: str) -> tuple[np.ndarray, np.
 def _smooth(values: np.ndarray) -> np.ndarray:
     """Centred running mean over about 2% of the points; non-finite points are left out of it."""
     width = min(max(1, len(values) // 50), (len(values) - 1) // 2)
-    kernel = np.ones(2 * width + 1)
     finite = np.isfinite(values)
-    total = np.convolve(np.where(finite, values, 0.0), kernel, mode="same")
-    count = np.convolve(finite.astype(float), kernel, mode="same")
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    total = np.cumsum(np.append(0.0, np.where(finite, values, 0.0)))
+    count = np.cumsum(np.append(0, finite))
+    first = np.maximum(np.arange(len(values)) - width, 0)
+    last = np.minimum(np.arange(len(values)) + width + 1, len(values))
+    several = np.maximum(count[last] - count[first], 1)
+    return np.where(count[last] > count[first], (total[last] - total[first]) / several, np.nan)
 
 
 def _binned(x: np.ndarray, load: np.ndarray, most: int = 200) -> tuple[np.ndarray, np.ndarray]:

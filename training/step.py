@@ -25,6 +25,7 @@ from model.loss import (
 from model.recipe import Recipe
 from model.router import load_max_over_mean, update_bias
 from sharding.context import check_sequence, restore
+from sharding.copies import reduces_once
 from sharding.devices import on_platform, schedule_options
 from sharding.partition import (
     Layout,
@@ -41,6 +42,7 @@ from training.config import TrainConfig
 from training.gradients import (
     accumulated_gradients,
     check_micro_batches,
+    gradients_of_shards,
     loss_weights,
     pipelined_gradients,
 )
@@ -216,12 +218,19 @@ class Trainer:
         weights = loss_weights(batch, knobs["mtp_weight"], self.train.balance_weight)
         inputs = state["params"], state["router_bias"], batch, weights
         if pipeline_ranks(self.layout) > 1:
-            found = pipelined_gradients(self.model, self.recipe, self.layout, *inputs)
+            found = self.gradients_in_pipeline(*inputs)
         else:
             in_pairs = self.layout.config.overlap
-            found = accumulated_gradients(self.model, self.recipe, *inputs, in_pairs)
+            if reduces_once(self.layout):
+                found = gradients_of_shards(self.model, self.recipe, self.layout, *inputs, in_pairs)
+            else:
+                found = accumulated_gradients(self.model, self.recipe, *inputs, in_pairs)
         loss, parts, grads = found
         return Gradients(loss, grads, parts.counts_LE, loss_metrics(parts))
+
+    def gradients_in_pipeline(self, *inputs: Any) -> tuple[jax.Array, LossParts, Tree]:
+        """`pipelined_gradients` of a step's inputs; what only reads a program runs less of it."""
+        return pipelined_gradients(self.model, self.recipe, self.layout, *inputs)
 
     def _step(self, state: State, batch: Batch, knobs: Knobs):
         with use_layout(self.layout):
@@ -257,7 +266,8 @@ def loss_metrics(parts: LossParts) -> dict[str, jax.Array]:
         "train/loss": parts.main,
         "train/mtp_loss": parts.mtp,
         "train/balance_loss": parts.balance,
-        "moe/dropped_tokens": parts.dropped,
+        "moe/dropped_tokens": parts.served.dropped,
+        "moe/further_rounds": parts.served.further,
         "counts_LE": parts.counts_LE,
     }
 

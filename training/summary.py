@@ -3,12 +3,15 @@
 import math
 
 import jax
+import jax.numpy as jnp
 
+from model.config import ModelConfig
 from model.costs import cache_bytes_per_token, count_parameters, train_flops_per_token
 from model.kernels import choose
 from runtime.config import GPU_MEMORY_GB
+from sharding.experts.room import buffers
 from sharding.mesh import describe
-from sharding.partition import stored_shards
+from sharding.partition import num_shards, stored_shards, use_layout
 from training.display import human
 from training.run import Run, plan_of
 from training.schedule import describe as describe_schedule
@@ -39,19 +42,36 @@ def summary(run: Run, trainer: Trainer, gpu: str = "") -> list[str]:
         *(f"kernels      {line}" for line in choice.describe()),
         f"state        {held / 2**30:.3g} GiB per device: weights, moments, biases",
         *room(held, gpu),
-        *key_heads(run, trainer),
+        *key_heads(run.model, trainer),
         f"cache        {cache_bytes_per_token(run.model):,} bytes/token in bf16",
         f"batch        {last.batch_size} x {train.seq_len} tokens in {last.micro_batches} micro "
         f"batches",
+        *(f"experts      {line}" for line in expert_buffers(run.model, trainer)),
         f"length       {train.steps:,} steps, {human(plan.tokens_before(train.steps))} tokens",
         f"rate         {describe_schedule(schedules(train)['learning_rate'], plan)}",
         *(f"warning      {line}" for line in ends_elsewhere(train, plan)),
     ]
 
 
-def key_heads(run: Run, trainer: Trainer) -> list[str]:
+def expert_buffers(model: ModelConfig, trainer: Trainer) -> list[str]:
+    """Buffers of the routed experts' rows, where experts are cut over devices."""
+    layout, train = trainer.layout, trainer.train
+    with use_layout(layout):
+        shards = num_shards("nodes"), num_shards("experts_of_node")
+        rows = (train.micro_batch_size or train.batch_size) // num_shards("batch")
+        tokens = rows * train.seq_len // num_shards("seq")
+    if math.prod(shards) == 1 or not model.num_moe_layers + model.mtp_depth:
+        return []
+    groups = model.num_expert_groups, model.groups_per_token
+    found = buffers(
+        model.num_experts, shards, tokens, model.experts_per_token, groups, layout.config
+    )
+    return found.describe(model.hidden_size * jnp.dtype(train.dtype).itemsize)
+
+
+def key_heads(model: ModelConfig, trainer: Trainer) -> list[str]:
     """That heads of keys are whole on every device, where `tensor` does not split them: a line."""
-    shards, held = stored_shards(trainer.layout, "kv_heads"), run.model.num_kv_heads
+    shards, held = stored_shards(trainer.layout, "kv_heads"), model.num_kv_heads
     if held % shards == 0:
         return []
     return [

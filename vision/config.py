@@ -131,6 +131,11 @@ class JanusConfig(ModelConfig):
     image_token_id: int = 100581
     """Token that stands, once per patch, where an image is read."""
 
+    @property
+    def first_parts(self) -> tuple[str, ...]:
+        """As of a language model, and what puts images in place."""
+        return (*super().first_parts, "encoder", "aligner", "drawing")
+
     def module(self) -> Any:
         """The class that is built from this configuration."""
         from vision.janus import Janus  # needs JAX, which configurations do without

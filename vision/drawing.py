@@ -174,11 +174,12 @@ class Painter:
         with use_layout(self._generator.layout):
             recipe = self._generator.recipe
             decoder = make_decoder(self.config, weights, recipe, mtp=False)
-            drawing: Any = bind_part(self.config, "drawing", weights["params"]["drawing"], {})
+            parts = ("drawing", "brush")
+            drawing, brush = (self._part(name, weights["params"][name]) for name in parts)
             R = self.brush.rows
 
             def step(_, state: State) -> State:
-                scores_NS = self._scores(drawing, state["hidden_BD"])
+                scores_NS = self._scores(brush, state["hidden_BD"])
                 code_N = self._choose(scores_NS, state["key"], state["drawn"])
                 x_ND = drawing.embed(code_N, recipe)
                 x_B1D = constrain(jnp.repeat(x_ND, R, 0)[:, None], "batch", None, None)
@@ -196,9 +197,12 @@ class Painter:
 
             return jax.lax.fori_loop(0, steps, step, state)
 
-    def _scores(self, drawing: Any, hidden_BD: jax.Array) -> jax.Array:
+    def _part(self, name: str, params: Tree) -> Any:
+        return bind_part(self.config, name, params, {})
+
+    def _scores(self, brush: Any, hidden_BD: jax.Array) -> jax.Array:
         """Guided scores [N, S] of the next code; whole on every device, which all draw the same."""
-        scores_NRS = constrain(drawing.logits(hidden_BD), None, None)
+        scores_NRS = constrain(brush.logits(hidden_BD), None, None)
         scores_NRS = scores_NRS.reshape(-1, self.brush.rows, scores_NRS.shape[-1])
         with_text_NS, without_NS = scores_NRS[:, 0], scores_NRS[:, -1]
         return without_NS + self.brush.guidance * (with_text_NS - without_NS)

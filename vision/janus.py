@@ -39,19 +39,26 @@ class Sight(NamedTuple):
 
 
 class Drawing(nnx.Module):
-    """Codes of drawn images as the language model's input and output."""
+    """Codes of drawn images as the language model's input."""
 
     def __init__(self, rngs: nnx.Rngs, config: JanusConfig):
         size, codes = config.hidden_size, config.tokenizer.num_codes
-        width, std = config.tokenizer.code_width, _std(config.hidden_size)
+        width = config.tokenizer.code_width
         self.table = weight(rngs, (codes, width), ("codes", "code"), 1.0)
         self.adaptor = Adaptor(rngs, width, size, config.drawing_depth, "code")
-        self.inner = Linear(rngs, size, size, ("embed", "embed_out"), std)
-        self.head = Linear(rngs, size, codes, ("embed", "vocab"), std)
 
     def embed(self, codes: jax.Array, recipe: Recipe) -> jax.Array:
         """Input vectors [.., D] of codes."""
         return self.adaptor(self.table[...].astype(recipe.activation_dtype)[codes])
+
+
+class Brush(nnx.Module):
+    """The generation head: what code comes next."""
+
+    def __init__(self, rngs: nnx.Rngs, config: JanusConfig):
+        size, std = config.hidden_size, _std(config.hidden_size)
+        self.inner = Linear(rngs, size, size, ("embed", "embed_out"), std)
+        self.head = Linear(rngs, size, config.tokenizer.num_codes, ("embed", "vocab"), std)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Scores [.., S] of the next code, fp32."""
@@ -75,7 +82,7 @@ class Janus(DeepSeekV3):
         width, size = config.encoder.width, config.hidden_size
         self.encoder = Encoder(rngs, config.encoder, config.init_std)
         self.aligner = Adaptor(rngs, width, size, config.aligner_depth, "embed")
-        self.drawing = Drawing(rngs, config)
+        self.drawing, self.brush = Drawing(rngs, config), Brush(rngs, config)
         self.tokenizer = ImageTokenizer(rngs, config.tokenizer)
 
     def see(self, pixels_NHWC: jax.Array, recipe: Recipe) -> jax.Array:
@@ -84,30 +91,45 @@ class Janus(DeepSeekV3):
 
     def inputs(self, tokens: Tokens, recipe: Recipe) -> jax.Array:
         """Vectors of text, of patches that are read and of codes that are drawn, each in place."""
-        sight = tokens.beside
-        if sight is None:
-            return self.embed(tokens.ids_BT, recipe)
-        ids_BT = tokens.ids_BT
-        if sight.codes_BT is not None:
-            ids_BT = jnp.where(sight.codes_BT >= 0, 0, ids_BT)
-        x_BTD = self.embed(ids_BT, recipe)
-        if sight.pixels_BMHWC is not None:
-            B, M = sight.pixels_BMHWC.shape[:2]
-            pixels_NHWC = sight.pixels_BMHWC.reshape(B * M, *sight.pixels_BMHWC.shape[2:])
-            seen_BPD = self.see(pixels_NHWC, recipe).reshape(B, -1, x_BTD.shape[-1])
-            # Rows read their own images: nothing crosses devices, whatever XLA would make of it.
-            names = ("batch", None, None), ("batch", "seq"), ("batch", "seq", None)
-            put = on_shards(_put_in_place, names, (names[2],))
-            x_BTD = put(seen_BPD, sight.patches_BT, x_BTD)[0]
-        if sight.codes_BT is not None:
-            drawn_BTD = self.drawing.embed(jnp.maximum(sight.codes_BT, 0), recipe)
-            x_BTD = jnp.where(sight.codes_BT[..., None] >= 0, drawn_BTD, x_BTD)
-        return constrain(x_BTD, "batch", "stream", "embed")
+        x_BTD = self.embed(text_ids(tokens), recipe)
+        parts = self.encoder, self.aligner, self.drawing
+        return with_images(x_BTD, tokens.beside, *parts, recipe)
 
 
-def _put_in_place(
-    seen_BPD: jax.Array, patches_BT: jax.Array, x_BTD: jax.Array
-) -> tuple[jax.Array]:
+def text_ids(tokens: Tokens) -> jax.Array:
+    """Ids to look up [B, T]: 0 where a code stands."""
+    sight = tokens.beside
+    if sight is None or sight.codes_BT is None:
+        return tokens.ids_BT
+    return jnp.where(sight.codes_BT >= 0, 0, tokens.ids_BT)
+
+
+def with_images(
+    x_BTD: jax.Array,
+    sight: Sight | None,
+    encoder: Encoder,
+    aligner: Adaptor,
+    drawing: Drawing,
+    recipe: Recipe,
+) -> jax.Array:
+    """Embedded text with patches and codes in their places [B, T, D]."""
+    if sight is None:
+        return x_BTD
+    if sight.pixels_BMHWC is not None:
+        B, M = sight.pixels_BMHWC.shape[:2]
+        pixels_NHWC = sight.pixels_BMHWC.reshape(B * M, *sight.pixels_BMHWC.shape[2:])
+        seen_BPD = aligner(encoder(pixels_NHWC, recipe)).reshape(B, -1, x_BTD.shape[-1])
+        # Rows read their own images: nothing crosses devices, whatever XLA would make of it.
+        names = ("batch", None, None), ("batch", "seq"), ("batch", "seq", None)
+        put = on_shards(_put_in_place, names, (names[2],))
+        x_BTD = put(seen_BPD, sight.patches_BT, x_BTD)[0]
+    if sight.codes_BT is not None:
+        drawn_BTD = drawing.embed(jnp.maximum(sight.codes_BT, 0), recipe)
+        x_BTD = jnp.where(sight.codes_BT[..., None] >= 0, drawn_BTD, x_BTD)
+    return constrain(x_BTD, "batch", "stream", "embed")
+
+
+def _put_in_place(seen_BPD: jax.Array, patches_BT: jax.Array, x_BTD: jax.Array) -> tuple[jax.Array]:
     """x with the patch of the row's images at each place that has one."""
     seen_BTD = jnp.take_along_axis(seen_BPD, jnp.maximum(patches_BT, 0)[..., None], 1)
     return (jnp.where(patches_BT[..., None] >= 0, seen_BTD, x_BTD),)

@@ -13,7 +13,7 @@ from model.loss import cross_entropy_sum
 from model.recipe import Recipe
 from model.transformer import Tokens
 from sharding.context import balance
-from vision.janus import Drawing, Janus, Sight
+from vision.janus import Brush, Janus, Sight
 
 Batch = dict[str, jax.Array]
 
@@ -92,26 +92,44 @@ def mixed_loss(
         hidden_BTD = model.forward(tokens, recipe, None).hidden_BTD
     else:
         hidden_BTD = model.after(x_BTD, tokens, recipe, None).hidden_BTD
-    backend = recipe.kernels.loss
-    text: Any = cross_entropy_sum(
-        hidden_BTD, model.head_kernel(), examples.targets_BT, examples.text_BT, backend
-    )
-    inner_BTD, kernel_DS = _with_bias(model.drawing, hidden_BTD)
-    drawn: Any = cross_entropy_sum(
-        inner_BTD, kernel_DS, examples.codes_BT, examples.drawn_BT, backend
-    )
-    loss = (text + drawn) / counts.total
-    parts = (text / jnp.maximum(counts.text, 1.0), drawn / jnp.maximum(counts.drawn, 1.0))
-    return loss, MixedParts(*parts)
+    text = text_loss(hidden_BTD, model.head_kernel(), examples, recipe)
+    drawn = code_loss(model.brush, hidden_BTD, examples, recipe)
+    return (text + drawn) / counts.total, mixed_parts(text, drawn, counts)
 
 
-def _with_bias(drawing: Drawing, hidden_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+def mixed_parts(text: jax.Array, drawn: jax.Array, counts: Counts) -> MixedParts:
+    """Sums of nats as shares of the step's means."""
+    return MixedParts(text / jnp.maximum(counts.text, 1.0), drawn / jnp.maximum(counts.drawn, 1.0))
+
+
+def text_loss(
+    hidden_BTD: jax.Array, kernel_DV: jax.Array, examples: MixedExamples, recipe: Recipe
+) -> jax.Array:
+    """Sum of nats of the text."""
+    found: Any = cross_entropy_sum(
+        hidden_BTD, kernel_DV, examples.targets_BT, examples.text_BT, recipe.kernels.loss
+    )
+    return found
+
+
+def code_loss(
+    brush: Brush, hidden_BTD: jax.Array, examples: MixedExamples, recipe: Recipe
+) -> jax.Array:
+    """Sum of nats of the codes."""
+    inner_BTD, kernel_DS = _with_bias(brush, hidden_BTD)
+    found: Any = cross_entropy_sum(
+        inner_BTD, kernel_DS, examples.codes_BT, examples.drawn_BT, recipe.kernels.loss
+    )
+    return found
+
+
+def _with_bias(brush: Brush, hidden_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Input and kernel of the generation head, its bias as the weights of an input that is 1.
 
     The width grows by a block that kernels take, or by the one input.
     """
-    inner_BTD = drawing.before_head(hidden_BTD)
-    kernel_DS, bias = drawing.head.kernel[...], drawing.head.bias
+    inner_BTD = brush.before_head(hidden_BTD)
+    kernel_DS, bias = brush.head.kernel[...], brush.head.bias
     assert bias is not None
     extra = 128 if inner_BTD.shape[-1] % 128 == 0 else 1
     ones = jnp.zeros((*inner_BTD.shape[:-1], extra), inner_BTD.dtype).at[..., 0].set(1)

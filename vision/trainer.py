@@ -16,7 +16,7 @@ import optax
 from flax import nnx
 
 from model.blueprint import Tree, bind_part, blueprint
-from model.stages import join_weights, pipeline_stages
+from model.stages import join_weights
 from sharding.partition import pipeline_ranks, use_layout
 from training.gradients import accumulated_gradients, run_pipeline
 from training.optimizer import make_optimizer
@@ -24,13 +24,14 @@ from training.step import Batch, Gradients, Knobs, State, Trainer
 from vision.config import ImageTraining, JanusConfig, Learned
 from vision.janus import LANGUAGE, Janus
 from vision.loss import Counts, count_targets, mixed_examples, mixed_loss
+from vision.pipeline import janus_stages
 from vision.tokenizer import tokenizer_loss
 
 PARTS: dict[Learned, tuple[str, ...]] = {
     "tokenizer": ("tokenizer",),
-    "adaptors": ("aligner", "drawing"),
-    "language": (*LANGUAGE, "aligner", "drawing"),
-    "reading": (*LANGUAGE, "aligner", "drawing", "encoder"),
+    "adaptors": ("aligner", "drawing", "brush"),
+    "language": (*LANGUAGE, "aligner", "drawing", "brush"),
+    "reading": (*LANGUAGE, "aligner", "drawing", "brush", "encoder"),
 }
 """Parts of the parameters that a stage learns."""
 
@@ -106,17 +107,13 @@ class ImageTrainer(Trainer):
         return self._found(loss, grads, metrics)
 
     def _pipelined(self, params: Tree, router_bias: Tree, batch: Batch, counts: Counts) -> Any:
-        """The same over `pipe`: encoder and adaptors come before the layers, on the first stage."""
-
-        def last(model: Janus, micro: Any, x_BTD: jax.Array) -> Any:
-            return mixed_loss(model, micro[0], Counts(*micro[1]), self.recipe, x_BTD)
-
-        stages = pipeline_stages(self.model, self.recipe, 0.0, last)
-        examples = jax.vmap(mixed_examples)(batch)
-        args = self.model, self.layout, params, router_bias, stages, examples, tuple(counts)
+        """The same over `pipe`."""
+        config = self.model
+        assert isinstance(config, JanusConfig)
+        stages = janus_stages(config, self.recipe)
+        args = config, self.recipe, self.layout, params, router_bias, stages, batch, tuple(counts)
         result = run_pipeline(*args)
-        grads = join_weights(self.model, result.d_outer, result.d_layers)
-        return result.objective, result.parts, grads
+        return result.objective, result.parts, join_weights(config, result.gradients)
 
     def _of_tokenizer(self, state: State, batch: Batch) -> Gradients:
         """Pixels, codebook and commitment, in fp32."""

@@ -2,9 +2,9 @@
 
 Forward: one kernel multiplies rows by the gate and the up weight side by side and stores
 h = silu(gate) * up, with gate and up too when a backward pass will follow; a second multiplies h by
-the down weight. Backward: dh = dy w_down^T; dgate, dup and h again by XLA, elementwise; dx =
-dgate w_gate^T + dup w_up^T in one kernel that sums both products in registers; and three weight
-gradients.
+the down weight. Backward: dh = dy w_down^T; dgate, dup and h again by XLA, elementwise; three
+weight gradients; and dx = dgate w_gate^T + dup w_up^T in one kernel that sums both products in
+registers.
 
 Roofline on an H200: 6 M D F FLOPs forward and 12 M D F backward, at 989 TFLOP/s.
 
@@ -13,41 +13,27 @@ Shape letters: M rows, E experts, D model width, F expert width.
 
 from functools import partial
 
-import jax
 from jax import Array
 
 from pallas_kernels.grouped.products import grouped_products
 from pallas_kernels.grouped.weight_gradient import grouped_weight_gradient
-from pallas_kernels.swiglu import swiglu, swiglu_vjp
+from pallas_kernels.swiglu import swiglu, weighted_swiglu_vjp
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def expert_ffn_mosaic(
-    emulated: bool,
-    x_MD: Array,
-    w_gate_EDF: Array,
-    w_up_EDF: Array,
-    w_down_EFD: Array,
-    group_sizes_E: Array,
-) -> Array:
+def forward(emulated: bool, keep: bool, x_MD: Array, weights: tuple, group_sizes_E: Array):
     """y[m] = (silu(x[m] w_gate[e]) * (x[m] w_up[e])) w_down[e] for the rows m of group e [M, D].
 
-    All but the sizes are bf16, D and F multiples of 64. Gate, up, h and their cotangents are
-    rounded to bf16, sums are fp32. Rows beyond the last group give zeros and get a zero gradient.
-    Source: DeepSeek-V3 report, eq. 12.
+    With `keep` also gate and up [M, F] for the backward pass. All but the sizes are bf16, D and F
+    multiples of 64. Gate, up and h are rounded to bf16, sums are fp32. Rows beyond the last group
+    give zeros. Source: DeepSeek-V3 report, eq. 12.
     """
-    h_MF, *_ = _hidden(emulated, x_MD, w_gate_EDF, w_up_EDF, group_sizes_E, keep=False)
-    return _down(emulated, h_MF, w_down_EFD, group_sizes_E)
-
-
-def _hidden(emulated: bool, x_MD, w_gate_EDF, w_up_EDF, group_sizes_E, *, keep: bool):
-    """h [M, F] and, with `keep`, gate and up."""
+    w_gate_EDF, w_up_EDF, w_down_EFD = weights
 
     def finish(gate: Array, up: Array):
         h = swiglu(gate, up)
         return (h, gate, up) if keep else (h,)
 
-    return grouped_products(
+    h_MF, *kept = grouped_products(
         [(x_MD, (w_gate_EDF, w_up_EDF))],
         group_sizes_E,
         name="grouped_swiglu_kept" if keep else "grouped_swiglu",
@@ -55,34 +41,33 @@ def _hidden(emulated: bool, x_MD, w_gate_EDF, w_up_EDF, group_sizes_E, *, keep: 
         num_outputs=3 if keep else 1,
         emulated=emulated,
     )
+    (y_MD,) = grouped_products(
+        [(h_MF, (w_down_EFD,))], group_sizes_E, name="grouped_matmul_forward", emulated=emulated
+    )
+    return y_MD, tuple(kept)
 
 
-def _down(emulated: bool, h_MF, w_down_EFD, group_sizes_E) -> Array:
-    name = "grouped_matmul_forward"
-    return grouped_products([(h_MF, (w_down_EFD,))], group_sizes_E, name=name, emulated=emulated)[0]
+def backward(
+    emulated: bool, x_MD: Array, weights: tuple, group_sizes_E: Array, kept: tuple, dy_MD: Array,
+    scale_M: Array | None,
+):  # fmt: skip
+    """dx [M, D] and the gradients of the weights; and, with `scale_M`, that of the scale [M].
 
-
-def _forward(emulated: bool, x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E):
-    h_MF, gate_MF, up_MF = _hidden(emulated, x_MD, w_gate_EDF, w_up_EDF, group_sizes_E, keep=True)
-    operands = x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E
-    return _down(emulated, h_MF, w_down_EFD, group_sizes_E), (operands, gate_MF, up_MF)
-
-
-def _backward(emulated: bool, saved, dy_MD: Array):
-    (x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E), gate_MF, up_MF = saved
+    `scale_M` are factors of y; dy is then that of the scaled rows, and y is not needed: as y =
+    h w_down, the scale's gradient is dh h.
+    """
+    w_gate_EDF, w_up_EDF, w_down_EFD = weights
+    gate_MF, up_MF = kept
     rows = partial(
         grouped_products, group_sizes_E=group_sizes_E, transposed=True, emulated=emulated
     )
-    weights = partial(
+    products = partial(
         grouped_weight_gradient, group_sizes_E=group_sizes_E, dtype=x_MD.dtype, emulated=emulated
     )
     (dh_MF,) = rows([(dy_MD, (w_down_EFD,))], name="grouped_matmul_rows")
-    h_MF, dgate_MF, dup_MF = swiglu_vjp(gate_MF, up_MF, dh_MF)
+    h_MF, dgate_MF, dup_MF, dscale_M = weighted_swiglu_vjp(gate_MF, up_MF, dh_MF, scale_M)
+    dw = products(x_MD, dgate_MF), products(x_MD, dup_MF), products(h_MF, dy_MD)
     (dx_MD,) = rows(
         [(dgate_MF, (w_gate_EDF,)), (dup_MF, (w_up_EDF,))], name="grouped_matmul_rows_of_two"
     )
-    dw = weights(x_MD, dgate_MF), weights(x_MD, dup_MF), weights(h_MF, dy_MD)
-    return dx_MD, *dw, None
-
-
-expert_ffn_mosaic.defvjp(_forward, _backward)
+    return dx_MD, dw, dscale_M

@@ -9,12 +9,13 @@ chunk (`ragged.py`).
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.grouped.expert_ffn_mosaic import expert_ffn_mosaic
+from pallas_kernels.grouped import expert_ffn_mosaic
 from pallas_kernels.grouped.matmul import check_backend, check_operands, grouped_matmul
 from pallas_kernels.grouped.products import unsupported
 from pallas_kernels.grouped.ragged import (
@@ -31,7 +32,7 @@ from pallas_kernels.grouped.ragged import (
     zeros_varying,
 )
 from pallas_kernels.mosaic import Backend
-from pallas_kernels.swiglu import swiglu, swiglu_vjp
+from pallas_kernels.swiglu import swiglu, weighted_swiglu_vjp
 
 
 def expert_ffn(
@@ -79,12 +80,10 @@ def expert_ffn(
     check_backend(backend, unsupported(D, F, x_MD.dtype))
     if backend == "reference":
         return _reference(x_MD, *weights, group_sizes_E)
-    M = x_MD.shape[0]
-    if M == 0:
+    if len(x_MD) == 0:
         return x_MD
-    if backend != "portable":
-        return expert_ffn_mosaic(backend == "emulated", x_MD, *weights, group_sizes_E)
-    return _portable(tiling or choose_tiling(M, E, D * F), x_MD, *weights, group_sizes_E)
+    way = choose_way(backend, len(x_MD), weights)
+    return _expert_ffn(way._replace(tiling=tiling or way.tiling), x_MD, weights, group_sizes_E)
 
 
 def _reference(x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E):
@@ -98,15 +97,92 @@ def _reference(x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E):
     return matmul(h_MF, w_down_EFD).astype(dtype)
 
 
-def _forward(tiling: Tiling, keep: bool, x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E):
+class Rows(NamedTuple):
+    """Rows [M, D] of experts: those of `values` as they lie, or picked by `index_M`."""
+
+    values: Array
+    index_M: Array | None = None
+
+    @property
+    def count(self) -> int:
+        """M."""
+        return len(self.values) if self.index_M is None else len(self.index_M)
+
+    def at(self, rows: Array) -> Array:
+        """Rows of these numbers."""
+        return take(self.values, rows if self.index_M is None else take(self.index_M, rows))
+
+    def whole(self) -> Array:
+        """All of them [M, D]."""
+        return self.values if self.index_M is None else take(self.values, self.index_M)
+
+
+Weights = tuple[Array, Array, Array]
+"""Gate and up [E, D, F], down [E, F, D]."""
+
+
+class Way(NamedTuple):
+    """How experts are computed: static."""
+
+    backend: Backend
+    tiling: Tiling
+    """Of "portable"."""
+
+
+def choose_way(backend: Backend, num_rows: int, weights: Weights) -> Way:
+    """The way of a backend, once it is checked for these weights."""
+    E, D, F = weights[0].shape
+    return Way(backend, choose_tiling(num_rows, E, D * F))
+
+
+def forward(way: Way, keep: bool, x: Rows, weights: Weights, group_sizes_E: Array):
+    """`expert_ffn` [M, D], and with `keep` what `backward` wants."""
+    if way.backend == "portable":
+        return _portable_forward(way.tiling, keep, x, weights, group_sizes_E)
+    emulated = way.backend == "emulated"
+    return expert_ffn_mosaic.forward(emulated, keep, x.whole(), weights, group_sizes_E)
+
+
+def backward(way: Way, x: Rows, weights: Weights, group_sizes_E: Array, kept, dy: Rows, scale_M):
+    """dx [M, D], the gradients of the weights, and that of `scale_M`, factors of y, unless None."""
+    if way.backend == "portable":
+        return _portable_backward(way.tiling, x, weights, group_sizes_E, kept, dy, scale_M)
+    operands = x.whole(), weights, group_sizes_E, kept, dy.whole(), scale_M
+    return expert_ffn_mosaic.backward(way.backend == "emulated", *operands)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _expert_ffn(way: Way, x_MD: Array, weights: Weights, group_sizes_E: Array) -> Array:
+    return forward(way, False, Rows(x_MD), weights, group_sizes_E)[0]
+
+
+def _expert_ffn_fwd(way: Way, x_MD: Array, weights: Weights, group_sizes_E: Array):
+    y_MD, kept = forward(way, True, Rows(x_MD), weights, group_sizes_E)
+    return y_MD, (x_MD, weights, group_sizes_E, kept)
+
+
+def _expert_ffn_bwd(way: Way, saved, dy_MD: Array):
+    x_MD, weights, group_sizes_E, kept = saved
+    dx_MD, dw, _ = backward(way, Rows(x_MD), weights, group_sizes_E, kept, Rows(dy_MD), None)
+    return dx_MD, dw, None
+
+
+_expert_ffn.defvjp(_expert_ffn_fwd, _expert_ffn_bwd)
+
+
+# ---- by XLA, a chunk of tiles at a time ----------------------------------------------------------
+
+
+def _portable_forward(tiling: Tiling, keep: bool, x: Rows, weights: Weights, group_sizes_E: Array):
     """Output, and with `keep` the gate and up activations [M + T, F] for the backward pass."""
-    (M, D), F, dtype = x_MD.shape, w_gate_EDF.shape[2], x_MD.dtype
+    M, D, F, dtype = x.count, x.values.shape[1], weights[0].shape[2], x.values.dtype
+    w_gate_EDF, w_up_EDF, w_down_EFD = weights
     tiles = make_tiles(group_sizes_E, M, tiling)
 
     def step(i, carry):
         y, kept = carry
         chunk = take_chunk(tiles, i, M, tiling)
-        x_BTD = take(x_MD, chunk.rows_BT)
+        x_BTD = x.at(chunk.rows_BT)
         gate_BTF = batched_dot(x_BTD, take(w_gate_EDF, chunk.expert_B), 2, 1)
         up_BTF = batched_dot(x_BTD, take(w_up_EDF, chunk.expert_B), 2, 1)
         h_BTF = swiglu(gate_BTF, up_BTF).astype(dtype)
@@ -116,57 +192,54 @@ def _forward(tiling: Tiling, keep: bool, x_MD, w_gate_EDF, w_up_EDF, w_down_EFD,
             kept = put_tiles(gate, gate_BTF, chunk.start_B), put_tiles(up, up_BTF, chunk.start_B)
         return put_tiles(y, y_BTD, chunk.start_B), kept
 
-    zeros = partial(
-        zeros_varying,
-        dtype=dtype,
-        like=(x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E),
-    )
+    zeros = partial(zeros_varying, dtype=dtype, like=jax.tree.leaves((x, weights, group_sizes_E)))
     rows = M + tiling.rows
     kept = (zeros((rows, F)), zeros((rows, F))) if keep else ()
     y, kept = lax.fori_loop(0, tiles.num_chunks, step, (zeros((rows, D)), kept))
     return keep_rows(y, tiles.num_rows, M), kept
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _portable(tiling: Tiling, x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E):
-    return _forward(tiling, False, x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E)[0]
-
-
-def _portable_fwd(tiling: Tiling, *operands):
-    y_MD, kept = _forward(tiling, True, *operands)
-    return y_MD, (operands, kept)
-
-
-def _portable_bwd(tiling: Tiling, saved, dy_MD: Array):
-    (x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E), (gate, up) = saved
-    (M, D), dtype = x_MD.shape, x_MD.dtype
-    weights = w_gate_EDF, w_up_EDF, w_down_EFD
+def _portable_backward(
+    tiling: Tiling, x: Rows, weights: Weights, group_sizes_E: Array, kept, dy: Rows, scale_M
+):
+    M, D, dtype = x.count, x.values.shape[1], x.values.dtype
     tiles = make_tiles(group_sizes_E, M, tiling)
 
     def step(i, carry):
-        dx, dw_gate_EDF, dw_up_EDF, dw_down_EFD = carry
+        dx, dscale, dw_gate_EDF, dw_up_EDF, dw_down_EFD = carry
         chunk = take_chunk(tiles, i, M, tiling)
         # Weight gradients sum over rows, so rows of other groups must be zero, on both sides of
         # each product since 0 * NaN is NaN.
-        x_BTD, dy_BTD, gate_BTF, up_BTF = (
-            jnp.where(chunk.valid_BT1, take(a, chunk.rows_BT), 0) for a in (x_MD, dy_MD, gate, up)
+        picked = (
+            x.at(chunk.rows_BT),
+            dy.at(chunk.rows_BT),
+            *(take(a, chunk.rows_BT) for a in kept),
         )
+        x_BTD, dy_BTD, gate_BTF, up_BTF = (jnp.where(chunk.valid_BT1, a, 0) for a in picked)
         w_gate_BDF, w_up_BDF, w_down_BFD = (take(w, chunk.expert_B) for w in weights)
         dh_BTF = batched_dot(dy_BTD, w_down_BFD, 2, 2)
-        h_BTF, dgate_BTF, dup_BTF = swiglu_vjp(gate_BTF, up_BTF, dh_BTF)
+        scale_BT = None if scale_M is None else take(scale_M, chunk.rows_BT)
+        h_BTF, dgate_BTF, dup_BTF, dscale_BT = weighted_swiglu_vjp(
+            gate_BTF, up_BTF, dh_BTF, scale_BT
+        )
         x_BDT = transposed(x_BTD)
         dx_BTD = batched_dot(dgate_BTF, w_gate_BDF, 2, 2) + batched_dot(dup_BTF, w_up_BDF, 2, 2)
+        if dscale_BT is not None:
+            dscale = put_tiles(dscale, dscale_BT[..., None], chunk.start_B)
         return (
             put_tiles(dx, dx_BTD, chunk.start_B),
+            dscale,
             add_weights(dw_gate_EDF, batched_dot(x_BDT, dgate_BTF, 2, 1), chunk.expert_B),
             add_weights(dw_up_EDF, batched_dot(x_BDT, dup_BTF, 2, 1), chunk.expert_B),
             add_weights(dw_down_EFD, batched_dot(transposed(h_BTF), dy_BTD, 2, 1), chunk.expert_B),
         )
 
-    zeros = partial(zeros_varying, like=(x_MD, *weights, group_sizes_E, dy_MD))
-    carry = zeros((M + tiling.rows, D), dtype), *(zeros(w.shape, jnp.float32) for w in weights)
-    dx, *dw = lax.fori_loop(0, tiles.num_chunks, step, carry)
-    return keep_rows(dx, tiles.num_rows, M), *(g.astype(dtype) for g in dw), None
-
-
-_portable.defvjp(_portable_fwd, _portable_bwd)
+    like = jax.tree.leaves((x, weights, group_sizes_E, kept, dy, scale_M))
+    zeros = partial(zeros_varying, like=like)
+    rows = M + tiling.rows
+    dscale = None if scale_M is None else zeros((rows, 1), jnp.float32)
+    carry = zeros((rows, D), dtype), dscale, *(zeros(w.shape, jnp.float32) for w in weights)
+    dx, dscale, *dw = lax.fori_loop(0, tiles.num_chunks, step, carry)
+    if dscale is not None:
+        dscale = keep_rows(dscale, tiles.num_rows, M)[:, 0]
+    return keep_rows(dx, tiles.num_rows, M), tuple(g.astype(dtype) for g in dw), dscale

@@ -7,7 +7,8 @@ Choices are numbered n*K + k ("flat") and sorted by expert. Both directions of e
 both of their derivatives, are gathers: a sorted row knows its choice (`order`), a choice its
 sorted row (`inverse`). Choices of experts outside [0, E) belong to other shards; they sit in the
 tail after the last group and neither give nor receive anything, whatever the tail rows hold. Where
-fewer rows are kept than there are choices, what is cut off is tail.
+fewer rows are kept than there are choices, what is cut off is tail, or belongs to another part
+(`part_of`).
 """
 
 from functools import partial
@@ -17,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels.grouped.ragged import take
+
 
 class Plan(NamedTuple):
     """Places of choices when sorted by expert, int32."""
@@ -24,9 +27,13 @@ class Plan(NamedTuple):
     order_M: Array
     """Sorted position to flat choice."""
     inverse_R: Array
-    """Flat choice to sorted position; M and more are cut off."""
+    """Flat choice to sorted position; M and more, or less than 0, are cut off."""
     group_sizes_E: Array
     """Choices of each expert; their sum is the first row of the tail."""
+
+    def here(self, inverse: Array) -> Array:
+        """Whether these choices, by their entries of `inverse_R`, have one of the rows."""
+        return (inverse >= 0) & (inverse < jnp.sum(self.group_sizes_E))
 
 
 def sort_by_expert(expert_ids_NK: Array, num_experts: int, max_rows: int | None = None) -> Plan:
@@ -63,6 +70,16 @@ def sort_by_expert(expert_ids_NK: Array, num_experts: int, max_rows: int | None 
     return Plan(order_R[:max_rows], inverse_R, group_sizes_E)
 
 
+def part_of(plan: Plan, start: Array | int, num_rows: int) -> Plan:
+    """`num_rows` sorted rows, from `start` on, of a plan that keeps all, as a plan of their own.
+
+    It may cut a group, and reach beyond the last row.
+    """
+    order_M = lax.dynamic_slice(jnp.pad(plan.order_M, (0, num_rows)), (start,), (num_rows,))
+    ends_E = jnp.clip(jnp.cumsum(plan.group_sizes_E) - start, 0, num_rows)
+    return Plan(order_M, plan.inverse_R - start, jnp.diff(ends_E, prepend=0))
+
+
 def stable_order(keys_R: Array, num_keys: int) -> Array:
     """Positions that sort int32 keys in [0, num_keys), equal keys in their order, int32 [R]."""
     R = keys_R.size
@@ -73,17 +90,13 @@ def stable_order(keys_R: Array, num_keys: int) -> Array:
     return lax.sort(keys_R * R + jnp.arange(R, dtype=jnp.int32), is_stable=False) % R
 
 
-def _take(x: Array, index: Array) -> Array:
-    return x.at[index].get(mode="promise_in_bounds")
-
-
 def _keep(values: Array, keep: Array) -> Array:
     return jnp.where(keep[..., None], values, 0)
 
 
 def _take_choices(rows: Array, inverse: Array) -> Array:
     """Sorted row of choices; any row for those that are cut off."""
-    return _take(rows, jnp.minimum(inverse, rows.shape[0] - 1))
+    return take(rows, jnp.clip(inverse, 0, rows.shape[0] - 1))
 
 
 def gather_rows(x_ND: Array, plan: Plan) -> Array:
@@ -102,7 +115,7 @@ def gather_rows(x_ND: Array, plan: Plan) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gather_rows(K: int, x_ND: Array, plan: Plan) -> Array:
-    return _take(x_ND, plan.order_M // K)
+    return take(x_ND, plan.order_M // K)
 
 
 def _gather_rows_fwd(K: int, x_ND: Array, plan: Plan):
@@ -110,17 +123,22 @@ def _gather_rows_fwd(K: int, x_ND: Array, plan: Plan):
 
 
 def _gather_rows_bwd(K: int, plan: Plan, dxs_MD: Array):
+    return sum_rows(dxs_MD, K, plan), None
+
+
+_gather_rows.defvjp(_gather_rows_fwd, _gather_rows_bwd)
+
+
+def sum_rows(dxs_MD: Array, K: int, plan: Plan) -> Array:
+    """Sum of the rows of each token's choices [N, D], in fp32, in the type of the rows."""
     inverse_NK = plan.inverse_R.reshape(-1, K)
-    here_NK = inverse_NK < jnp.sum(plan.group_sizes_E)
+    here_NK = plan.here(inverse_NK)
     # One gather per choice, added as they come: XLA makes a single pass, without an [N, K, D].
     dx_ND = sum(
         _keep(_take_choices(dxs_MD, inverse_NK[:, k]), here_NK[:, k]).astype(jnp.float32)
         for k in range(K)
     )
-    return jnp.asarray(dx_ND, dxs_MD.dtype), None
-
-
-_gather_rows.defvjp(_gather_rows_fwd, _gather_rows_bwd)
+    return jnp.asarray(dx_ND, dxs_MD.dtype)
 
 
 def combine_rows(y_MD: Array, weights_NK: Array, plan: Plan) -> Array:
@@ -144,7 +162,7 @@ def combine_rows(y_MD: Array, weights_NK: Array, plan: Plan) -> Array:
 @jax.custom_vjp
 def _combine_rows(y_MD: Array, weights_NK: Array, plan: Plan) -> Array:
     inverse_NK = plan.inverse_R.reshape(weights_NK.shape)
-    here_NK = inverse_NK < jnp.sum(plan.group_sizes_E)
+    here_NK = plan.here(inverse_NK)
     weights_NK = weights_NK.astype(jnp.float32)
     out_ND = sum(
         _keep(_take_choices(y_MD, inverse_NK[:, k]) * weights_NK[:, k, None], here_NK[:, k])
@@ -162,13 +180,17 @@ def _combine_rows_bwd(saved, dout_ND: Array):
     M, K = y_MD.shape[0], weights_NK.shape[1]
     num_here = jnp.sum(plan.group_sizes_E)
     here_M = jnp.arange(M, dtype=jnp.int32) < num_here
-    dout_MD = _take(dout_ND, plan.order_M // K).astype(jnp.float32)
-    weights_M = _take(weights_NK.reshape(-1), plan.order_M).astype(jnp.float32)
+    dout_MD = take(dout_ND, plan.order_M // K).astype(jnp.float32)
+    weights_M = take(weights_NK.reshape(-1), plan.order_M).astype(jnp.float32)
     dy_MD = _keep(dout_MD * weights_M[:, None], here_M)
     dweights_M = jnp.where(here_M, jnp.sum(dout_MD * y_MD.astype(jnp.float32), axis=1), 0)
-    dweights_R = jnp.where(plan.inverse_R < num_here, _take_choices(dweights_M, plan.inverse_R), 0)
-    dweights_NK = dweights_R.reshape(weights_NK.shape).astype(weights_NK.dtype)
-    return dy_MD.astype(y_MD.dtype), dweights_NK, None
+    return dy_MD.astype(y_MD.dtype), of_choices(dweights_M, weights_NK, plan), None
 
 
 _combine_rows.defvjp(_combine_rows_fwd, _combine_rows_bwd)
+
+
+def of_choices(values_M: Array, like_NK: Array, plan: Plan) -> Array:
+    """The value of each choice's row, 0 for choices without one, of the shape and type of like."""
+    values_R = jnp.where(plan.here(plan.inverse_R), _take_choices(values_M, plan.inverse_R), 0)
+    return values_R.reshape(like_NK.shape).astype(like_NK.dtype)

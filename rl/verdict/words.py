@@ -18,7 +18,7 @@ UNSPACED = (
 LETTER = r"[^\W\d_]"
 _KEYS = (
     "answer", "choice", "is", "and", "or", "to", "not", "wrong", "unsure", "changes", "harmless",
-    "units", "yes", "no", "true", "false", "degrees", "radians", "scales", "rewrite",
+    "units", "yes", "no", "true", "false", "degrees", "radians", "measures", "scales", "rewrite",
 )  # fmt: skip
 _BREAK = re.compile(r"[;!?\n]|(?<!\d),|,(?!\d)|\.(?!\d)")
 _MARKUP = r"\\(?:q?quad|text\b|[\[\]();, ])|[\s$.,;:&{}*/~—-]"
@@ -37,6 +37,8 @@ def check(table: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
                     raise ValueError(f"no such key; there are {', '.join(_KEYS)}")
                 if key == "scales":
                     [operator.index(factor) for factor in dict(value).values()]
+                elif key == "measures":
+                    "".join(name for names in dict(value).values() for name in names)
                 elif not isinstance(value, list):
                     raise ValueError(f"{value!r} is no list")
                 elif key == "rewrite":
@@ -91,6 +93,13 @@ def scales() -> dict[str, int]:
     """Factors of words after a number, such as million; the words in lower case."""
     tables = (language.get("scales", {}) for language in TABLE.values())
     return {word.lower(): factor for table in tables for word, factor in table.items()}
+
+
+@functools.cache
+def measures() -> dict[str, str]:
+    """The unit that each name of one means: `cm` for centimeters."""
+    tables = (language.get("measures", {}) for language in TABLE.values())
+    return {name: unit for table in tables for unit, names in table.items() for name in names}
 
 
 def rewritten(text: str) -> str:

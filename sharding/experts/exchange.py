@@ -8,22 +8,22 @@ Shape letters: R rows of this device, K choices per row, D width, S shards of th
 S) copies of a row at most, C slots per shard, P slots of the send buffer, Q = S*C slots received.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from sharding.config import MeshConfig
 from sharding.experts.quantize import dequantize, quantize
+from sharding.experts.rounds import Count, Span, in_rounds
 from sharding.partition import all_to_all, bound, max_over, num_shards, ragged_all_to_all, vary
 
-Rows = Callable[[Any, Array, Array, Array], tuple[Array, Array]]
-"""(params, x_RD, ids_RK, weights_RK) to weighted sums of the experts [R, D] and the number of
-choices computed. Ids are global; -1 is no choice, and a row without choices may hold anything."""
+Rows = Callable[[Any, Array, Array, Array], tuple[Array, Count]]
+"""(params, x_RD, ids_RK, weights_RK) to weighted sums of the experts [R, D] and what was counted.
+Ids are global; -1 is no choice, and a row without choices may hold anything."""
 
 
 class Routing(NamedTuple):
@@ -59,12 +59,11 @@ class Way(NamedTuple):
 
 
 class Level(NamedTuple):
-    """Static facts of a level: the logical axis of its shards, their number, experts and slots."""
+    """Static facts of a level: the logical axis of its shards, their number and experts."""
 
     name: str
     shards: int
     experts: int
-    slots: int
     config: MeshConfig
 
     def shard_of(self, ids: Array) -> Array:
@@ -72,63 +71,35 @@ class Level(NamedTuple):
         return jnp.where(ids < 0, -1, ids // self.experts % self.shards)
 
 
-def level(
-    name: str, agree: str, experts: int, mean_rows: float, config: MeshConfig, inner: Rows
-) -> Rows:
+def level(name: str, agree: str, experts: int, slots: int, config: MeshConfig, inner: Rows) -> Rows:
     """`inner` run where the experts are: on the shards of logical axis `name`.
 
     Args:
         name: logical axis of the shards.
         agree: logical axis of all devices that exchange here or inside of `inner`.
         experts: experts of a shard, whether it holds them or cuts them further.
-        mean_rows: rows that go from one device to one shard under even load.
-        config: capacity, type on the wire, padded or ragged buffers.
+        slots: room for the rows that go from one device to one shard; more go in further rounds.
+        config: type on the wire, padded or ragged buffers.
         inner: what a shard does with the rows it receives.
     """
     S = num_shards(name)
     if S == 1:
         return inner
 
-    def shared(params, x_RD: Array, ids_RK: Array, weights_RK: Array) -> tuple[Array, Array]:
+    def shared(params, x_RD: Array, ids_RK: Array, weights_RK: Array) -> tuple[Array, Count]:
         R = x_RD.shape[0]
-        C = slots_per_shard(R, mean_rows, config.exchange_capacity)
-        this = Level(name, S, experts, C, config)
+        this = Level(name, S, experts, config)
         routing = route(this.shard_of(ids_RK), S)
         one_round = partial(_one_round, this, inner)
         floats, ints = (params, x_RD, weights_RK), (ids_RK, routing)
-        if C == R:
-            y_RD, computed = one_round(0, floats, ints)
-        else:
-            rounds = max_over((jnp.max(routing.counts_S) + C - 1) // C, agree)
-            run, gradient = (bound(partial(f, one_round)) for f in (_rounds, _rounds_gradient))
-            y_RD, computed = _in_rounds(run, gradient, floats, ints, rounds)
-        return y_RD.astype(x_RD.dtype), computed
+        if slots >= R:
+            y_RD, count = one_round(Span(0, R), floats, ints)
+            return y_RD.astype(x_RD.dtype), count
+        most = max_over(jnp.max(routing.counts_S), agree)
+        like = jax.ShapeDtypeStruct(x_RD.shape, x_RD.dtype)
+        return in_rounds(one_round, floats, ints, most, slots, like)
 
     return shared
-
-
-def slots_per_shard(num_rows: int, mean_rows: float, capacity: float) -> int:
-    """Slots for the rows that go to one shard [C]: a multiple of 8, at most the number of rows."""
-    if not capacity:
-        return num_rows
-    return min(num_rows, math.ceil(capacity * mean_rows / 8) * 8)
-
-
-def even_share(num_experts: int, experts: int, choices: int, groups: tuple[int, int]) -> float:
-    """Probability that a token needs a shard of `experts` experts, if choices are even.
-
-    `groups` are how many there are and how many of them a token chooses from. A shard is a part of
-    a group, or some whole groups.
-    """
-    count, chosen = groups
-    size = num_experts // count
-    held, part = max(1, experts // size), min(experts, size)
-    share = 0.0
-    for j in range(min(held, chosen) + 1):  # of its groups are chosen
-        likely = math.comb(held, j) * math.comb(count - held, chosen - j) / math.comb(count, chosen)
-        missed = math.comb(chosen * size - j * part, choices) / math.comb(chosen * size, choices)
-        share += likely * (1 - missed)
-    return share
 
 
 def route(shard_RK: Array, num_shards: int) -> Routing:
@@ -162,20 +133,20 @@ def assign_slots(
     return Slots(copy_P.at[slot_RJ.reshape(-1)].set(index, mode="drop"), slot_RJ)
 
 
-def _one_round(this: Level, inner: Rows, i: Array | int, floats, ints) -> tuple[Array, Array]:
-    """Rows of turns i*C to (i+1)*C - 1 sent, computed, and their sums [R, D] in fp32."""
+def _one_round(this: Level, inner: Rows, span: Span, floats, ints) -> tuple[Array, Count]:
+    """Rows whose turns are of the span sent, computed, and their sums [R, D] in fp32."""
     (params, x_RD, weights_RK), (ids_RK, routing) = floats, ints
-    S, C, dtype = this.shards, this.slots, this.config.exchange_dtype
+    S, C, dtype = this.shards, span.rows, this.config.exchange_dtype
     R, J = routing.shard_RJ.shape
     if this.config.exchange == "ragged":
         P = min(S * C, R * J)
-        size_S = jnp.clip(routing.counts_S - i * C, 0, C)
+        size_S = jnp.clip(routing.counts_S - span.start, 0, C)
         start_S = jnp.cumsum(size_S) - size_S
         there, back = _ways(this, start_S, size_S)
     else:
         P, there, back = S * C, None, None
         start_S = jnp.arange(S, dtype=jnp.int32) * C
-    slots = assign_slots(routing, i * C, C, start_S, P)
+    slots = assign_slots(routing, span.start, C, start_S, P)
     shard_P = _copies(routing.shard_RJ.reshape(R * J, 1), slots, 1, -1)
     ids_PK = _copies(ids_RK, slots, J, -1)
     ids_PK = jnp.where(this.shard_of(ids_PK) == shard_P, ids_PK, -1)
@@ -187,8 +158,8 @@ def _one_round(this: Level, inner: Rows, i: Array | int, floats, ints) -> tuple[
     ids_QK = send_exact(ids_PK + 1, there) - 1
     weights_QK = _carry(send_exact, give_back, spread(weights_RK, slots), there, back)
     x_QD = _carry(send, give_back, spread(x_RD, slots), there, back)
-    y_QD, computed = inner(params, x_QD, ids_QK, weights_QK)
-    return collect(_carry(give_back, send, y_QD, back, there), slots), computed
+    y_QD, count = inner(params, x_QD, ids_QK, weights_QK)
+    return collect(_carry(give_back, send, y_QD, back, there), slots), count
 
 
 def _ways(this: Level, start_S: Array, size_S: Array) -> tuple[Way, Way]:
@@ -289,52 +260,3 @@ def _collect_bwd(dtype, slots: Slots, dy_RD: Array):
 
 
 _collect.defvjp(_collect_fwd, _collect_bwd)
-
-
-def _rounds(one_round: Callable, floats, ints, rounds: Array) -> tuple[Array, Array]:
-    """Sum of `one_round(i, floats, ints)` over as many rounds as it takes: a run-time number.
-
-    The first, often the only one, is outside of the loop: there it can overlap other work.
-    """
-
-    def step(carry):
-        i, *total = carry
-        return i + 1, *map(jnp.add, total, one_round(i, floats, ints))
-
-    start = (1, *one_round(0, floats, ints))
-    _, y_RD, computed = lax.while_loop(lambda carry: carry[0] < rounds, step, start)
-    return y_RD, computed
-
-
-def _rounds_gradient(one_round: Callable, floats, ints, rounds: Array, dy_RD: Array):
-    """Gradient of `floats`, summed in fp32. Each round is computed again: one at a time is held."""
-
-    def gradient(i):
-        _, vjp = jax.vjp(lambda floats: one_round(i, floats, ints)[0], floats)
-        return jax.tree.map(lambda g: vary(g.astype(jnp.float32)), *vjp(dy_RD))
-
-    def step(carry):
-        i, total = carry
-        return i + 1, jax.tree.map(jnp.add, total, gradient(i))
-
-    _, total = lax.while_loop(lambda carry: carry[0] < rounds, step, (1, gradient(0)))
-    return jax.tree.map(lambda g, x: g.astype(x.dtype), total, floats)
-
-
-def _run(run: Callable, gradient: Callable, floats, ints, rounds: Array) -> tuple[Array, Array]:
-    """`run(floats, ints, rounds)`, differentiated by `gradient`."""
-    return run(floats, ints, rounds)
-
-
-_in_rounds = jax.custom_vjp(_run, nondiff_argnums=(0, 1))
-
-
-def _in_rounds_fwd(run: Callable, gradient: Callable, floats, ints, rounds: Array):
-    return run(floats, ints, rounds), (floats, ints, rounds)
-
-
-def _in_rounds_bwd(run: Callable, gradient: Callable, saved, cotangents):
-    return gradient(*saved, cotangents[0]), None, None
-
-
-_in_rounds.defvjp(_in_rounds_fwd, _in_rounds_bwd)

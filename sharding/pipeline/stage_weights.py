@@ -1,15 +1,17 @@
 """Weights of a pipeline: which layer lies where, and the way between storage and stages.
 
-Weights are stored in the model's order, cut over `pipe` along their width. At the start of a step
-each rank fetches whole layers of its stages by an all-to-all, and at the end sends the gradients
-back by another. So any placement of layers on ranks, uneven counts and the second copy of DualPipe
-need nothing else, and a checkpoint does not know of stages.
+Weights are stored in the model's order, cut along their width over `pipe` and over the batch axes
+that would copy them. At the start of a step each rank fetches whole layers of its stages by an
+all-to-all and an all-gather, and at the end sends the gradients back by their transposes. So any
+placement of layers on ranks, uneven counts and the second copy of DualPipe need nothing else, and a
+checkpoint does not know of stages.
 
 All of it runs on whole devices, not in the region that is manual over `pipe` alone: there XLA would
 make a collective's operand whole over all other axes first. Letters: L layers, W slots for layers
 on a rank, P ranks, D the dimension that is stored in shards.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,22 +19,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from sharding.partition import Layout, Names
+from sharding.copies import cutting_axes, gather_copies, held_spec, reduce_to, summed_axes
+from sharding.partition import Layout, Names, moment_spec, stored_spec
 from sharding.pipeline.schedule import Schedule
-from sharding.rules import axes_of, spec
+from sharding.rules import COPIED, axes_of, check_divides, spec
 
 Tree = Any
 AXIS = "pipe"
+VOCAB = "vocab"
 
 
 class Weights(NamedTuple):
     """Trees of arrays of a pipeline; `layers` and `layer_constants` have a leading axis L."""
 
-    outer: Tree
+    vocab: Tree
+    """Embedding and head, of which every rank has a part."""
+    first: Tree
+    """What else the first stage computes before the layers, and the last one after them."""
+    last: Tree
     layers: Tree
-    outer_constants: Tree
+    end_constants: Tree
     """Not differentiated, like `layer_constants`."""
     layer_constants: Tree
 
@@ -85,67 +93,115 @@ def place_layers(
     return Placement(layer_of, is_first, is_last)
 
 
-def gather_outer(tree: Tree, axes: Tree, layout: Layout) -> Tree:
-    """Weights outside the layers, whole over `pipe`: w[D_pipe] -> AllGather_pipe -> w[D]."""
-
-    def gather(x: jax.Array, names: Names) -> jax.Array:
-        return lax.with_sharding_constraint(x, NamedSharding(layout.mesh, _held(names, layout)))
-
-    return jax.tree.map(gather, tree, axes)
-
-
-def sum_outer(tree: Tree, axes: Tree, layout: Layout) -> Tree:
-    """Their gradients, one part per rank: dw[P_pipe, D]{U_pipe} -> ReduceScatter -> dw[D_pipe]."""
-
-    def add(g: jax.Array, names: Names) -> jax.Array:
-        dim = _cut(names, layout)
-        if dim < 0:
-            return g.sum(0)
-
-        def body(g):
-            return lax.psum_scatter(g[0], AXIS, scatter_dimension=dim, tiled=True)
-
-        held = PartitionSpec(AXIS, *_held(names, layout))
-        return _on_devices(body, layout, held, spec(names, layout.stored))(g)
-
-    return jax.tree.map(add, tree, axes)
-
-
 def fetch(tree: Tree, axes: Tree, placement: Placement, layout: Layout) -> Tree:
-    """Whole layers of every rank's slots: w[L, D_pipe] -> AllToAll_pipe -> w[(P W)_pipe, D]."""
+    """Whole layers of every rank's slots: w[L, D_ep,pipe] -> AllToAll_pipe, AllGather_ep ->
+    w[(P W)_pipe, D]."""
     everywhere = np.maximum(placement.layer_of, 0).reshape(-1)
 
     def fetch_one(x: jax.Array, names: Names) -> jax.Array:
-        dim, held = _cut(names, layout), _held(names, layout)
-        slots = PartitionSpec(AXIS, *held[1:])
-        if dim < 0:
-            return lax.with_sharding_constraint(x[everywhere], NamedSharding(layout.mesh, slots))
+        stored, dim = stored_spec(layout, x.shape, names), _cut(names, layout)
 
-        def body(x):
-            return lax.all_to_all(x[everywhere], AXIS, split_axis=0, concat_axis=dim, tiled=True)
+        def body(x: jax.Array) -> jax.Array:
+            x = x[everywhere]
+            if dim < 0:
+                slots = len(everywhere) // lax.axis_size(AXIS)
+                x = lax.dynamic_slice_in_dim(x, lax.axis_index(AXIS) * slots, slots)
+            else:
+                x = lax.all_to_all(x, AXIS, split_axis=0, concat_axis=dim, tiled=True)
+            return gather_copies(x, stored, cutting_axes(layout, names))
 
-        return _on_devices(body, layout, spec(names, layout.stored), slots)(x)
+        slots = PartitionSpec(AXIS, *held_spec(layout, names)[1:])
+        return _on_devices(body, layout, stored, slots)(x)
 
     return jax.tree.map(fetch_one, tree, axes)
 
 
-def send_back(tree: Tree, axes: Tree, placement: Placement, layout: Layout) -> Tree:
-    """The transpose of `fetch`: dw[(P W)_pipe, D] -> AllToAll_pipe -> dw[L, D_pipe], copies added
-    up."""
+def send_back(
+    tree: Tree, axes: Tree, placement: Placement, layout: Layout, among: tuple[str, ...]
+) -> Tree:
+    """The transpose of `fetch`, to where the moments are, the parts of devices and copies of layers
+    added up: dw[(P W)_pipe, D]{U_dp,ep} -> ReduceScatter_ep, AllToAll_pipe, ReduceScatter_dp.
+
+    Every array has its parts, of the axes of `among` that copy the weight, as its first dimension.
+    """
+    num_layers = int(placement.layer_of.max()) + 1
 
     def send_one(g: jax.Array, names: Names) -> jax.Array:
-        dim = _cut(names, layout)
-        if dim < 0:
-            return by_layer(g, placement)
+        dim, copies = _cut(names, layout), summed_axes(layout, names, among)
+        target = moment_spec(layout, (num_layers, *g.shape[2:]), names)
+        first, last, keep = _in_turn(target, copies, cutting_axes(layout, names))
 
-        def body(g):
-            g = lax.all_to_all(g, AXIS, split_axis=dim, concat_axis=0, tiled=True)
-            return by_layer(g, placement)
+        def body(g: jax.Array) -> jax.Array:
+            g = reduce_to(g[0], target, first, (*keep, *last))
+            if dim < 0:
+                g = lax.all_gather(g, AXIS, tiled=True)
+            else:
+                g = lax.all_to_all(g, AXIS, split_axis=dim, concat_axis=0, tiled=True)
+            return reduce_to(by_layer(g, placement), target, last, (*keep, *first))
 
-        slots = PartitionSpec(AXIS, *_held(names, layout)[1:])
-        return _on_devices(body, layout, slots, spec(names, layout.stored))(g)
+        parts = PartitionSpec(copies or None, AXIS, *held_spec(layout, names)[1:])
+        return _on_devices(body, layout, parts, target)(g)
 
     return jax.tree.map(send_one, tree, axes)
+
+
+def fetch_vocabulary(tree: Tree, axes: Tree, layout: Layout) -> Tree:
+    """Every rank's part of what is as long as the vocabulary: w[V, D_ep,pipe] -> AllToAll_pipe,
+    AllGather_ep -> w[V_pipe, D]."""
+
+    def fetch_one(x: jax.Array, names: Names) -> jax.Array:
+        stored, dim, vocab = stored_spec(layout, x.shape, names), _cut(names, layout), _vocab(names)
+
+        def body(x: jax.Array) -> jax.Array:
+            x = lax.all_to_all(x, AXIS, split_axis=vocab, concat_axis=dim, tiled=True)
+            return gather_copies(x, stored, cutting_axes(layout, names))
+
+        return _on_devices(body, layout, stored, vocabulary_spec(layout, names))(x)
+
+    return jax.tree.map(fetch_one, tree, axes)
+
+
+def send_vocabulary(tree: Tree, axes: Tree, layout: Layout, among: tuple[str, ...]) -> Tree:
+    """The transpose of `fetch_vocabulary`, to where the moments are; parts as for `send_back`."""
+
+    def send_one(g: jax.Array, names: Names) -> jax.Array:
+        dim, vocab, copies = _cut(names, layout), _vocab(names), summed_axes(layout, names, among)
+        target = moment_spec(layout, g.shape[1:], names)
+        first, last, keep = _in_turn(target, copies, cutting_axes(layout, names))
+
+        def body(g: jax.Array) -> jax.Array:
+            g = reduce_to(g[0], target, first, (*keep, *last))
+            g = lax.all_to_all(g, AXIS, split_axis=dim, concat_axis=vocab, tiled=True)
+            return reduce_to(g, target, last, (*keep, *first))
+
+        parts = PartitionSpec(copies or None, *vocabulary_spec(layout, names))
+        return _on_devices(body, layout, parts, target)(g)
+
+    return jax.tree.map(send_one, tree, axes)
+
+
+def vocabulary_spec(layout: Layout, names: Names) -> PartitionSpec:
+    """Placement, during a step, of what is cut over the ranks along the vocabulary."""
+    held = held_spec(layout, names)
+    cut = (axes_of(e) + (AXIS,) * (n == VOCAB) for n, e in zip(names, held, strict=True))
+    return PartitionSpec(*(entry or None for entry in cut))
+
+
+def with_vocabulary_on_ranks(layout: Layout) -> Layout:
+    """The layout inside of a pipeline, whose ranks have a part of the vocabulary each.
+
+    What cuts it further cuts a rank's part.
+    """
+    computed = {**layout.computed, VOCAB: (AXIS, *layout.computed[VOCAB])}
+    return dataclasses.replace(layout, computed=computed)
+
+
+def check_vocabulary(layout: Layout, size: int) -> None:
+    """Raise ValueError unless a vocabulary splits over the ranks, each of which has a part."""
+    check_divides(
+        "vocabulary (every rank of a pipeline has a part of it)",
+        (size,), (VOCAB,), layout.mesh, with_vocabulary_on_ranks(layout).computed,
+    )  # fmt: skip
 
 
 def by_layer(x: jax.Array, placement: Placement) -> jax.Array:
@@ -170,11 +226,23 @@ def _cut(names: Names, layout: Layout) -> int:
     return cut.index(True) if any(cut) else -1
 
 
-def _held(names: Names, layout: Layout) -> PartitionSpec:
-    """Placement of a weight as stored, but whole over `pipe`."""
-    rules = {n: tuple(a for a in axes if a != AXIS) for n, axes in layout.stored.items()}
-    return spec(names, rules)
+def _in_turn(
+    target: PartitionSpec, copies: tuple[str, ...], cutting: tuple[str, ...]
+) -> tuple[tuple[str, ...], ...]:
+    """Axes to sum before what goes over `pipe`, after it, and those to leave alone.
+
+    `data` comes last, of fewer bytes, unless it shares a dimension with the others.
+    """
+    shared = any("data" in axes_of(entry) and set(COPIED) & set(axes_of(entry)) for entry in target)
+    last = tuple(axis for axis in copies if axis == "data" and not shared)
+    return tuple(axis for axis in copies if axis not in last), last, (*cutting, AXIS)
+
+
+def _vocab(names: Names) -> int:
+    return names.index(VOCAB)
 
 
 def _on_devices(body: Callable, layout: Layout, in_spec: Any, out_spec: Any) -> Callable:
-    return jax.shard_map(body, mesh=layout.mesh, in_specs=in_spec, out_specs=out_spec)
+    return jax.shard_map(
+        body, mesh=layout.mesh, in_specs=in_spec, out_specs=out_spec, check_vma=False
+    )

@@ -57,12 +57,14 @@ class Table(NamedTuple):
     """B, FB, I and W: chunk and micro-batch of the backward pass."""
     b_micro: np.ndarray
     b_saved: np.ndarray
-    """Read: slot of what the forward pass kept; W finds the cotangents in the same one."""
+    """Read: slot of what the forward pass kept."""
     b_dy: np.ndarray
     """Read, not in W: slot of the gradient of the stage's output; at the last stage of the output
     itself, from which the loss makes it."""
-    i_saved: np.ndarray
-    """Write, in I only: slot of `cotangents`, the same as `b_saved`."""
+    b_cotangents: np.ndarray
+    """Read, in W only: slot of what I kept."""
+    i_cotangents: np.ndarray
+    """Write, in I only: slot of `cotangents`."""
     y_kept: np.ndarray
     """Write: slot of `dy` for the last stage's output."""
     x_up: np.ndarray
@@ -80,7 +82,9 @@ class Table(NamedTuple):
     num_dy: int
     """The same of `dy`."""
     num_saved: int
-    """The same of `saved` and `cotangents`."""
+    """The same of `saved`."""
+    num_cotangents: int
+    """The same of `cotangents`."""
     channels: Channels
     codes: frozenset[int]
     """Values that occur in `code`."""
@@ -96,7 +100,7 @@ class Table(NamedTuple):
 
 
 _COLUMNS = Table._fields[: Table._fields.index("num_x")]
-_STASHES = ("x", "dy", "saved")
+_STASHES = ("x", "dy", "saved", "cotangents")
 _STASH_OF = {
     name: next((s for s in _STASHES if s in name.split("_")), "dy" if name == "y_kept" else None)
     for name in _COLUMNS
@@ -149,8 +153,8 @@ def tick_table(schedule: Schedule) -> Table:
             entries["b_saved"] = slots["saved"][at]
             if part.kind != "W":
                 entries["b_dy"] = slots["dy"][at]
-            if part.kind == "I":
-                entries["i_saved"] = slots["saved"][at]
+            else:
+                entries["b_cotangents"] = slots["cotangents"][at]
         for name, value in entries.items():
             columns[name][tick, rank] = value
     used = {way: bool((columns[way] != count[way.split("_")[0]]).any()) for way in Channels._fields}
@@ -159,6 +163,7 @@ def tick_table(schedule: Schedule) -> Table:
         num_x=count["x"],
         num_dy=count["dy"],
         num_saved=count["saved"],
+        num_cotangents=count["cotangents"],
         channels=Channels(**used),
         codes=frozenset(int(code) for code in np.unique(columns["code"])),
     )
@@ -192,7 +197,10 @@ def _stays(schedule: Schedule, starts: list[list[int]]) -> dict[str, list[_Stay]
         for stage, rank in enumerate(ranks):
             at = micro, stage
             forward, backward = when["F", *at], when["dy", *at]
-            found["saved"].append(_Stay(forward, when["end", *at], rank, *at, "f_saved"))
+            end = when["end", *at]
+            found["saved"].append(_Stay(forward, end, rank, *at, "f_saved"))
+            if end > backward:
+                found["cotangents"].append(_Stay(backward, end, rank, *at, "i_cotangents"))
             if stage:
                 sent = when["F", micro, stage - 1]
                 column = f"x_{_way(ranks[stage - 1], rank, schedule.ranks)}"

@@ -43,6 +43,7 @@ from rl.verdict.mathematics.quantities import (
     tidy,
 )
 from rl.verdict.mathematics.symbolic import symbolically_equal
+from rl.verdict.mathematics.units import other_unit, quantity
 from rl.verdict.words import LETTER, changes, clause, doubtful, one_word, pattern, rewritten, says
 
 _ALMOST = 0.02
@@ -101,7 +102,7 @@ def same_number(expected: str, given: str, marked: bool = True, tolerance: float
     if len(given) > MAX_CHARS:
         return False
     given = plain(given)
-    if other_angle(plain(expected), given):
+    if other_angle(plain(expected), given) or other_unit(plain(expected), given):
         return False
     if not marked and re.search(LETTER, given):
         given = given.rstrip("!. ")  # the end of a sentence, no factorial
@@ -247,6 +248,9 @@ def _ends_in(wanted: Number, text: str, tolerance: Fraction) -> bool:
         return False
     if doubtful(before, after) or pattern("wrong").search(text[found.end() :]):
         return False
+    asked = rf"[^.!\d]{{0,20}}[?？]\s*{pattern('no', 'not').pattern}"
+    if re.match(asked, text[found.end() :], re.IGNORECASE):
+        return False  # 5? No.
     unit = re.match(r"[A-Za-z]+|\s+[A-Za-z]+", text[found.end() :])
     if unit:
         number, factor = core(found.group().strip() + unit.group())
@@ -287,7 +291,10 @@ def same_maths(expected: str, given: str, marked: bool = True) -> bool:
     given = formula(given, marked)
     if re.search(r"\\neq?(?![A-Za-z])|≠", expected):
         given = given.replace("!=", r"\ne ")
-    if other_angle(plain(expected), plain(given)) or other_connective(expected, given):
+    plain_a, plain_b = plain(expected), plain(given)
+    if other_angle(plain_a, plain_b) or other_unit(plain_a, plain_b):
+        return False
+    if other_connective(expected, given):
         return False
     known = [one_word(TEXT_COMMAND.sub(r"\1", plain(text))) for text in (expected, given)]
     if all(known):
@@ -300,7 +307,8 @@ def same_maths(expected: str, given: str, marked: bool = True) -> bool:
         return bool(squeezed(a))
     if max(len(a), len(b)) > MAX_CHARS:
         return False
-    if (wanted := read_number(a)) and (found := read_number(decimal_point(b))):
+    wanted = read_number(a) or (read_number(core(a)[0]) if quantity(plain_a) else None)
+    if wanted and (found := read_number(decimal_point(b))):
         return _near(wanted, found, Fraction(0))
     for one, other in ((expected, b), (given, a)):
         if _INTERVAL.search(other) and (span := interval(plain(one))):
