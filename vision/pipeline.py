@@ -36,8 +36,11 @@ def janus_stages(config: JanusConfig, recipe: Recipe) -> Stages:
         return module(ids_BT, recipe)
 
     def first(weights: Tree, x_BTD: jax.Array, micro) -> jax.Array:
-        parts: Any = [bind_part(config, name, weights[name], {}) for name in FIRST]
-        return with_images(x_BTD, micro[0].tokens.beside, *parts, recipe)
+        def part(name: str) -> Any:
+            return bind_part(config, name, weights[name], {})
+
+        encoder, aligner, drawing = map(part, FIRST)
+        return with_images(x_BTD, micro[0].tokens.beside, encoder, aligner, drawing, recipe)
 
     def block(weights: Tree, bias: Tree, x_BTD: jax.Array, tokens):
         module: Any = bind_part(config, config.stack, weights, bias)
