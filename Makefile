@@ -13,8 +13,13 @@ REFERENCE_PYTHON ?= python3.12
 REFERENCE_VENV ?= .venv-reference
 # XLA's compiler for GPUs lives apart too: on a path of its own, only where it is asked for.
 GPU_COMPILER ?= .gpu-compiler
+# Kernels of a library, on the CPU: apart too, and on a GPU host in the environment of a run.
+LIBRARY_VENV ?= .venv-kernels
+# A host with NVIDIA's driver gets CUDA with its environment, and trains on its GPUs.
+GPU_HOST ?= $(shell command -v nvidia-smi)
+RUN_ENV = $(VENV)/$(if $(GPU_HOST),.gpu,.base)
 CONFIG ?= tiny
-TRAIN_FLAGS ?= --emulate 8 --layout cube
+TRAIN_FLAGS ?= $(if $(GPU_HOST),,--emulate 8 --layout cube)
 BENCH ?= step
 SEED ?= 0
 # Compiling dominates the tests, so a worker per core pays; a file stays whole for its fixtures, and
@@ -26,7 +31,7 @@ PY = $(VENV)/bin/python
 PIP_INSTALL = -m pip --disable-pip-version-check install --quiet --progress-bar off
 # What one test has compiled, no other compiles: workers and the processes that tests start share it.
 # Of a stated size, so that it is locked while it is written.
-CACHED = test slow reference
+CACHED = test slow reference library gpu-proof
 $(CACHED): export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/cache/tests
 $(CACHED): export JAX_COMPILATION_CACHE_MAX_SIZE ?= 2000000000
 $(CACHED): export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.1
@@ -39,13 +44,13 @@ export GPU_COMPILER
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train r1 env dev-env test slow gpu-test gpu-compiler gpu-programs lint format types \
-	reference-env reference janus bench clean distclean
+.PHONY: help train r1 env dev-env gpu-env gpu-check gpu-proof test slow gpu-test gpu-compiler \
+	gpu-programs library lint format types reference-env reference janus bench clean distclean
 
 help:  ## list these targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 16
 
-train: $(VENV)/.base  ## train a preset: CONFIG=tiny TRAIN_FLAGS="--emulate 8 --layout cube"
+train: $(RUN_ENV)  ## train a preset: CONFIG=tiny TRAIN_FLAGS="--emulate 8 --layout cube"
 	$(PY) train.py --config $(CONFIG) $(TRAIN_FLAGS)
 
 r1: $(VENV)/.base  ## R1-Zero in small, from random weights to runs/r1_zero/rl.png
@@ -54,19 +59,30 @@ r1: $(VENV)/.base  ## R1-Zero in small, from random weights to runs/r1_zero/rl.p
 env: $(VENV)/.base  ## environment of a run
 dev-env: $(VENV)/.dev  ## the same with test, lint and type tools
 
+gpu-env: $(VENV)/.gpu  ## environment of a run on GPUs: CUDA 13 and the library of kernels, locked
+
+gpu-check: $(VENV)/.base  ## what this host would tell a run on its GPUs, with remedies
+	$(PY) -m runtime.gpu_host
+
+gpu-proof: $(RUN_ENV)  ## everything that a GPU can prove, in 8 minutes; without one, its dry form
+	$(PY) -m bench.gpu_proof --json gpu_proof.json
+
 test: $(VENV)/.dev  ## default tests
 	$(PY) -m pytest $(PYTEST_FLAGS)
 
 slow: $(VENV)/.dev  ## tests too long for the default suite
-	$(PY) -m pytest $(PYTEST_FLAGS) -m "slow and not gpu and not reference and not gpu_compile"
+	$(PY) -m pytest $(PYTEST_FLAGS) -m "slow and not gpu and not reference and not gpu_compile and not library"
 
-gpu-test: $(VENV)/.dev  ## tests that need a GPU (first: .venv/bin/python -m pip install -e ".[cuda13]")
+gpu-test: $(VENV)/.dev $(VENV)/.gpu  ## tests that need a GPU
 	JAX_PLATFORMS=cuda,cpu $(PY) -m pytest -m gpu
 
 gpu-compiler: $(GPU_COMPILER)/.installed  ## XLA's compiler for GPUs, without GPU or driver (840 MB)
 
 gpu-programs: $(VENV)/.dev $(GPU_COMPILER)/.installed  ## compile train steps for absent GPUs and read them
 	$(PY) -m pytest -n 2 -m "gpu_compile and not slow"
+
+library: $(LIBRARY_VENV)/.installed $(GPU_COMPILER)/.installed  ## kernels of the library, on CPU and compiled
+	$(LIBRARY_VENV)/bin/python -m pytest -p no:xdist -m library
 
 lint: $(VENV)/.dev  ## formatting and lint, nothing is changed
 	$(VENV)/bin/ruff format --check
@@ -97,7 +113,7 @@ clean:  ## remove tool caches; environments, data caches and runs stay
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean  ## also remove environments, data caches and runs
-	rm -rf $(VENV) $(REFERENCE_VENV) $(GPU_COMPILER) cache
+	rm -rf $(VENV) $(REFERENCE_VENV) $(LIBRARY_VENV) $(GPU_COMPILER) cache
 	find runs -mindepth 1 -maxdepth 1 -not -name '*.sh' -exec rm -rf {} +
 
 # A launcher may be on the PATH and still not run (pyenv), so the check runs it. $(1) is the
@@ -122,6 +138,18 @@ $(VENV)/.base: requirements.lock pyproject.toml | $(PY)
 
 $(VENV)/.dev: requirements-dev.lock $(VENV)/.base
 	$(PY) $(PIP_INSTALL) -r requirements-dev.lock
+	@touch $@
+
+$(VENV)/.gpu: requirements-cuda13.lock requirements-gpu-kernels.lock $(VENV)/.base
+	@echo "Installing CUDA and the library of kernels into $(VENV) (some 5 GB)"
+	$(PY) $(PIP_INSTALL) -r requirements-cuda13.lock -r requirements-gpu-kernels.lock
+	@touch $@
+
+$(LIBRARY_VENV)/.installed: requirements.lock requirements-dev.lock requirements-gpu-kernels.lock
+	$(call require_python,$(PYTHON),12,PYTHON)
+	@test -x $(LIBRARY_VENV)/bin/python || $(PYTHON) -m venv $(LIBRARY_VENV)
+	@echo "Installing the library of kernels into $(LIBRARY_VENV) (2.5 GB)"
+	$(LIBRARY_VENV)/bin/python $(PIP_INSTALL) $(addprefix -r ,$^)
 	@touch $@
 
 # torch first: a CPU build of this version that pip can see is then taken as it is.

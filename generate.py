@@ -55,9 +55,10 @@ class Common(RuntimeOptions):
     """Devices per mesh axis; weights are whole over fsdp while generating."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and matrix products."""
-    kernels: Literal["auto", "mosaic", "emulated", "portable", "reference"] = "auto"
-    """Backend of the hot paths. auto: the kernels for Hopper where devices, types and shapes allow
-    them, XLA elsewhere. mosaic: kernels or an error. emulated: the kernels on CPU, for tests."""
+    kernels: Literal["auto", "mosaic", "emulated", "library", "portable", "reference"] = "auto"
+    """Backend of the hot paths. auto: our kernels on Hopper, a library's on other GPUs where it is
+    installed, XLA for the rest. mosaic: our kernels or an error. library: the library's where it
+    has one. emulated: our kernels on CPU, for tests."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -142,6 +142,8 @@ def trainer_of(options: argparse.Namespace) -> Trainer:
         batch_ramp_tokens=0,
     )
     choice = choose(options.kernels, model, train.dtype, layout)
+    for line in choice.describe():
+        print(f"kernels: {line}", file=sys.stderr)
     return Trainer(model, train, Recipe(train.dtype, train.remat, choice.kernels), layout)
 
 

@@ -45,6 +45,7 @@ class RunConfig:
     sample_prompt: str = ""
     """What the text that stage pretrain leaves in sample.txt begins with; empty: a prompt of the
     task, or "def "."""
-    kernels: Literal["auto", "mosaic", "emulated", "portable", "reference"] = "auto"
-    """Backend of the hot paths. auto: the kernels for Hopper where devices, types and shapes allow
-    them, XLA elsewhere. mosaic: kernels or an error. emulated: the kernels on CPU, for tests."""
+    kernels: Literal["auto", "mosaic", "emulated", "library", "portable", "reference"] = "auto"
+    """Backend of the hot paths. auto: our kernels on Hopper, a library's on other GPUs where it is
+    installed (make gpu-env), XLA for the rest. mosaic: our kernels or an error. library: the
+    library's where it has one. emulated: our kernels on CPU, for tests."""

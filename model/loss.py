@@ -169,8 +169,8 @@ def balance_of_output(
 ) -> tuple[jax.Array, LossParts]:
     """The terms of `loss_of_output` that need no head."""
     zero = jnp.zeros((), jnp.float32)
-    balance, counts_LE, dropped = _moe_parts(output.stats, weights, config)
-    return weights.balance * balance, LossParts(zero, zero, balance, counts_LE, dropped)
+    balance, counts_LE, served = _moe_parts(output.stats, weights, config)
+    return weights.balance * balance, LossParts(zero, zero, balance, counts_LE, served)
 
 
 def loss_of_hidden(

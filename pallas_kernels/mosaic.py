@@ -17,10 +17,11 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-Backend = Literal["mosaic", "emulated", "portable", "reference", "cudnn"]
+Backend = Literal["mosaic", "emulated", "library", "cudnn", "portable", "reference"]
 """Way to compute a hot path: "mosaic" by the kernel, on Hopper; "emulated" by the same kernel on
-CPU, block by block (for tests: thousands of times slower); "portable" by XLA, anywhere; "reference"
-by its definition in fp32, with no care for cost; "cudnn", of grouped attention alone, by cuDNN."""
+CPU, block by block (for tests: thousands of times slower); "library" by kernels of a library, for
+other GPUs (`pallas_kernels/library`); "cudnn", of grouped attention alone, by cuDNN; "portable" by
+XLA, anywhere; "reference" by its definition in fp32, with no care for cost."""
 
 NUM_SMS = 132
 """Streaming multiprocessors of an H100 or H200 SXM."""

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from programs.collectives import by_op_and_axes, read_collectives
 from programs.overlap import read_spans
 from programs.scheduled import Scheduled
+from sharding.devices import as_default
 from training.step import Trainer
 
 
@@ -44,7 +45,9 @@ def lower(trainer: Trainer) -> jax.stages.Lowered:
     shape = (train.batch_size // rows, rows, train.seq_len + 1)
     knobs = dict.fromkeys(("learning_rate", "bias_update_rate", "mtp_weight"), scalar)
     batch = {"tokens": jax.ShapeDtypeStruct(shape, np.int32)}
-    return trainer.step.lower(trainer.abstract_state, batch, knobs)
+    state = trainer.abstract_state
+    with as_default(trainer.layout):  # kernels of a library ask which GPU they are made for
+        return trainer.step.lower(state, batch, knobs)
 
 
 def scheduled(compiled: jax.stages.Compiled) -> Scheduled:

@@ -1,12 +1,14 @@
 """The first thing that an entry point does: devices, compilation cache, other processes."""
 
 import os
+import sys
 from importlib.util import find_spec
 
 import jax
 
 from runtime.config import RuntimeOptions
 from runtime.devices import check_devices, emulate_devices
+from runtime.gpu_host import has_gpus, lines, preflight, this_host
 from runtime.host_memory import keep_freed_memory
 from runtime.processes import join_processes
 
@@ -22,6 +24,8 @@ def start(options: RuntimeOptions, idle: bool = False) -> None:
         keep_freed_memory()
     if options.emulate:
         emulate_devices(options.emulate, idle)
+    # Before JAX takes memory, which would count as taken by others.
+    found = preflight(this_host()) if has_gpus() and not options.emulate else []
     if options.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.abspath(options.compilation_cache))
     join_processes(
@@ -34,6 +38,9 @@ def start(options: RuntimeOptions, idle: bool = False) -> None:
     )
     if jax.distributed.is_initialized():
         check_devices()
+    if found:
+        for line in lines(found, problems_only=not is_first_process()):
+            print(line, file=sys.stderr)
 
 
 def is_first_process() -> bool:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import jax
+
 from sharding.config import MeshConfig
 from sharding.partition import Layout
 
@@ -53,11 +55,26 @@ def not_hopper(layout: Layout) -> str | None:
 
 def no_cudnn(layout: Layout) -> str | None:
     """Reason why cuDNN's attention cannot run on a layout's devices; None: it can."""
-    device = layout.mesh.devices.flat[0]
+    device = first_device(layout)
     if device.platform not in ("cuda", "gpu"):
         return f"the devices are {device.device_kind}"
     major = int(str(device.compute_capability).split(".")[0])
     return None if major >= 8 else f"{device.device_kind} is older than NVIDIA's Ampere"
+
+
+def as_default(layout: Layout) -> Any:
+    """Context in which one of a layout's devices is JAX's default, absent ones included.
+
+    What asks for it when it is traced is then made for these devices; nothing may run inside.
+    """
+    devices = list(layout.mesh.devices.flat)
+    own = (d for d in devices if d.process_index == jax.process_index())
+    return jax.default_device(next(own, devices[0]))
+
+
+def first_device(layout: Layout) -> Any:
+    """The first of a layout's devices: all are of one kind."""
+    return layout.mesh.devices.flat[0]
 
 
 def no_emulator(layout: Layout) -> str | None:

@@ -20,8 +20,10 @@ SCRIPTS = {
     "decode": pytest.mark.reference,
     "expert_exchange": slow,
     "gpu_programs": pytest.mark.gpu_compile,
+    "gpu_proof": slow,
     "grouped_matmul": slow,
     "import_memory": slow,
+    "library_kernels": pytest.mark.library,
     "r1": slow,
     "rollout": slow,
     "scaling": slow,
@@ -31,6 +33,7 @@ SCRIPTS = {
 }
 """Scripts and the suite that runs each."""
 OPTIONS = {
+    "gpu_proof": "--json {}/proof.json",
     "r1": "--folder {}",
     "tiny": "--run-dir {}",
 }
@@ -65,7 +68,7 @@ def test_a_bench_runs_at_its_smallest_size(name, tmp_path, request):
     environment["XLA_FLAGS"] = QUICK_XLA
     if SCRIPTS[name].name == "reference":
         options += ["--interpreter", request.getfixturevalue("reference_python")]
-    if SCRIPTS[name].name == "gpu_compile":
+    if SCRIPTS[name].name in ("gpu_compile", "library"):
         environment |= {"PYTHONPATH": str(COMPILER), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     done = subprocess.run(
         [sys.executable, "-m", f"bench.{name}", "--quick", *options], cwd=ROOT, env=environment,

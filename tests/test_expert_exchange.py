@@ -193,7 +193,7 @@ def passed_on(config: MeshConfig, ids_RK: np.ndarray):
     def region(x, ids, weights):
         held = E // num_shards(axis)
         mean = len(ids) * even_share(E, held, K, (1, 1))
-        rows = room(mean, len(ids), config.exchange_capacity)
+        rows = room(mean, len(ids), config.exchange_capacity, 0)
         y, counted = level(axis, "experts", held, rows, layout.config, count)((), x, ids, weights)
         return y, jnp.reshape(vary(counted.further), 1) + 1
 

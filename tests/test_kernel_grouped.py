@@ -229,7 +229,7 @@ def test_choice_of_blocks():
     [
         ({"x_MK": jnp.ones((3, 64)), "w_EKN": jnp.ones((2, 64, 64))}, "bfloat16, not float32"),
         ({"w_EKN": jnp.ones((2, 64, 100), jnp.bfloat16)}, "100 is no multiple of 64"),
-        ({"backend": "auto"}, "use one of mosaic, emulated, portable, reference"),
+        ({"backend": "auto"}, "use one of mosaic, emulated, library, portable, reference"),
     ],
 )
 def test_what_the_kernels_cannot_do_is_named(change, message):

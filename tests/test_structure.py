@@ -174,7 +174,7 @@ def is_kernel_entry(module: str) -> bool:
 
 
 def test_folders_of_kernels_import_each_other_one_way():
-    order = ["grouped", "attention", "decode", "cross_entropy", "fp8"]
+    order = ["library", "grouped", "attention", "decode", "cross_entropy", "fp8"]
     folders = {
         p.parts[1] for p in product_files() if p.parts[0] == "pallas_kernels" and p.parts[2:]
     }
@@ -555,11 +555,15 @@ def locked(name: str) -> dict[str, str]:
 def test_lock_files_hold_what_pyproject_asks_for():
     project = PYPROJECT["project"]
     base, dev = locked("requirements.lock"), locked("requirements-dev.lock")
-    assert not base.keys() & dev.keys()
+    kernels, cuda = locked("requirements-gpu-kernels.lock"), locked("requirements-cuda13.lock")
+    for one, other in itertools.combinations((base, dev, kernels, cuda), 2):
+        assert not one.keys() & other.keys()
     for requirements, versions in [
         (project["dependencies"], base),
         (PYPROJECT["build-system"]["requires"], base),
         (project["optional-dependencies"]["dev"], base | dev),
+        (project["optional-dependencies"]["gpu-kernels"], kernels),
+        (project["optional-dependencies"]["gpu-compiler"], cuda),
     ]:
         for requirement in map(Requirement, requirements):
             version = versions.get(canonicalize_name(requirement.name))

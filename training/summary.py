@@ -62,11 +62,12 @@ def expert_buffers(model: ModelConfig, trainer: Trainer) -> list[str]:
         tokens = rows * train.seq_len // num_shards("seq")
     if math.prod(shards) == 1 or not model.num_moe_layers + model.mtp_depth:
         return []
-    groups = model.num_expert_groups, model.groups_per_token
+    row_bytes = model.hidden_size * jnp.dtype(train.dtype).itemsize
     found = buffers(
-        model.num_experts, shards, tokens, model.experts_per_token, groups, layout.config
-    )
-    return found.describe(model.hidden_size * jnp.dtype(train.dtype).itemsize)
+        model.num_experts, shards, tokens, model.experts_per_token,
+        (model.num_expert_groups, model.groups_per_token), row_bytes, layout.config,
+    )  # fmt: skip
+    return found.describe(row_bytes)
 
 
 def key_heads(model: ModelConfig, trainer: Trainer) -> list[str]:

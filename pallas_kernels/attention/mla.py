@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels import library
 from pallas_kernels.attention.backward import backward
 from pallas_kernels.attention.blocks import (
     BLOCK,
@@ -74,9 +75,12 @@ def mla_attention(
     if backend in ("portable", "reference"):
         run = portable if backend == "portable" else reference
         return _named(run(q_BTNH, kv_BTNW, k_rope_BTR, start_BT, scale), kept)
+    if backend == "library":
+        return library.attend(q_BTNH, kv_BTNW, k_rope_BTR, start_BT, scale, kept)
     if backend not in ("mosaic", "emulated"):
         raise ValueError(
-            f"backend is {backend!r}; use 'mosaic', 'emulated', 'portable' or 'reference'"
+            f"backend is {backend!r}; use 'mosaic', 'emulated', 'library', 'portable' or "
+            "'reference'"
         )
     if reason := unsupported(P, R, V, q_BTNH.dtype):
         raise ValueError(f"{reason}; use backend='portable'")

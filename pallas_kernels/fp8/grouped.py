@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels import library
 from pallas_kernels.fp8.matmul import check_operands, choose_blocks, unsupported
 from pallas_kernels.fp8.product import ROWS, Blocks, Tile, in_bands, pad_scales, product_kernel
 from pallas_kernels.fp8.quantize import TILE, Quantized, dequantize
@@ -101,6 +102,9 @@ def fp8_grouped_matmul(
     check_operands(x, w, False, dtype)
     _check_groups(x.q.shape[0], w.q.shape[0] if w.q.ndim == 3 else None, group_sizes_E)
     (P, K), N = x.q.shape, w.q.shape[1]
+    if backend == "library":
+        owned_P1 = jnp.any(_members(group_sizes_E, P), axis=1, keepdims=True)
+        return jnp.where(owned_P1, library.fp8_rows(x, w, group_sizes_E, dtype), 0)
     if backend in ("portable", "reference"):
         kind = jnp.bfloat16 if backend == "portable" else jnp.float32
         return _grouped(dequantize(x, kind), dequantize(w, kind, True), group_sizes_E, dtype)
@@ -158,6 +162,9 @@ def fp8_grouped_matmul_tiles(
     check_operands(a, b, True, dtype)
     _check_groups(a.q.shape[1], None, group_sizes_E)
     (M, P), N, E = a.q.shape, b.q.shape[0], group_sizes_E.shape[0]
+    if backend == "library":
+        a_MP, b_NP = dequantize(a, jnp.bfloat16), dequantize(b, jnp.bfloat16)
+        return library.fp8_weights(a_MP, b_NP, group_sizes_E, dtype)
     if backend in ("portable", "reference"):
         kind = jnp.bfloat16 if backend == "portable" else jnp.float32
         return _grouped_tiles(dequantize(a, kind), dequantize(b, kind), group_sizes_E, dtype)

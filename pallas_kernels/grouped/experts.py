@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels import library
 from pallas_kernels.grouped import expert_ffn_mosaic
 from pallas_kernels.grouped.matmul import check_backend, check_operands, grouped_matmul
 from pallas_kernels.grouped.products import unsupported
@@ -59,8 +60,9 @@ def expert_ffn(
         w_down_EFD: [E, F, D].
         group_sizes_E: rows of each expert, int [E]; their sum must not exceed M (a run-time value:
             not checked).
-        backend: "mosaic" and "emulated" run the kernels (`expert_ffn_mosaic.py`); "portable" loops
-            over tiles and is differentiated by hand; "reference" is dense, in fp32.
+        backend: "mosaic" and "emulated" run the kernels (`expert_ffn_mosaic.py`), "library" those
+            of a library; "portable" loops over tiles and is differentiated by hand; "reference" is
+            dense, in fp32.
         tiling: of "portable": rows of a tile and tiles of a chunk; by default from the shapes.
 
     Returns:
@@ -139,6 +141,8 @@ def forward(way: Way, keep: bool, x: Rows, weights: Weights, group_sizes_E: Arra
     """`expert_ffn` [M, D], and with `keep` what `backward` wants."""
     if way.backend == "portable":
         return _portable_forward(way.tiling, keep, x, weights, group_sizes_E)
+    if way.backend == "library":
+        return library.experts_forward(keep, x.whole(), weights, group_sizes_E)
     emulated = way.backend == "emulated"
     return expert_ffn_mosaic.forward(emulated, keep, x.whole(), weights, group_sizes_E)
 
@@ -148,6 +152,8 @@ def backward(way: Way, x: Rows, weights: Weights, group_sizes_E: Array, kept, dy
     if way.backend == "portable":
         return _portable_backward(way.tiling, x, weights, group_sizes_E, kept, dy, scale_M)
     operands = x.whole(), weights, group_sizes_E, kept, dy.whole(), scale_M
+    if way.backend == "library":
+        return library.experts_backward(*operands)
     return expert_ffn_mosaic.backward(way.backend == "emulated", *operands)
 
 

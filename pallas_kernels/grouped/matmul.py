@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels import library
 from pallas_kernels.grouped.blocks import Blocks
 from pallas_kernels.grouped.products import grouped_products, unsupported
 from pallas_kernels.grouped.ragged import (
@@ -61,8 +62,8 @@ def grouped_matmul(
         group_sizes_E: rows of each expert, int [E]; their sum must not exceed M (a run-time value:
             not checked).
         backend: "mosaic" and "emulated" run the kernels (`grouped_matmul_mosaic.py`,
-            `grouped_matmul_weights.py`); "portable" loops over tiles and is differentiated by hand;
-            "reference" is dense, in fp32.
+            `grouped_matmul_weights.py`), "library" those of a library; "portable" loops over tiles
+            and is differentiated by hand; "reference" is dense, in fp32.
         tiling: of "portable": rows of a tile and tiles of a chunk; by default from the shapes.
         blocks: of the kernels; by default from the shapes.
 
@@ -79,6 +80,8 @@ def grouped_matmul(
         return _reference(x_MK, w_EKN, group_sizes_E)
     if M == 0:
         return jnp.zeros((0, N), x_MK.dtype)
+    if backend == "library":
+        return library.matmul(x_MK, w_EKN, group_sizes_E)
     if backend != "portable":
         options = blocks or MatmulBlocks(), backend == "emulated"
         return _mosaic(options, x_MK, w_EKN, group_sizes_E)

@@ -47,7 +47,8 @@ def exchange(
     config, (N, K) = options(), ids_NK.shape
     shards = num_shards("nodes"), num_shards("experts_of_node")
     of_node = num_local * shards[1]
-    rooms = buffers(of_node * shards[0], shards, N, K, groups, config)
+    row_bytes = x_ND.shape[1] * x_ND.dtype.itemsize
+    rooms = buffers(of_node * shards[0], shards, N, K, groups, row_bytes, config)
 
     def here(params, x_RD, ids_RK, weights_RK):
         first = shard_index("experts") * num_local

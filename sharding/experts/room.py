@@ -18,18 +18,24 @@ More is sent and held at every step; less makes further rounds the rule."""
 SPREAD = 4.0
 """Besides, in standard deviations of a count of independent choices, for buffers of few rows."""
 NEARLY_ALL = 0.8
-"""Share of the worst case from which on the room is that: a loop would save little."""
+"""Share of the worst case from which on the room is that: rounds would save little."""
+SMALL = 2**25
+"""Bytes up to which a buffer holds everything, where nothing is set: less is not worth a round."""
 MULTIPLE = 8
 """Rooms are multiples of so many rows."""
 
 
-def room(mean: float, most: int, capacity: float) -> int:
+def room(mean: float, most: int, capacity: float, all_bytes: int) -> int:
     """Rows of a buffer that gets `mean` of them under even load and never more than `most`.
 
-    capacity: in means, or 0 for a room derived; infinite: `most`.
+    capacity: in means; infinite: `most`. 0: a room derived, and `most` if these are no more than
+    SMALL of `all_bytes`.
     """
-    rows = capacity * mean if capacity else SPARE * mean + SPREAD * math.sqrt(mean)
-    if rows >= (most if capacity else NEARLY_ALL * most):
+    if capacity:
+        rows, enough = capacity * mean, most
+    else:
+        rows, enough = SPARE * mean + SPREAD * math.sqrt(mean), NEARLY_ALL * most
+    if rows >= enough or (not capacity and all_bytes <= SMALL):
         return most
     return min(most, math.ceil(rows / MULTIPLE) * MULTIPLE)
 
@@ -94,7 +100,7 @@ class Buffers(NamedTuple):
 
 def buffers(
     num_experts: int, shards: tuple[int, int], tokens: int, choices: int, groups: tuple[int, int],
-    config: MeshConfig,
+    row_bytes: int, config: MeshConfig,
 ) -> Buffers:  # fmt: skip
     """Buffers of devices that come with `tokens` tokens each; `shards` are nodes, and devices of
     one, over which the experts are cut."""
@@ -108,8 +114,10 @@ def buffers(
         ("to a device", inside, num_local, tokens * nodes),
     ):
         mean, most = rows * even_share(num_experts, held, choices, groups), received
-        slots = room(mean, most, capacity) if number > 1 else most
+        size = number * most * row_bytes
+        slots = room(mean, most, capacity, size) if number > 1 else most
         levels.append(Buffer(what, slots, mean, most, number))
         received = number * levels[-1].rows
     mean, most = tokens * choices, received * min(choices, num_local)
-    return Buffers(*levels, Buffer("computed at a time", room(mean, most, capacity), mean, most, 1))
+    rows = room(mean, most, capacity, most * row_bytes)
+    return Buffers(*levels, Buffer("computed at a time", rows, mean, most, 1))
