@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from model.blueprint import bind, blueprint
+from model.blueprint import bind, blueprint, initialize
 from model.recipe import Recipe
 from sharding.config import MeshConfig
 from tests.layout_helpers import GRADIENT_RTOL, KNOBS, ONE_DEVICE, SCALAR_RTOL, layout_of
@@ -175,6 +175,13 @@ def test_what_is_frozen_stays_and_has_no_state(learned):
     held = sum(x.size for x in jax.tree.leaves(trainer.abstract_state["opt"])) - 1
     parts = [before["params"][name] for name in PARTS[learned]]
     assert held == 2 * sum(x.size for x in jax.tree.leaves(parts))
+
+
+def test_no_weight_is_weakly_typed():
+    """Or the second step, which reads what the first returned, would compile anew."""
+    config = dataclasses.replace(MODEL, num_layers=1, num_dense_layers=1)
+    params, _ = jax.eval_shape(lambda: initialize(config, jax.random.key(0)))
+    assert not [x for x in jax.tree.leaves(params) if x.weak_type]
 
 
 def test_counts_never_divide_by_zero():

@@ -19,7 +19,7 @@ GROUP_EPS = 1e-6
 
 def constant(value: float, shape: tuple[int, ...], *axes: str) -> nnx.Param:
     """A weight that starts at one value: biases and gains."""
-    return nnx.Param(jnp.full(shape, value), out_sharding=axes, eager_sharding=False)
+    return nnx.Param(jnp.full(shape, value, jnp.float32), out_sharding=axes, eager_sharding=False)
 
 
 class Linear(nnx.Module):
