@@ -58,7 +58,7 @@ class Brush(nnx.Module):
     def __init__(self, rngs: nnx.Rngs, config: JanusConfig):
         size, std = config.hidden_size, _std(config.hidden_size)
         self.inner = Linear(rngs, size, size, ("embed", "embed_out"), std)
-        self.head = Linear(rngs, size, config.tokenizer.num_codes, ("embed", "vocab"), std)
+        self.head = Linear(rngs, size, config.tokenizer.num_codes, ("embed", "codes"), std)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Scores [.., S] of the next code, fp32."""

@@ -123,6 +123,14 @@ def code_loss(
     return found
 
 
+def plain_code_loss(brush: Brush, hidden_BTD: jax.Array, examples: MixedExamples) -> jax.Array:
+    """The same from all scores at once: no other device takes part, as on a pipeline's last stage,
+    where the vocabulary's shards are the ranks."""
+    logp_BTS = jax.nn.log_softmax(brush.logits(hidden_BTD))
+    chosen_BT = jnp.take_along_axis(logp_BTS, examples.codes_BT[..., None], -1)[..., 0]
+    return -(chosen_BT * examples.drawn_BT).sum()
+
+
 def _with_bias(brush: Brush, hidden_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Input and kernel of the generation head, its bias as the weights of an input that is 1.
 

@@ -15,7 +15,7 @@ from sharding.partition import constrain
 from sharding.pipeline.stages import Stages
 from vision.config import JanusConfig
 from vision.janus import text_ids, with_images
-from vision.loss import Counts, code_loss, mixed_examples, mixed_parts, text_loss
+from vision.loss import Counts, mixed_examples, mixed_parts, plain_code_loss, text_loss
 
 FIRST = ("encoder", "aligner", "drawing")
 
@@ -56,7 +56,7 @@ def janus_stages(config: JanusConfig, recipe: Recipe) -> Stages:
         model: Any = bind_around(config, weights, bias)
         examples, counts = micro[0], Counts(*micro[1])
         hidden_BTD = model.after(x_BTD, examples.tokens, recipe, None).hidden_BTD
-        nats = code_loss(model.brush, hidden_BTD, examples, recipe)
+        nats = plain_code_loss(model.brush, hidden_BTD, examples)
         return (hidden_BTD[None], nats / counts.total), mixed_parts(0 * nats, nats, counts)
 
     def loss(vocab: Tree, hidden_BTD: jax.Array, micro, _):
