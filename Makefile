@@ -21,6 +21,7 @@ RUN_ENV = $(VENV)/$(if $(GPU_HOST),.gpu,.base)
 CONFIG ?= tiny
 TRAIN_FLAGS ?= $(if $(GPU_HOST),,--emulate 8 --layout cube)
 BENCH ?= step
+SEED ?= 0
 # Compiling dominates the tests, so a worker per core pays; a file stays whole for its fixtures, and
 # the longest come first (tests/conftest.py). A worker that crashes ends the run: the others would
 # wait for its tests for ever.
@@ -44,7 +45,7 @@ export GPU_COMPILER
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help train r1 env dev-env gpu-env gpu-check gpu-proof test slow gpu-test gpu-compiler \
-	gpu-programs library lint format types reference-env reference bench clean distclean
+	gpu-programs library lint format types reference-env reference janus bench clean distclean
 
 help:  ## list these targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 16
@@ -95,6 +96,11 @@ types: $(VENV)/.dev  ## type check of packages and entry points
 	$(VENV)/bin/pyright --pythonpath $(PY)
 
 reference-env: $(REFERENCE_VENV)/.installed  ## PyTorch and transformers, apart: REFERENCE_PYTHON=python3.12
+
+janus: $(VENV)/.base  ## a small Janus learns to read and draw scenes: SEED=0, in runs/janus
+	$(PY) train.py --config janus_tiny_tokenizer --run-dir runs/janus/tokenizer --seed $(SEED)
+	$(PY) train.py --config janus_tiny --run-dir runs/janus/model --seed $(SEED) \
+		--init-from runs/janus/tokenizer
 
 reference: $(VENV)/.dev $(REFERENCE_VENV)/.installed  ## parity with PyTorch
 	$(PY) -m pytest $(PYTEST_FLAGS) -m reference

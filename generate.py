@@ -25,6 +25,7 @@ from generation.defaults import folder_sampling, said_of_sampling
 from generation.text import Answers, TextStream
 from runtime.config import RuntimeOptions
 from sharding.config import LAYOUTS, MeshConfig
+from vision.options import ImageOptions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 
 DEFAULT_NEW_TOKENS = 256
+PLACES = ("checkpoint", "out", "ids-out", "pixels-out", "save-expert-load")
+"""Options that may differ between processes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,6 +98,8 @@ class Generate(Common):
     """How tokens are drawn; by default as generation_config.json of the folder says."""
     experts: Annotated[ExpertOptions, tyro.conf.arg(name="")] = ExpertOptions()
     """Redundant experts, and the load that decides which."""
+    pictures: Annotated[ImageOptions, tyro.conf.arg(name="")] = ImageOptions()
+    """Images that are read or drawn."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,6 +108,8 @@ class Score(Common):
 
     tokens: Path
     """.npy file of int32 [B, T]."""
+    pixels: Path | None = None
+    """.npy file of float32 [images, 3, H, W], prepared images in the order of their places."""
     out: Path | None = None
     """Where float32 logits [B, T, V] go; without it loss and perplexity are printed."""
     mtp: bool = False
@@ -170,18 +177,21 @@ def run(options: Generate | Score) -> int:
     from sharding.mesh import make_layout
 
     start(options)
-    agree_on_command(options, ("sampling", "experts"), ("checkpoint", "out", "save-expert-load"))
+    agree_on_command(options, ("sampling", "experts", "pictures"), PLACES)
     layout = make_layout(options.mesh)
     source = open_weights(options.checkpoint)
     agree("weights", lambda: {"version": weights_version(source)})
     if isinstance(options, Score):
         return score(options, source, layout)
+    if options.pictures.draws:
+        return draw(options, source, layout)
     return generate(options, source, layout)
 
 
 def check_options(options: Generate) -> None:
     """Raise ValueError for options that would be without effect beside the others."""
-    if (options.system or options.think) and not options.chat:
+    talks = options.chat or options.pictures.image
+    if (options.system or options.think) and not talks:
         raise ValueError("--system and --think belong to a conversation; add --chat")
     texts = options.prompt or options.prompts or options.chat or options.stop or options.special
     if options.prompt_ids and texts:
@@ -189,9 +199,13 @@ def check_options(options: Generate) -> None:
             "--prompt-ids is a single prompt of ids and its answer is ids; leave out --prompt, "
             "--prompts, --chat, --special and --stop"
         )
+    asks = bool(options.prompt or options.prompts or options.prompt_ids)
+    options.pictures.check(asks)
+    if options.pictures.draws:
+        return
     if options.special and options.chat:
         raise ValueError("--special is for texts, not for a conversation; leave out --chat or it")
-    if not (options.prompt or options.prompts or options.prompt_ids):
+    if not asks:
         raise ValueError("nothing to do: give --prompt TEXT, --prompts FILE or --prompt-ids 1,2,3")
 
 
@@ -215,6 +229,8 @@ def encode_prompts(
 
     if options.prompt_ids:
         return [parse_ids(options.prompt_ids)]
+    if options.pictures.image and tokenizer is not None:
+        return image_questions(options, source, tokenizer)
     if tokenizer is None:
         raise ValueError(f"{options.checkpoint} has no tokenizer.json; give --prompt-ids")
     prompts = [*options.prompt, *(read_prompts(options.prompts) if options.prompts else ())]
@@ -225,6 +241,23 @@ def encode_prompts(
         else encode_chat(tokenizer, as_conversation(prompt, options.system), options.think)
         for prompt in prompts
     ]
+
+
+def image_questions(
+    options: Generate, source: "Weights", tokenizer: "Tokenizer"
+) -> "list[np.ndarray]":
+    """Token ids of every prompt as a question about all images, in the published conversation."""
+    from generation.prompts import read_prompts
+    from vision.command import conversations
+
+    if options.chat or options.special or options.think:
+        raise ValueError("--image has a conversation of its own; leave out --chat and --special")
+    talk = conversations(source, tokenizer)
+    prompts = [*options.prompt, *(read_prompts(options.prompts) if options.prompts else ())]
+    if not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError("with --image, prompts are texts")
+    count = len(options.pictures.image)
+    return [talk.question(str(prompt), count, options.system or None) for prompt in prompts]
 
 
 def warn_of_prompts(options: Generate, tokenizer: "Tokenizer", prompts: "list[Prompt]") -> None:
@@ -325,7 +358,13 @@ def generate(options: Generate, source: "Weights", layout: "Layout") -> int:
 
     streams = [TextStream(decode, stops) for _ in prompts]
     weights = generator.prepare(source.load(generator.abstract_weights), consume=True)
-    session = generator.start(weights, prompts, options.sampling, new_tokens, eos_ids, speculate)
+    given = None
+    if options.pictures.image:
+        from vision.command import read_images
+
+        given = read_images(options.pictures.image, generator, weights, prompts, note)
+    drawn_by = options.sampling, new_tokens, eos_ids, speculate
+    session = generator.start(weights, prompts, *drawn_by, given)
     first = "," if options.prompt_ids else ""
     answers = Answers(len(prompts), first, quiet=not is_first_process())
     while not session.done:
@@ -343,6 +382,24 @@ def generate(options: Generate, source: "Weights", layout: "Layout") -> int:
         if saved and session.expert_load is not None:
             experts.write_load(saved, session.expert_load)
             note(f"wrote {saved}: tokens per expert {list(session.expert_load.shape)}")
+    return 0
+
+
+def draw(options: Generate, source: "Weights", layout: "Layout") -> int:
+    """Draw images of every description."""
+    from generation.engine import Generator
+    from runtime.start import is_first_process
+    from vision.command import draw_command
+
+    def say(line: str) -> None:
+        if is_first_process():
+            note(line)
+
+    config = model_to_load(source.config, False)
+    generator = Generator(config, make_recipe(options, config, layout), layout)
+    tokenizer = load_tokenizer(source)
+    asked = options.pictures, options.sampling
+    draw_command(*asked, source, generator, tokenizer, say, is_first_process())
     return 0
 
 
@@ -384,6 +441,7 @@ def score(options: Score, source: "Weights", layout: "Layout") -> int:
     if options.out is None and T < 2:
         raise ValueError(f"{options.tokens} holds one token per sequence; a loss needs two")
     scorer = Scorer(config, recipe, layout, options.mtp)
+    sight = images_to_score(options, config, ids_BT)
     paths = output_paths(options.out, depths) if options.out and is_first_process() else []
     writer = NpyWriter(paths, (B, T, config.vocab_size))
     totals = np.zeros(1 + depths)
@@ -391,7 +449,7 @@ def score(options: Score, source: "Weights", layout: "Layout") -> int:
         weights = source.load(Generator(config, recipe, layout).abstract_weights)
         for first in range(0, B, scorer.rows):
             rows_BT = ids_BT[first : first + scorer.rows]
-            heads = scorer.logits(weights, rows_BT)
+            heads = scorer.logits(weights, rows_BT, sight(first, len(rows_BT)))
             if paths:
                 writer.append(heads)
             elif not options.out:
@@ -407,6 +465,15 @@ def score(options: Score, source: "Weights", layout: "Layout") -> int:
         name = "" if k == 1 else f"MTP module {k - 1}: "
         print(f"{name}loss {loss:.6f} nats/token, perplexity {perplexity:.4f}, {targets} targets")
     return 0
+
+
+def images_to_score(options: Score, config: "ModelConfig", ids_BT: "np.ndarray"):
+    """A function from first row and number of rows to what these read beside their ids."""
+    from vision.command import pixels_to_score
+
+    if options.pixels is None:
+        return lambda first, count: None
+    return pixels_to_score(options.pixels, config, ids_BT)
 
 
 def read_tokens(path: Path) -> "np.ndarray":

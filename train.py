@@ -61,6 +61,10 @@ def stage_of(run: RunConfig) -> Stage:
     """The stage that a configuration names."""
     if run.stage == "pretrain":
         return Pretraining()
+    if run.stage == "images":
+        from vision import stage
+
+        return stage
     from rl import stage_rl, stage_sft
 
     return stage_rl if run.stage == "rl" else stage_sft

@@ -9,7 +9,7 @@ said twice in different ways: programs that read the file disagree on which of t
 
 from typing import Any
 
-from checkpoint import hf_dense
+from checkpoint import hf_dense, janus_config
 from checkpoint.hf_rope import read_rope, write_rope
 from checkpoint.hf_values import (
     NO_EFFECT,
@@ -20,6 +20,7 @@ from checkpoint.hf_values import (
     value_of,
 )
 from model.config import ModelConfig
+from vision.config import JanusConfig
 
 _FIELDS = {
     "vocab_size": Field("vocab_size"),
@@ -82,12 +83,14 @@ def from_hf_config(hf: dict[str, Any]) -> ModelConfig:
     Raises ValueError for another model type, an unknown key, a value we do not implement or that no
     model can have, and two keys that contradict each other.
     """
-    kind = hf.get("model_type")
-    if not isinstance(kind, str) or kind not in (*_SCORING, *hf_dense.KINDS):
+    kind, kinds = hf.get("model_type"), (*_SCORING, *hf_dense.KINDS, janus_config.MODEL_TYPE)
+    if not isinstance(kind, str) or kind not in kinds:
         raise ValueError(
-            f"config.json: model_type is {kind!r}; only "
-            f"{', '.join((*_SCORING, *hf_dense.KINDS))} can be read"
+            f"config.json: model_type is {kind!r}; only {', '.join(kinds)} can be read"
         )
+    if kind == janus_config.MODEL_TYPE:
+        language = from_hf_config(janus_config.text_config(hf))
+        return janus_config.from_janus_config(hf, language)
     if kind in hf_dense.KINDS:
         return hf_dense.read(hf)
     method = _one_of(hf, "topk_method", _TOPK_METHODS[kind])
@@ -200,6 +203,9 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
 
     Raises ValueError for a combination of parts that no model type has.
     """
+    if isinstance(config, JanusConfig):
+        text = to_hf_config(janus_config.language_of(config))
+        return janus_config.to_janus_config(config, text)
     if config.attention == "grouped":
         return hf_dense.write(config)
     if config.tie_embeddings or config.bands:

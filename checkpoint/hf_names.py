@@ -9,64 +9,29 @@ One table (`table`) states, for each array of ours, the tensors it is made of an
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Iterator
 
 import numpy as np
 
+from checkpoint import janus_names
+from checkpoint.entries import PARAMS, ROUTER_BIAS, Entry
 from model.config import ModelConfig
-
-PARAMS, ROUTER_BIAS = "params", "router_bias"
+from vision.config import JanusConfig
 
 # Old exports store the rotary frequencies, which the configuration determines.
 DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")
 
 
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """One array of ours: the grid of tensors stacked in it, and how each of them is laid out."""
-
-    tree: str
-    """PARAMS or ROUTER_BIAS."""
-    path: str
-    """Place in that tree, keys joined by '/'."""
-    names: np.ndarray
-    """Tensor names, an array of strings whose shape is the array's leading (stacked) axes."""
-    out_dims: tuple[int, ...]
-    """Factors of the tensor's first axis."""
-    in_dims: tuple[int, ...] | None
-    """Factors of its second axis; (): a vector; None: used as stored, with shape out_dims."""
-
-    @property
-    def stored_shape(self) -> tuple[int, ...]:
-        """Shape of one tensor in a checkpoint."""
-        if self.in_dims is None:
-            return self.out_dims
-        if not self.in_dims:
-            return (math.prod(self.out_dims),)
-        return math.prod(self.out_dims), math.prod(self.in_dims)
-
-    @property
-    def our_shape(self) -> tuple[int, ...]:
-        """Shape of our array."""
-        return (*self.names.shape, *(self.in_dims or ()), *self.out_dims)
-
-    def load(self, tensor: np.ndarray) -> np.ndarray:
-        """One tensor in our layout."""
-        if self.in_dims is None:
-            return tensor
-        return np.ascontiguousarray(tensor.T).reshape(*self.in_dims, *self.out_dims)
-
-    def store(self, array: np.ndarray) -> np.ndarray:
-        """The inverse of `load`."""
-        if self.in_dims is None:
-            return array
-        return np.ascontiguousarray(array.reshape(self.stored_shape[::-1]).T)
-
-
 def table(config: ModelConfig) -> list[Entry]:
     """Every array of ours with the checkpoint tensors it holds."""
+    if isinstance(config, JanusConfig):
+        return janus_names.table(config, _language(config))
+    return _language(config)
+
+
+def _language(config: ModelConfig) -> list[Entry]:
+    """The arrays of a language model."""
     c, d = config, config.hidden_size
     k, L, D = c.num_dense_layers, c.num_layers, c.mtp_depth
     entries = [
@@ -174,7 +139,8 @@ def shared_copies(config: ModelConfig) -> dict[str, str]:
     """Tensors that released MTP layers repeat -> the main model's tensors they are copies of."""
     copies = {}
     if config.tie_embeddings:  # transformers leaves the copy out, some releases have it
-        copies["lm_head.weight"] = "model.embed_tokens.weight"
+        below = janus_names.LANGUAGE if isinstance(config, JanusConfig) else "model."
+        copies["lm_head.weight"] = f"{below}embed_tokens.weight"
     for layer in range(config.num_layers, config.num_layers + config.mtp_depth):
         copies[f"model.layers.{layer}.embed_tokens.weight"] = "model.embed_tokens.weight"
         copies[f"model.layers.{layer}.shared_head.head.weight"] = "lm_head.weight"

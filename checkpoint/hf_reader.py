@@ -25,7 +25,8 @@ from model.config import ModelConfig
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 CARRIED = ("config.json", "generation_config.json", "special_tokens_map.json", "tokenizer*",
-           "chat_template*", "added_tokens.json", "vocab.json", "merges.txt")  # fmt: skip
+           "chat_template*", "added_tokens.json", "vocab.json", "merges.txt",
+           "preprocessor_config.json", "processor_config.json")  # fmt: skip
 """Files next to the weights that an export copies."""
 _FLOATS = tuple(safetensors.DTYPES[name] for name in ("F32", "BF16", "F16", "F64"))
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")

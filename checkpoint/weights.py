@@ -21,6 +21,7 @@ from checkpoint.folder import find_steps, unreadable_reason
 from checkpoint.hf_reader import HuggingFaceFolder, is_hf_folder, own_files
 from checkpoint.manager import CheckpointManager
 from model.config import BandsConfig, ModelConfig, YarnConfig
+from vision.config import EncoderConfig, JanusConfig, TokenizerConfig
 
 SCALES = "scales.safetensors"
 """In a run folder's `hf/`: the FP8 factors that its weights were imported with."""
@@ -189,15 +190,22 @@ def _model_config(file: Path) -> ModelConfig:
         for name, kind in (("yarn", YarnConfig), ("bands", BandsConfig)):
             if fields.get(name) is not None:
                 fields[name] = kind(**fields[name])
-        return ModelConfig(**fields)
+        if "encoder" not in fields:
+            return ModelConfig(**fields)
+        tokenizer = fields["tokenizer"]
+        tokenizer = TokenizerConfig(**{**tokenizer, "multipliers": tuple(tokenizer["multipliers"])})
+        fields |= {"encoder": EncoderConfig(**fields["encoder"]), "tokenizer": tokenizer}
+        return JanusConfig(**fields)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} does not describe a model of this version ({error})") from None
 
 
 def differences(a: ModelConfig, b: ModelConfig) -> list[str]:
     """Fields in which two configurations differ; those that are no property of weights left out."""
+    if type(a) is not type(b):
+        return [f"kind of model: {type(a).__name__} against {type(b).__name__}"]
     free = "init_std", "max_position"
-    fields = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in free]
+    fields = [f.name for f in dataclasses.fields(a) if f.name not in free]
     return [
         f"{name}: {getattr(a, name)} against {getattr(b, name)}"
         for name in fields

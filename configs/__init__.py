@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Callable
 
-from configs import deepseek, dense, r1, search, small, tiny
+from configs import deepseek, dense, janus, r1, search, small, tiny
 from configs.schema import RunConfig
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {
@@ -20,6 +20,9 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
         *(dense.llama31_8b, dense.llama33_70b, dense.llama31_405b),
         *(dense.r1_distill_qwen_1_5b, dense.r1_distill_qwen_7b, dense.r1_distill_qwen_14b),
         *(dense.r1_distill_qwen_32b, dense.r1_distill_llama_8b, dense.r1_distill_llama_70b),
+        *(janus.janus_tiny_tokenizer, janus.janus_tiny),
+        *(janus.janus_pro_1b, janus.janus_pro_1b_stage2, janus.janus_pro_1b_stage3),
+        *(janus.janus_pro_7b, janus.janus_pro_7b_stage2, janus.janus_pro_7b_stage3),
     )
 }
 """Presets in the order of `--help`."""

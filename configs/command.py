@@ -116,7 +116,10 @@ def print_config(command: Command, derived: list[str]) -> None:
     """What follows from a run, what differs from its preset, and its fields as key=value."""
     run, before = command.run, fields_of(preset(command.config))
     now = fields_of(run)
-    unread = {"pretrain": ("rl.", "sft."), "rl": ("sft.",)}.get(run.stage, ())
+    unread = {"pretrain": ("rl.", "sft."), "rl": ("sft.",), "images": ("rl.", "sft.")}.get(
+        run.stage, ()
+    )
+    unread = unread if run.stage == "images" else (*unread, "images.")
     lines = [*derived, "", f"differs from the preset {command.config}:"]
     for key, value in now.items():
         if before.get(key) != value and (key, value) != ("run_dir", f"'runs/{command.config}'"):

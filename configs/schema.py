@@ -9,6 +9,7 @@ from model.config import ModelConfig
 from rl.config import RLConfig, SFTConfig, TaskConfig
 from sharding.config import MeshConfig
 from training.config import TrainConfig
+from vision.config import ImageTraining
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,9 +22,12 @@ class RunConfig:
     """Length, batches, optimizer, schedules."""
     data: DataConfig = DataConfig()
     """Sources, tokenizer, packing."""
-    stage: Literal["pretrain", "sft", "rl", "distill"] = "pretrain"
+    stage: Literal["pretrain", "sft", "rl", "distill", "images"] = "pretrain"
     """pretrain: next-token prediction. sft: answers of examples are learned. rl: a policy learns
-    from rewards. distill: a student learns what a teacher answers."""
+    from rewards. distill: a student learns what a teacher answers. images: a model with eyes and
+    brush learns to use them."""
+    images: ImageTraining = ImageTraining()
+    """What stage images learns, and from what."""
     task: TaskConfig = TaskConfig()
     """A task with a verifier."""
     rl: RLConfig = RLConfig()

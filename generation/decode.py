@@ -163,6 +163,12 @@ class Decoder:
         and the slots of padding are written again before anything reads them.
         """
         x_BTD = self.embed(ids_BT, self.recipe)
+        return self.read_vectors(x_BTD, positions_BT, cache, valid_BT)
+
+    def read_vectors(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, cache: Cache | int, valid_BT=None
+    ) -> Passed:
+        """The same for input vectors, of whatever they are made."""
         x_BTD, cache, stats = self._run(self.layers, x_BTD, positions_BT, cache, valid_BT)
         return Passed(self.final_norm(x_BTD), cache, stats)
 

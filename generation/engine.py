@@ -117,6 +117,7 @@ class Generator:
         max_new_tokens: int,
         eos_ids: Sequence[int] = (),
         speculate: Speculation = False,
+        given: Sequence[tuple[np.ndarray, np.ndarray]] | None = None,
     ) -> "Session":
         """Read the prompts (int32 [n] each, of any lengths) and draw every row's first token.
 
@@ -125,13 +126,15 @@ class Generator:
         distribution of the text is the same, and greedy text is identical. With "auto" the first
         batch of a shape also times some steps, and drafting ends where it does not pay
         (`generation/payoff.py`): unless it is greedy, the text of a seed may then differ from run
-        to run.
+        to run. `given` has for every prompt places (int32 [n]) and vectors (float [n, D]) that are
+        read there instead of the ids'.
 
         Raises ValueError for an empty batch or prompt, an id outside the vocabulary, a text longer
         than `max_position`, and speculation without an MTP module.
         """
         self.check(prompts, max_new_tokens, speculate)
-        return Session(self, weights, prompts, sampling, max_new_tokens, tuple(eos_ids), speculate)
+        limits = max_new_tokens, tuple(eos_ids), speculate
+        return Session(self, weights, prompts, sampling, *limits, given)
 
     def check(
         self, prompts: Sequence[np.ndarray], max_new_tokens: int, speculate: Speculation
@@ -171,12 +174,21 @@ def _check(config: ModelConfig, prompts, max_new_tokens: int, speculate: Specula
             )
 
 
+def _vectors(given, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors [B, T, D] of the places that are given, and where these are [B, T]."""
+    width = next(vectors_ND.shape[1] for _, vectors_ND in given)
+    x_BTD, mask_BT = np.zeros((*shape, width), np.float32), np.zeros(shape, bool)
+    for row, (places, vectors_ND) in enumerate(given):
+        x_BTD[row, places], mask_BT[row, places] = vectors_ND, True
+    return x_BTD, mask_BT
+
+
 class Session:
     """One batch under way."""
 
     def __init__(
         self, generator: Generator, weights: Tree, prompts, sampling: Sampling,
-        max_new_tokens: int, eos_ids: tuple[int, ...], speculate: Speculation,
+        max_new_tokens: int, eos_ids: tuple[int, ...], speculate: Speculation, given=None,
     ):  # fmt: skip
         self.stats = Stats(prefill_tokens=sum(len(prompt) for prompt in prompts))
         # The seed is an argument of the programs, not a part of them.
@@ -201,8 +213,10 @@ class Session:
         self._eos = place(np.array(eos_ids or (-1,), np.int32))
         self._chunk = place(np.array(CHUNK, np.int32))
         seed = place(np.array(sampling.seed % 2**32, np.uint32))
+        vectors = None if given is None else _vectors(given, ids_BT.shape)
         arguments = (
-            weights, place(ids_BT), place(lengths_B), place(budget_B), self._eos, seed
+            weights, place(ids_BT), place(lengths_B), place(budget_B), self._eos, seed,
+            None if vectors is None else tuple(map(place, vectors)),
         )  # fmt: skip
         prefill = self._compiled(self._programs.prefill, *arguments, slots)
         began = time.perf_counter()

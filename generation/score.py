@@ -8,6 +8,7 @@ import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,17 +34,24 @@ class Scorer:
         self.rows = batch_shards(layout)
         """Sequences of one pass."""
 
-    def logits(self, weights: Tree, ids_BT: np.ndarray) -> list[np.ndarray]:
+    def logits(self, weights: Tree, ids_BT: np.ndarray, beside: Any = None) -> list[np.ndarray]:
         """Main head's logits [B, T, V], then those of each MTP module if asked for; fp32.
+
+        beside: what else the model reads (`Tokens.beside`), a tree of arrays [B, ..].
 
         At most `rows` sequences. Module k at position i has seen token i + k and predicts token
         i + k + 1; positions without a token k ahead hold NaN. FloatingPointError for other logits
         that are not finite.
         """
-        padded_BT = np.zeros((self.rows, ids_BT.shape[1]), np.int32)
-        padded_BT[: len(ids_BT)] = ids_BT
-        placed_BT = jax.device_put(padded_BT, batch_sharding(self._layout, ("batch", "seq")))
-        results = self._run(weights["params"], weights["router_bias"], placed_BT)
+
+        def place(rows: np.ndarray) -> jax.Array:
+            padded = np.zeros((self.rows, *rows.shape[1:]), rows.dtype)
+            padded[: len(rows)] = rows
+            names = ("batch", "seq") if rows.ndim == 2 else ("batch", *(None,) * (rows.ndim - 1))
+            return jax.device_put(padded, batch_sharding(self._layout, names))
+
+        placed = jax.tree.map(place, (ids_BT.astype(np.int32), beside))
+        results = self._run(weights["params"], weights["router_bias"], *placed)
         heads = [whole(logits_BTV)[: len(ids_BT)] for logits_BTV in results]
         for depth, head in enumerate(heads):
             if not np.isfinite(head[:, : head.shape[1] - depth]).all():
@@ -62,13 +70,16 @@ class Scorer:
         parts = batch_sharding(self._layout, ("batch", "seq", "vocab"))
         return jax.jit(self._forward, out_shardings=parts)
 
-    def _forward(self, params: Tree, router_bias: Tree, ids_BT: jax.Array) -> list[jax.Array]:
+    def _forward(
+        self, params: Tree, router_bias: Tree, ids_BT: jax.Array, beside: Any
+    ) -> list[jax.Array]:
         with use_layout(self._layout):
             model = bind(self._config, params, router_bias)
             positions_BT = jnp.broadcast_to(jnp.arange(ids_BT.shape[1]), ids_BT.shape)
             # What enters at the end reaches only positions that `logits` marks as NaN.
             next_ids_BT = jnp.roll(ids_BT, -1, axis=1) if self._mtp else None
-            output = model(Tokens(ids_BT, positions_BT, None), self._recipe, next_ids_BT)
+            tokens = Tokens(ids_BT, positions_BT, None, beside)
+            output = model(tokens, self._recipe, next_ids_BT)
             kernel_DV = model.head_kernel()
             return [
                 jnp.einsum("BTD,DV->BTV", hidden_BTD.astype(jnp.float32), kernel_DV)

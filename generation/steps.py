@@ -82,10 +82,13 @@ class Steps:
 
     @functools.cached_property
     def prefill(self) -> Program:
-        """`state = prefill(weights, ids_BT, lengths_B, budget_B, eos, seed, slots)`."""
+        """`state = prefill(weights, ids_BT, lengths_B, budget_B, eos, seed, given, slots)`.
+
+        given: None, or (vectors [B, T, D], mask [B, T]): what stands in place of the ids' vectors.
+        """
         load = {"load_LE": replicated(self._layout)} if self._count else {}
         shardings = self._state_shardings | load
-        return Program(self._prefill, static_argnums=6, out_shardings=shardings)
+        return Program(self._prefill, static_argnums=7, out_shardings=shardings)
 
     @functools.cached_property
     def advance(self) -> Program:
@@ -116,7 +119,7 @@ class Steps:
     def _decoder(self, weights: Tree) -> Decoder:
         return make_decoder(self._config, weights, self._recipe, self._speculate)
 
-    def _prefill(self, weights, ids_BT, lengths_B, budget_B, eos, seed, slots: int) -> State:
+    def _prefill(self, weights, ids_BT, lengths_B, budget_B, eos, seed, given, slots: int) -> State:
         key = jax.random.key(seed)
         with use_layout(self._layout):
             decoder = self._decoder(weights)
@@ -124,7 +127,10 @@ class Steps:
             # Experts are counted for tokens of prompts only.
             valid_BT = (positions_BT < lengths_B[:, None]) & (budget_B > 0)[:, None]
             valid_BT = valid_BT.astype(jnp.float32)
-            hidden_BTD, cache, stats = decoder.read(ids_BT, positions_BT, slots, valid_BT)
+            x_BTD = decoder.embed(ids_BT, self._recipe)
+            if given is not None:
+                x_BTD = jnp.where(given[1][..., None], given[0].astype(x_BTD.dtype), x_BTD)
+            hidden_BTD, cache, stats = decoder.read_vectors(x_BTD, positions_BT, slots, valid_BT)
             p_BV = self._probabilities(decoder, at_index(hidden_BTD, lengths_B - 1))
             streams_B = jnp.arange(ids_BT.shape[0], dtype=jnp.int32)
             pending_B = draw(row_keys(key, streams_B, lengths_B, MAIN), p_BV, self._sampling)

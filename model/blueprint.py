@@ -41,7 +41,7 @@ def _split(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
 
 @functools.cache
 def _abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    return _split(nnx.eval_shape(lambda: DeepSeekV3(config, nnx.Rngs(0))))
+    return _split(nnx.eval_shape(lambda: config.module()(config, nnx.Rngs(0))))
 
 
 def _axes(state: nnx.State) -> Tree:
@@ -63,7 +63,7 @@ def blueprint(config: ModelConfig) -> Blueprint:
 
 def initialize(config: ModelConfig, key: jax.Array) -> tuple[Tree, Tree]:
     """Fresh parameters and router biases as nested dicts; jit it with shardings to place them."""
-    _, params, bias = _split(DeepSeekV3(config, nnx.Rngs(params=key)))
+    _, params, bias = _split(config.module()(config, nnx.Rngs(params=key)))
     return nnx.to_pure_dict(params), nnx.to_pure_dict(bias)
 
 
@@ -81,7 +81,7 @@ def bind_around(config: ModelConfig, params: Tree, router_bias: Tree) -> DeepSee
 
 @functools.cache
 def _abstract_around(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    return _split(nnx.eval_shape(lambda: DeepSeekV3(config, nnx.Rngs(0), layers=False)))
+    return _split(nnx.eval_shape(lambda: config.module()(config, nnx.Rngs(0), layers=False)))
 
 
 def bind_part(config: ModelConfig, name: str, params: Tree, router_bias: Tree) -> nnx.Module:
@@ -94,19 +94,20 @@ def bind_part(config: ModelConfig, name: str, params: Tree, router_bias: Tree) -
     return nnx.merge(graph, _fill(params_state, params), _fill(bias_state, router_bias))
 
 
-def prepare_parts(config: ModelConfig) -> None:
-    """Make what `bind_around`, and `bind_part` of stack and embedding need, ahead of a region.
+def prepare_parts(config: ModelConfig, *more: str) -> None:
+    """Make what `bind_around`, and `bind_part` of stack, embedding and `more` parts need, ahead of
+    a region.
 
     Inside of one, flax would look for the logical axes on the region's mesh.
     """
     _abstract_around(config)
-    _abstract_part(config, config.stack)
-    _abstract_part(config, "embed")
+    for name in (config.stack, "embed", *more):
+        _abstract_part(config, name)
 
 
 @functools.cache
 def _abstract_part(config: ModelConfig, name: str):
-    return _split(nnx.eval_shape(lambda: getattr(DeepSeekV3(config, nnx.Rngs(0)), name)))
+    return _split(nnx.eval_shape(lambda: getattr(config.module()(config, nnx.Rngs(0)), name)))
 
 
 def _fill(state: nnx.State, values: Tree) -> nnx.State:

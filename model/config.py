@@ -8,7 +8,7 @@ report (section 2) and of the parameter formula in `model/costs.py`.
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,9 +165,21 @@ class ModelConfig:
         return "moe_layers" if self.num_moe_layers else "dense_layers"
 
     @property
+    def first_parts(self) -> tuple[str, ...]:
+        """Parts of the parameters that the first stage of a pipeline computes before its layers;
+        but for the vocabulary's, everything else is the last one's."""
+        return ("dense_layers",)
+
+    @property
     def stack_size(self) -> int:
         """Layers of `stack`."""
         return self.num_moe_layers or self.num_layers
+
+    def module(self) -> Any:
+        """The class that is built from it; a configuration with more parts has its own."""
+        from model.transformer import DeepSeekV3
+
+        return DeepSeekV3
 
     def __post_init__(self):
         for field in _POSITIVE:

@@ -30,8 +30,6 @@ from sharding.pipeline.stages import Stages
 ROUTED = ("w_gate", "w_up", "w_down")
 VOCABULARY = ("embed", "head")
 """What every rank has a part of."""
-FIRST = ("dense_layers",)
-"""What the first stage computes before its layers; everything else is the last one's."""
 
 
 def split_weights(config: ModelConfig, params: Tree, router_bias: Tree) -> Weights:
@@ -39,7 +37,7 @@ def split_weights(config: ModelConfig, params: Tree, router_bias: Tree) -> Weigh
     stack = config.stack
     vocab = {name: params[name] for name in VOCABULARY if name in params}
     around = {name: part for name, part in params.items() if name not in (stack, *VOCABULARY)}
-    first = {name: around.pop(name) for name in FIRST if name in around}
+    first = {name: around.pop(name) for name in config.first_parts if name in around}
     bias = {name: part for name, part in router_bias.items() if name != stack}
     return Weights(vocab, first, around, params[stack], bias, router_bias.get(stack, {}))
 
@@ -140,7 +138,7 @@ def stage_costs(config: ModelConfig) -> tuple[float, float]:
 
     layer = active(plan.params[config.stack]) / config.stack_size
     before = count_weights(
-        [plan.params[n] for n in FIRST if n in plan.params and n != config.stack]
+        [plan.params[n] for n in config.first_parts if n in plan.params and n != config.stack]
     )
     head = config.vocab_size * config.hidden_size * (1 + config.mtp_depth)
     modules = plan.params.get("mtp", {})

@@ -32,6 +32,8 @@ class Tokens(NamedTuple):
     """Position of each token for RoPE, int32."""
     segments_BT: jax.Array | None
     """Document of each token, 0 for padding; None: one document, nothing padded."""
+    beside: Any = None
+    """What else a model reads for its input vectors (`DeepSeekV3.inputs`): a tree of arrays."""
 
     @property
     def valid_BT(self) -> jax.Array:
@@ -226,9 +228,13 @@ class DeepSeekV3(nnx.Module):
         merged = jax.tree.map(lambda *a: jnp.concatenate(a), *stats) if stats else None
         return output._replace(stats=merged)
 
+    def inputs(self, tokens: Tokens, recipe: Recipe) -> jax.Array:
+        """Input of the first layer [B, T, D]; a model that reads more than ids overrides it."""
+        return self.embed(tokens.ids_BT, recipe)
+
     def before(self, tokens: Tokens, recipe: Recipe) -> jax.Array:
         """Input of the stack [B, T, D]: embedding, and the dense layers of a model with experts."""
-        return self.dense(self.embed(tokens.ids_BT, recipe), tokens, recipe)
+        return self.dense(self.inputs(tokens, recipe), tokens, recipe)
 
     def dense(self, x_BTD: jax.Array, tokens: Tokens, recipe: Recipe) -> jax.Array:
         """The dense layers before the stack, of the embedding."""

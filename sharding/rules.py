@@ -13,6 +13,9 @@ from sharding.config import MeshConfig
 
 Rules = Mapping[str, tuple[str, ...]]
 
+IMAGES = ("channels", "channels_out", "window", "patches", "codes", "code")
+"""Axes of what reads and makes images, whole everywhere: their weights are small."""
+
 STORED: Rules = {
     "layers": (),
     "vocab": ("tensor",),
@@ -29,6 +32,7 @@ STORED: Rules = {
     "router": (),
     "experts": ("expert_nodes", "expert"),
     "expert_ffn": ("tensor",),
+    **dict.fromkeys(IMAGES, ()),
 }
 """Parameters, and gradients and optimizer state with them."""
 
@@ -58,6 +62,7 @@ COMPUTED: Rules = {
     "experts_of_node": ("expert",),
     "expert_ffn": ("tensor",),
     "choices": (),
+    **dict.fromkeys(IMAGES, ()),
 }
 """Activations, and weights as a sharded region receives them.
 

@@ -31,9 +31,10 @@ from model.stages import (
 from model.transformer import DeepSeekV3
 from sharding.copies import is_gathered, sum_of_shards, sums_on_the_way
 from sharding.partition import Layout, pipeline_ranks, stored_axes
-from sharding.pipeline.executor import run
+from sharding.pipeline.executor import Result, run
 from sharding.pipeline.schedule import Schedule, make_schedule
 from sharding.pipeline.stage_weights import check_vocabulary, place_layers
+from sharding.pipeline.stages import Stages
 from sharding.pipeline.ticks import Table, tick_table
 
 Batch = dict[str, jax.Array]
@@ -104,7 +105,7 @@ def accumulated_gradients(
         return jax.tree.map(jnp.add, total, grad_of(params, micro)), None
 
     first = jax.tree.map(lambda rows: rows[0], batch)
-    if batch["tokens"].shape[0] == 1:
+    if jax.tree.leaves(batch)[0].shape[0] == 1:
         (loss, parts), grads = grad_of(params, first)
     else:
         found, shapes = jax.eval_shape(grad_of, params, first)
@@ -166,18 +167,28 @@ def pipelined_gradients(
     `change` of the table, and `every_slot` computed though it be empty, are for programs that are
     only read (`programs/plan.py`).
     """
+    shared = weights.num_targets, weights.num_sequences, weights.mtp
+    stages = pipeline_stages(config, recipe, weights.balance)
+    inputs = params, router_bias, stages, batch, shared
+    result = run_pipeline(config, recipe, layout, *inputs, change, every_slot)
+    parts = merge_parts(result.parts, result.stats, weights.num_sequences)
+    return result.objective, parts, join_weights(config, result.gradients)
+
+
+def run_pipeline(
+    config: ModelConfig, recipe: Recipe, layout: Layout, params: Tree, router_bias: Tree,
+    stages: Stages, batch: Batch, shared: Any, change: Callable[[Table], Table] | None = None,
+    every_slot: bool = False,
+) -> Result:  # fmt: skip
+    """The stages of a model over a batch [micro batches, ..]; `shared` is the same for all."""
     schedule = make_pipeline_schedule(layout, batch["tokens"].shape[0])
     placement = place_layers(schedule, config.stack_size, *stage_costs(config))
     plan = blueprint(config)
     params_axes = stored_axes(layout, plan.params, plan.params_axes)
     held = jax.tree.map(lambda w, names: _held(w, names, recipe, layout), params, params_axes)
     axes: Any = split_weights(config, params_axes, plan.router_bias_axes)
-    shared = weights.num_targets, weights.num_sequences, weights.mtp
-    stages = pipeline_stages(config, recipe, weights.balance)
     table = tick_table(schedule)
     if change is not None:
         table = change(table)
-    weights_of = split_weights(config, held, router_bias)
-    result = run(table, placement, stages, weights_of, axes, batch, shared, layout, every_slot)
-    parts = merge_parts(result.parts, result.stats, weights.num_sequences)
-    return result.objective, parts, join_weights(config, result.gradients)
+    weights = split_weights(config, held, router_bias)
+    return run(table, placement, stages, weights, axes, batch, shared, layout, every_slot)
