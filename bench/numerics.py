@@ -182,8 +182,8 @@ def passes(subject: Subject, case: Case) -> Callable[[np.ndarray | None], Result
     def measure(routes: np.ndarray | None) -> Result:
         chosen = free if routes is None else routes
         weights = subject.weights["params"], subject.weights["router_bias"]
-        loss, grads, routes = jax.device_get(step(*weights, subject.tokens, chosen))
-        return Result(float(loss), grads, routes)
+        loss, grads, taken = jax.device_get(step(*weights, subject.tokens, chosen))
+        return Result(float(loss), grads, taken)
 
     return measure
 

@@ -99,7 +99,8 @@ def inspection_options(config: MeshConfig) -> dict[str, Any]:
     options = EXACT | schedule_options(config)
     passes = "xla_disable_hlo_passes"
     if config.pipe > 1:
-        options[passes] = ",".join(filter(None, (options.get(passes), "triton-softmax-rewriter")))
+        others = [str(options[passes])] if options.get(passes) else []
+        options[passes] = ",".join([*others, "triton-softmax-rewriter"])
     return INSPECTION | options
 
 

@@ -27,11 +27,13 @@ def rank_bytes(held: Weights, placement: Placement, layout: Layout) -> tuple[int
     `held` is what `held_shapes` gives.
     """
     is_whole = all(layout.mesh.shape[axis] == 1 for axis in ("fsdp", "tensor"))
-    parts = jax.tree.map(_on_device, (held.layers, held.first, held.last))
+    layers, first, last = jax.tree.map(_on_device, (held.layers, held.first, held.last))
     at_first, at_last = placement.is_first.any(1), placement.is_last.any(1)
     layer_of = placement.layer_of.reshape(len(placement.layer_of), -1)
-    arena = Arena(*parts, layer_of, at_first, at_last, whole=is_whole)
-    stored = jax.tree.leaves((arena.shapes(*parts), jax.tree.map(_on_device, held.vocab)))
+    arena = Arena(layers, first, last, layer_of, at_first, at_last, whole=is_whole)
+    stored = jax.tree.leaves(
+        (arena.shapes(layers, first, last), jax.tree.map(_on_device, held.vocab))
+    )
     constants = jax.tree.leaves((held.end_constants, held.layer_constants))
     weights = sum(leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in stored)
     return weights + device_bytes(constants), sum(4 * math.prod(leaf.shape) for leaf in stored)

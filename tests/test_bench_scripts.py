@@ -27,6 +27,7 @@ SCRIPTS = {
     "import_memory": slow,
     "library_kernels": pytest.mark.library,
     "numerics": slow,
+    "plan": slow,
     "r1": slow,
     "rollout": slow,
     "scaling": slow,

@@ -418,7 +418,7 @@ def test_a_teachers_padding_is_left_out(monkeypatch):
     head = jnp.arange(64.0)[None].repeat(4, 0) / 64
     fake = SimpleNamespace(
         forward=lambda *_: SimpleNamespace(hidden_BTD=hidden),
-        head=SimpleNamespace(kernel={...: head}),
+        head_kernel=lambda: head,
     )
     monkeypatch.setattr("rl.examples.teacher.bind", lambda *_: fake)
     teacher = tuning.make_teacher(run, trainer, (wide, {}, {}))

@@ -77,7 +77,7 @@ def fp8_linears(
             raise ValueError(f"no FP8 kernel: {reason}")
     M, K = x_MK.shape
     padded = tuple(_pad(w, K, w.shape[1]) for w in weights)
-    found = _linears(static, _pad(x_MK, M, K), padded)
+    found: Any = _linears(static, _pad(x_MK, M, K), padded)
     return tuple(y[:M, : w.shape[1]] for y, w in zip(found, weights, strict=True))
 
 

@@ -85,11 +85,11 @@ def expert_ffn(
     check_backend(backend, unsupported(D, F, x_MD.dtype))
     if backend == "reference":
         if masters is not None:  # the copies' values, of which the masters have the gradient
-            weights = [
+            w_gate_EDF, w_up_EDF, w_down_EFD = (
                 lax.stop_gradient(w).astype(m.dtype) + (m - lax.stop_gradient(m))
                 for w, m in zip(weights, masters, strict=True)
-            ]
-        return _reference(x_MD, *weights, group_sizes_E)
+            )
+        return _reference(x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E)
     if len(x_MD) == 0:
         return x_MD
     masters = masters or weights

@@ -62,19 +62,20 @@ def expert_sums(
     Raises:
         ValueError: shapes, types or the backend do not fit.
     """
-    masters = experts[3:]
-    experts = experts[:3]
-    masters = masters or experts
-    named = dict(zip(("w_gate", "w_up", "w_down"), experts, strict=True))
+    gate, up, down, *rest = experts
+    weights: Weights = (gate, up, down)
+    masters = tuple(rest) or weights
+    named = {"w_gate": gate, "w_up": up, "w_down": down}
     check_operands(x_ND, plan.group_sizes_E, **named)
-    _, D, F = experts[0].shape
+    _, D, F = gate.shape
     check_backend(backend, unsupported(D, F, x_ND.dtype))
     if backend == "reference" or not plan.order_M.size:
-        rows = gather_rows(x_ND, plan), *experts, plan.group_sizes_E
-        y_MD = expert_ffn(*rows, backend=backend, masters=None if masters is experts else masters)
+        rows = gather_rows(x_ND, plan)
+        given = None if masters is weights else masters
+        y_MD = expert_ffn(rows, gate, up, down, plan.group_sizes_E, backend=backend, masters=given)
         return combine_rows(y_MD, weights_NK, plan)
-    way = choose_way(backend, plan.order_M.size, experts, masters)
-    return _sums(way, x_ND, weights_NK, experts, plan, masters)
+    way = choose_way(backend, plan.order_M.size, weights, masters)
+    return _sums(way, x_ND, weights_NK, weights, plan, masters)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -35,6 +35,8 @@ def exchange_rows(
         held = tokens * config.expert
         return Rows(0, held, held, found.choices.rows, 0.0, held, found.choices.mean)
     across, inside = (b.number * b.rows * (b.number > 1) for b in found[:2])
-    means = [b.number * b.mean * (b.number > 1) for b in found[:2]]
+    to_node, to_device = (b.number * b.mean * (b.number > 1) for b in found[:2])
     received = inside or across or tokens
-    return Rows(across, inside, received, found.choices.rows, *means, found.choices.mean)
+    return Rows(
+        across, inside, received, found.choices.rows, to_node, to_device, found.choices.mean
+    )

@@ -124,7 +124,7 @@ class Arena:
 
     def shapes(self, layers: Tree, first: Tree, last: Tree) -> Stored:
         """Shapes and types of what `pack` gives, of those of its weights."""
-        rows = jax.ShapeDtypeStruct((self.rows, COLUMNS), self.dtype)
+        rows: Any = jax.ShapeDtypeStruct((self.rows, COLUMNS), self.dtype)
         pairs = (self.layers, layers), (self.first, first), (self.last, last)
         return Stored(rows, *(_rest(*pair) for pair in pairs))
 
