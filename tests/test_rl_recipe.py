@@ -161,7 +161,7 @@ def test_a_stage_ends_with_its_recipe(sent, got, scripts, tmp_path):
         pytest.skip("without setpriv (Linux) a process is not told that its parent is gone")
     recipe, stage = start(scripts)
     recipe.send_signal(signal.Signals[sent])
-    _, said = recipe.communicate(timeout=30)
+    _, said = recipe.communicate(timeout=120)
     if sent == "SIGKILL":
         assert recipe.returncode == -signal.SIGKILL
     else:
@@ -183,5 +183,5 @@ def test_a_recipe_under_nohup_is_left_alone(scripts):
     assert recipe.poll() is None
     os.kill(stage, 0)
     recipe.terminate()
-    recipe.communicate(timeout=30)
+    recipe.communicate(timeout=120)
     assert recipe.returncode == 0

@@ -449,11 +449,12 @@ class Rank:
             )
             d_first, d_embedded = pull(dx)
             gradients = self.arena.add_end("first", total.gradients, d_first, self.rank)
-            return d_embedded, total._replace(gradients=gradients)
+            return self.stages.place(d_embedded), total._replace(gradients=gradients)
 
-        d_embedded, total = lax.cond(
-            backward & self.is_first[row["b_chunk"]], first, lambda: (jnp.zeros_like(dx), total)
-        )
+        def none():  # placed like the other, or XLA refuses the two as branches
+            return self.stages.place(jnp.zeros_like(dx)), total
+
+        d_embedded, total = lax.cond(backward & self.is_first[row["b_chunk"]], first, none)
         d_all = jnp.concatenate([d_embedded[None], d_more])
 
         def one(total: Total, need):
