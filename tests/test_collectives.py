@@ -150,7 +150,7 @@ def test_flops_of_a_program():
 # ---- layouts ------------------------------------------------------------------------------------
 
 DOC = pathlib.Path(__file__).parent.parent / "docs" / "collectives.md"
-SMALL = dataclasses.replace(MODEL, vocab_size=96, expert_ffn_size=40)
+SMALL = dataclasses.replace(MODEL, vocab_size=96, expert_ffn_size=40, num_shared_experts=3)
 """No size of it is another's half, so that an array tells what it is."""
 LEAN = dataclasses.replace(SMALL, num_layers=2, num_dense_layers=0, mtp_depth=0)
 """Half to compile, for layouts whose outer parts others show."""
@@ -341,12 +341,14 @@ def test_tokens_of_other_sequences_are_never_gathered(name):
 
 
 def test_only_neighbours_are_permuted(name):
-    """Rings over `context` and `pipe`. Another permute is a detour of a weight between layouts."""
+    """Rings over `context` and `pipe`. Another permute is a detour of a weight between layouts; of
+    the batch's ids alone, where devices add up their own rows, the rows come in another order."""
     wrong = [
         complaint(one, "no ring")
         for one in compiled(name)
         if one.op == "collective-permute"
         if not one.whole or one.axes not in (("context",), ("pipe",))
+        if any(array.dtype != "s32" or len(array.sizes) > 3 for array in one.arrays)
     ]
     assert not wrong, "\n".join(wrong)
 
