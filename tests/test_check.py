@@ -8,7 +8,7 @@ import pytest
 
 import model.moe
 from model.recipe import Kernels, Recipe
-from pallas_kernels.grouped import expert_ffn
+from pallas_kernels.grouped import expert_sums
 from sharding.config import MeshConfig
 from tests.layout_helpers import (
     KNOBS,
@@ -54,10 +54,10 @@ def test_a_wrong_operation_is_named(monkeypatch):
     """Experts too large in one backend alone, as a wrong kernel would be."""
 
     def wrong(*arguments, backend, **options):
-        y = expert_ffn(*arguments, backend=backend, **options)
+        y = expert_sums(*arguments, backend=backend, **options)
         return y * np.float32(1.5).astype(y.dtype) if backend == "portable" else y
 
-    monkeypatch.setattr(model.moe, "expert_ffn", wrong)
+    monkeypatch.setattr(model.moe, "expert_sums", wrong)
     _, said = look()
     assert len(said) == 2, said
     assert "arithmetic is off: loss" in said[0]
