@@ -49,7 +49,8 @@ def test_pictures_and_answers_of_the_run(run, tmp_path, capsys):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "0000.png", "0001.png", "sheet.png",
     ]  # fmt: skip
-    assert Image.open(tmp_path / "out" / "0000.png").size == (16, 16)
+    with Image.open(tmp_path / "out" / "0000.png") as image:
+        assert image.size == (16, 16)
     ids = np.load(tmp_path / "ids3.npy")
     assert ids.shape == (2, 64)
     assert (ids != np.load(tmp_path / "ids4.npy")).any()

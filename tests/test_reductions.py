@@ -36,6 +36,11 @@ LISTED = {
     ("psum over tensor", ""): "parts of an activation, or of its gradient, have the activation's "
     "type on the wire (docs/numerics.md); of the embedding's rows one part is not 0",
     (
+        "psum over pipe+tensor",
+        "",
+    ): "the same in a pipeline, whose ranks have parts of the vocabulary",
+    ("psum over pipe", ""): "a broadcast: the parts of all ranks but one are 0",
+    (
         "reduce_scatter over expert_nodes+expert",
         "",
     ): "exchange=gather adds up at most K activations "
