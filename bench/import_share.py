@@ -4,7 +4,7 @@
 
 A folder with the released names, shapes and types (FP8 blocks, one MTP layer) is made of sparse
 files: real headers, no blocks on disk, all values zero. Host 0 then reads the shards of its 8
-devices (fsdp 8, expert = hosts) in bf16 through the reader that loads checkpoints, drops each, and
+devices as generation places them (fsdp 8, expert = hosts) in bf16 through the reader that loads checkpoints, drops each, and
 reports the peak of its resident memory. No byte comes from a disk, so the rate is that of reading,
 dequantising and transposing alone.
 """
@@ -103,7 +103,7 @@ def read_share(folder: HuggingFaceFolder, hosts: int) -> Share:
             ("params", plan.params, plan.params_axes),
             ("router_bias", plan.router_bias, plan.router_bias_axes),
         ):
-            shardings = stored_shardings(Layout(mesh), shapes, axes)
+            shardings = stored_shardings(Layout(mesh, copied=()), shapes, axes)
             leaves = jax.tree_util.tree_leaves_with_path(shapes)
             for (keys, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True):
                 places = sharding.devices_indices_map(leaf.shape)
