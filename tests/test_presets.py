@@ -282,5 +282,5 @@ def test_v3_on_its_own_layout_is_printed():
     assert (
         "devices      2048 x cpu (emulated): pipe 16 x data 2 x expert_nodes 8 x expert 8" in said
     )
-    assert "state        9.73 GiB per device: weights, moments, biases" in said
+    assert "state        3.73 GiB per device: weights, moments, biases" in said
     assert "batch        15360 x 4096 tokens in 120 micro batches" in said
