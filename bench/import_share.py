@@ -5,8 +5,8 @@
 A folder with the released names, shapes and types (FP8 blocks, one MTP layer) is made of sparse
 files: real headers, no blocks on disk, all values zero. Host 0 then reads the shards of its 8
 devices as generation places them (fsdp 8, expert = hosts) in bf16 through the reader that loads
-checkpoints, drops each, and reports the peak of its resident memory. No byte comes from a disk, so the rate is that of reading,
-dequantising and transposing alone.
+checkpoints, drops each, and reports the peak of its resident memory. No byte comes from a disk, so
+the rate is that of reading, dequantising and transposing alone.
 """
 
 import dataclasses

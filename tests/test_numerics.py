@@ -3,11 +3,7 @@
 Rounding to bf16 once is a relative error of 1.7e-3 of random numbers.
 """
 
-import json
-import os
 import pathlib
-import subprocess
-import sys
 from functools import partial
 
 import jax
@@ -115,23 +111,3 @@ def test_keys_and_the_rotary_key_add_up_in_fp32():
     for name, a, b in zip(("q", "kv", "rope"), got, exact, strict=True):
         assert relative_error(a, b) < 2.6e-3, name
     assert relative_error(got[2], exact[2]) < 2e-3
-
-
-@pytest.mark.slow
-def test_errors_of_a_trained_model():
-    """`tiny` after 400 steps. Measured: BF16 0.60% with experts replayed and 1.10% free, FP8 4.42%
-    and 5.16%."""
-    path = ROOT / "cache" / "numerics" / "test.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PJRT_NPROC")}
-    command = [sys.executable, "-m", "bench.numerics", "--variants", "2", "--json", str(path)]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True)
-    found = json.loads(path.read_text())
-    bf16, fp8 = found["rows"]
-    assert (bf16["name"], fp8["name"]) == ("BF16", "FP8")
-    assert bf16["replayed"]["median"] <= 0.6
-    assert bf16["free"]["median"] <= 1.3
-    assert fp8["replayed"]["median"] <= 4.5
-    assert fp8["free"]["median"] <= 5.5
-    assert found["embedding"]["tokens"] == 65536
-    assert max(found["embedding"]["error"].values()) <= 0.3
