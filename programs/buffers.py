@@ -127,8 +127,10 @@ def _changed(program: Program, loop: Instruction) -> list[bool]:
         step = body.get(name)
         while step is not None and step.op in ("bitcast", "copy"):
             step = body.get(step.operands[0])
-        at = re.search(r"\bindex=(\d+)", step.attributes) if step is not None else None
-        return bool(at) and step.op == "get-tuple-element" and int(at.group(1)) == index  # type: ignore[union-attr]
+        if step is None or step.op != "get-tuple-element":
+            return False
+        at = re.search(r"\bindex=(\d+)", step.attributes)
+        return at is not None and int(at[1]) == index
 
     return [not passed(i, name) for i, name in enumerate(root.operands)]
 
