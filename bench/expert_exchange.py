@@ -38,9 +38,15 @@ from sharding.partition import use_layout
 DEVICES, TOKENS, WIDTH = 8, 256, 128
 """Devices, and tokens and width of one; bytes are proportional to the latter two."""
 MODEL = dataclasses.replace(
-    preset("tiny").model, hidden_size=WIDTH, num_experts=64, experts_per_token=8,
-    num_expert_groups=8, groups_per_token=4, expert_ffn_size=16, num_shared_experts=0,
-)  # fmt: skip
+    preset("tiny").model,
+    hidden_size=WIDTH,
+    num_experts=64,
+    experts_per_token=8,
+    num_expert_groups=8,
+    groups_per_token=4,
+    expert_ffn_size=16,
+    num_shared_experts=0,
+)
 SENDS: tuple[str, ...] = ("all-to-all", "all-gather", "reduce-scatter")
 WAYS = (
     ("gather", 2, MeshConfig(expert=DEVICES, exchange="gather")),

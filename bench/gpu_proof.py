@@ -127,8 +127,11 @@ class Proof:
                 continue
             entry = {"model": model, "path": work.path, "by": name, "passes": passes}
             self.times.append(entry | {"seconds": seconds, "flop_per_s": flops / seconds})
-            print(f"{model}, {work.path}, {passes}, {name}: {seconds * 1e3:.3f} ms, "
-                  f"{flops / seconds / 1e12:.0f} TFLOP/s", flush=True)  # fmt: skip
+            print(
+                f"{model}, {work.path}, {passes}, {name}: {seconds * 1e3:.3f} ms, "
+                f"{flops / seconds / 1e12:.0f} TFLOP/s",
+                flush=True,
+            )
 
     def step(self, name: str, model: ModelConfig, train: Any, fp8: bool) -> None:
         """A train step: time, MFU, loss, and memory against the compiler's word."""
@@ -165,9 +168,12 @@ class Proof:
         }  # fmt: skip
         self.steps.append(entry)
         used = f"{entry['memory_measured'] / 2**30:.2f}" if entry["memory_measured"] else "unknown"
-        print(f"{name}: {per_step * 1e3:.0f} ms, {entry['tokens_per_second']:,.0f} tokens/s, "
-              f"MFU {entry['mfu'] or 0:.1%}, losses {losses}, predicted "
-              f"{entry['memory_predicted'] / 2**30:.2f}, used {used} GiB", flush=True)  # fmt: skip
+        print(
+            f"{name}: {per_step * 1e3:.0f} ms, {entry['tokens_per_second']:,.0f} tokens/s, "
+            f"MFU {entry['mfu'] or 0:.1%}, losses {losses}, predicted "
+            f"{entry['memory_predicted'] / 2**30:.2f}, used {used} GiB",
+            flush=True,
+        )
         if not np.isfinite(losses).all():
             self.failed.append(f"{name}: losses {losses}")
 
@@ -206,13 +212,17 @@ def measured(proof: Proof) -> dict[str, Any]:
     ours = [t for t in proof.times if t["by"] in ("mosaic", "library", "portable", "emulated")]
 
     def least(path: str, passes: str) -> float | None:
-        found = [t["seconds"] for t in ours if (t["path"], t["passes"], t["model"])
-                 == (path, passes, "V3")]  # fmt: skip
+        found = [
+            t["seconds"]
+            for t in ours
+            if (t["path"], t["passes"], t["model"]) == (path, passes, "V3")
+        ]
         return min(found, default=None)
 
     forward, both = least("attention", "forward"), least("attention", "both")
-    flops = {(t["path"], t["passes"]): t["seconds"] * t["flop_per_s"] for t in ours
-             if t["model"] == "V3"}  # fmt: skip
+    flops = {
+        (t["path"], t["passes"]): t["seconds"] * t["flop_per_s"] for t in ours if t["model"] == "V3"
+    }
     if forward and both and both > forward:
         one = flops["attention", "forward"]
         tables["attention"] = {"forward": one / forward, "backward": 2.5 * one / (both - forward)}
@@ -245,21 +255,34 @@ def time_machine(proof: Proof) -> None:
     """Dense products by cuBLAS, and a copy: what the GPU gives to anyone."""
     array = partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     for M, N, K in [(64, 64, 64)] if proof.dry else PRODUCTS:
-        work = Work(f"product {M}x{N}x{K}", lambda _: jnp.dot, (array((M, K)), array((K, N))),
-                    2.0 * M * N * K, kernels=False)  # fmt: skip
+        work = Work(
+            f"product {M}x{N}x{K}",
+            lambda _: jnp.dot,
+            (array((M, K)), array((K, N))),
+            2.0 * M * N * K,
+            kernels=False,
+        )
         proof.time("any", work)
     rows = 2**10 if proof.dry else 2**20
     copied = array((rows, 1024))
-    proof.time("any", Work("copy", lambda _: lambda x: x + 1, (copied,), 4.0 * rows * 1024,
-                           kernels=False))  # fmt: skip
+    proof.time(
+        "any", Work("copy", lambda _: lambda x: x + 1, (copied,), 4.0 * rows * 1024, kernels=False)
+    )
 
 
 def prove(proof: Proof, dry: bool) -> None:
     """Everything, in order of worth."""
     narrow = dataclasses.replace(
-        preset("tiny").model, hidden_size=64, num_heads=1, expert_ffn_size=64, kv_lora_rank=64,
-        qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32, vocab_size=1024,
-    )  # fmt: skip
+        preset("tiny").model,
+        hidden_size=64,
+        num_heads=1,
+        expert_ffn_size=64,
+        kv_lora_rank=64,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=16,
+        v_head_dim=32,
+        vocab_size=1024,
+    )
     models = {"V3": narrow} if dry else {k: preset(name).model for k, name in MODELS.items()}
     for name, model in models.items():
         for work in works(model, 64 if dry else 512, 1 if dry else 8, fp8=True):
@@ -277,15 +300,29 @@ def prove_steps(proof: Proof, dry: bool) -> None:
     """`small` as it is, and a stack of V3's widths, in BF16 and FP8."""
     run, big = preset("tiny" if dry else "small"), preset("v3_671b")
     train = dataclasses.replace(
-        run.train, batch_size=2 if dry else 16, micro_batch_size=0, seq_len=64 if dry else 1024,
-        batch_ramp_from=0, batch_ramp_tokens=0, dtype="bfloat16",
-    )  # fmt: skip
+        run.train,
+        batch_size=2 if dry else 16,
+        micro_batch_size=0,
+        seq_len=64 if dry else 1024,
+        batch_ramp_from=0,
+        batch_ramp_tokens=0,
+        dtype="bfloat16",
+    )
     model = dataclasses.replace(run.model, num_layers=2, num_dense_layers=1) if dry else run.model
     proof.attempt("step of small", 90, lambda: proof.step("small", model, train, fp8=False))
-    stack = model if dry else dataclasses.replace(
-        big.model, num_layers=3, num_dense_layers=1, num_experts=EXPERTS, num_expert_groups=1,
-        groups_per_token=1, mtp_depth=0,
-    )  # fmt: skip
+    stack = (
+        model
+        if dry
+        else dataclasses.replace(
+            big.model,
+            num_layers=3,
+            num_dense_layers=1,
+            num_experts=EXPERTS,
+            num_expert_groups=1,
+            groups_per_token=1,
+            mtp_depth=0,
+        )
+    )
     if not dry:
         train = dataclasses.replace(train, batch_size=1, seq_len=4096, remat="selective")
     for fp8 in (True,) if dry else (False, True):
@@ -309,8 +346,10 @@ def main(arguments: list[str] | None = None) -> None:
     found = measured(proof)
     pathlib.Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
     wrong = len(proof.failed)
-    print(f"{len(proof.kernels)} checks, {len(proof.times)} times, {len(proof.steps)} steps, "
-          f"{wrong} failed, {len(proof.left_out)} left out; {options.json}")  # fmt: skip
+    print(
+        f"{len(proof.kernels)} checks, {len(proof.times)} times, {len(proof.steps)} steps, "
+        f"{wrong} failed, {len(proof.left_out)} left out; {options.json}"
+    )
     sys.exit(1 if wrong else 0)
 
 

@@ -68,16 +68,22 @@ def works(c: ModelConfig, tokens: int, heads: int, fp8: bool) -> Iterator[Work]:
         return _cudnn(q, kv, k, None, sizes=sizes)
 
     yield Work(
-        "attention", lambda b: with_gradients(attend(b), 3), shapes, 3.5 * flops,
-        rival=("cuDNN", with_gradients(cudnn, 3)), forward=(attend, flops),
-    )  # fmt: skip
+        "attention",
+        lambda b: with_gradients(attend(b), 3),
+        shapes,
+        3.5 * flops,
+        rival=("cuDNN", with_gradients(cudnn, 3)),
+        forward=(attend, flops),
+    )
     rows = 32 if T >= 1024 else 2
     decode = partial(mla_decode, scale=scale, latent=C)
     yield Work(
-        "decode", lambda b: lambda *a: (decode(*a, backend=b),),
+        "decode",
+        lambda b: lambda *a: (decode(*a, backend=b),),
         (array((rows, 1, N, C + R)), array((rows, T, C + R)), jax.ShapeDtypeStruct((rows,), ints)),
-        2.0 * rows * N * T * (2 * C + R), (np.full(rows, T - 3),),
-    )  # fmt: skip
+        2.0 * rows * N * T * (2 * C + R),
+        (np.full(rows, T - 3),),
+    )
     M, E = (T, 2) if T < 512 else (EXPERTS * T // 2, EXPERTS)
     weights = array((E, D, F)), array((E, D, F)), array((E, F, D))
     groups = jax.ShapeDtypeStruct((E,), ints)
@@ -86,15 +92,20 @@ def works(c: ModelConfig, tokens: int, heads: int, fp8: bool) -> Iterator[Work]:
         yield Work(
             "experts, FP8" if ffn is fp8_expert_ffn else "experts",
             lambda b, ffn=ffn: with_gradients(partial(ffn, backend=b), 4),
-            (array((M, D)), *weights, groups), 18.0 * M * D * F, (cut,),
+            (array((M, D)), *weights, groups),
+            18.0 * M * D * F,
+            (cut,),
             fp8=ffn is fp8_expert_ffn,
-        )  # fmt: skip
+        )
     if fp8:
         yield Work(
-            "linear, FP8", lambda b: with_gradients(partial(fp8_linear, backend=b), 2),
-            (array((T, D)), array((D, F))), 6.0 * T * D * F, fp8=True,
+            "linear, FP8",
+            lambda b: with_gradients(partial(fp8_linear, backend=b), 2),
+            (array((T, D)), array((D, F))),
+            6.0 * T * D * F,
+            fp8=True,
             rival=("cuBLAS in BF16", with_gradients(jnp.dot, 2)),
-        )  # fmt: skip
+        )
     part = V // 8 // 128 * 128 or V
     targets = jax.ShapeDtypeStruct((T,), ints), jax.ShapeDtypeStruct((T,), jnp.float32)
 

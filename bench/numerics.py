@@ -376,9 +376,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", default="", help="file for all figures")
     parser.add_argument("--figure", default="", help="file for the picture")
     parser.add_argument(
-        "--emulated", action=argparse.BooleanOptionalAction, default=False,
+        "--emulated",
+        action=argparse.BooleanOptionalAction,
+        default=False,
         help="the kernels too, by their emulator: minutes",
-    )  # fmt: skip
+    )
     parser.add_argument("--variants", type=int, default=0, help="the first so many; 0: all")
     options = parser.options(arguments)
     if options.steps < 1 or options.variants < 0:

@@ -190,9 +190,12 @@ def memory_table(rows: dict[str, tuple[Case, dict[str, int]]]) -> list[str]:
             f"| {own / theirs - 1:+.2%} | {total / GIB:.3f} | {whole / GIB:.3f} "
             f"| {errors[-1]:+.1%} |"
         )
-    lines += ["", f"Totals: {min(errors):+.1%} to {max(errors):+.1%}; "
-              f"{sum(abs(e) <= 0.05 for e in errors)} of {len(errors)} within 5%. Learned "
-              f"{LEARNED.get('date', 'never')} of jax {LEARNED.get('jax', '-')}."]  # fmt: skip
+    lines += [
+        "",
+        f"Totals: {min(errors):+.1%} to {max(errors):+.1%}; "
+        f"{sum(abs(e) <= 0.05 for e in errors)} of {len(errors)} within 5%. Learned "
+        f"{LEARNED.get('date', 'never')} of jax {LEARNED.get('jax', '-')}.",
+    ]
     return lines
 
 
@@ -291,8 +294,11 @@ def published_table() -> list[str]:
             f"| {error:+.1%} | {report.mfu[0]:.2%} | {own.tokens_per_s_per_gpu:,.1f} "
             f"| {run.difference} | {run.source} |"
         )
-    lines += ["", f"Median error {statistics.median(errors):.1%}; the tables of "
-              "`planning/hardware.py` were fixed before."]  # fmt: skip
+    lines += [
+        "",
+        f"Median error {statistics.median(errors):.1%}; the tables of "
+        "`planning/hardware.py` were fixed before.",
+    ]
     return [*lines, "", *breakdown()]
 
 

@@ -77,9 +77,11 @@ def read(hf: dict[str, Any]) -> ModelConfig:
     if "head_dim" not in values:
         size, heads = values["hidden_size"], values["num_attention_heads"]
         require(
-            size % heads == 0, "hidden_size", size,
+            size % heads == 0,
+            "hidden_size",
+            size,
             f"without head_dim it must be a multiple of num_attention_heads={heads}",
-        )  # fmt: skip
+        )
         values["head_dim"] = size // heads
     values.setdefault("num_key_value_heads", values["num_attention_heads"])
     fixed = _FIXED | kind.fixed
@@ -89,9 +91,11 @@ def read(hf: dict[str, Any]) -> ModelConfig:
     require(type(tied) is bool, "tie_word_embeddings", tied, "must be true or false")
     classes = hf.get("architectures") or [kind.name]
     require(
-        isinstance(classes, list) and kind.name in classes, "architectures", classes,
+        isinstance(classes, list) and kind.name in classes,
+        "architectures",
+        classes,
         f"model_type {hf['model_type']} is {kind.name}; make them agree",
-    )  # fmt: skip
+    )
     if kind.windows:
         _check_windows(hf, values["num_hidden_layers"])
     check_quantization(hf.get("quantization_config"))
@@ -125,8 +129,10 @@ def _check_windows(hf: dict[str, Any], layers: int) -> None:
     types = hf.get("layer_types")
     require(
         types is None or (isinstance(types, list) and len(types) == layers),
-        "layer_types", types, f"must be null or a list with one entry for each of {layers} layers",
-    )  # fmt: skip
+        "layer_types",
+        types,
+        f"must be null or a list with one entry for each of {layers} layers",
+    )
     used = hf.get("use_sliding_window", False)
     require(type(used) is bool, "use_sliding_window", used, "must be true or false")
     window, first = hf.get("sliding_window"), hf.get("max_window_layers")
@@ -136,16 +142,19 @@ def _check_windows(hf: dict[str, Any], layers: int) -> None:
     if types is not None:
         other = sorted({repr(kind) for kind in types if kind != "full_attention"})
         require(
-            not other, "layer_types", ", ".join(other),
+            not other,
+            "layer_types",
+            ", ".join(other),
             "layers that see a window of their past are not implemented, only 'full_attention'",
-        )  # fmt: skip
+        )
         return
     # Without the list, layers from max_window_layers on have the window.
     require(
         not used or window is None or (first is not None and first >= layers),
-        "use_sliding_window", used,
+        "use_sliding_window",
+        used,
         f"layers that see a window of {window} tokens are not implemented",
-    )  # fmt: skip
+    )
 
 
 def write(config: ModelConfig) -> dict[str, Any]:

@@ -47,9 +47,17 @@ _NO_EFFECT = {
 """Keys of the parts that cannot change the results. Dropouts act in training alone; `num_patches`
 is replaced by what the encoder's sizes say, here as in transformers."""
 _TOP = {
-    "model_type", "text_config", "vision_config", "vq_config", "image_token_id",
-    "tie_word_embeddings", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id",
-} | _NO_EFFECT  # fmt: skip
+    "model_type",
+    "text_config",
+    "vision_config",
+    "vq_config",
+    "image_token_id",
+    "tie_word_embeddings",
+    "use_cache",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+} | _NO_EFFECT
 
 
 def text_config(hf: dict[str, Any]) -> dict[str, Any]:
@@ -148,15 +156,23 @@ def to_janus_config(config: JanusConfig, text: dict[str, Any]) -> dict[str, Any]
         "model_type": MODEL_TYPE,
         "architectures": [CLASS],
         "text_config": {key: x for key, x in text.items() if key != "architectures"},
-        "vision_config": vision | _FIXED["vision_config"] | {
-            "mlp_ratio": ratio, "projection_dim": size, "depth": config.aligner_depth,
+        "vision_config": vision
+        | _FIXED["vision_config"]
+        | {
+            "mlp_ratio": ratio,
+            "projection_dim": size,
+            "depth": config.aligner_depth,
             "num_image_tokens": config.drawn_tokens,
         },
-        "vq_config": vq | _FIXED["vq_config"] | {
-            "channel_multiplier": list(t.multipliers), "projection_dim": size,
-            "image_token_embed_dim": size, "num_hidden_layers": config.drawing_depth,
+        "vq_config": vq
+        | _FIXED["vq_config"]
+        | {
+            "channel_multiplier": list(t.multipliers),
+            "projection_dim": size,
+            "image_token_embed_dim": size,
+            "num_hidden_layers": config.drawing_depth,
             "num_patches": e.grid,
         },
         "image_token_id": config.image_token_id,
         "tie_word_embeddings": tied,
-    }  # fmt: skip
+    }

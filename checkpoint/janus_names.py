@@ -20,10 +20,10 @@ LANGUAGE = "model.language_model."
 def table(config: JanusConfig, language: list[Entry]) -> list[Entry]:
     """Every array of ours with the tensors it holds; `language` are those of a language model."""
     below = np.frompyfunc(
-        lambda name: LANGUAGE + name.removeprefix("model.")
-        if name.startswith("model.")
-        else name, 1, 1,
-    )  # fmt: skip
+        lambda name: LANGUAGE + name.removeprefix("model.") if name.startswith("model.") else name,
+        1,
+        1,
+    )
     d, e, t = config.hidden_size, config.encoder, config.tokenizer
     entries = [
         dataclasses.replace(entry, names=np.asarray(below(entry.names), object))

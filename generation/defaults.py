@@ -53,8 +53,11 @@ def said_of_sampling(folder: Path, used: Sampling) -> list[str]:
     if "do_sample" in given and same:
         words = ", ".join(f"{name} {value:g}" for name, value in fields.items())
         lines.append(f"sampling: {words}, as {file} says; options of the command line go before it")
-    idle = {name: given[name] for name, plain in _NEUTRAL.items()
-            if given.get(name) not in (None, plain)}  # fmt: skip
+    idle = {
+        name: given[name]
+        for name, plain in _NEUTRAL.items()
+        if given.get(name) not in (None, plain)
+    }
     if idle:
         words = ", ".join(f"{name}={value}" for name, value in idle.items())
         lines.append(f"warning: {file} has {words}, which is not followed here")

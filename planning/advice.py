@@ -27,8 +27,13 @@ def _make_it_fit(case: Case, report: Report, most: int) -> tuple[str, ...]:
         memory = memory_of(changed)
         gain = (report.memory.total - memory.total) / GIB
         if gain > 0.05:
-            saved.append((not memory.fits, -gain, f"{what} saves {gain:.1f} GiB" + (
-                ", and then it fits" if memory.fits else "")))  # fmt: skip
+            saved.append(
+                (
+                    not memory.fits,
+                    -gain,
+                    f"{what} saves {gain:.1f} GiB" + (", and then it fits" if memory.fits else ""),
+                )
+            )
     saved.sort()
     return (*lines, *(line for _, _, line in saved[:most])) + (
         () if saved else ("no single change saves memory here; take more GPUs: --fits-on",)
@@ -89,9 +94,13 @@ def changes(case: Case) -> Iterator[tuple[str, Case]]:
     if mesh.tensor > 1 and not mesh.sequence:
         proposals.append(("sequence parallelism", {"sequence": True}, {}))
     for grown, shrunk in (
-        ("fsdp", "data"), ("expert", "data"), ("expert", "fsdp"), ("pipe", "data"),
-        ("data", "pipe"), ("fsdp", "tensor"),
-    ):  # fmt: skip
+        ("fsdp", "data"),
+        ("expert", "data"),
+        ("expert", "fsdp"),
+        ("pipe", "data"),
+        ("data", "pipe"),
+        ("fsdp", "tensor"),
+    ):
         size = getattr(mesh, shrunk)
         if size % 2 == 0:
             sizes = {grown: 2 * getattr(mesh, grown), shrunk: size // 2}

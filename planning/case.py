@@ -117,8 +117,9 @@ class Case:
     @functools.cached_property
     def state(self) -> Any:
         """ShapeDtypeStructs of the training state with their placements."""
-        shapes = _state_shapes(self.trainer.model, self.trainer.train.optimizer,
-                               bool(self.train.ema_decay))  # fmt: skip
+        shapes = _state_shapes(
+            self.trainer.model, self.trainer.train.optimizer, bool(self.train.ema_decay)
+        )
         shardings = self.trainer.state_shardings(shapes)
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
@@ -133,9 +134,11 @@ class Case:
         recipe = dataclasses.replace(self.recipe, kernels=kernels, fp8=False)
         context = min(self.mesh.context, 2)
         config = MeshConfig(
-            data=2, context=context, sequence=self.mesh.sequence,
+            data=2,
+            context=context,
+            sequence=self.mesh.sequence,
             context_exchange=self.mesh.context_exchange,
-        )  # fmt: skip
+        )
         if recipe.remat == "none" and self.mesh.expert > 1:
             config = dataclasses.replace(
                 self.mesh, pipe=1, data=1, fsdp=1, context=context, tensor=1, overlap=False
@@ -150,9 +153,13 @@ class Case:
         model, mesh = self.model, self.mesh
         row_bytes = model.hidden_size * self.recipe.activation_dtype.itemsize
         return exchange_rows(
-            self.tokens, model.experts_per_token, model.num_experts, mesh,
-            (model.num_expert_groups, model.groups_per_token), row_bytes,
-        )  # fmt: skip
+            self.tokens,
+            model.experts_per_token,
+            model.num_experts,
+            mesh,
+            (model.num_expert_groups, model.groups_per_token),
+            row_bytes,
+        )
 
 
 @functools.cache

@@ -17,15 +17,24 @@ def compare(paths: Sequence[str]) -> list[str]:
     first, second = (read(path) for path in paths)
     lines = [f"{'':34} {_short(first, paths[0]):>24} {_short(second, paths[1]):>24} {'change':>10}"]
     lines.append(f"{'layout':34} {_layout(first):>24} {_layout(second):>24}")
-    lines.append(f"{'fits':34} {'yes' if first['fits'] else 'no':>24} "
-                 f"{'yes' if second['fits'] else 'no':>24}")  # fmt: skip
+    lines.append(
+        f"{'fits':34} {'yes' if first['fits'] else 'no':>24} "
+        f"{'yes' if second['fits'] else 'no':>24}"
+    )
     for section, unit in (("memory_gib", "GiB"), ("parts_seconds", "s")):
         names = dict.fromkeys([*first[section], *second[section]])
         for name in names:
             values = first[section].get(name, 0.0), second[section].get(name, 0.0)
             lines.append(_line(f"{name}, {unit}", *values))
-    for name in ("step_seconds", "tokens_per_s_per_gpu", "mfu_causal", "mfu_noncausal",
-                 "bubble_fraction", "gpu_hours", "cost"):  # fmt: skip
+    for name in (
+        "step_seconds",
+        "tokens_per_s_per_gpu",
+        "mfu_causal",
+        "mfu_noncausal",
+        "bubble_fraction",
+        "gpu_hours",
+        "cost",
+    ):
         lines.append(_line(name, first[name], second[name]))
     return lines
 

@@ -45,10 +45,17 @@ def with_compiled(
     for op, axes, times, size in found["collectives"]:
         names = tuple(axis.strip("~?") for axis in axes.split("+"))
         link, seconds = link_seconds(case, op, names, size)
-        sent.append({
-            "op": op, "axis": axes, "times": times, "gib": size / GIB, "link": link,
-            "seconds": seconds, "exposed_seconds": seconds * _exposed(report, op, names),
-        })  # fmt: skip
+        sent.append(
+            {
+                "op": op,
+                "axis": axes,
+                "times": times,
+                "gib": size / GIB,
+                "link": link,
+                "seconds": seconds,
+                "exposed_seconds": seconds * _exposed(report, op, names),
+            }
+        )
     compiled = {
         "memory_gib": memory,
         "collectives": sent,
@@ -88,8 +95,17 @@ def figures(case: Case, cache: str, say: Callable[[str], None]) -> dict[str, Any
 
 def key_of(case: Case) -> str:
     """Name of a program: by its configuration, its GPUs, the code and the compiler."""
-    state = repr((case.model, case.train, case.mesh, case.recipe, case.hardware.gpu_name,
-                  case.hardware.per_node, jax.__version__))  # fmt: skip
+    state = repr(
+        (
+            case.model,
+            case.train,
+            case.mesh,
+            case.recipe,
+            case.hardware.gpu_name,
+            case.hardware.per_node,
+            jax.__version__,
+        )
+    )
     digest = hashlib.sha256(state.encode())
     for folder in ("model", "sharding", "training", "pallas_kernels", "programs"):
         for path in sorted((ROOT / folder).rglob("*.py")):
@@ -125,9 +141,14 @@ def _compile(case: Case, say: Callable[[str], None]) -> dict[str, Any]:
 def _plain(case: Case) -> dict[str, Any]:
     """A case without what holds devices."""
     return {
-        "model": case.model, "train": case.train, "recipe": case.recipe, "mesh": case.mesh,
-        "gpu": case.hardware.gpu_name, "per_node": case.hardware.per_node, "gpus": case.gpus,
-    }  # fmt: skip
+        "model": case.model,
+        "train": case.train,
+        "recipe": case.recipe,
+        "mesh": case.mesh,
+        "gpu": case.hardware.gpu_name,
+        "per_node": case.hardware.per_node,
+        "gpus": case.gpus,
+    }
 
 
 def compile_here(plain: dict[str, Any]) -> dict[str, Any]:

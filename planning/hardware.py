@@ -120,9 +120,10 @@ NCCL_BYTES_PER_GROUP = Figure(
 """Memory of NCCL per group of devices that a program has collectives on."""
 
 FRAGMENTS = Figure(
-    0.02, "a choice: what XLA's allocator may leave unused; runs set 0.83 to 0.88 of the memory "
+    0.02,
+    "a choice: what XLA's allocator may leave unused; runs set 0.83 to 0.88 of the memory "
     "(marin-community/marin#8506)",
-)  # fmt: skip
+)
 """Share of what is left that the allocator cannot hand out."""
 
 DOLLARS_PER_GPU_HOUR: Mapping[str, float] = {"h800": 2.0}

@@ -29,9 +29,12 @@ def _neighbours(run: RunConfig, hardware: Hardware, gpus: int) -> Iterator[str]:
         shards = candidate.data * candidate.fsdp * candidate.expert
         for count in _counts(candidate, train.batch_size // shards):
             settled = dataclasses.replace(
-                train, micro_batch_size=shards, batch_size=shards * count, batch_ramp_from=0,
+                train,
+                micro_batch_size=shards,
+                batch_size=shards * count,
+                batch_ramp_from=0,
                 batch_ramp_tokens=0.0,
-            )  # fmt: skip
+            )
             micro = train.micro_batch_size or train.batch_size
             if micro % shards == 0 and train.batch_size % micro == 0:
                 settled = train

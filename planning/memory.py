@@ -77,9 +77,13 @@ def memory_of(case: Case) -> Memory:
     found = workspace_of(terms_of(case), case)
     limit, explained = case.hardware.limit(groups_of(case))
     return Memory(
-        **carried, exchange=found.exchange, workspace=found.rest, limit=limit,
-        explained=tuple(explained), error=found,
-    )  # fmt: skip
+        **carried,
+        exchange=found.exchange,
+        workspace=found.rest,
+        limit=limit,
+        explained=tuple(explained),
+        error=found,
+    )
 
 
 def carried_by(case: Case) -> dict[str, float]:

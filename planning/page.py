@@ -51,12 +51,16 @@ def page_of(plans: Sequence[Mapping[str, Any]]) -> str:
     memory = [{k: v for k, v in p["memory_gib"].items() if k in COLORS} for p in shown]
     limits = [p["memory_gib"]["limit"] for p in shown]
     return environment.get_template("page.html.jinja").render(
-        plans=shown, colors=COLORS, kinds=KINDS, names=NAMES, data=markupsafe.Markup(data),
+        plans=shown,
+        colors=COLORS,
+        kinds=KINDS,
+        names=NAMES,
+        data=markupsafe.Markup(data),
         memory_bars=stacked(memory, COLORS, "GiB", limits),
         time_bars=stacked([p["parts_seconds"] for p in shown], PARTS, "seconds"),
         timeline=timeline(shown[0]["timeline"]),
         traffic_bars=traffic(shown[0]["collectives"]),
-    )  # fmt: skip
+    )
 
 
 def words(plan: Mapping[str, Any]) -> str:
@@ -97,9 +101,11 @@ def _svg(figure: Any, tips: Mapping[str, str]) -> markupsafe.Markup:
 
 
 def stacked(
-    rows: Sequence[Mapping[str, float]], colors: Mapping[str, str], unit: str,
+    rows: Sequence[Mapping[str, float]],
+    colors: Mapping[str, str],
+    unit: str,
     limits: Sequence[float] = (),
-) -> markupsafe.Markup:  # fmt: skip
+) -> markupsafe.Markup:
     """Bars of parts, one for each plan; `limits` are lines that they should not pass."""
     figure, axes = _figure(10, 0.7 + 0.42 * len(rows) + 0.5 * (not limits))
     tips = {}
@@ -115,16 +121,28 @@ def stacked(
             if not limits and row == 0:
                 bar.set_label(name)
             if size > 0.06 * sum(parts.values()):
-                axes.text(left + size / 2, row, f"{size:.3g}", ha="center", va="center",
-                          color="white" if name != "bubble" else "black", fontsize=8)  # fmt: skip
+                axes.text(
+                    left + size / 2,
+                    row,
+                    f"{size:.3g}",
+                    ha="center",
+                    va="center",
+                    color="white" if name != "bubble" else "black",
+                    fontsize=8,
+                )
             left += size
         if limits:
             line = axes.plot([limits[row]] * 2, [row - 0.42, row + 0.42], color="#b3261e", lw=2)[0]
             line.set_gid(f"limit-{row}")
             tips[f"limit-{row}"] = f"limit: {limits[row]:.4g} {unit}"
     if not limits:
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.35 / max(1, 0.42 * len(rows))),
-                    ncols=6, frameon=False, fontsize=8)  # fmt: skip
+        axes.legend(
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.35 / max(1, 0.42 * len(rows))),
+            ncols=6,
+            frameon=False,
+            fontsize=8,
+        )
     axes.set_yticks(range(len(rows)), [str(n + 1) for n in range(len(rows))])
     axes.set_xlabel(unit)
     axes.invert_yaxis()

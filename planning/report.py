@@ -152,12 +152,21 @@ def report_of(case: Case, name: str) -> Report:
         for causal in (True, False)
     )
     return Report(
-        name=name, gpu=case.hardware.gpu_name, gpus=case.gpus, layout=options_of(case),
-        derived=case.derived, memory=memory_of(case), collectives=sent, parts_seconds=parts,
-        bubble_fraction=passing.bubble, timeline=passing.timeline, tokens_per_step=tokens,
-        mfu=(mfu[0], mfu[1]), tokens=case.total_tokens,
+        name=name,
+        gpu=case.hardware.gpu_name,
+        gpus=case.gpus,
+        layout=options_of(case),
+        derived=case.derived,
+        memory=memory_of(case),
+        collectives=sent,
+        parts_seconds=parts,
+        bubble_fraction=passing.bubble,
+        timeline=passing.timeline,
+        tokens_per_step=tokens,
+        mfu=(mfu[0], mfu[1]),
+        tokens=case.total_tokens,
         dollars_per_hour=case.hardware.dollars_per_hour,
-    )  # fmt: skip
+    )
 
 
 def parts_of(passing: Passing, sent: tuple[Collective, ...], update: float) -> dict[str, float]:
@@ -283,8 +292,11 @@ def time_lines(report: Report) -> list[str]:
     """Time, part by part, and what follows."""
     step = report.step_seconds
     parts = sorted(report.parts_seconds.items(), key=lambda part: -part[1])
-    shown = [f"  {name:12} {seconds:9.3f} s {seconds / step:6.1%}" for name, seconds in parts if
-             seconds > 5e-4 * step]  # fmt: skip
+    shown = [
+        f"  {name:12} {seconds:9.3f} s {seconds / step:6.1%}"
+        for name, seconds in parts
+        if seconds > 5e-4 * step
+    ]
     return [
         f"time of a step, seconds of the busiest rank ({CLOSED})",
         *shown,

@@ -80,9 +80,11 @@ def candidates(
     """Runs on all meshes of `gpus` GPUs under the limits; not all of them are legal."""
     experts = run.model.num_experts
     for pipe, tensor, context, expert in itertools.product(
-        divisors(gpus, limits.max_pipe), divisors(gpus, min(limits.max_tensor, hardware.per_node)),
-        divisors(gpus, hardware.per_node), divisors(gpus, experts),
-    ):  # fmt: skip
+        divisors(gpus, limits.max_pipe),
+        divisors(gpus, min(limits.max_tensor, hardware.per_node)),
+        divisors(gpus, hardware.per_node),
+        divisors(gpus, experts),
+    ):
         inner, used = tensor * context, pipe * tensor * context * expert
         if gpus % used or experts % expert or inner > hardware.per_node:
             continue
@@ -92,10 +94,18 @@ def candidates(
         rest = gpus // used
         for fsdp in divisors(rest, 1 if pipe > 1 else rest):
             mesh = dataclasses.replace(
-                run.mesh, pipe=pipe, tensor=tensor, context=context, expert=expert,
-                expert_nodes=nodes, fsdp=fsdp, data=rest // fsdp, sequence=tensor > 1,
-                pipe_chunks=1, overlap=False,
-            )  # fmt: skip
+                run.mesh,
+                pipe=pipe,
+                tensor=tensor,
+                context=context,
+                expert=expert,
+                expert_nodes=nodes,
+                fsdp=fsdp,
+                data=rest // fsdp,
+                sequence=tensor > 1,
+                pipe_chunks=1,
+                overlap=False,
+            )
             yield from _variants(run, mesh, limits)
 
 
@@ -122,9 +132,13 @@ def divisors(number: int, most: int) -> list[int]:
 
 
 def ranked(
-    run: RunConfig, hardware: Hardware, gpus: int, limits: Limits = DEFAULT, name: str = "run",
+    run: RunConfig,
+    hardware: Hardware,
+    gpus: int,
+    limits: Limits = DEFAULT,
+    name: str = "run",
     show: bool = True,
-) -> Found:  # fmt: skip
+) -> Found:
     """All legal layouts of `gpus` GPUs, ranked.
 
     Raises:
@@ -172,7 +186,7 @@ def pareto(reports: list[Report]) -> list[Report]:
 
 def fewest(
     run: RunConfig, hardware: Hardware, limits: Limits = DEFAULT, name: str = "run"
-) -> Found:  # fmt: skip
+) -> Found:
     """The fewest GPUs, in powers of two, on which a run trains; its batch may be made a multiple of
     the layout's.
 

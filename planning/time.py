@@ -144,9 +144,14 @@ def _pipeline(case: Case) -> Passing:
         if code
     )
     return Passing(
-        seconds, found, bubble, float(exposed[:, rank].sum()), float(travelled[:, rank].sum()),
-        timeline, moe_layer(case),
-    )  # fmt: skip
+        seconds,
+        found,
+        bubble,
+        float(exposed[:, rank].sum()),
+        float(travelled[:, rank].sum()),
+        timeline,
+        moe_layer(case),
+    )
 
 
 def _common(case: Case, busy: np.ndarray, parts: dict[str, np.ndarray]) -> np.ndarray:

@@ -59,9 +59,14 @@ def span(case: Case, *axes: str) -> int:
 
 
 def _one(
-    case: Case, op: str, axes: tuple[str, ...], times: float, size: float, what: str,
+    case: Case,
+    op: str,
+    axes: tuple[str, ...],
+    times: float,
+    size: float,
+    what: str,
     exposed: float | None = None,
-) -> Collective:  # fmt: skip
+) -> Collective:
     """A gather, reduction or permute of `size` bytes in all, over its axes' links."""
     link = case.hardware.link(span(case, *axes))
     group = math.prod(_size(case, axis) for axis in axes)
@@ -112,10 +117,16 @@ def _exchange(case: Case, passing: Passing) -> list[Collective]:
         seconds = size / speed
         found.append(
             Collective(
-                ops[exchange], axis, round((there + back) * layer_passes(case)), size, link,
-                seconds, seconds * (1 - hidden), "rows of tokens to their experts and back",
+                ops[exchange],
+                axis,
+                round((there + back) * layer_passes(case)),
+                size,
+                link,
+                seconds,
+                seconds * (1 - hidden),
+                "rows of tokens to their experts and back",
             )
-        )  # fmt: skip
+        )
     return found
 
 
@@ -196,9 +207,13 @@ def _held(case: Case) -> Held:
     outer = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(ends))
     expert_sums = of_experts / item * 4
     return Held(
-        dense, of_experts, device_bytes(ends), numbers * 4 - expert_sums, expert_sums,
+        dense,
+        of_experts,
+        device_bytes(ends),
+        numbers * 4 - expert_sums,
+        expert_sums,
         outer * 4,
-    )  # fmt: skip
+    )
 
 
 def expert_weights(params: Any) -> list[Any]:
@@ -220,9 +235,12 @@ def _of_fsdp(case: Case, passing: Passing) -> list[Collective]:
         return []
     item, count = case.recipe.activation_dtype.itemsize, case.micro_batches
     stored = device_bytes(case.state["params"])
-    whole = stored * fsdp / 4 * math.prod(
-        _size(case, axis) for axis in COPIED if _share_dense(case) == 1.0
-    )  # fmt: skip
+    whole = (
+        stored
+        * fsdp
+        / 4
+        * math.prod(_size(case, axis) for axis in COPIED if _share_dense(case) == 1.0)
+    )
     gather = _one(
         case, "all-gather", ("fsdp",), 2 * count, 2 * count * whole * item, "weights of layers"
     )

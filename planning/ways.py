@@ -27,9 +27,14 @@ class Ways(NamedTuple):
 
 OWN = Ways()
 DEEPSEEK = Ways(
-    "DeepSeek's system", exact_rows=True, resends=False, one_hop=True, vocabulary_on_ranks=False,
-    fetches=False, hides_messages=True,
-)  # fmt: skip
+    "DeepSeek's system",
+    exact_rows=True,
+    resends=False,
+    one_hop=True,
+    vocabulary_on_ranks=False,
+    fetches=False,
+    hides_messages=True,
+)
 """V3 report, sections 3.2.1 to 3.2.3 and 3.3: DeepEP's exchange, which forwards by NVLink what
 arrives and knows how many rows come; dispatched rows kept in FP8; ends on the first and last rank;
 messages of the pipeline hidden in pairs of chunks."""

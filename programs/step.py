@@ -72,9 +72,13 @@ def rows_of(trainer: Trainer) -> list[tuple[int, int]]:
     sequences = (train.micro_batch_size or train.batch_size) // batch_shards(trainer.layout)
     row_bytes = model.hidden_size * trainer.recipe.activation_dtype.itemsize
     rows = exchange_rows(
-        sequences * train.seq_len // mesh.context, model.experts_per_token, model.num_experts, mesh,
-        (model.num_expert_groups, model.groups_per_token), row_bytes,
-    )  # fmt: skip
+        sequences * train.seq_len // mesh.context,
+        model.experts_per_token,
+        model.num_experts,
+        mesh,
+        (model.num_expert_groups, model.groups_per_token),
+        row_bytes,
+    )
     # Sorted rows begin every expert's at a tile.
     found = [(rows.sorted, rows.sorted + rows.sorted // 16 + 512)]
     return found + [(n, n) for n in (rows.across, rows.inside) if n]

@@ -154,9 +154,13 @@ def teacher_tokenizer(run: RunConfig, tokenizer: Tokenizer) -> Tokenizer:
 
 
 def packed_examples(
-    run: RunConfig, trainer: Trainer, tokenizer: Tokenizer, policy: Any, say: Say,
+    run: RunConfig,
+    trainer: Trainer,
+    tokenizer: Tokenizer,
+    policy: Any,
+    say: Say,
     taught: Tokenizer | None = None,
-) -> PackedExamples:  # fmt: skip
+) -> PackedExamples:
     """All that the run learns, in rows; samples what has to be sampled. Says how much there is.
 
     `taught` is the tokenizer of the policy, where it is another: its texts are learned then.

@@ -259,8 +259,13 @@ def _flags(host: Host) -> list[Finding]:
         if name in host.environment:
             text = f"{name}={host.environment[name]}: how much memory JAX takes at its start"
             found.append(Finding("XLA flags", text))
-    return found or [Finding("XLA flags", "none from the environment; a layout that computes two "
-                             "micro batches side by side sets its own")]  # fmt: skip
+    return found or [
+        Finding(
+            "XLA flags",
+            "none from the environment; a layout that computes two "
+            "micro batches side by side sets its own",
+        )
+    ]
 
 
 # ---- reading nvidia-smi --------------------------------------------------------------------------

@@ -129,9 +129,13 @@ def reduce_to(
 
 
 def sum_of_shards(
-    fn: Callable[[Tree, Tree, Tree, Tree], tuple[Tree, Tree]], layout: Layout,
-    weights: tuple[Tree, Tree], constants: tuple[Tree, Tree], batch: Tree, shared: Tree,
-) -> tuple[Tree, Tree]:  # fmt: skip
+    fn: Callable[[Tree, Tree, Tree, Tree], tuple[Tree, Tree]],
+    layout: Layout,
+    weights: tuple[Tree, Tree],
+    constants: tuple[Tree, Tree],
+    batch: Tree,
+    shared: Tree,
+) -> tuple[Tree, Tree]:
     """`sums, gradients = fn(weights, constants, batch, shared)` of every device's rows, added up.
 
     Args:

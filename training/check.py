@@ -52,9 +52,14 @@ class Found(NamedTuple):
 
 
 def gradients_and_routes(
-    config: ModelConfig, recipe: Recipe, params: Tree, router_bias: Tree, micro: Batch,
-    weights: LossWeights, routes_LBTK: jax.Array | None = None,
-) -> tuple[jax.Array, Tree, jax.Array | None]:  # fmt: skip
+    config: ModelConfig,
+    recipe: Recipe,
+    params: Tree,
+    router_bias: Tree,
+    micro: Batch,
+    weights: LossWeights,
+    routes_LBTK: jax.Array | None = None,
+) -> tuple[jax.Array, Tree, jax.Array | None]:
     """Training loss of one micro batch, its gradient, and the experts of every token.
 
     Tokens keep to the experts of `routes_LBTK`, those of MTP modules behind the main layers'; where
@@ -131,9 +136,13 @@ class Check:
         self._measures: dict[Recipe, Callable[..., Found]] = {}
 
     def __call__(
-        self, params: Tree, router_bias: Tree, batch: Batch, mtp_weight: Any,
+        self,
+        params: Tree,
+        router_bias: Tree,
+        batch: Batch,
+        mtp_weight: Any,
         say: Callable[[str], None],
-    ) -> dict[str, float]:  # fmt: skip
+    ) -> dict[str, float]:
         """Metrics check/*; a gap above the bound is said, with the operation that makes it."""
         inputs = params, router_bias, batch, mtp_weight
         step = self._measure(self.recipe, *inputs)
@@ -170,8 +179,10 @@ class Check:
 
     def _gap(self, found: Found, plain: Found) -> float:
         """The larger of both gaps, in bounds; infinite where something is not finite."""
-        loss, norm = (abs(float(a) - float(b)) / abs(float(b)) for a, b in zip(
-            found[:2], plain[:2], strict=True))  # fmt: skip
+        loss, norm = (
+            abs(float(a) - float(b)) / abs(float(b))
+            for a, b in zip(found[:2], plain[:2], strict=True)
+        )
         gap = max(loss / self.bound.loss, norm / self.bound.norm)
         return gap if np.isfinite(gap) else np.inf
 

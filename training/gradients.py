@@ -51,9 +51,15 @@ def loss_weights(batch: Batch, mtp_weight: jax.Array, balance_weight: float) -> 
 
 
 def gradients_of_shards(
-    config: ModelConfig, recipe: Recipe, layout: Layout, params: Tree, router_bias: Tree,
-    batch: Batch, weights: LossWeights, in_pairs: bool = False,
-) -> tuple[jax.Array, LossParts, Tree]:  # fmt: skip
+    config: ModelConfig,
+    recipe: Recipe,
+    layout: Layout,
+    params: Tree,
+    router_bias: Tree,
+    batch: Batch,
+    weights: LossWeights,
+    in_pairs: bool = False,
+) -> tuple[jax.Array, LossParts, Tree]:
     """`accumulated_gradients`, of every device's own rows, added up once over the devices."""
     plan = blueprint(config)
     axes = stored_axes(layout, plan.params, plan.params_axes)
@@ -65,12 +71,17 @@ def gradients_of_shards(
 
     held = jax.tree.map(
         lambda w, names: _held(w, names, recipe, layout) if is_gathered(w, names, layout) else w,
-        params, axes,
-    )  # fmt: skip
+        params,
+        axes,
+    )
     (loss, parts), grads = sum_of_shards(
-        of_rows, layout, (held, axes), (router_bias, plan.router_bias_axes), batch,
+        of_rows,
+        layout,
+        (held, axes),
+        (router_bias, plan.router_bias_axes),
+        batch,
         jax.tree.map(jnp.float32, weights),
-    )  # fmt: skip
+    )
     return loss, parts, grads
 
 
@@ -158,10 +169,16 @@ def check_micro_batches(config: ModelConfig, layout: Layout, num_micro: int) -> 
 
 
 def pipelined_gradients(
-    config: ModelConfig, recipe: Recipe, layout: Layout, params: Tree, router_bias: Tree,
-    batch: Batch, weights: LossWeights, change: Callable[[Table], Table] | None = None,
+    config: ModelConfig,
+    recipe: Recipe,
+    layout: Layout,
+    params: Tree,
+    router_bias: Tree,
+    batch: Batch,
+    weights: LossWeights,
+    change: Callable[[Table], Table] | None = None,
     every_slot: bool = False,
-) -> tuple[jax.Array, LossParts, Tree]:  # fmt: skip
+) -> tuple[jax.Array, LossParts, Tree]:
     """The same, with the layers cut over `pipe` and micro batches in flight at the same time.
 
     `change` of the table, and `every_slot` computed though it be empty, are for programs that are
@@ -176,10 +193,17 @@ def pipelined_gradients(
 
 
 def run_pipeline(
-    config: ModelConfig, recipe: Recipe, layout: Layout, params: Tree, router_bias: Tree,
-    stages: Stages, batch: Batch, shared: Any, change: Callable[[Table], Table] | None = None,
+    config: ModelConfig,
+    recipe: Recipe,
+    layout: Layout,
+    params: Tree,
+    router_bias: Tree,
+    stages: Stages,
+    batch: Batch,
+    shared: Any,
+    change: Callable[[Table], Table] | None = None,
     every_slot: bool = False,
-) -> Result:  # fmt: skip
+) -> Result:
     """The stages of a model over a batch [micro batches, ..]; `shared` is the same for all."""
     schedule = make_pipeline_schedule(layout, batch["tokens"].shape[0])
     placement = place_layers(schedule, config.stack_size, *stage_costs(config))

@@ -64,9 +64,14 @@ def expert_buffers(model: ModelConfig, trainer: Trainer) -> list[str]:
         return []
     row_bytes = model.hidden_size * jnp.dtype(train.dtype).itemsize
     found = buffers(
-        model.num_experts, shards, tokens, model.experts_per_token,
-        (model.num_expert_groups, model.groups_per_token), row_bytes, layout.config,
-    )  # fmt: skip
+        model.num_experts,
+        shards,
+        tokens,
+        model.experts_per_token,
+        (model.num_expert_groups, model.groups_per_token),
+        row_bytes,
+        layout.config,
+    )
     return found.describe(row_bytes)
 
 

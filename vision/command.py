@@ -73,9 +73,12 @@ def pixels_to_score(
 
 
 def read_images(
-    paths: Sequence[Path], generator: Generator, weights: Tree, prompts: Sequence[np.ndarray],
+    paths: Sequence[Path],
+    generator: Generator,
+    weights: Tree,
+    prompts: Sequence[np.ndarray],
     say: Say,
-) -> list[tuple[np.ndarray, np.ndarray]] | None:  # fmt: skip
+) -> list[tuple[np.ndarray, np.ndarray]] | None:
     """What every prompt reads in its image places: all the images, the same for each.
 
     ValueError for a file that cannot be used and for prompts with other numbers of places.
@@ -95,9 +98,14 @@ def read_images(
 
 
 def draw_command(
-    options: ImageOptions, sampling: Sampling, source: Weights, generator: Generator,
-    tokenizer: Tokenizer | None, say: Say, write: bool,
-) -> None:  # fmt: skip
+    options: ImageOptions,
+    sampling: Sampling,
+    source: Weights,
+    generator: Generator,
+    tokenizer: Tokenizer | None,
+    say: Say,
+    write: bool,
+) -> None:
     """Draw what the options ask for."""
     config = janus_config(generator.config)
     if sampling.top_k or sampling.top_p < 1:

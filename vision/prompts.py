@@ -141,9 +141,13 @@ def with_image_tokens(tokenizer: Tokenizer) -> Tokenizer:
     """The same with the tokens of Janus-Pro's template, new ids at the end."""
     bare = tokenizers.Tokenizer.from_str(tokenizer.json)
     bare.add_special_tokens(list(TOKENS))
-    settings = json.dumps({"bos_token": tokenizer.conventions.bos,
-                           "eos_token": tokenizer.conventions.eos,
-                           "pad_token": tokenizer.conventions.pad})  # fmt: skip
+    settings = json.dumps(
+        {
+            "bos_token": tokenizer.conventions.bos,
+            "eos_token": tokenizer.conventions.eos,
+            "pad_token": tokenizer.conventions.pad,
+        }
+    )
     return Tokenizer(bare.to_str(), {"tokenizer_config.json": settings})
 
 

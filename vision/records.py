@@ -122,9 +122,14 @@ class FileSource:
     """
 
     def __init__(
-        self, records: list[Record], config: JanusConfig, talk: Conversations,
-        encode: Callable[[np.ndarray], np.ndarray], drop: float, findings: Findings,
-    ):  # fmt: skip
+        self,
+        records: list[Record],
+        config: JanusConfig,
+        talk: Conversations,
+        encode: Callable[[np.ndarray], np.ndarray],
+        drop: float,
+        findings: Findings,
+    ):
         self._config, self._talk, self._encode, self._drop = config, talk, encode, drop
         self.findings = findings
         self._records = {

@@ -28,9 +28,13 @@ class SceneSource:
     """
 
     def __init__(
-        self, seed: int, config: JanusConfig, talk: Conversations,
-        encode: Callable[[np.ndarray], np.ndarray], drop: float,
-    ):  # fmt: skip
+        self,
+        seed: int,
+        config: JanusConfig,
+        talk: Conversations,
+        encode: Callable[[np.ndarray], np.ndarray],
+        drop: float,
+    ):
         self._config, self.talk, self._encode, self._drop = config, talk, encode, drop
         self._shown, self.held_out = split(seed)
         self._codes: dict[Scene, np.ndarray] = {}

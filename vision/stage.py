@@ -135,9 +135,13 @@ def make_source(
         return SceneSource(run.seed, config, talk, encode, images.condition_dropout)
     records = [r for place in images.records for r in read_records(Path(place), findings)]
     source = FileSource(
-        records, config, talk, lambda pixels: encode(pixels[None])[0],
-        images.condition_dropout, findings,
-    )  # fmt: skip
+        records,
+        config,
+        talk,
+        lambda pixels: encode(pixels[None])[0],
+        images.condition_dropout,
+        findings,
+    )
     counts = source.counts()
     say("records: " + ", ".join(f"{count} of kind {kind}" for kind, count in counts.items()))
     wanted = dict(zip(counts, shares_of(images), strict=True))

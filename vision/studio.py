@@ -33,10 +33,16 @@ def check_places(options: ImageOptions) -> None:
 
 
 def draw_images(
-    options: ImageOptions, generator: Generator, weights: Tree, captions: Sequence[str],
-    prompts: Sequence[np.ndarray], tokens: DrawingTokens, brush: Brush,
-    say: Callable[[str], None], write: bool,
-) -> None:  # fmt: skip
+    options: ImageOptions,
+    generator: Generator,
+    weights: Tree,
+    captions: Sequence[str],
+    prompts: Sequence[np.ndarray],
+    tokens: DrawingTokens,
+    brush: Brush,
+    say: Callable[[str], None],
+    write: bool,
+) -> None:
     """Draw `options.images` of every prompt, and write what is asked for if `write`."""
     painter = Painter(generator, brush)
     asked = [prompt for prompt in prompts for _ in range(options.images)]

@@ -18,9 +18,13 @@ from pallas_kernels.mosaic import Backend
 
 
 def grouped_decode(
-    q_BQNH: Array, cache_BKSL: Array, lengths_B: Array, *, scale: float,
+    q_BQNH: Array,
+    cache_BKSL: Array,
+    lengths_B: Array,
+    *,
+    scale: float,
     backend: Backend = "portable",
-) -> Array:  # fmt: skip
+) -> Array:
     """Attention [B, Q, N, H] of a row's last Q tokens over its cache; arguments as of `mla_decode`.
 
     Query i of Q sees the slots below lengths[b] - (Q - 1 - i), of which there must be one. Slots
@@ -34,9 +38,13 @@ def grouped_decode(
     q_BKQGH = q_BQNH.reshape(B, Q, K, N // K, H).swapaxes(1, 2)
     q_RQGL = jnp.pad(q_BKQGH, (*((0, 0),) * 4, (H, 0))).reshape(B * K, Q, N // K, L)
     o_RQGH = mla.mla_decode(
-        q_RQGL, cache_BKSL.reshape(B * K, S, L), jnp.repeat(lengths_B, K), scale=scale, latent=H,
+        q_RQGL,
+        cache_BKSL.reshape(B * K, S, L),
+        jnp.repeat(lengths_B, K),
+        scale=scale,
+        latent=H,
         backend=backend,
-    )  # fmt: skip
+    )
     return o_RQGH.reshape(B, K, Q, N // K, H).swapaxes(1, 2).reshape(B, Q, N, H)
 
 
@@ -46,9 +54,12 @@ def unsupported(channels: int, heads: int, dtype: Any) -> str | None:
 
 
 def portable(
-    q_BQNH: Array, cache_BKSL: Array, lengths_B: Array, scale: float,
+    q_BQNH: Array,
+    cache_BKSL: Array,
+    lengths_B: Array,
+    scale: float,
     precision: lax.PrecisionLike = None,
-) -> Array:  # fmt: skip
+) -> Array:
     """`grouped_decode` by two products over the whole cache, softmax in fp32."""
     (B, Q, N, H), (_, K, S, _) = q_BQNH.shape, cache_BKSL.shape
     values_BKSH, keys_BKSH = jnp.split(cache_BKSL, 2, axis=-1)

@@ -49,9 +49,15 @@ def forward(emulated: bool, keep: bool, x_MD: Array, weights: tuple, group_sizes
 
 
 def backward(
-    emulated: bool, w_dtype: Any, x_MD: Array, weights: tuple, group_sizes_E: Array, kept: tuple,
-    dy_MD: Array, scale_M: Array | None,
-):  # fmt: skip
+    emulated: bool,
+    w_dtype: Any,
+    x_MD: Array,
+    weights: tuple,
+    group_sizes_E: Array,
+    kept: tuple,
+    dy_MD: Array,
+    scale_M: Array | None,
+):
     """dx [M, D] and the gradients of the weights, of type `w_dtype`; and, with `scale_M`, that of
     the scale [M].
 

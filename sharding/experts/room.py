@@ -99,9 +99,14 @@ class Buffers(NamedTuple):
 
 
 def buffers(
-    num_experts: int, shards: tuple[int, int], tokens: int, choices: int, groups: tuple[int, int],
-    row_bytes: int, config: MeshConfig,
-) -> Buffers:  # fmt: skip
+    num_experts: int,
+    shards: tuple[int, int],
+    tokens: int,
+    choices: int,
+    groups: tuple[int, int],
+    row_bytes: int,
+    config: MeshConfig,
+) -> Buffers:
     """Buffers of devices that come with `tokens` tokens each; `shards` are nodes, and devices of
     one, over which the experts are cut."""
     capacity, (nodes, inside) = config.exchange_capacity, shards

@@ -25,9 +25,13 @@ class Rows(NamedTuple):
 
 
 def exchange_rows(
-    tokens: int, choices: int, experts: int, config: MeshConfig, groups: tuple[int, int],
+    tokens: int,
+    choices: int,
+    experts: int,
+    config: MeshConfig,
+    groups: tuple[int, int],
     row_bytes: int,
-) -> Rows:  # fmt: skip
+) -> Rows:
     """Rows of an exchange of devices with `tokens` tokens each (`sharding/experts/dispatch.py`)."""
     shards = config.expert_nodes, config.expert // config.expert_nodes
     found = buffers(experts, shards, tokens, choices, groups, row_bytes, config)

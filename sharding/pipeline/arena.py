@@ -58,9 +58,15 @@ class Arena:
     """
 
     def __init__(
-        self, layers: Tree, first: Tree, last: Tree, layer_of: np.ndarray,
-        at_first: np.ndarray, at_last: np.ndarray, whole: bool,
-    ):  # fmt: skip
+        self,
+        layers: Tree,
+        first: Tree,
+        last: Tree,
+        layer_of: np.ndarray,
+        at_first: np.ndarray,
+        at_last: np.ndarray,
+        whole: bool,
+    ):
         self.slots = layer_of.shape[1]
         leaves = jax.tree.leaves((layers, first, last))
         self.dtype = max(leaves, key=lambda leaf: math.prod(leaf.shape)).dtype

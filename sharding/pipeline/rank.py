@@ -75,10 +75,20 @@ class Rank:
     """The program of one rank; its methods are traced."""
 
     def __init__(
-        self, table: Table, stages: Stages, held: Weights, arena: Arena, batch: Tree, shared: Tree,
-        active: jax.Array, slots: int, is_first: jax.Array, is_last: jax.Array, full: bool,
+        self,
+        table: Table,
+        stages: Stages,
+        held: Weights,
+        arena: Arena,
+        batch: Tree,
+        shared: Tree,
+        active: jax.Array,
+        slots: int,
+        is_first: jax.Array,
+        is_last: jax.Array,
+        full: bool,
         ends: tuple[Ends, Ends],
-    ):  # fmt: skip
+    ):
         self.table, self.stages, self.vocab = table, stages, held.vocab
         self.end_constants, self.layer_constants = held.end_constants, held.layer_constants
         self.rank = lax.axis_index(AXIS)
@@ -419,8 +429,10 @@ class Rank:
                 h = self.stages.place(lax.psum(mine, AXIS))
                 objective, pull, parts = jax.vjp(
                     lambda vocab, h: self.stages.loss(vocab, h, micro, k),
-                    self.vocab, h, has_aux=True,
-                )  # fmt: skip
+                    self.vocab,
+                    h,
+                    has_aux=True,
+                )
                 d_vocab, dh = pull(jnp.ones_like(objective))
                 d_hidden = jnp.where(at == rank, put_entry(d_hidden, dh, k), d_hidden)
                 total = total._replace(
@@ -435,9 +447,15 @@ class Rank:
         return d_hidden, total
 
     def _input_gradient(
-        self, row, backward: jax.Array, embedded: jax.Array, dx: jax.Array, d_more: jax.Array,
-        ends: tuple[Ends, Ends], total: Total,
-    ) -> Total:  # fmt: skip
+        self,
+        row,
+        backward: jax.Array,
+        embedded: jax.Array,
+        dx: jax.Array,
+        d_more: jax.Array,
+        ends: tuple[Ends, Ends],
+        total: Total,
+    ) -> Total:
         """Gradient of what comes before the layers on the first stage, and of all embeddings."""
         micro = self._micro(row["b_micro"])
         needs = self._needs(ends, backward=True)

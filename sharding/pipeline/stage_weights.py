@@ -226,8 +226,11 @@ def check_vocabulary(layout: Layout, size: int) -> None:
     """Raise ValueError unless a vocabulary splits over the ranks, each of which has a part."""
     check_divides(
         "vocabulary (every rank of a pipeline has a part of it)",
-        (size,), (VOCAB,), layout.mesh, with_vocabulary_on_ranks(layout).computed,
-    )  # fmt: skip
+        (size,),
+        (VOCAB,),
+        layout.mesh,
+        with_vocabulary_on_ranks(layout).computed,
+    )
 
 
 def by_layer(x: jax.Array, placement: Placement) -> jax.Array:
