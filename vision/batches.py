@@ -100,16 +100,7 @@ class MixedRows:
         self, span: Callable[[int], tuple[int, int]], start: int, stop: int
     ) -> Iterator[Mapping[str, np.ndarray]]:
         """Batches of steps start .. stop; span(step): its first row of the run, and its rows."""
-        for step in range(start, stop):
-            first, count = span(step)
-            micros = [
-                [self.row(first + micro + row) for row in self.rows]
-                for micro in range(0, count, self.micro_batch)
-            ]
-            yield {
-                name: np.stack([np.stack([row[name] for row in rows]) for rows in micros])
-                for name in micros[0][0]
-            }
+        return _batches(self.row, self.rows, self.micro_batch, span, start, stop)
 
     def row(self, number: int) -> dict[str, np.ndarray]:
         """Row `number` of the run: examples drawn by the shares until one does not fit.
@@ -170,14 +161,30 @@ class PictureRows:
         self, span: Callable[[int], tuple[int, int]], start: int, stop: int
     ) -> Iterator[Mapping[str, np.ndarray]]:
         """As `MixedRows.batches`."""
-        for step in range(start, stop):
-            first, count = span(step)
-            micros = [
-                [self._row(first + micro + row) for row in self.rows]
-                for micro in range(0, count, self.micro_batch)
-            ]
-            yield {"paint": np.stack([np.stack(rows) for rows in micros])}
+
+        def row(number: int) -> dict[str, np.ndarray]:
+            return {"paint": self._row(number)}
+
+        return _batches(row, self.rows, self.micro_batch, span, start, stop)
 
     def _row(self, number: int) -> np.ndarray:
         rng = np.random.default_rng([self.seed, number, 1])
         return np.moveaxis(self.draw(rng), 0, -1)
+
+
+def _batches(
+    row: Callable[[int], Mapping[str, np.ndarray]],
+    rows: range,
+    micro_batch: int,
+    span: Callable[[int], tuple[int, int]],
+    start: int,
+    stop: int,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Batches [micro batches, rows, ...] of steps start .. stop, by rows of the run."""
+    for step in range(start, stop):
+        first, count = span(step)
+        micros = [[row(first + micro + n) for n in rows] for micro in range(0, count, micro_batch)]
+        yield {
+            name: np.stack([np.stack([one[name] for one in micro]) for micro in micros])
+            for name in micros[0][0]
+        }
