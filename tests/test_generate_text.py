@@ -162,7 +162,7 @@ def test_a_mark_of_byte_order_and_compression_are_no_part_of_a_prompt(tmp_path):
     ("name", "content", "says"),
     [
         ("a.txt", "text".encode("utf-16"), "is not UTF-8 text"),
-        ("a.jsonl.gz", gzip.compress(b"x" * 99)[:-9], "is not UTF-8 text .gzip"),
+        ("a.jsonl.gz", gzip.compress(b"x" * 99, mtime=0)[:-9], "is not UTF-8 text .gzip"),
         ("a.csv", b"prompt\nx\n", "a table is no list of prompts"),
         ("a.json", b'["x"]', r"a\.json:1: expected"),
     ],

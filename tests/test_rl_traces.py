@@ -384,8 +384,8 @@ def demonstrated(task, tokenizer):
         for i in range(1000):
             problem = task.prompt(number, i, "train")
             text = task.demonstrate(problem, np.random.default_rng((number, i)))
-            prompt, answer = (tokenizer.encode(part) for part in (problem.prompt, text))
-            answer = np.append(answer, np.int32(tokenizer.eos_id))
+            prompt = encode_prompt(tokenizer, problem)  # begins as a question to the student
+            answer = np.append(tokenizer.encode(text), np.int32(tokenizer.eos_id))
             reward = task.verify(problem, text)
             found.append(Attempt(problem, prompt, answer, text, reward == 1.0, reward))
         return Round(found, number, 0)
