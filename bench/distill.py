@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 from bench.command import Command, numbers
 from bench.runs import evaluations, train_once
 from configs.r1 import student_model
+from training.metrics import read_metrics
 
 FEW_CHAINS = ("--task.options", "share_of_chains=0.1")
 BASE_STEPS, RL_STEPS = ("--train.steps", "200"), ("--train.steps", "1000")
@@ -58,13 +59,13 @@ def run(
         place / "rl", *rl_preset(student), *more, *init, *FEW_CHAINS,
         "--train.eval-every", "50", *RL_STEPS,
     )  # fmt: skip
-    first, last = (evaluations(place / "rl")[i] for i in (0, -1))
+    first, last = (evaluations(read_metrics(place / "rl"))[i] for i in (0, -1))
     both = sum(stage["cpu_s"] for stage in taught)
     return {
-        "teacher (base and RL)": evaluations(teacher)[-1] | {"cpu_s": both},
+        "teacher (base and RL)": evaluations(read_metrics(teacher))[-1] | {"cpu_s": both},
         "student": first | {"cpu_s": 0.0},
         "student after RL": last | rewarded,
-        "student distilled": evaluations(place / "distilled")[-1] | distilled,
+        "student distilled": evaluations(read_metrics(place / "distilled"))[-1] | distilled,
     }
 
 

@@ -18,6 +18,7 @@ import argparse
 import dataclasses
 import json
 import math
+import operator
 import pathlib
 import statistics
 import sys
@@ -45,16 +46,8 @@ from runtime.gpu_host import has_gpus, lines, preflight, this_host
 from sharding.config import MeshConfig
 from sharding.mesh import make_layout
 from training.step import Trainer
+from training.throughput import peak_bf16_tflops
 
-PEAKS = {
-    "A100": (312e12, 0.0),
-    "L40S": (362e12, 733e12),
-    "H100": (989e12, 1979e12),
-    "H200": (989e12, 1979e12),
-    "GB200": (2500e12, 5000e12),
-    "B200": (2250e12, 4500e12),
-}
-"""FLOP/s of dense tensor cores in BF16 and FP8, by a part of the device's name (data sheets)."""
 MODELS = {"V3": "v3_671b", "V2-Lite": "v2_lite", "small": "small"}
 RELATIVE, UNLIKE = 1e-2, 1e-3
 """Errors allowed: relative to fp32; of FP8, of two results of the same quantised operands."""
@@ -66,11 +59,8 @@ class Proof:
     """What has been proven so far."""
 
     def __init__(self, minutes: float, dry: bool):
-        self.begin, self.limit, self.dry = (
-            time.perf_counter(),
-            60 * minutes if not dry else math.inf,
-            dry,
-        )
+        self.begin, self.dry = time.perf_counter(), dry
+        self.limit = math.inf if dry else 60 * minutes
         self.kernels: list[dict[str, Any]] = []
         self.times: list[dict[str, Any]] = []
         self.steps: list[dict[str, Any]] = []
@@ -158,7 +148,7 @@ class Proof:
         count = train.batch_size * train.seq_len
         speed = count * train_flops_per_token(model, train.seq_len) / per_step
         stats = jax.devices()[0].memory_stats() or {}
-        peak = peaks()[0]
+        peak = 1e12 * (peak_bf16_tflops(device_kind()) or 0)
         entry = {
             "name": name, "fp8": fp8, "kernels": choice.describe(), "tokens": count,
             "seconds": per_step, "tokens_per_second": count / per_step, "flop_per_s": speed,
@@ -197,32 +187,23 @@ def timed(call: Callable[..., Any], operands: tuple[Any, ...], dry: bool) -> flo
     return time.perf_counter() - start
 
 
-def peaks() -> tuple[float, float]:
-    """FLOP/s of this device in BF16 and FP8; 0 where unknown."""
-    kind = jax.devices()[0].device_kind
-    return next((peak for name, peak in PEAKS.items() if name in kind), (0.0, 0.0))
+def device_kind() -> str:
+    """What JAX calls the device, such as NVIDIA H200."""
+    return jax.devices()[0].device_kind
 
 
 def measured(proof: Proof) -> dict[str, Any]:
     """The file of `plan.py --measured`: the fastest of ours or XLA's, never a rival's."""
-    device, tables = (
-        jax.devices()[0],
-        {"products": {}, "grouped": {}, "attention": {}, "memory": {}},
-    )
-    ours = [t for t in proof.times if t["by"] in ("mosaic", "library", "portable", "emulated")]
+    tables = {"products": {}, "grouped": {}, "attention": {}, "memory": {}}
+    ours = ("mosaic", "library", "portable", "emulated")
+    at_v3 = [t for t in proof.times if t["by"] in ours and t["model"] == "V3"]
+    found_by = operator.itemgetter("path", "passes")
 
     def least(path: str, passes: str) -> float | None:
-        found = [
-            t["seconds"]
-            for t in ours
-            if (t["path"], t["passes"], t["model"]) == (path, passes, "V3")
-        ]
-        return min(found, default=None)
+        return min((t["seconds"] for t in at_v3 if found_by(t) == (path, passes)), default=None)
 
     forward, both = least("attention", "forward"), least("attention", "both")
-    flops = {
-        (t["path"], t["passes"]): t["seconds"] * t["flop_per_s"] for t in ours if t["model"] == "V3"
-    }
+    flops = {found_by(t): t["seconds"] * t["flop_per_s"] for t in at_v3}
     if forward and both and both > forward:
         one = flops["attention", "forward"]
         tables["attention"] = {"forward": one / forward, "backward": 2.5 * one / (both - forward)}
@@ -231,11 +212,8 @@ def measured(proof: Proof) -> dict[str, Any]:
         seconds = least(path, "both")
         if seconds:  # all nine products together, elementwise passes included
             speed = flops[path, "both"] / seconds
-            for N, K in (
-                (2 * c.expert_ffn_size, c.hidden_size),
-                (c.hidden_size, c.expert_ffn_size),
-            ):
-                tables["grouped"][f"{N}x{K}{suffix}"] = speed
+            D, F = c.hidden_size, c.expert_ffn_size
+            tables["grouped"] |= {f"{size}{suffix}": speed for size in (f"{2 * F}x{D}", f"{D}x{F}")}
     for t in proof.times:
         if t["path"].startswith("product "):
             tables["products"][t["path"].removeprefix("product ")] = t["flop_per_s"]
@@ -243,7 +221,7 @@ def measured(proof: Proof) -> dict[str, Any]:
             tables["memory"]["bandwidth"] = t["flop_per_s"]
     host = lines(preflight(this_host())) if has_gpus() else []
     about = {
-        "kind": device.device_kind, "dry": proof.dry, "jax": jax.__version__, "host": host,
+        "kind": device_kind(), "dry": proof.dry, "jax": jax.__version__, "host": host,
         "library": library.unusable(), "kernels": proof.kernels, "times": proof.times,
         "steps": proof.steps, "failed": proof.failed, "left_out": proof.left_out,
         "seconds": time.perf_counter() - proof.begin,
@@ -253,21 +231,12 @@ def measured(proof: Proof) -> dict[str, Any]:
 
 def time_machine(proof: Proof) -> None:
     """Dense products by cuBLAS, and a copy: what the GPU gives to anyone."""
-    array = partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    array, work = partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16), partial(Work, kernels=False)
     for M, N, K in [(64, 64, 64)] if proof.dry else PRODUCTS:
-        work = Work(
-            f"product {M}x{N}x{K}",
-            lambda _: jnp.dot,
-            (array((M, K)), array((K, N))),
-            2.0 * M * N * K,
-            kernels=False,
-        )
-        proof.time("any", work)
-    rows = 2**10 if proof.dry else 2**20
-    copied = array((rows, 1024))
-    proof.time(
-        "any", Work("copy", lambda _: lambda x: x + 1, (copied,), 4.0 * rows * 1024, kernels=False)
-    )
+        operands, flops = (array((M, K)), array((K, N))), 2.0 * M * N * K
+        proof.time("any", work(f"product {M}x{N}x{K}", lambda _: jnp.dot, operands, flops))
+    copied = array((2**10 if proof.dry else 2**20, 1024))
+    proof.time("any", work("copy", lambda _: lambda x: x + 1, (copied,), 4.0 * copied.size))
 
 
 def prove(proof: Proof, dry: bool) -> None:
@@ -298,7 +267,7 @@ def prove(proof: Proof, dry: bool) -> None:
 
 def prove_steps(proof: Proof, dry: bool) -> None:
     """`small` as it is, and a stack of V3's widths, in BF16 and FP8."""
-    run, big = preset("tiny" if dry else "small"), preset("v3_671b")
+    run = preset("tiny" if dry else "small")
     train = dataclasses.replace(
         run.train,
         batch_size=2 if dry else 16,
@@ -310,11 +279,10 @@ def prove_steps(proof: Proof, dry: bool) -> None:
     )
     model = dataclasses.replace(run.model, num_layers=2, num_dense_layers=1) if dry else run.model
     proof.attempt("step of small", 90, lambda: proof.step("small", model, train, fp8=False))
-    stack = (
-        model
-        if dry
-        else dataclasses.replace(
-            big.model,
+    stack = model
+    if not dry:
+        stack = dataclasses.replace(
+            preset("v3_671b").model,
             num_layers=3,
             num_dense_layers=1,
             num_experts=EXPERTS,
@@ -322,8 +290,6 @@ def prove_steps(proof: Proof, dry: bool) -> None:
             groups_per_token=1,
             mtp_depth=0,
         )
-    )
-    if not dry:
         train = dataclasses.replace(train, batch_size=1, seq_len=4096, remat="selective")
     for fp8 in (True,) if dry else (False, True):
         name = f"V3's widths, 1 + 2 layers, {EXPERTS} experts{', FP8' * fp8}"

@@ -20,12 +20,15 @@ import tempfile
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bench.command import Command
 from bench.hot_paths import Work, works
 from bench.kernels import output_of_process
 from bench.report import ROOT
 from configs import preset
+from programs.absent_gpus import absent_gpus
 
 GPUS = ("a100-80", "h200", "b200")
 TOKENS = 4096
@@ -75,11 +78,6 @@ def noting_assembler(folder: pathlib.Path) -> pathlib.Path:
 
 def compile_all(gpu: str, only: str) -> list[str]:
     """A line of the table per kernel of each hot path, for one GPU."""
-    import numpy as np
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
-    from programs.absent_gpus import absent_gpus
-
     (device,) = absent_gpus(1, 1, gpu=gpu)
     here = NamedSharding(Mesh(np.array([device]), ("device",)), PartitionSpec())
     lines = []
@@ -135,15 +133,8 @@ def main() -> None:
         "|---|---|---|---|---|---|---|",
     ]
     for gpu in GPUS:
-        command = [
-            sys.executable,
-            "-m",
-            "bench.library_kernels",
-            "--gpu",
-            gpu,
-            "--only",
-            options.only,
-        ]
+        command = [sys.executable, "-m", "bench.library_kernels", "--gpu", gpu]
+        command += ["--only", options.only]
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
         lines += done.stdout.splitlines()
     parser.show("Kernels of the library for absent GPUs", lines)

@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import pickle
 import time
 from collections.abc import Callable
 from functools import partial
@@ -31,11 +30,14 @@ keep_freed_memory()  # before jax starts threads, as train.py does
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
+from flax import nnx  # noqa: E402
 
 from bench.command import Command  # noqa: E402
-from bench.fp8_runs import config  # noqa: E402
+from bench.fp8_runs import options_of  # noqa: E402
 from bench.report import ROOT, commit  # noqa: E402
+from bench.runs import train_once  # noqa: E402
 from configs import preset  # noqa: E402
+from configs.command import parse  # noqa: E402
 from configs.schema import RunConfig  # noqa: E402
 from data.evaluation import held_out_reader  # noqa: E402
 from data.loader import train_loader  # noqa: E402
@@ -43,13 +45,13 @@ from data.prepare import prepare  # noqa: E402
 from model.kernels import choose  # noqa: E402
 from model.recipe import Recipe  # noqa: E402
 from model.transformer import Embedding  # noqa: E402
+from rl.examples.teacher import load_policy  # noqa: E402
 from sharding.config import MeshConfig  # noqa: E402
 from sharding.devices import EXACT  # noqa: E402
 from sharding.mesh import make_layout  # noqa: E402
 from sharding.partition import batch_sharding, use_layout  # noqa: E402
 from training.check import gradients_and_routes  # noqa: E402
 from training.gradients import loss_weights  # noqa: E402
-from training.schedule import BatchPlan, knobs_at  # noqa: E402
 from training.step import ROWS, Trainer  # noqa: E402
 
 FP32, BF16 = Recipe(), Recipe("bfloat16")
@@ -115,40 +117,21 @@ class Result(NamedTuple):
 # ---- the subject ---------------------------------------------------------------------------------
 
 
-def trained_weights(run: RunConfig, steps: int, path: Path, say: Callable = print) -> dict:
-    """Parameters and router biases after `steps` of fp32 training; kept in `path`."""
-    if path.exists():
-        return pickle.loads(path.read_bytes())
-    train = run.train
-    trainer = Trainer(run.model, train, FP32, make_layout(MeshConfig(), jax.devices()[:1]))
-    prepared = prepare(run.data, train.seq_len, run.seed)
-    loader, plan = train_loader(prepared, train.batch_size), BatchPlan(train)
-    state, began = trainer.init(jax.random.key(run.seed)), time.monotonic()
-    for step in range(steps):
-        at = plan.at(step)
-        knobs = {name: np.float32(x) for name, x in knobs_at(train, plan, step).items()}
-        batch = loader.batch_at(at.first_sequence, at.batch_size)
-        state, metrics = trainer.step(state, batch, knobs)
-        if (step + 1) % 50 == 0:
-            loss, spent = float(metrics["train/loss"]), time.monotonic() - began
-            say(f"training: step {step + 1} of {steps}, loss {loss:.3f}, {spent:.0f} s")
-    weights = jax.device_get({name: state[name] for name in ("params", "router_bias")})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(pickle.dumps(weights))
-    return weights
-
-
-def subject(quick: bool, steps: int, say: Callable = print) -> Subject:
+def subject(quick: bool, steps: int) -> Subject:
     """The trained model and its batch: `tiny` and 8 x 256 tokens, or something smaller."""
-    run = config("mini", steps) if quick else preset("tiny")
-    data = dataclasses.replace(run.data, cache_dir=str(ROOT / "cache"))
-    run = dataclasses.replace(run, data=data, train=dataclasses.replace(run.train, dtype="float32"))
-    name = f"{'mini' if quick else 'tiny'}_{steps}.pickle"
-    weights = trained_weights(run, steps, ROOT / "cache" / "numerics" / name, say)
-    prepared = prepare(data, run.train.seq_len, run.seed)
+    name, words = ("mini", options_of("mini", steps)) if quick else ("tiny", [])
+    folder = ROOT / "cache" / "numerics" / f"{name}_{steps}"
+    words += ["--train.steps", str(steps), "--train.eval-every", "0", "--kernels", "portable"]
+    words += ["--seed", "0", "--data.cache-dir", str(ROOT / "cache")]
+    train_once(folder, "tiny", *words)
+    run = parse(["--config", "tiny", *words]).run
+    layout = make_layout(MeshConfig(), jax.devices()[:1])
+    _, params, bias = jax.device_get(load_policy(str(folder), run.train, FP32, layout))
+    prepared = prepare(run.data, run.train.seq_len, run.seed)
     reader = held_out_reader(prepared, run.train.batch_size, 2)
     tokens = next(iter(reader))["tokens"]
     options = {"xla_backend_optimization_level": 0} if quick else {}
+    weights = {"params": params, "router_bias": bias}
     return Subject(run, weights, np.asarray(tokens), EXACT | options)
 
 
@@ -232,7 +215,7 @@ def flips(got: np.ndarray, want: np.ndarray) -> float:
     return float(100 * (1 - same.mean()))
 
 
-def measure(subject: Subject, wanted: list[Case], say: Callable = print) -> list[dict[str, Any]]:
+def measure(subject: Subject, wanted: list[Case]) -> list[dict[str, Any]]:
     """A row of figures per variant."""
     plain = passes(subject, Case("fp32", FP32))(None)
     kept: dict[str, tuple[Result, Result]] = {}
@@ -256,9 +239,10 @@ def measure(subject: Subject, wanted: list[Case], say: Callable = print) -> list
             row["from_like"] = distance(replayed.grads, again.grads)["median"]
             pairs = zip(jax.tree.leaves(free), jax.tree.leaves(same), strict=True)
             row["bits_equal"] = all(np.array_equal(a, b) for a, b in pairs)
-        say(
+        print(
             f"{case.name}: replayed {row['replayed']['median']:.2f}%, free "
-            f"{row['free']['median']:.2f}% ({time.process_time() - began:.0f} s)"
+            f"{row['free']['median']:.2f}% ({time.process_time() - began:.0f} s)",
+            flush=True,
         )
         rows.append(row)
     return rows
@@ -270,8 +254,6 @@ def embedding_errors(ids: np.ndarray, size: int, width: int) -> dict[str, float]
     Gradients are drawn, with a common mean or without: sums that do not cancel are the hard case.
     """
     model = dataclasses.replace(preset("tiny").model, vocab_size=size, hidden_size=width)
-    from flax import nnx
-
     embedding = Embedding(model, nnx.Rngs(0))
     graph, weights = nnx.split(embedding)
 
@@ -301,7 +283,7 @@ def token_ids(run: RunConfig, count: int) -> np.ndarray:
     return loader.batch_at(0, rows)["tokens"][0, :, :-1].reshape(-1)[:count]
 
 
-def emulated_rows(subject: Subject, say: Callable) -> list[dict[str, Any]]:
+def emulated_rows(subject: Subject) -> list[dict[str, Any]]:
     """The kernels for Hopper by their emulator on 128 tokens, with fp32 and XLA beside them."""
     layout = make_layout(MeshConfig(), jax.devices()[:1])
     few = subject._replace(tokens=subject.tokens[:, :1, :129])
@@ -310,7 +292,7 @@ def emulated_rows(subject: Subject, say: Callable) -> list[dict[str, Any]]:
         kernels = choose("emulated", subject.run.model, "bfloat16", layout, recipe.fp8).kernels
         emulated = dataclasses.replace(recipe, kernels=kernels)
         found += [Case(name, recipe), Case(f"{name}, emulated kernels", emulated, like=name)]
-    return measure(few, found, say)
+    return measure(few, found)
 
 
 # ---- report --------------------------------------------------------------------------------------
@@ -388,14 +370,11 @@ def main(arguments: list[str] | None = None) -> None:
     with contextlib.suppress(RuntimeError):  # devices are there already, in a test
         emulate_devices(2)
 
-    def say(line: str) -> None:
-        print(line, flush=True)
-
     began = time.process_time()
-    of = subject(options.quick, options.steps, say)
+    of = subject(options.quick, options.steps)
     wanted = cases(options.quick)
-    rows = measure(of, wanted[: options.variants or len(wanted)], say)
-    emulated = emulated_rows(of, say) if options.emulated else []
+    rows = measure(of, wanted[: options.variants or len(wanted)])
+    emulated = emulated_rows(of) if options.emulated else []
     tokens = 4096 if options.quick else 65536
     embedding = embedding_errors(token_ids(of.run, tokens), 4096, 64 if options.quick else 256)
     lines = table(rows)

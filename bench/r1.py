@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.command import FEW_STEPS, Command, numbers
-from bench.runs import train_once
+from bench.runs import evaluations, train_once
 from training.metrics import read_metrics
 
 BASE = ("r1_base", "r1_zero")
@@ -47,11 +47,6 @@ def run(
             options += ["--init-from", str(place / "r1_base")]
         seconds += train_once(place / config, config, *options)["wall_s"]
     return read_metrics(place / "r1_zero"), seconds
-
-
-def evaluations(records: list[dict[str, float]]) -> list[dict[str, float]]:
-    """Records with held-out accuracy."""
-    return [record for record in records if "eval/accuracy" in record]
 
 
 def outcome(name: str, seed: int, records: list[dict[str, float]], seconds: float) -> str:

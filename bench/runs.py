@@ -5,10 +5,10 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from bench.report import ROOT
-from training.metrics import read_metrics
 
 
 def train_once(folder: Path, config: str, *options: str) -> dict[str, float]:
@@ -29,9 +29,9 @@ def train_once(folder: Path, config: str, *options: str) -> dict[str, float]:
     return json.loads(spent.read_text())
 
 
-def evaluations(folder: Path) -> list[dict[str, float]]:
-    """Records of a run with held-out accuracy."""
-    return [record for record in read_metrics(folder) if "eval/accuracy" in record]
+def evaluations(records: Iterable[dict[str, float]]) -> list[dict[str, float]]:
+    """Records with held-out accuracy."""
+    return [record for record in records if "eval/accuracy" in record]
 
 
 def _processor_seconds() -> float:

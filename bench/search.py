@@ -18,6 +18,7 @@ from bench.runs import evaluations, train_once
 from configs import preset
 from rl.tasks.search import FAILURES, Search, accuracy_by_tries, census
 from rl.tasks.task import Inspection
+from training.metrics import read_metrics
 
 CONFIGS = ("search_base", "search_zero")
 PROBLEMS, DRAWS = 160, 8
@@ -97,7 +98,7 @@ def main() -> None:
             curve = accuracy_by_tries(found, Search().tries)
             curves[name].append(curve)
             rows.append((seed, name, census(found), curve, seconds))
-        last = evaluations(policy)[-1]
+        last = evaluations(read_metrics(policy))[-1]
         print(
             f"seed {seed}: greedy {last['eval/accuracy_greedy']:.3f}, length {last['eval/length']}"
         )

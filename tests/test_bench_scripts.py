@@ -22,14 +22,12 @@ SCRIPTS = {
     "expert_memory": pytest.mark.gpu_compile,
     "gpu_programs": pytest.mark.gpu_compile,
     "gpu_proof": slow,
-    "grouped_matmul": slow,
     "fp8_runs": slow,
     "import_memory": slow,
     "library_kernels": pytest.mark.library,
     "numerics": slow,
     "plan": slow,
     "r1": slow,
-    "rollout": slow,
     "scaling": slow,
     "speculation": slow,
     "step": pytest.mark.reference,
@@ -41,7 +39,7 @@ OPTIONS = {
     "r1": "--folder {}",
     "tiny": "--run-dir {}",
 }
-SCRIPTS_OF_RUNS = ("compile", "distill", "kernels", "recipe", "routing_replay", "search")
+SCRIPTS_OF_RUNS = ("distill", "kernels", "recipe", "routing_replay", "search")
 """Scripts that take minutes at any size: here they only start."""
 ELSEWHERE = {"hf", "import_share"}
 """Run by `step` and `decode` under PyTorch's interpreter; and by tests/test_import_share.py."""

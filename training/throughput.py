@@ -21,6 +21,7 @@ PEAK_BF16_TFLOPS: dict[str, float] = {
     "B200": 2250,
     "GB200": 2500,
     "H20": 148,
+    "L40S": 362,
 }
 """Dense BF16 peak in TFLOP/s by words of the device kind (NVIDIA data sheets); the first counts."""
 
