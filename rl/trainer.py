@@ -15,12 +15,13 @@ import jax
 import jax.numpy as jnp
 
 from model.blueprint import Tree, bind
-from model.transformer import Output, Tokens
+from model.transformer import DeepSeekV3, Output, Tokens
 from rl.config import GRPOConfig
 from rl.logps import chunked_logps_and_entropy
 from rl.metrics import Metrics, masked_mean, merge
 from rl.objective import Answers, loss_denominator, policy_loss
 from sharding.partition import batch_sharding, pipeline_ranks, replicated, use_layout
+from training.gradients import accumulated_gradients
 from training.step import Gradients, Knobs, State, Trainer
 
 Batch = dict[str, jax.Array]
@@ -81,11 +82,14 @@ class PolicyTrainer(Trainer):
 
     def _logps(self, params: Tree, router_bias: Tree, batch: Batch) -> jax.Array:
         with use_layout(self.layout):
-            return jax.lax.map(lambda micro: self._score(params, router_bias, micro)[1], batch)
 
-    def _score(self, params: Tree, router_bias: Tree, micro: Batch):
+            def one(micro: Batch) -> jax.Array:
+                return self._score(bind(self.model, params, router_bias), micro)[1]
+
+            return jax.lax.map(one, batch)
+
+    def _score(self, model: DeepSeekV3, micro: Batch):
         """Output of the model, log-probabilities and entropies [B, T]."""
-        model = bind(self.model, params, router_bias)
         ids_BT, targets_BT = micro["tokens"][:, :-1], micro["tokens"][:, 1:]
         positions_BT = jnp.broadcast_to(jnp.arange(ids_BT.shape[1]), ids_BT.shape)
         segments_BT = (positions_BT < micro["lengths"][:, None]).astype(jnp.int32)
@@ -104,30 +108,15 @@ class PolicyTrainer(Trainer):
 
     def gradients(self, state: State, batch: Batch, knobs: Knobs) -> Gradients:
         """Gradient of the policy's loss; metrics: `Metrics` of the objective, and the loss."""
-        (loss, (metrics, counts_LE)), grads = self._policy_gradients(state, batch)
+        denominator: Any = loss_denominator(batch["mask"], self.objective)
+        loss, (metrics, counts_LE), grads = accumulated_gradients(
+            self.model, self.recipe, state["params"], state["router_bias"], batch, denominator,
+            micro_loss=self._loss, add=_add,
+        )  # fmt: skip
         return Gradients(loss, grads, counts_LE, {"objective": metrics, "train/loss": loss})
 
-    def _policy_gradients(self, state: State, batch: Batch):
-        """((loss, (metrics, counts)), gradients) over all micro batches, fp32 sums."""
-        denominator = loss_denominator(batch["mask"], self.objective)
-
-        def loss_of(params: Tree, micro: Batch):
-            return self._loss(params, state["router_bias"], micro, denominator)
-
-        grad_of = jax.value_and_grad(loss_of, has_aux=True)
-        first = jax.tree.map(lambda rows: rows[0], batch)
-        if batch["tokens"].shape[0] == 1:
-            return grad_of(state["params"], first)
-
-        def body(total, micro: Batch):
-            return _add(total, grad_of(state["params"], micro)), None
-
-        shapes = jax.eval_shape(grad_of, state["params"], first)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return jax.lax.scan(body, zeros, batch)[0]
-
-    def _loss(self, params: Tree, router_bias: Tree, micro: Batch, denominator: jax.Array):
-        output, logp_BT, entropy_BT = self._score(params, router_bias, micro)
+    def _loss(self, model: DeepSeekV3, micro: Batch, denominator: Any):
+        output, logp_BT, entropy_BT = self._score(model, micro)
         answers = Answers(
             micro["mask"],
             micro["advantages"],
@@ -147,9 +136,6 @@ class PolicyTrainer(Trainer):
         return loss, (metrics, counts_LE)
 
 
-def _add(total: Any, part: Any) -> Any:
-    """Sums of losses, gradients and counts; metrics as they say themselves."""
-    (loss, (metrics, counts)), grads = total
-    (loss2, (metrics2, counts2)), grads2 = part
-    merged: Metrics = merge(metrics, metrics2)
-    return (loss + loss2, (merged, counts + counts2)), jax.tree.map(jnp.add, grads, grads2)
+def _add(left: tuple[Metrics, jax.Array], right: tuple[Metrics, jax.Array]) -> Any:
+    """Metrics of two micro batches, merged as they say themselves, and sums of counts."""
+    return merge(left[0], right[0]), left[1] + right[1]

@@ -39,7 +39,7 @@ from sharding.pipeline.ticks import Table, tick_table
 
 Batch = dict[str, jax.Array]
 MicroLoss = Callable[[DeepSeekV3, Batch, LossWeights], tuple[jax.Array, Any]]
-"""`loss, parts = micro_loss(model, micro, weights)`; parts are sums, of any structure."""
+"""`loss, parts = micro_loss(model, micro, weights)`; parts are sums, or what an `add` takes."""
 
 
 def loss_weights(batch: Batch, mtp_weight: jax.Array, balance_weight: float) -> LossWeights:
@@ -93,10 +93,13 @@ def _held(w: jax.Array, names: Any, recipe: Recipe, layout: Layout) -> jax.Array
 def accumulated_gradients(
     config: ModelConfig, recipe: Recipe, params: Tree, router_bias: Tree, batch: Batch,
     weights: LossWeights, in_pairs: bool = False, micro_loss: MicroLoss | None = None,
+    add: Callable[[Any, Any], Any] | None = None,
 ) -> tuple[jax.Array, Any, Tree]:  # fmt: skip
     """Loss, its parts and its gradient (fp32 sums), one micro batch at a time or two.
 
-    micro_loss: instead of `training_loss`, whose parts are LossParts.
+    Args:
+      micro_loss: instead of `training_loss`, whose parts are LossParts.
+      add: the parts of two micro batches together, where they are not sums; zeros change nothing.
     """
     if in_pairs:
         batch = {name: rows.reshape(-1, 2, *rows.shape[1:]) for name, rows in batch.items()}
@@ -113,7 +116,9 @@ def accumulated_gradients(
     grad_of = jax.value_and_grad(loss_of, has_aux=True)
 
     def body(total, micro: Batch):
-        return jax.tree.map(jnp.add, total, grad_of(params, micro)), None
+        ((loss, parts), grads), ((more, others), more_grads) = total, grad_of(params, micro)
+        parts = jax.tree.map(jnp.add, parts, others) if add is None else add(parts, others)
+        return ((loss + more, parts), jax.tree.map(jnp.add, grads, more_grads)), None
 
     first = jax.tree.map(lambda rows: rows[0], batch)
     if jax.tree.leaves(batch)[0].shape[0] == 1:
