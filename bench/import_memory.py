@@ -8,6 +8,7 @@ the bytes it wrote before compression. What does not grow with depth does not gr
 """
 
 import dataclasses
+import math
 import os
 import pathlib
 import subprocess
@@ -20,7 +21,7 @@ import jax
 from bench.command import Command, numbers
 from bench.import_share import write_sparse
 from bench.report import ROOT
-from checkpoint.weights import total_bytes
+from checkpoint.hf_names import table
 from configs import deepseek
 from model.config import ModelConfig
 
@@ -56,7 +57,8 @@ def measure(layers: int) -> tuple[int, float, float]:
         _, status, usage = os.wait4(process.pid, 0)
         if status:
             raise RuntimeError(f"convert.py import ended with status {status}")
-        return total_bytes(config, 2), usage.ru_maxrss / 1024, time.perf_counter() - began
+        size = 2 * sum(math.prod(entry.our_shape) for entry in table(config))
+        return size, usage.ru_maxrss / 1024, time.perf_counter() - began
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -7,7 +7,6 @@ single slices in main memory (`read`).
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -258,10 +257,3 @@ def load_initial(path: Path, config: ModelConfig, abstract: Any) -> tuple[Any, s
         loaded["params"]["head"] = {"kernel": head(loaded["params"]["embed"]["table"])}
         note += "; its head is the embedding, from which this run's begins"
     return loaded, note
-
-
-def total_bytes(config: ModelConfig, itemsize: int) -> int:
-    """Bytes of all weights of a model at `itemsize` bytes each."""
-    from checkpoint.hf_names import table
-
-    return itemsize * sum(math.prod(entry.our_shape) for entry in table(config))

@@ -18,17 +18,6 @@ Batch = dict[str, np.ndarray]
 """Arrays int32 [n_micro, rows of this process, ...]; see Loader.batch_at."""
 
 
-def process_rows(micro_batch_size: int, process: int, processes: int) -> range:
-    """Rows of each micro batch that one of `processes` equal processes reads."""
-    if micro_batch_size % processes:
-        raise ValueError(
-            f"micro_batch_size={micro_batch_size} does not divide over {processes} processes; make "
-            "it a multiple"
-        )
-    share = micro_batch_size // processes
-    return range(process * share, (process + 1) * share)
-
-
 class Loader:
     """Training batches. Make one with `train_loader`."""
 
@@ -74,7 +63,7 @@ def train_loader(
 
     batch_size: largest number of rows of a step, over all processes. micro_batch_size: rows of a
     forward pass over all processes; 0 is the whole batch. local: rows of each micro batch that this
-    process reads (see process_rows); None reads all. Raises ValueError if the corpus does not fill
+    process reads; None reads all. Raises ValueError if the corpus does not fill
     one batch.
     """
     config, seq_len = prepared.config, prepared.seq_len

@@ -100,11 +100,6 @@ def along_axes(
     )
 
 
-def along_axis(fn: Callable, axis: str, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """`along_axes` of one axis."""
-    return along_axes(fn, (axis,), in_specs, out_specs)
-
-
 def on_shards(
     fn: Callable, in_names: tuple[Names, ...], out_names: tuple[Names, ...]
 ) -> Callable[..., Any]:

@@ -20,6 +20,12 @@ def write_corpus(folder: Path, files: int = 40, alphabet: str = "abcdefgh", seed
     return folder
 
 
+def process_rows(micro_batch_size: int, process: int, processes: int) -> range:
+    """Rows of each micro batch that one of `processes` equal processes reads."""
+    share = micro_batch_size // processes
+    return range(process * share, (process + 1) * share)
+
+
 def prepared(folder: Path, *sources: SourceConfig, seed: int = 0, **options) -> Prepared:
     """Prepares sources (by default: one, of `write_corpus`) with a cache inside `folder`."""
     sources = sources or (SourceConfig(str(write_corpus(folder / "text"))),)

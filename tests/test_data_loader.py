@@ -6,12 +6,12 @@ import itertools
 import numpy as np
 import pytest
 import tokenizers
-from data_helpers import SEQ_LEN, prepared, write_corpus
+from data_helpers import SEQ_LEN, prepared, process_rows, write_corpus
 from tokenizers import models, pre_tokenizers
 
 from data.config import SourceConfig
 from data.evaluation import gzip_bits_per_byte, held_out_reader
-from data.loader import process_rows, train_loader
+from data.loader import train_loader
 from data.packing import PackedRows
 
 
@@ -141,8 +141,6 @@ def test_too_small_a_corpus_says_what_it_has_and_needs(corpus):
 def test_sizes_that_do_not_divide_are_refused(corpus):
     with pytest.raises(ValueError, match="6 rows is no multiple of micro_batch_size=4"):
         train_loader(corpus, 8, 4).batch_at(0, 6)
-    with pytest.raises(ValueError, match="micro_batch_size=4 does not divide over 3 processes"):
-        process_rows(4, 0, 3)
     with pytest.raises(ValueError, match=r"rows range\(2, 6\) lie outside a micro batch of 4"):
         train_loader(corpus, 8, 4, range(2, 6))
 

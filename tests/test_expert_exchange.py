@@ -29,7 +29,7 @@ from sharding.experts.rounds import Count
 from sharding.mesh import axis_sizes, make_layout, make_mesh
 from sharding.partition import (
     Layout,
-    along_axis,
+    along_axes,
     gather,
     num_shards,
     on_shards,
@@ -164,7 +164,7 @@ def test_inside_a_region_over_another_axis():
         return y, served, dparams, dx, dweights
 
     with use_layout(layout):
-        run = jax.jit(along_axis(staged, "pipe", P(), P()))
+        run = jax.jit(along_axes(staged, ("pipe",), P(), P()))
         y, served, dparams, dx, dweights = run(params, x, weights, ids, dy)
     assert float(served.dropped) == 0 < float(served.further)
     experts = {name: dparams[name].get_value() for name in ("w_gate", "w_up", "w_down")}

@@ -15,7 +15,6 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels.cross_entropy.linear import (
     Parts,
     dlogits,
-    linear_cross_entropy,
     logsumexp_and_target,
     loss_and_gradients,
     loss_sum,
@@ -173,27 +172,6 @@ def test_vocabulary_in_two_parts():
     sums = [sum(np.asarray(g[1], np.float64) for g in both) for both in (got, by_xla)]
     assert_gradient(*sums, dx)
     assert_gradient(*(jnp.concatenate([g[2] for g in both], 1) for both in (got, by_xla)), dw)
-
-
-def test_differentiated_under_jit_and_scan():
-    x, w, targets, weights = operands()
-
-    def total(x, w, backend):
-        def body(sum_so_far, chunk):
-            return sum_so_far + linear_cross_entropy(
-                chunk[0], w, *chunk[1:], backend=backend, blocks=BLOCKS
-            ), None
-
-        chunks = [a[:16].reshape(2, 8, *a.shape[1:]) for a in (x, targets, weights)]
-        return jax.lax.scan(body, jnp.zeros(()), chunks)[0]
-
-    grad = jax.jit(jax.grad(total, (0, 1)), static_argnums=2)
-    got = emulate(lambda *a: grad(*a, "emulated"), x, w)
-    by_xla = grad(x, w, "portable")
-    *_, dx, dw = exact(x[:16], w, targets[:16], weights[:16])
-    assert not np.asarray(got[0][16:]).any()
-    assert_gradient(got[0][:16], by_xla[0][:16], dx)
-    assert_gradient(got[1], by_xla[1], dw)
 
 
 def test_shard_map_over_the_vocabulary():

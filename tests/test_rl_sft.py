@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.loader import process_rows
 from data.tokenizer import EOS, TURNS, train_tokenizer
 from generation.chat import encode_chat
 from model.blueprint import bind
@@ -29,6 +28,7 @@ from rl.examples.packing import PackedExamples, best_fit, sft_batches
 from rl.tasks import make_task
 from rl.tasks.characters import character_tokenizer
 from sharding.config import MeshConfig
+from tests.data_helpers import process_rows
 from tests.layout_helpers import ONE_DEVICE, assert_same_step, take_step
 from tests.small_model import CONFIG, weights
 

@@ -33,7 +33,9 @@ def test_v3_batch_ramp_has_the_derived_length():
     closed_form = 469e9 / 4096 / (15360 - 3072) * math.log(15360 / 3072)
     assert plan.steps_at(469e9) == pytest.approx(closed_form, rel=1e-3)
     assert plan.steps_at(469e9) == pytest.approx(15_000, rel=2e-3)
-    assert plan.steps_for(14.8e12) - plan.steps_for(469e9) == pytest.approx(227_800, rel=1e-3)
+    assert math.ceil(plan.steps_at(14.8e12)) - math.ceil(plan.steps_at(469e9)) == pytest.approx(
+        227_800, rel=1e-3
+    )
     assert plan.at(0).batch_size == 3072
     assert plan.at(100_000).batch_size == 15360
 
@@ -80,7 +82,7 @@ def test_plan_is_consistent(micro, start, more, ramp, step):
 
 def test_v3_learning_rate_at_its_corners():
     plan = BatchPlan(V3)
-    rate = lambda tokens: value_at(V3.learning_rate, plan, plan.steps_for(tokens))  # noqa: E731
+    rate = lambda tokens: value_at(V3.learning_rate, plan, math.ceil(plan.steps_at(tokens)))  # noqa: E731
     assert value_at(V3.learning_rate, plan, 1) == pytest.approx(2.2e-4 / 2000)
     assert value_at(V3.learning_rate, plan, 2000) == pytest.approx(2.2e-4)
     assert rate(5e12) == 2.2e-4
@@ -94,7 +96,7 @@ def test_v3_learning_rate_at_its_corners():
 def test_v3_knobs():
     plan = BatchPlan(V3)
     check_schedules(V3, plan)
-    early, late, last = (plan.steps_for(t) for t in (1e12, 12e12, 14.5e12))
+    early, late, last = (math.ceil(plan.steps_at(t)) for t in (1e12, 12e12, 14.5e12))
     assert knobs_at(V3, plan, early) == {
         "learning_rate": 2.2e-4, "bias_update_rate": 0.001, "mtp_weight": 0.3,
     }  # fmt: skip
@@ -107,11 +109,16 @@ def test_v2_step_decay():
     train = dataclasses.replace(V3, **published.V2_BATCH, micro_batch_size=0)
     train = dataclasses.replace(train, micro_batch_size=256)
     plan, phases = BatchPlan(train), published.v2_learning_rate()
-    values = [value_at(phases, plan, plan.steps_for(share * 8.1e12)) for share in (0.5, 0.7, 0.95)]
+    values = [
+        value_at(phases, plan, math.ceil(plan.steps_at(share * 8.1e12)))
+        for share in (0.5, 0.7, 0.95)
+    ]
     assert values == pytest.approx([2.4e-4, 2.4e-4 * 0.316, 2.4e-4 * 0.316**2])
     lite = published.v2_lite_learning_rate()
     at = constant(4608, 4096)
-    values = [value_at(lite, at, at.steps_for(share * 5.7e12)) for share in (0.7, 0.85, 0.95)]
+    values = [
+        value_at(lite, at, math.ceil(at.steps_at(share * 5.7e12))) for share in (0.7, 0.85, 0.95)
+    ]
     assert values == pytest.approx([4.2e-4, 4.2e-4 * 0.316, 4.2e-4 * 0.316**2])
 
 

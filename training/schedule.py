@@ -99,10 +99,6 @@ class BatchPlan:
         plateau = self._plateau(whole)
         return self.tokens_before(whole) + (steps - whole) * plateau.batch_size * plateau.seq_len
 
-    def steps_for(self, tokens: float) -> int:
-        """Fewest steps that train on `tokens` tokens or more: a run's length from its budget."""
-        return math.ceil(self.steps_at(tokens))
-
     def micro_batch_counts(self) -> tuple[int, ...]:
         """Numbers of micro batches the run still goes through: one compiled step each."""
         ends = [*self._first_steps[1:], math.inf]

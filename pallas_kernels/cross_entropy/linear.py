@@ -215,36 +215,6 @@ def loss_and_gradients(
     return total, dx.reshape(-1, x_MD.shape[1])[: x_MD.shape[0]], dw_DV
 
 
-def linear_cross_entropy(
-    x_MD: Array, w_DV: Array, targets_M: Array, weights_M: Array, **options
-) -> Array:
-    """sum(weights * -log softmax(x w)[target]), an fp32 scalar, for one device's whole vocabulary.
-
-    Differentiable in x and w: the forward pass computes their gradients (`loss_and_gradients`,
-    whose `options` these are, `combine` apart) and the backward pass scales them.
-    """
-    return _linear_cross_entropy(tuple(options.items()), x_MD, w_DV, targets_M, weights_M)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear_cross_entropy(options, x_MD, w_DV, targets_M, weights_M):
-    known = {name: value for name, value in options if name in ("backend", "blocks")}
-    return loss_sum(x_MD, w_DV, targets_M, weights_M, **known)
-
-
-def _forward(options, x_MD, w_DV, targets_M, weights_M):
-    loss, dx_MD, dw_DV = loss_and_gradients(x_MD, w_DV, targets_M, weights_M, **dict(options))
-    return loss, (dx_MD, dw_DV.astype(w_DV.dtype))
-
-
-def _backward(options, residuals, g):
-    dx_MD, dw_DV = residuals
-    return (g * dx_MD).astype(dx_MD.dtype), (g * dw_DV).astype(dw_DV.dtype), None, None
-
-
-_linear_cross_entropy.defvjp(_forward, _backward)
-
-
 # ---- parts --------------------------------------------------------------------------------------
 
 
