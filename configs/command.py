@@ -79,26 +79,35 @@ def parse(arguments: Sequence[str] | None = None) -> Command:
     first.add_argument("--stage", default="")
     first.add_argument("--rl.objective-of", "--rl.objective_of", dest="objective_of", default="")
     chosen, _ = first.parse_known_args(arguments)
-    try:
-        run = preset(chosen.config)
-    except ValueError as error:
-        raise SystemExit(f"train.py: {error}") from None
-    if chosen.layout in LAYOUTS:
-        run = dataclasses.replace(run, mesh=LAYOUTS[chosen.layout])
-    if (chosen.config, chosen.layout) == ("v3_671b", "deepseek"):
-        run = v3_on_its_layout(run)
+    run = laid_out(chosen.config, chosen.layout, "train.py")
     if chosen.stage == "rl" != run.stage:
         run = dataclasses.replace(run, train=rl_rate(run.train))
     if chosen.objective_of in PUBLISHED:
         run = dataclasses.replace(run, rl=run.rl.following(chosen.objective_of))
     default = Command(run=run, config=chosen.config, layout=chosen.layout)
-    presets = "\n".join(f"  {name:14} {summary(name)}" for name in PRESETS)
-    description = f"{Command.__doc__}\n\nPresets (--config):\n{presets}"
-    command = parse_options(default, arguments, "train.py", description, OTHER_NAMES)
+    about = f"{Command.__doc__}\n\nPresets (--config):\n{list_of_presets()}"
+    command = parse_options(default, arguments, "train.py", about, OTHER_NAMES)
     run = command.run
     if not run.run_dir:
         run = dataclasses.replace(run, run_dir=f"runs/{command.config}")
     return dataclasses.replace(command, run=run)
+
+
+def laid_out(config: str, layout: str, prog: str) -> RunConfig:
+    """A preset on a layout by name, '' for its own; exits with status 2 for an unknown preset."""
+    try:
+        run = preset(config)
+    except ValueError as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    if layout in LAYOUTS:
+        run = dataclasses.replace(run, mesh=LAYOUTS[layout])
+    return v3_on_its_layout(run) if (config, layout) == ("v3_671b", "deepseek") else run
+
+
+def list_of_presets() -> str:
+    """A line for each, for --help."""
+    return "\n".join(f"  {name:14} {summary(name)}" for name in PRESETS)
 
 
 def lower_gpu(arguments: list[str]) -> list[str]:

@@ -8,9 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from configs import PRESETS, preset, summary
-from configs.command import OTHER_NAMES, lower_gpu
-from configs.deepseek import v3_on_its_layout
+from configs import PRESETS
+from configs.command import OTHER_NAMES, laid_out, list_of_presets, lower_gpu
 from configs.options import parse_options
 from configs.schema import RunConfig
 from runtime.config import GPU_NAMES
@@ -78,19 +77,11 @@ def parse_plan(arguments: Sequence[str] | None = None) -> PlanCommand:
     first.add_argument("--layout", default="")
     first.add_argument("--gpus", type=int, default=0)
     chosen, _ = first.parse_known_args(arguments)
-    try:
-        run = preset(chosen.config)
-    except ValueError as error:
-        print(f"plan.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
     named = chosen.layout
     of_mesh = bool(_names(arguments) & {f"mesh.{axis}" for axis in AXES})
     if not named and not of_mesh and chosen.config == "v3_671b" and chosen.gpus in (0, 2048):
         named = "deepseek"
-    if named in LAYOUTS:
-        run = dataclasses.replace(run, mesh=LAYOUTS[named])
-    if (chosen.config, named) == ("v3_671b", "deepseek"):
-        run = v3_on_its_layout(run)
+    run = laid_out(chosen.config, named, "plan.py")
     if of_mesh and not named:
         # Axes that are named say what the layout is; the rest of the GPUs are replicas.
         sizes = dict.fromkeys(AXES, 1)
@@ -100,9 +91,8 @@ def parse_plan(arguments: Sequence[str] | None = None) -> PlanCommand:
         )
     given = tuple(sorted(_names(arguments)))
     default = PlanCommand(run=run, config=chosen.config, layout=named, given=given)
-    presets = "\n".join(f"  {name:14} {summary(name)}" for name in PRESETS)
-    description = f"{PlanCommand.__doc__}\n\nPresets:\n{presets}"
-    return parse_options(default, arguments, "plan.py", description, OTHER_NAMES)
+    about = f"{PlanCommand.__doc__}\n\nPresets:\n{list_of_presets()}"
+    return parse_options(default, arguments, "plan.py", about, OTHER_NAMES)
 
 
 def _names(arguments: Sequence[str]) -> set[str]:

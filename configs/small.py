@@ -1,22 +1,24 @@
 """Preset `small`: real text on one GPU."""
 
+import dataclasses
+
 from checkpoint.config import CheckpointConfig
+from configs import tiny
 from configs.schema import RunConfig
 from data.config import DataConfig
 from model.config import ModelConfig
-from sharding.config import MeshConfig
 from training.config import Phase, TrainConfig
 
 STEPS = 20_000
 
 
 def model() -> ModelConfig:
-    """Shape of the model."""
-    return ModelConfig(
+    """Shape of the model: `tiny`'s, twice as wide, with 12 layers and 32 experts."""
+    return dataclasses.replace(
+        tiny.model(),
         vocab_size=16384,
         hidden_size=512,
         num_layers=12,
-        num_dense_layers=1,
         num_heads=8,
         q_lora_rank=256,
         kv_lora_rank=128,
@@ -24,16 +26,8 @@ def model() -> ModelConfig:
         qk_rope_head_dim=32,
         v_head_dim=64,
         dense_ffn_size=2048,
-        expert_ffn_size=128,
         num_experts=32,
-        num_shared_experts=1,
-        experts_per_token=4,
-        num_expert_groups=4,
-        groups_per_token=2,
-        routed_scaling_factor=2.5,
         max_position=1024,
-        mtp_depth=1,
-        init_std=0.02,
     )
 
 
@@ -44,7 +38,8 @@ def small() -> RunConfig:
 
         python train.py --config small --data.sources.0.path "/data/books/*.jsonl"
     """
-    return RunConfig(
+    return dataclasses.replace(
+        tiny.tiny(),
         model=model(),
         train=TrainConfig(
             steps=STEPS,
@@ -62,6 +57,5 @@ def small() -> RunConfig:
             log_every=10,
         ),
         data=DataConfig(vocab_size=16384),
-        mesh=MeshConfig(fsdp=-1),
         checkpoint=CheckpointConfig(every=1000),
     )

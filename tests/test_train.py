@@ -395,8 +395,9 @@ def test_unknown_option_and_preset_name_the_nearest(capsys):
     with pytest.raises(SystemExit):
         parse(["--train.stepz", "3"])
     assert "--train.steps" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="did you mean tiny"):
+    with pytest.raises(SystemExit):
         parse(["--config", "tinyy"])
+    assert "did you mean tiny" in capsys.readouterr().err
 
 
 def test_print_config_prints_every_field_and_what_follows(capsys):
