@@ -24,7 +24,7 @@ BENCH ?= step
 SEED ?= 0
 # Compiling dominates the tests, so a worker per core pays; a file stays whole for its fixtures, and
 # the longest come first (tests/conftest.py). A worker that crashes ends the run: the others would
-# wait for its tests for ever.
+# wait for its tests forever.
 PYTEST_FLAGS ?= -n logical --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 PY = $(VENV)/bin/python
@@ -88,7 +88,7 @@ lint: $(VENV)/.dev  ## formatting and lint, nothing is changed
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/ruff check
 
-format: $(VENV)/.dev  ## format and mend what can be mended
+format: $(VENV)/.dev  ## format, and fix what lint can fix
 	$(VENV)/bin/ruff format
 	$(VENV)/bin/ruff check --fix
 

@@ -74,7 +74,7 @@ def measure(seconds: Callable[[bool, int], float]) -> float:
 class Trial:
     """Steps on a copy of a state, for their time only.
 
-    The copy has a key and a draft of its own, lest a time tell of tokens to come. Every row runs,
+    The copy has a key and a draft of its own, so that timings cannot bias the text. Every row runs,
     whatever ended it, from its prompt's end in each call.
 
     Args:

@@ -18,7 +18,7 @@ def emulate_devices(count: int, idle: bool = False) -> None:
         raise ValueError(f"--emulate {count}: the number of devices must be positive")
     # A collective blocks its device's thread, which comes from the pool of all programs. Were
     # products split over threads, or were there only as many threads as devices, the one device
-    # that all others wait for could be left without a thread, for ever.
+    # that all others wait for could be left without a thread forever.
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false"
     os.environ["PJRT_NPROC"] = str(

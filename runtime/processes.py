@@ -1,4 +1,4 @@
-"""Several processes of one program: they meet, and none waits for ever for one that is gone.
+"""Several processes of one program: they meet, and none waits forever for one that is gone.
 
 Three things end a program whose process was lost. A collective of Gloo fails at once; one of NCCL
 never returns; and JAX's coordination service, which hears a heartbeat of every process, aborts the

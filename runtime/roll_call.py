@@ -90,7 +90,7 @@ def _missing(present, num_processes: int, within: float) -> str:
     names = ", ".join(absent[:8]) + (f" and {len(absent) - 8} more" if len(absent) > 8 else "")
     return (
         f"{len(present) + 1} of {num_processes} processes came within {within:g} s; missing: "
-        f"{names}. Start them, mend --num-processes, or wait longer with --join-within"
+        f"{names}. Start them, correct --num-processes, or wait longer with --join-within"
     )
 
 
@@ -115,7 +115,7 @@ def _answer(host: str, port: int, hello: str, deadline: float, within: float) ->
         reason = "something else answers there" if word else "the connection was closed"
         time.sleep(_RETRY_S)
     raise ValueError(
-        f"process 0 at {host}:{port} did not answer within {within:g} s ({reason}); start it, mend "
+        f"process 0 at {host}:{port} did not answer within {within:g} s ({reason}); start it, fix "
         "--coordinator, or wait longer with --join-within"
     )
 

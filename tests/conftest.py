@@ -9,7 +9,7 @@ from tests.xla_flags import QUICK_XLA
 # All are read when jax is first imported, so they are set before anything imports it. A platform
 # chosen outside stays: the `gpu` tests run with JAX_PLATFORMS=cuda. Compiling is most of what the
 # tests do, and LLVM's optimisations are half of that; no tolerance depends on them. One thread per
-# device, because with few cores collectives and split products can wait for each other for ever.
+# device, because with few cores collectives and split products can wait for each other forever.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["PJRT_NPROC"] = "64"
 # Lines of source in a program: a tenth of its compile time, and no test reads them.

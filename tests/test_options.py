@@ -119,8 +119,8 @@ def test_the_remedy_for_a_schedule_that_ends_elsewhere_is_one(steps, odd):
     assert all(
         f"ends at step 400 of train.steps={steps:,}" in line and odd in line for line in lines
     )
-    mended = [word for line in lines for word in line.partition("run: ")[2].split()]
-    train = parse([*words, *mended]).run.train
+    options = [word for line in lines for word in line.partition("run: ")[2].split()]
+    train = parse([*words, *options]).run.train
     assert ends_elsewhere(train, BatchPlan(train)) == []
     check_schedules(train, BatchPlan(train))
 

@@ -1,4 +1,4 @@
-"""Code of a model in its sandbox: right and wrong programs, hostile ones, what is left behind."""
+"""Code of a model in its sandbox: right, wrong and hostile programs, and what they leave."""
 
 import os
 import pathlib
