@@ -36,8 +36,20 @@ from bench.command import Command
 from bench.kernel_times import roofline, times, tune
 from programs.absent_gpus import absent_gpus
 
-SERIALISED = ("C7510", "C7512")
-"""Warnings of the assembler: it could not keep products in flight."""
+MOSAIC = "_mosaic_gpu_kernel"
+SERIALISED = re.compile(r"\(C751[02]\)[^']*'(\S+)'")
+"""Warnings of the assembler, C7510 and C7512: it could not keep a kernel's products in flight."""
+
+
+class Assembled(NamedTuple):
+    """One kernel, by what the assembler says of it."""
+
+    name: str
+    registers: int
+    """Per CUDA thread, at launch; warpgroups then trade them."""
+    spilled: int
+    """Bytes per thread stored to memory for want of registers."""
+    serialised: bool
 
 
 class Compiled(NamedTuple):
@@ -46,9 +58,7 @@ class Compiled(NamedTuple):
     case: str
     kernel: str
     registers: int
-    """Per CUDA thread, at launch; warpgroups then trade them."""
     spilled: int
-    """Bytes per thread stored to memory for want of registers."""
     shared_kib: float
     """Shared memory of a block."""
     serialised: bool
@@ -98,28 +108,34 @@ def compile_case(name: str, case: Case) -> list[Compiled]:
     jax.clear_caches()
     with output_of_process() as output:
         jax.jit(case.run).lower(*arguments).compile()
-    return read_assembler(name, output[0])
+    return with_shared_memory(name, output[0])
 
 
-def read_assembler(case: str, text: str) -> list[Compiled]:
+def with_shared_memory(case: str, text: str) -> list[Compiled]:
     """Kernels in the compiler's messages: resources when it lowers, then ptxas for each kernel."""
     shared = [int(n) for n in re.findall(r"Resources\(smem_scratch_bytes=(\d+)", text)]
-    reports = re.split(r"ptxas info\s*: Compile time = \S+ ms", text)
-    kernels = []
-    for report in reports:
-        entry = re.search(r"entry function '(\S+?)(?:_mosaic_gpu_kernel)?'", report)
-        spills = re.search(r"(\d+) bytes spill stores", report)
-        registers = re.search(r"Used (\d+) registers", report)
-        if not (entry and spills and registers):
-            continue
-        serialised = any(code in report for code in SERIALISED)
-        kernels.append((entry[1], int(registers[1]), int(spills[1]), serialised))
+    kernels = read_assembler(text)
     # Resources are printed in the order of lowering, which is that of the kernels.
     assert len(shared) == len(kernels), (case, shared, kernels, text[-2000:])
     return [
-        Compiled(case, kernel, registers, spilled, size / 1024, serialised)
-        for (kernel, registers, spilled, serialised), size in zip(kernels, shared, strict=True)
+        Compiled(
+            case, k.name.removesuffix(MOSAIC), k.registers, k.spilled, size / 1024, k.serialised
+        )
+        for k, size in zip(kernels, shared, strict=True)
     ]
+
+
+def read_assembler(text: str) -> list[Assembled]:
+    """Kernels that an assembler reports, in its order."""
+    found, serialised = [], set(SERIALISED.findall(text))
+    for part in re.split(r"(?=ptxas info\s*: Compiling entry function)", text):
+        entry = re.search(r"entry function '(\S+)'", part)
+        spills = re.search(r"(\d+) bytes spill stores", part)
+        used = re.search(r"Used (\d+) registers", part)
+        if entry and spills and used:
+            name = entry[1]
+            found.append(Assembled(name, int(used[1]), int(spills[1]), name in serialised))
+    return found
 
 
 def table(kernels: list[Compiled], cases: dict[str, Case]) -> list[str]:

@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,38 +25,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bench.command import Command
 from bench.hot_paths import Work, works
-from bench.kernels import output_of_process
+from bench.kernels import MOSAIC, output_of_process, read_assembler
 from bench.report import ROOT
 from configs import preset
 from programs.absent_gpus import absent_gpus
 
 GPUS = ("a100-80", "h200", "b200")
 TOKENS = 4096
-MOSAIC = "_mosaic_gpu_kernel"
 OURS = re.compile(r"mosaic_gpu|attention|triton_|ragged|_kernel\b|dkv|dq")
 """Names of kernels that are not XLA's fusions."""
-
-
-class Assembled(NamedTuple):
-    """One kernel."""
-
-    name: str
-    target: str
-    registers: int
-    spilled: int
-    """Bytes a thread."""
-
-
-def read_assembler(text: str) -> list[Assembled]:
-    """Kernels that an assembler reports, in its order."""
-    found = []
-    for part in re.split(r"(?=ptxas info\s*: Compiling entry function)", text):
-        entry = re.search(r"entry function '(\S+)' for '(\w+)'", part)
-        spills = re.search(r"(\d+) bytes spill stores", part)
-        used = re.search(r"Used (\d+) registers", part)
-        if entry and spills and used:
-            found.append(Assembled(entry[1], entry[2], int(used[1]), int(spills[1])))
-    return found
 
 
 def noting_assembler(folder: pathlib.Path) -> pathlib.Path:

@@ -13,7 +13,7 @@ import sys
 
 import pytest
 
-from bench.kernels import Compiled, read_assembler
+from bench.kernels import Compiled, with_shared_memory
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 COMPILER = ROOT / os.environ.get("GPU_COMPILER", ".gpu-compiler")
@@ -40,7 +40,7 @@ ptxas info    : Compile time = 274.182 ms
 
 
 def test_reads_the_assembler():
-    assert read_assembler("case", MESSAGES) == [
+    assert with_shared_memory("case", MESSAGES) == [
         Compiled("case", "forward", 168, 0, 2.0, False),
         Compiled("case", "backward", 255, 84, 4.0, True),
     ]

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from bench.library_kernels import Assembled, read_assembler
+from bench.kernels import Assembled, read_assembler
 from tests.test_gpu_programs import compiled, needs_compiler
 
 SMALL = "--config small --per-node 2 --mesh expert=2 --micro-batches 1 --kernels auto"
@@ -38,6 +38,6 @@ def test_a_step_goes_through_the_library(tmp_path, gpu, kernels):
 
 def test_reads_what_the_assembler_says():
     assert read_assembler(SAID) == [
-        Assembled("flash_attention_sm100", "sm_100a", 168, 40),
-        Assembled("fusion", "sm_80", 16, 0),
+        Assembled("flash_attention_sm100", 168, 40, False),
+        Assembled("fusion", 16, 0, False),
     ]
