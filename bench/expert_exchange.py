@@ -1,11 +1,10 @@
-"""Expert exchange: its price with one shard of experts, and the bytes that each way sends.
+"""Expert exchange: the bytes that each way sends, and what it costs when rows exceed their room.
 
     python -m bench.expert_exchange [--write]
 
-Price: the routed experts of one device through `sharding/experts/dispatch.py`, against the same
-kernels called without it. Bytes: from the compiled forward and backward pass on 8 emulated devices,
-at a ratio like V3's: 8 of 64 experts per token, from 4 of 8 groups. Counted is what a device sends
-to others, as if straight to each of them, and how much of it goes to another node.
+Bytes come from the compiled forward and backward pass on 8 emulated devices, at a ratio like V3's: 8
+of 64 experts per token, from 4 of 8 groups. Counted is what a device sends to others, as if straight
+to each of them, and how much of it goes to another node.
 
 Shape letters: B batch, T sequence, N tokens of a device, K choices, D width, E experts, F inner
 width, S shards.
@@ -28,8 +27,7 @@ from model.config import ModelConfig
 from model.moe import MoE
 from model.recipe import Recipe
 from model.router import select
-from pallas_kernels.grouped import expert_sums, sort_by_expert
-from programs.collectives import Instruction, collective_op, executed, parse, replica_groups
+from programs.collectives import collective_op, executed, parse, replica_groups
 from runtime.devices import emulate_devices
 from sharding.config import MeshConfig
 from sharding.mesh import make_layout
@@ -77,53 +75,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=40, help="rounds of the timing")
     options = parser.options()
     emulate_devices(DEVICES)
-    lines = [*price(options.repeats), "", *traffic_table(options.ways)]
-    parser.show("Expert exchange", lines)
+    parser.show("Expert exchange", traffic_table(options.ways))
     parser.show("Rows of experts beyond their room", overflow_table(options.repeats))
-
-
-def price(repeats: int) -> list[str]:
-    """Time and compiled program of one device with and without the exchange."""
-    config = preset("tiny").model
-    moe, x_BTD, ids_BTK, weights_BTK = layer(config, (8, 256))
-    definition, params = nnx.split(moe)
-
-    def plain(params, x_BTD, weights_BTK, ids_BTK):
-        rows_ND, K = x_BTD.reshape(-1, x_BTD.shape[-1]), ids_BTK.shape[-1]
-        experts = tuple(params[name].get_value() for name in ("w_gate", "w_up", "w_down"))
-        plan = sort_by_expert(ids_BTK.reshape(-1, K), config.num_experts)
-        y_ND = expert_sums(rows_ND, weights_BTK.reshape(-1, K), experts, plan)
-        return y_ND.reshape(x_BTD.shape)
-
-    def exchanged(params, x_BTD, weights_BTK, ids_BTK):
-        return nnx.merge(definition, params).routed(x_BTD, ids_BTK, weights_BTK, Recipe())[0]
-
-    def compiled(function):
-        def run(ids_BTK, *operands):
-            y, vjp = jax.vjp(lambda *operands: function(*operands, ids_BTK), *operands)
-            return y, vjp(y)
-
-        return jax.jit(run).lower(ids_BTK, params, x_BTD, weights_BTK).compile()
-
-    programs = {"plain": compiled(plain), "exchange": compiled(exchanged)}
-    runs = {
-        name: lambda program=program: program(ids_BTK, params, x_BTD, weights_BTK)
-        for name, program in programs.items()
-    }
-    seconds = interleaved(runs, repeats)
-    size = {name: len(instructions(program.as_text() or "")) for name, program in programs.items()}
-    ratio = seconds["exchange"] / seconds["plain"]
-    return [
-        f"One device, forward and backward, {x_BTD.shape[0] * x_BTD.shape[1]} tokens of the tiny "
-        f"model, medians: plain {seconds['plain'] * 1e3:.2f} ms, through the exchange "
-        f"{seconds['exchange'] * 1e3:.2f} ms ({ratio - 1:+.1%}). Instructions of the compiled "
-        f"programs: {size['plain']} and {size['exchange']}.",
-    ]
-
-
-def instructions(text: str) -> list[Instruction]:
-    """Instructions of a compiled module, those of every computation."""
-    return [one for found in parse(text).computations.values() for one in found.values()]
 
 
 def layer(config: ModelConfig, shape: tuple[int, int]):

@@ -205,6 +205,15 @@ def passed_on(config: MeshConfig, ids_RK: np.ndarray):
     return np.asarray(y)[:, 0], np.asarray(rounds)
 
 
+def test_a_level_of_one_shard_is_its_inner_function():
+    """One device pays nothing for the exchange."""
+
+    def inner(*_):
+        raise AssertionError
+
+    assert level("experts_of_node", "experts_of_node", E, 4, MeshConfig(), inner) is inner
+
+
 def test_a_token_crosses_to_a_node_once():
     """However many of its experts are there; node-limited routing bounds the nodes."""
     config = dataclasses.replace(CONFIG, num_expert_groups=8, groups_per_token=2)
