@@ -2,9 +2,9 @@
 
     python -m bench.expert_exchange [--write]
 
-Bytes come from the compiled forward and backward pass on 8 emulated devices, at a ratio like V3's: 8
-of 64 experts per token, from 4 of 8 groups. Counted is what a device sends to others, as if straight
-to each of them, and how much of it goes to another node.
+Bytes come from the compiled forward and backward pass on 8 emulated devices, at a ratio like V3's:
+8 of 64 experts per token, from 4 of 8 groups. Counted is what a device sends to others, as if
+straight to each of them, and how much of it goes to another node.
 
 Shape letters: B batch, T sequence, N tokens of a device, K choices, D width, E experts, F inner
 width, S shards.
