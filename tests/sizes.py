@@ -21,7 +21,7 @@ BUDGETS = {
 }  # fmt: skip
 """Lines of Python, docstrings and blank lines included."""
 STANDS_AT = {
-    "core": 22_150, "pallas_kernels": 7_820, "rl": 9_990, "bench": 5_700, "configs": 1_730,
+    "core": 22_120, "pallas_kernels": 7_790, "rl": 9_970, "bench": 5_090, "configs": 1_720,
 }  # fmt: skip
 """Lines of the parts that are still above their budgets: these may only shrink."""
 TESTS_PER_LINE = 0.6
