@@ -138,7 +138,7 @@ def prepare_data(run: RunConfig, say: "Say", init_from: str = "") -> "Prepared":
 def tokenizer_of_weights(
     run: RunConfig, given: str, init_from: str, say: "Say"
 ) -> "Tokenizer | None":
-    """What the run began with, or what belongs to the weights it begins from; None for random ones.
+    """The run's first tokenizer, or that of the weights it begins from; None for random weights.
 
     ValueError if `given` is another, or if nothing tells what the weights' ids mean.
     """

@@ -1,4 +1,4 @@
-"""What every bench shares: options, so that each can be tried at its smallest size, and the report.
+"""Options that every bench shares, one of them for its smallest size, and the report.
 
 python -m bench.NAME [--quick] [--write] [options of its own]
 """

@@ -62,7 +62,7 @@ def bandwidth(rounds: int = 5) -> float:
 
 
 def bytes_per_step(c: ModelConfig, batch: int, context: int) -> float:
-    """What one step must read, in fp32: see the head of this file."""
+    """Bytes that one step must read, in fp32: see the head of this file."""
     d, E, K = c.hidden_size, c.num_experts, c.experts_per_token
     everything = count_parameters(c).total
     if not c.tie_embeddings:  # a step reads rows of the table

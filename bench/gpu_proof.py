@@ -56,7 +56,7 @@ PRODUCTS = ((4096, 24576, 1536), (4096, 7168, 16384), (4096, 4096, 7168), (4096,
 
 
 class Proof:
-    """What has been proven so far."""
+    """Results so far, and the time that is left."""
 
     def __init__(self, minutes: float, dry: bool):
         self.begin, self.dry = time.perf_counter(), dry
@@ -188,7 +188,7 @@ def timed(call: Callable[..., Any], operands: tuple[Any, ...], dry: bool) -> flo
 
 
 def device_kind() -> str:
-    """What JAX calls the device, such as NVIDIA H200."""
+    """JAX's name of the device, such as NVIDIA H200."""
     return jax.devices()[0].device_kind
 
 

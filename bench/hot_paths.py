@@ -28,9 +28,9 @@ class Work(NamedTuple):
 
     path: str
     call: Callable[[str], Callable[..., Any]]
-    """Of a backend: the output, and the gradients where there are any."""
+    """From a backend to a function that gives the output, and gradients where there are any."""
     shapes: tuple[Any, ...]
-    """Of its arrays; integers come from `integers`."""
+    """Shapes of its arrays; values of integer arrays are in `integers`."""
     flops: float
     integers: tuple[np.ndarray, ...] = ()
     kernels: bool = True
@@ -135,7 +135,7 @@ def arrays(work: Work) -> tuple[jax.Array, ...]:
 
 
 def backends(work: Work, dry: bool) -> list[str]:
-    """Those that can run here, XLA's first."""
+    """Backends that can run here, XLA's first."""
     found = ["portable"]
     hopper = not dry and str(jax.devices()[0].compute_capability).startswith("9.")
     if work.kernels and (dry or hopper):

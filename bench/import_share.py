@@ -72,7 +72,7 @@ def peak_mib() -> float:
 
 @dataclasses.dataclass
 class Share:
-    """What a host read."""
+    """Amounts that a host has read."""
 
     read: int = 0
     """Bytes of files."""

@@ -96,14 +96,14 @@ def cases(quick: bool) -> list[Case]:
 
 
 class Subject(NamedTuple):
-    """What is measured on."""
+    """Model, weights and batch that are measured."""
 
     run: RunConfig
     weights: dict[str, Any]
     tokens: np.ndarray
     """Held-out rows [1, sequences, T+1]."""
     options: dict[str, Any]
-    """Of the compiler."""
+    """Compiler options."""
 
 
 class Result(NamedTuple):

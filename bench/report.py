@@ -36,7 +36,7 @@ def write_section(title: str, lines: Sequence[str], path: pathlib.Path = RESULTS
 
 
 def provenance() -> list[str]:
-    """What it takes to repeat a measurement, as Markdown list items."""
+    """Commit, versions, device and command of a measurement, as Markdown list items."""
     now = datetime.datetime.now(datetime.UTC)
     return [
         f"- commit {commit()}, {now:%Y-%m-%d %H:%M} UTC",

@@ -48,11 +48,11 @@ FINER = (
 )  # fmt: skip
 """Of `r1_base`'s command line, for the finer model."""
 PRESETS = {"permutations": "r1_zero", "search": "search_zero"}
-"""How long the answers to each task are."""
+"""Preset whose answer length serves each task."""
 
 
 def gaps(folder: Path, prompts: int, sampler_dtype, trainer_dtype) -> dict[str, Any]:
-    """Of every token written: |log p of the sampler - of the trainer| without replay (free) and
+    """For every token written: |log p of the sampler - of the trainer| without replay (free) and
     with it (held), and whether the trainer alone chooses other experts somewhere (flipped)."""
     run = preset("r1_zero")
     layout = make_layout(MeshConfig(data=1), jax.devices()[:1])

@@ -52,7 +52,7 @@ GROWTH = {
     "context": "sequence (attention grows with its square)",
     "pipe": f"layers; {MICRO} micro batches",
 }
-"""What grows with each axis."""
+"""Sizes that grow with each axis."""
 OPS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 """The program is not run, so its machine code need not be good."""
@@ -69,7 +69,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one device does in a step."""
+    """Work of one device in a step."""
 
     dense_flops: float
     expert_flops: float

@@ -25,7 +25,7 @@ PROBLEMS, DRAWS = 160, 8
 
 
 def inspections(place: Path, seed: int) -> list[Inspection]:
-    """Of DRAWS answers at temperature 1 to each held-out problem, by the model in `place`."""
+    """DRAWS answers at temperature 1 to each held-out problem, inspected; model in `place`."""
     run = preset("search_zero")
     return inspected(place, run.task, PROBLEMS, DRAWS, run.rl.max_new_tokens, seed)[0]
 

@@ -30,7 +30,7 @@ def interleaved(
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Of one round."""
+    """Times of one round."""
 
     wall: float
     """Seconds per step."""

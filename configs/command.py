@@ -26,7 +26,7 @@ OTHER_NAMES = {
     **dict.fromkeys(("max-seq-len", "seq-length"), "train.seq-len"),
     "output-dir": "run-dir",
 }
-"""What other programs call an option -> the option."""
+"""Names of options in other programs -> the option here."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

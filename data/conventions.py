@@ -28,7 +28,7 @@ BEGINS = "prompt_begins_with"
 
 @dataclasses.dataclass(frozen=True)
 class Conventions:
-    """How a tokenizer is used."""
+    """Conventions of using a tokenizer."""
 
     bos: str = BOS
     eos: str = EOS

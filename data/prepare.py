@@ -198,7 +198,7 @@ def _store(
 
 
 def _hold_out(config: DataConfig, source: Source) -> HoldOut:
-    """Which text of a source is held out."""
+    """The held-out part of a source."""
     unreported = SourceReport(source.config.path)  # the store's pass reports
     found = documents(source, config.min_file_bytes, unreported)
     most = BYTES_PER_TOKEN * config.held_out_tokens or math.inf

@@ -29,7 +29,7 @@ def is_held_out(name: str, share: float) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class HoldOut:
-    """Which text of a source is held out."""
+    """The held-out part of a source."""
 
     share: float
     """Share of documents, chosen by the hash of their names."""

@@ -1,4 +1,4 @@
-"""How tokens are chosen, and what experts do while they are."""
+"""Options of drawing tokens, and of redundant experts."""
 
 import dataclasses
 from pathlib import Path

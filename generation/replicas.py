@@ -52,13 +52,13 @@ class Replicas(NamedTuple):
 
 
 class Copies(NamedTuple):
-    """Which copies all layers have, MTP modules last, and the layout they lie on."""
+    """Copies of experts in all layers, MTP modules last, and their layout."""
 
     placement: ExpertPlacement
     layout: Layout
 
     def replicas(self, layer: int) -> Replicas:
-        """What the layer's tokens choose by, whole on every device."""
+        """Table from which the layer's tokens choose copies, replicated on all devices."""
         tables = Replicas(self.placement.copies_LEC[layer], self.placement.counts_LE[layer])
         place = functools.partial(jax.device_put, device=replicated(self.layout))
         return jax.tree.map(lambda table: place(table.astype(np.int32)), tables)

@@ -1,4 +1,4 @@
-"""What a generation reports."""
+"""Figures of a generation."""
 
 import dataclasses
 
@@ -22,11 +22,11 @@ class Stats:
     drafted: int = 0
     """Tokens that the MTP module proposed."""
     accepted: int = 0
-    """Of these, the ones that were kept."""
+    """Drafts that were kept."""
     trial_seconds: float = 0.0
     """Spent on timing steps with and without drafts, which the other times leave out."""
     pass_steps: float = 0.0
-    """What a speculative pass costs, in plain steps; 0 where drafts were not on trial."""
+    """Cost of a speculative pass, in plain steps; 0 where drafts were not on trial."""
     stopped: bool = False
     """The trial ended drafting, before the first draft or after some."""
 
@@ -45,7 +45,7 @@ class Stats:
         return "; ".join([*parts, *self._speculation()])
 
     def _speculation(self) -> list[str]:
-        """What was decided about drafts, and what they were worth."""
+        """The decision about drafts, and their gain."""
         cost = [f"a pass costs {self.pass_steps:.2f} steps"] if self.pass_steps else []
         if not self.drafted:
             return [f"speculation off: {cost[0]}"] if self.stopped else []

@@ -35,7 +35,7 @@ class TextStream:
         return "" if self.stopped else self._release(final=False)
 
     def close(self) -> str:
-        """What was held back, now that nothing follows."""
+        """Text that was held back, now that nothing follows."""
         if self.stopped:
             return ""
         self._held += self._decode(self._ids)[self._taken :] if self._ids else ""

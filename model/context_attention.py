@@ -29,7 +29,7 @@ from sharding.partition import Names, on_shards, shard_index, sum_over, vary
 QUERY_ROWS = 256
 """Most queries of a block whose logits exist at a time."""
 OWN_BLOCKS = ((0, 0, True), (1, 1, True), (1, 0, False))
-"""Of the own keys: chunk of queries, chunk of keys, whether it lies on the diagonal."""
+"""Blocks of the own keys: chunk of queries, chunk of keys, whether it lies on the diagonal."""
 
 _TOKENS = ("batch", "seq")
 _HEADS, _STATISTIC = ("batch", "seq", "heads", "head_dim"), ("batch", "seq", "heads")

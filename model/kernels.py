@@ -25,7 +25,7 @@ from sharding.devices import (
 from sharding.partition import Layout, num_shards, use_layout
 
 Requested = Literal["auto", "mosaic", "emulated", "library", "portable", "reference"]
-"""What a user asks for: a backend for all hot paths, or the best for each."""
+"""Choices of a user: a backend for all hot paths, or the best for each."""
 
 
 class Choice(NamedTuple):
@@ -33,7 +33,7 @@ class Choice(NamedTuple):
 
     kernels: Kernels
     reasons: dict[str, str]
-    """Why a hot path is not computed by our kernel, by its name in `Kernels`."""
+    """Reason why our kernel does not compute a hot path, by its name in `Kernels`."""
     paths: tuple[str, ...]
     """The hot paths that there are: dense linear layers are one in FP8 alone."""
 
@@ -185,7 +185,7 @@ FP8_OBSTACLES: dict[str, Obstacle] = {
     "experts": _fp8_experts,
     "linear": _linear,
 }
-"""Those of FP8 products, instead or as well."""
+"""Backends of FP8 products, instead or as well."""
 
 
 def _library_attention(config: ModelConfig, dtype: str) -> str | None:

@@ -125,7 +125,7 @@ class LossParts(NamedTuple):
     counts_LE: jax.Array
     """Tokens per expert and MoE layer."""
     served: Served
-    """Of all layers: choices that no expert computed, and further rounds."""
+    """Counts over all layers: choices that no expert computed, and further rounds."""
 
 
 def target_weights(

@@ -32,7 +32,7 @@ Routed = Callable[..., tuple[jax.Array, "Served"]]
 
 
 class Served(NamedTuple):
-    """How the experts' work went, fp32, over all devices."""
+    """Counts of the experts' work, fp32, over all devices."""
 
     dropped: jax.Array
     """Routed token-expert pairs that no expert computed; must be 0."""
@@ -42,7 +42,7 @@ class Served(NamedTuple):
 
 
 class MoEStats(NamedTuple):
-    """What a MoE layer reports; sums over the tokens it was given, over all devices."""
+    """Statistics of a MoE layer; sums over the tokens it was given, over all devices."""
 
     counts_E: jax.Array
     """Tokens routed to each expert."""

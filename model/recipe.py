@@ -41,7 +41,7 @@ class Recipe:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and matrix products."""
     remat: Literal["none", "selective", "full"] = "none"
-    """What the backward pass recomputes: nothing; all but what `keep` marks; whole layers."""
+    """Work that the backward pass repeats: nothing; all but what `keep` marks; whole layers."""
     kernels: Kernels = Kernels()
     """Backends of the hot paths."""
     routes: bool = False

@@ -29,7 +29,7 @@ from sharding.pipeline.stages import Stages
 
 ROUTED = ("w_gate", "w_up", "w_down")
 VOCABULARY = ("embed", "head")
-"""What every rank has a part of."""
+"""Arrays of which every rank has a part."""
 
 
 def split_weights(config: ModelConfig, params: Tree, router_bias: Tree) -> Weights:

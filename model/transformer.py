@@ -44,7 +44,7 @@ class Tokens(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What a forward pass returns."""
+    """Result of a forward pass."""
 
     hidden_BTD: jax.Array
     """Last hidden state after the final norm; the head's input."""

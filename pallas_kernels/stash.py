@@ -30,7 +30,7 @@ DROPPED = 23 - MANTISSA
 """Bits of an fp32 mantissa that E5M6 does not have."""
 NOT_A_NUMBER = (31 << MANTISSA) | 32
 LEAST_EXPONENT = -126
-"""Of a scale: 2^126, its reciprocal, is a number in fp32."""
+"""Least exponent of a scale: 2^126, its reciprocal, is a number in fp32."""
 
 
 class Twelve(NamedTuple):

@@ -174,7 +174,7 @@ class TaskConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CodeLimits:
-    """What a program that a model wrote may use (`rl/verdict/sandbox.py`)."""
+    """Limits of a program that a model wrote (`rl/verdict/sandbox.py`)."""
 
     seconds: float = 6.0
     """Wall time of one program."""

@@ -95,7 +95,7 @@ def make_trainer(run: RunConfig, recipe: Recipe, layout: Layout) -> PolicyTraine
 
 
 def policy_tokenizer(run: RunConfig, init_from: str) -> Tokenizer:
-    """What the run has used before; else what belongs to the weights that it starts from; else
+    """The tokenizer that the run has used before; else that of the weights it starts from; else
     data.tokenizer; else the characters of the task. ValueError if data.tokenizer is another than
     that of the weights, or if it is larger than the model's."""
     folders = [Path(run.run_dir)] * bool(newest_meta(run)) + [Path(init_from)] * bool(init_from)
@@ -144,7 +144,7 @@ def check_prompts(run: RunConfig, prompts: Prompts) -> None:
 
 
 def make_prompts(run: RunConfig, tokenizer: Tokenizer) -> Prompts:
-    """Of the task, or of the file; ValueError if they cannot be read, judged or answered."""
+    """Prompts of task or file; ValueError if they cannot be read, judged or answered."""
     if run.task.name:
         prompts = TaskPrompts(configured_task(run.task), tokenizer, run.seed)
     else:

@@ -31,8 +31,8 @@ for tokens of answers; advantages fp32 [N, B]; optional old_logp, sampler_logp, 
 routes int16 [N, B, T, R], -1 where a token chooses anew."""
 
 REFERENCE = "reference"
-"""Of the state, where the objective has a KL term: params and router_bias of the policy that it is
-compared with."""
+"""Key of the state where the objective has a KL term: params and router_bias of the policy that it
+is compared with."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class PolicyTrainer(Trainer):
 
     objective: GRPOConfig = GRPOConfig()
     temperature: float = 1.0
-    """Of the rollout: the policy is the distribution that was drawn from."""
+    """Temperature of the rollout: the policy is the distribution that was drawn from."""
 
     def __post_init__(self):
         super().__post_init__()

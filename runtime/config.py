@@ -6,7 +6,7 @@ from typing import Literal
 from runtime.gpus import GPUS
 
 GPU_NAMES = tuple(GPUS)
-"""What `--gpu` takes."""
+"""Values of `--gpu`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from importlib import metadata
 from typing import NamedTuple
 
 CUDA_MAJOR = 13
-"""Of the locked wheels (requirements-cuda13.lock)."""
+"""Major version of the locked wheels (requirements-cuda13.lock)."""
 LEAST_DRIVER = 580
 """First driver for CUDA 13 (NVIDIA's CUDA toolkit release notes, table of minimum drivers)."""
 TAKEN_MIB = 1024
@@ -61,11 +61,11 @@ class Finding(NamedTuple):
     check: str
     text: str
     remedy: str = ""
-    """What to do; empty where nothing is wrong."""
+    """The remedy; empty where nothing is wrong."""
 
 
 class Host(NamedTuple):
-    """What a host says of itself; tests give what they like."""
+    """Facts of a host; tests make up their own."""
 
     ask: Callable[..., str]
     """Output of `nvidia-smi` with these arguments; '' if it fails."""
@@ -73,7 +73,7 @@ class Host(NamedTuple):
     versions: Mapping[str, str]
     """Installed packages."""
     assembler: str
-    """What `ptxas --version` says; '' without one on the PATH."""
+    """Answer of `ptxas --version`; '' without one on the PATH."""
     shared_gib: float
     """Size of /dev/shm."""
     adapters: tuple[str, ...]

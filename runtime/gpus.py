@@ -22,7 +22,7 @@ class Gpu(NamedTuple):
     bf16: int
     """FLOP/s of dense products in BF16."""
     fp8: int
-    """The same in FP8; 0 if it has none."""
+    """FLOP/s of dense products in FP8; 0 if it has none."""
     nvlink: int
     """Bytes a second that it sends to other GPUs of its NVLink domain, in one direction."""
     domain: int

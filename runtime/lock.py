@@ -126,7 +126,7 @@ def _who(holder: dict[str, Any]) -> str:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """What the holder wrote; {} when there is none, or when it is about to write."""
+    """Text of the holder as a dict; {} when there is none, or when it is about to write."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -38,11 +38,11 @@ FIXED = {
 FREE = ("model.init_std", "model.max_position", "model.yarn", "model.rope_theta")
 """Fields of the model that may change: it is trained to longer texts by them."""
 UNSAID = ("run_dir",)
-"""Where the run lies is no property of it."""
+"""Fields whose change is not worth a word: the place of the run."""
 NEW_ORDER = ("data", "task", "sft", "rl.prompts")
 """Parts of the configuration that say what rows there are, and in which order."""
 NO_ORDER = ("data.cache_dir", "data.tokenizer", "data.vocab_size")
-"""Of these, what does not: a run keeps its tokenizer."""
+"""Fields among these that do not: a run keeps its tokenizer."""
 ANOTHER_ORDER = (
     "the rows of the data and their order are others: some text of this epoch may come again, some "
     "not at all"

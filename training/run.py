@@ -92,7 +92,7 @@ class Loader(Protocol):
 
 
 class AnyLoop(Protocol):
-    """What is common to the loops of all stages."""
+    """Interface that the loops of all stages share."""
 
     state: State
     first_step: int

@@ -58,12 +58,12 @@ ROWS = (None, "batch")
 
 
 class Gradients(NamedTuple):
-    """What a loss gives the update, over the whole global batch."""
+    """Result of a loss for the update, over the whole global batch."""
 
     loss: jax.Array
     """The minimised scalar."""
     grads: Tree
-    """Of the parameters, fp32."""
+    """Gradients of the parameters, fp32."""
     counts_LE: jax.Array
     """Tokens per expert: main MoE layers, then MTP modules."""
     metrics: dict[str, Any]

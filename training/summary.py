@@ -76,7 +76,7 @@ def expert_buffers(model: ModelConfig, trainer: Trainer) -> list[str]:
 
 
 def key_heads(model: ModelConfig, trainer: Trainer) -> list[str]:
-    """That heads of keys are whole on every device, where `tensor` does not split them: a line."""
+    """A line that heads of keys are whole on every device, where `tensor` does not split them."""
     shards, held = stored_shards(trainer.layout, "kv_heads"), model.num_kv_heads
     if held % shards == 0:
         return []

@@ -7,7 +7,7 @@ import numpy as np
 
 
 class Tunable(NamedTuple):
-    """What the tuner needs of a case."""
+    """A case's block sizes to try, for the tuner."""
 
     kernel: str
     """Name of the kernel's file of timed blocks."""
@@ -39,4 +39,4 @@ class Case(NamedTuple):
     baselines: Mapping[str, Callable[..., Any]] = {}
     """Other ways to the same result, by name; they take the same arguments."""
     tunable: Tunable | None = None
-    """How the tuner cuts it otherwise; None: blocks are fixed."""
+    """Block sizes that the tuner may try; None: they are fixed."""

@@ -168,7 +168,7 @@ def spelled(sizes: Sizes) -> str:
 
 
 class _Call(NamedTuple):
-    """What is known of a call before it runs."""
+    """Static facts of a call."""
 
     scale: float
     sizes: Sizes
@@ -178,7 +178,7 @@ class _Call(NamedTuple):
     stash: Stash
 
     def plan(self, tile: Tile, programs: int) -> Plan:
-        """Of one kernel, with a program per tile if `programs` is 0."""
+        """Plan of one kernel, with a program per tile if `programs` is 0."""
         tiles = self.sizes.tiles
         return Plan(self.scale, self.sizes, tile, min(programs or tiles, tiles), self.emulated)
 

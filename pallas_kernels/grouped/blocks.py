@@ -28,9 +28,9 @@ class Blocks(NamedTuple):
     """Static cut of a grouped product."""
 
     columns: int
-    """Of a tile, per weight side by side."""
+    """Columns of a tile, per weight where two lie side by side."""
     slots: int
-    """Of the ring."""
+    """Stages of the ring."""
     band: int
     """Tiles, or pairs of them, of a band of columns."""
     pair: Pair = "none"

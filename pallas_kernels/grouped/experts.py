@@ -134,13 +134,13 @@ Weights = tuple[Array, Array, Array]
 
 
 class Way(NamedTuple):
-    """How experts are computed: static."""
+    """Static facts of how experts are computed."""
 
     backend: Backend
     tiling: Tiling
-    """Of "portable"."""
+    """Tiling of "portable"."""
     gradient_type: Any = jnp.float32
-    """Of the weights."""
+    """Type of the weights' gradients."""
 
 
 def choose_way(backend: Backend, num_rows: int, weights: Weights, masters: Any) -> Way:

@@ -36,9 +36,9 @@ class MatmulBlocks(NamedTuple):
 
     forward: Blocks | None = None
     rows: Blocks | None = None
-    """Of the gradient of the rows."""
+    """Blocks of the gradient of the rows."""
     weights: Blocks | None = None
-    """Of the gradient of the weights."""
+    """Blocks of the gradient of the weights."""
 
 
 def grouped_matmul(

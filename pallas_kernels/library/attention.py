@@ -20,7 +20,7 @@ from pallas_kernels.stash import Stash, load, named, store
 
 
 class _Call(NamedTuple):
-    """What is static in a call."""
+    """Static facts of a call."""
 
     scale: float
     kept: str | None
@@ -53,7 +53,7 @@ def attend(
 
 
 def attention_refusal(nope: int, rotary: int, value: int, dtype: Any) -> str | None:
-    """What the library says against heads of these widths; None if it takes them."""
+    """The library's reason to refuse heads of these widths; None if it takes them."""
     if dtype != jnp.bfloat16:
         return f"queries are {jnp.dtype(dtype)}, and the library multiplies bfloat16"
     T, array = 256, partial(jax.ShapeDtypeStruct, dtype=dtype)
@@ -105,7 +105,7 @@ def _backward(call: _Call, saved, do_BTNV: Array):
 
 
 def _gradients(call: _Call, q_BTNH, kv_BTNW, k_rope_BTR, start_BT, o_BTNV, largest, total, do_BTNV):
-    """Of q, kv and k_rope."""
+    """Gradients of q, kv and k_rope."""
     arrays, mask = _operands(q_BTNH, kv_BTNW, k_rope_BTR, start_BT)
     attention = operation("attention", call.part)
     if attention.vjp is None:

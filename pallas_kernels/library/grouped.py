@@ -31,7 +31,7 @@ def matmul(x_MK: Array, w_EKN: Array, group_sizes_E: Array) -> Array:
 
 
 def experts_refusal(D: int, F: int, dtype: Any) -> str | None:
-    """What the library says against experts of these widths; None if it takes them."""
+    """The library's reason to refuse experts of these widths; None if it takes them."""
     if dtype != jnp.bfloat16:
         return f"activations are {jnp.dtype(dtype)}, and the library multiplies bfloat16"
     E, array = 2, partial(jax.ShapeDtypeStruct, dtype=dtype)
@@ -47,7 +47,7 @@ def experts_refusal(D: int, F: int, dtype: Any) -> str | None:
 
 
 def fp8_experts_refusal(D: int, F: int) -> str | None:
-    """What the library says against experts in FP8; None if it takes them."""
+    """The library's reason to refuse experts in FP8; None if it takes them."""
     if is_ampere():
         return "the library multiplies no FP8 on GPUs of compute capability 8"
     return experts_refusal(D, F, jnp.bfloat16)

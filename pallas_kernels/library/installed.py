@@ -127,7 +127,7 @@ def _quiet(record: logging.LogRecord) -> bool:
 
 
 def refusal(function: Callable[..., Any], *shapes: jax.ShapeDtypeStruct) -> str | None:
-    """What the library says against a call, found by tracing it; None if it takes it."""
+    """The library's reason to refuse a call, found by tracing it; None if it takes it."""
     try:
         jax.eval_shape(function, *shapes)
     except (RuntimeError, ValueError, AttributeError, AssertionError, TypeError) as error:

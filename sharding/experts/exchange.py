@@ -53,7 +53,7 @@ class Way(NamedTuple):
     """First row of what goes there, in the buffer here."""
     size_S: Array
     far_start_S: Array
-    """The same row's place in the buffer there."""
+    """Place of that row in the buffer there."""
     far_size_S: Array
     """Rows that come from there."""
 

@@ -62,13 +62,13 @@ class Buffer(NamedTuple):
 
     what: str
     rows: int
-    """It has room for."""
+    """Rows that the buffer has room for."""
     mean: float
-    """It gets under even load."""
+    """Rows that it gets under even load."""
     most: int
-    """It could get."""
+    """Rows that it could get at most."""
     number: int
-    """Of such buffers a device receives."""
+    """Number of such buffers that a device receives."""
 
     def describe(self, row_bytes: int) -> str:
         """Size, against even load, and what happens beyond."""
@@ -83,7 +83,7 @@ class Buffer(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """Those of one layer."""
+    """Buffers of one layer."""
 
     nodes: Buffer
     """Rows from a device for one node."""

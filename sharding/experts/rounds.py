@@ -49,7 +49,7 @@ _repeated: contextvars.ContextVar[bool] = contextvars.ContextVar("repeated", def
 
 
 class Static(NamedTuple):
-    """What does not change from run to run."""
+    """Static facts of the rounds."""
 
     one_round: Round
     room: int
