@@ -78,7 +78,7 @@ def record(size: str, start: str, steps: int, seed: int, recipe: str, path: Path
     losses = [line["train/loss"] for line in lines]
     found = {
         "commit": commit(), "seed": seed, "recipe": recipe, "steps": steps,
-        "tokens_per_step": lines[0]["train/tokens"], "processor_seconds": spent["cpu_s"],
+        "tokens_per_step": int(lines[0]["train/tokens"]), "processor_seconds": spent["cpu_s"],
         "skipped_steps": int(lines[-1]["train/skipped_steps"]),
         "held_out_loss": lines[-1]["eval/loss"], "mtp_acceptance": lines[-1]["eval/mtp_acceptance"],
         "train_loss": [
@@ -127,9 +127,8 @@ def report(folder: Path) -> list[str]:
         *lines,
         "",
         f"{folder.name}: {len(pairs)} pairs of {first['steps']} steps of "
-        f"{first['tokens_per_step']:.0f} tokens. FP8 is "
-        f"{gap:+.3f}% from BF16, standard error {error:.3f}%; BF16's own standard deviation "
-        f"between seeds is {spread:.2f}%.",
+        f"{first['tokens_per_step']} tokens. FP8 is {gap:+.3f}% from BF16, standard error "
+        f"{error:.3f}%; BF16's own standard deviation between seeds is {spread:.2f}%.",
     ]
 
 
