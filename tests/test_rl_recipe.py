@@ -151,11 +151,23 @@ def wait_for(path: pathlib.Path) -> None:
         time.sleep(0.02)
 
 
+@pytest.fixture
+def signals_arrive():
+    """A shell cannot trap what its parent ignores: nohup, or a script's `&`, ignored for us."""
+    ours = {one: signal.getsignal(one) for one in (signal.SIGHUP, signal.SIGINT)}
+    for one, handler in ours.items():
+        if handler is signal.SIG_IGN:
+            signal.signal(one, signal.SIG_DFL)
+    yield
+    for one, handler in ours.items():
+        signal.signal(one, handler)
+
+
 @pytest.mark.parametrize(
     ("sent", "got"),
     [("SIGTERM", "SIGTERM"), ("SIGINT", "SIGINT"), ("SIGHUP", "SIGTERM"), ("SIGKILL", "SIGTERM")],
 )
-def test_a_stage_ends_with_its_recipe(sent, got, scripts, tmp_path):
+def test_a_stage_ends_with_its_recipe(sent, got, scripts, tmp_path, signals_arrive):
     """Whatever ends the recipe, its stage saves and goes; no later stage begins."""
     if sent == "SIGKILL" and not shutil.which("setpriv"):
         pytest.skip("without setpriv (Linux) a process is not told that its parent is gone")
