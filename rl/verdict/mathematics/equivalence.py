@@ -354,7 +354,7 @@ def _has_variables(text: str) -> bool:
 
 
 def _spelled(text: str) -> str:
-    r"""A text without \text{} and spaces: 3\text{ hours }20\text{ minutes} is 3 hours 20 minutes."""
+    r"""Without \text{} and spaces: 3\text{ hours }20\text{ minutes} is 3 hours 20 minutes."""
     return squeezed(TEXT_COMMAND.sub(r"\1", plain(text))).strip("$.")
 
 
