@@ -133,6 +133,16 @@ def test_a_warm_up_that_is_held_may_end_anywhere_before_the_run_does():
     assert "learning_rate ends at step 20" in ends_elsewhere(short, BatchPlan(short))[0]
 
 
+@pytest.mark.parametrize("stage", ["sft", "distill"])
+def test_weights_that_are_tuned_do_not_take_the_rate_of_pretraining(stage):
+    tuned = parse(["--config", "v2_lite", "--stage", stage, "--init-from", "x"]).run.train
+    assert knobs_at(tuned, BatchPlan(tuned), 500)["learning_rate"] == 5e-5
+    from_random = parse(["--config", "v2_lite", "--stage", stage]).run.train
+    assert from_random == preset("v2_lite").train
+    own = parse(["--config", "r1_cold", "--stage", stage, "--init-from", "x"]).run.train
+    assert own == preset("r1_cold").train
+
+
 def test_stage_rl_does_not_take_the_rate_of_pretraining():
     train = parse(["--config", "v2_lite", "--stage", "rl"]).run.train
     rates = [knobs_at(train, BatchPlan(train), step)["learning_rate"] for step in (0, 9, 500)]
