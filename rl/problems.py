@@ -45,8 +45,9 @@ def split_problems(
 ) -> tuple[list[Problem], list[Problem]]:
     """Problems to train on and problems held out, both in the order given.
 
-    Where the hash would hold out none, the problem of the lowest hash is held out, and where it
-    would hold out all, that of the highest is not, with all that share its key. Raises ValueError if share > 0 and there are no two problems.
+    Where the hash would hold out none, the problem of the lowest hash is held out; where it would
+    hold out all, that of the highest is not; with all that share its key. Raises ValueError if
+    share > 0 and there are no two problems.
     """
     problems = list(problems)
     sides = {problem.key: held_out(problem, share) for problem in problems}
