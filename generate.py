@@ -24,6 +24,7 @@ from generation.config import ExpertOptions, Sampling, Speculation
 from generation.defaults import folder_sampling, said_of_sampling
 from generation.text import Answers, TextStream
 from runtime.config import RuntimeOptions
+from runtime.outputs import check_outputs
 from sharding.config import LAYOUTS, MeshConfig
 from vision.options import ImageOptions
 
@@ -201,6 +202,10 @@ def check_options(options: Generate) -> None:
         )
     asks = bool(options.prompt or options.prompts or options.prompt_ids)
     options.pictures.check(asks)
+    check_outputs({
+        "--ids-out": options.pictures.ids_out, "--pixels-out": options.pictures.pixels_out,
+        "--save-expert-load": options.experts.save_expert_load,
+    })  # fmt: skip
     if options.pictures.draws:
         return
     if options.special and options.chat:

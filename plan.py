@@ -14,6 +14,7 @@ import os
 import sys
 
 from configs.planning import PlanCommand, parse_plan
+from runtime.outputs import check_outputs
 from sharding.config import AXES
 
 
@@ -30,6 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(command: PlanCommand) -> int:
     """Do what the command asks."""
+    check_outputs({"--json": command.json, "--html": command.html})
     if command.compare:
         from planning.compare import compare
 

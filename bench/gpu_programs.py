@@ -41,6 +41,7 @@ from programs.absent_gpus import GPUS, absent_gpus, inspection_options
 from programs.plan import plan_of
 from programs.scheduled import until_scheduled
 from programs.step import Report, lower, read, rows_of, scheduled
+from runtime.outputs import check_outputs
 from sharding.config import MeshConfig
 from sharding.mesh import axis_sizes, make_layout, named_layout, resolve
 from sharding.partition import batch_shards
@@ -362,6 +363,7 @@ def main(arguments: list[str] | None = None) -> None:
         title, cases = TABLES[options.table]
         return command.keep(title, table(cases))
     try:
+        check_outputs({"--json": options.json, "--text": options.text})
         report, seconds = inspect(options)
     except ValueError as error:
         print(f"gpu_programs: {error}", file=sys.stderr)

@@ -11,7 +11,7 @@ import tyro
 from configs import PRESETS, preset, summary
 from configs.deepseek import v3_on_its_layout
 from configs.options import parse_options
-from configs.r1 import rl_rate
+from configs.r1 import RL_RATE, SFT_RATE, tuning_rate
 from configs.schema import RunConfig
 from rl.config import PUBLISHED
 from runtime.config import GPU_NAMES, RuntimeOptions
@@ -77,11 +77,15 @@ def parse(arguments: Sequence[str] | None = None) -> Command:
     first.add_argument("--config", default="tiny")
     first.add_argument("--layout", default="")
     first.add_argument("--stage", default="")
+    first.add_argument("--init-from", "--init_from", default="")
     first.add_argument("--rl.objective-of", "--rl.objective_of", dest="objective_of", default="")
     chosen, _ = first.parse_known_args(arguments)
     run = laid_out(chosen.config, chosen.layout, "train.py")
     if chosen.stage == "rl" != run.stage:
-        run = dataclasses.replace(run, train=rl_rate(run.train))
+        run = dataclasses.replace(run, train=tuning_rate(run.train, RL_RATE))
+    tunes = chosen.stage in ("sft", "distill") and chosen.init_from
+    if tunes and run.stage == "pretrain":
+        run = dataclasses.replace(run, train=tuning_rate(run.train, SFT_RATE))
     if chosen.objective_of in PUBLISHED:
         run = dataclasses.replace(run, rl=run.rl.following(chosen.objective_of))
     default = Command(run=run, config=chosen.config, layout=chosen.layout)

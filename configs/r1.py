@@ -69,10 +69,14 @@ def balancing(steps: int) -> tuple[Phase, ...]:
     return (Phase(0.9 * steps, 0.01, unit="steps"), Phase(steps, 0.0, unit="steps"))
 
 
-def rl_rate(train: TrainConfig) -> TrainConfig:
-    """Pre-training's numbers at the learning rate of R1's reinforcement learning, 3e-6 (R1 report,
-    B.4), for a preset that names another stage: its own rate would wreck a policy."""
-    rate, warm = 3e-6, 10
+RL_RATE, SFT_RATE = 3e-6, 5e-5
+"""Learning rates of R1's reinforcement learning and (at its start) fine-tuning (R1 report, B.4)."""
+
+
+def tuning_rate(train: TrainConfig, rate: float) -> TrainConfig:
+    """Pre-training's numbers at another learning rate, for weights that are tuned by a preset of
+    pre-training: its own rate would wreck them."""
+    warm = 10
     return dataclasses.replace(
         train,
         learning_rate=(

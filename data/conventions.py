@@ -31,6 +31,7 @@ class Conventions:
     """Conventions of using a tokenizer."""
 
     bos: str = BOS
+    """'': there is none, as in Qwen's folders."""
     eos: str = EOS
     pad: str = PAD
     begins: str = EOS
@@ -44,7 +45,7 @@ class Conventions:
         """Texts of the files that say so, over those that were read; `ends` and the name `pad`,
         unless it is '', written out."""
         settings = _json(files, SETTINGS) or {"tokenizer_class": "PreTrainedTokenizerFast"}
-        known = {"bos_token": self.bos, "eos_token": self.eos, BEGINS: self.begins}
+        known = {"bos_token": self.bos or None, "eos_token": self.eos, BEGINS: self.begins}
         known |= {"pad_token": pad} if pad else {}
         generation = _json(files, GENERATION) | {"eos_token_id": list(ends)}
         texts = {SETTINGS: _text(settings | known), GENERATION: _text(generation)}
@@ -62,6 +63,8 @@ def read_conventions(files: Mapping[str, str]) -> Conventions:
     names = {name: _name(named, f"{name}_token") for name in ("bos", "eos", "pad")}
     names = {name: text for name, text in names.items() if text}
     released = "model_type" in _json(files, "config.json") or bool(settings)
+    if "eos" in names:
+        names.setdefault("bos", "")  # who names its tokens and no bos, as Qwen does, has none
     begins = names.get("bos", BOS) if released else names.get("eos", EOS)
     if settings.get("add_bos_token") is False:
         begins = ""

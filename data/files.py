@@ -78,7 +78,7 @@ class _Stream(io.RawIOBase):
 def _gzip(source: BinaryIO) -> Iterator[bytes]:
     file = gzip.GzipFile(fileobj=source)
     try:
-        while part := file.read(PART):
+        while part := file.read1(PART):  # what comes before damage comes out
             yield part
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DamagedFileError(f"gzip: {error}") from None

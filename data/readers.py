@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from data.files import BOM, DamagedFileError, kind_of, open_file, read_file
 
@@ -74,31 +74,37 @@ def _read_jsonl(path: Path, name: str, field: str, skip: Skip) -> Iterator[Docum
 
 def _read_json(path: Path, name: str, field: str, skip: Skip) -> Iterator[Document]:
     """An array of objects, one object over several lines, or JSON Lines under another name."""
-    with open_file(path) as file:
-        if _is_lines(file):
-            file.close()
-            yield from _read_jsonl(path, name, field, skip)
-            return
+    if _has_lines(path, 1):
+        yield from _read_jsonl(path, name, field, skip)
+        return
     try:
         value = json.loads(read_file(path).decode("utf-8"))
-    except UnicodeDecodeError:
-        skip("not UTF-8", name)
-    except (ValueError, RecursionError):
-        skip("malformed JSON", name)
+    except (ValueError, RecursionError) as error:
+        if _has_lines(path, 100):  # a broken line costs no more than itself
+            yield from _read_jsonl(path, name, field, skip)
+        else:
+            skip("not UTF-8" if isinstance(error, UnicodeDecodeError) else "malformed JSON", name)
     else:
         for number, item in enumerate(value if isinstance(value, list) else [value], 1):
             yield from _field_of(f"{name}:{number}", item, field, skip)
 
 
-def _is_lines(file: BinaryIO) -> bool:
-    """Whether the first line that is not blank is an object by itself."""
-    for line in file:
-        if line.removeprefix(BOM).strip():
+def _has_lines(path: Path, count: int) -> bool:
+    """Whether one of the first `count` lines that are not blank is an object by itself, or all are
+    blank."""
+    seen = 0
+    with open_file(path) as file:
+        for line in file:
+            if not line.removeprefix(BOM).strip():
+                continue
             try:
-                return isinstance(json.loads(line.removeprefix(BOM)), dict)
+                if isinstance(json.loads(line.removeprefix(BOM)), dict):
+                    return True
             except (ValueError, RecursionError):
-                return False
-    return True
+                pass
+            if (seen := seen + 1) == count:
+                break
+    return not seen
 
 
 def _record(name: str, line: bytes, field: str, skip: Skip) -> Iterator[Document]:
@@ -148,8 +154,9 @@ def _read_parquet(path: Path, name: str, field: str, skip: Skip) -> Iterator[Doc
             return
         for number, text in enumerate(_cells(table, arrow, field), 1):
             yield from _document(f"{name}:{number}", text, field, skip)
-    except arrow.ArrowInvalid:
-        skip("not a Parquet file", name)
+    except arrow.ArrowException as error:
+        reason = "not a Parquet file" if isinstance(error, arrow.ArrowInvalid) else str(error)
+        skip(reason.partition("\n")[0], name)
 
 
 def _cells(table: Any, arrow: Any, field: str) -> Iterable[Any]:

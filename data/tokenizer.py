@@ -68,11 +68,11 @@ class NoTokenError(ValueError):
 class Tokenizer:
     """A `tokenizer.json` with the conventions of the files beside it (`data/conventions.py`).
 
-    Attributes: json (its text), sha256, vocab_size (largest id + 1), conventions, bos_id, eos_id,
-    pad_id, marks (names that plain text cannot give), mark_names (a pattern of them), specials
-    (those that decoding leaves out), fim (FimTokens, or None if the vocabulary has none), and
-    byte_lengths: int32 [vocab_size], UTF-8 bytes that each id stands for (0 for marks), or None if
-    tokens are not byte strings.
+    Attributes: json (its text), sha256, vocab_size (largest id + 1), conventions, bos_id (eos_id
+    where there is none), eos_id, pad_id, marks (names that plain text cannot give), mark_names (a
+    pattern of them), specials (those that decoding leaves out), fim (FimTokens, or None if the
+    vocabulary has none), and byte_lengths: int32 [vocab_size], UTF-8 bytes that each id stands for
+    (0 for marks), or None if tokens are not byte strings.
 
     Args:
       files: name -> text of the files beside. ValueError if these or a token are no good.
@@ -104,7 +104,7 @@ class Tokenizer:
         self._marked = np.zeros(self.vocab_size, bool)
         self._marked[[vocab[name] for name in self.marks]] = True
         known = self.conventions
-        self.bos_id, self.eos_id = self.token_id(known.bos), self.token_id(known.eos)
+        self.bos_id, self.eos_id = (self.token_id(x) for x in (known.bos or known.eos, known.eos))
         self.pad_id = vocab.get(known.pad, self.eos_id)  # DeepSeek's own config pads with eos
         if known.begins:
             self.token_id(known.begins)

@@ -9,6 +9,7 @@ No content can forge the end of a turn: names of marks (`data/tokenizer.py`) ins
 guard through the template, and what carries it is plain text.
 """
 
+import contextlib
 import datetime
 import functools
 import json
@@ -112,12 +113,13 @@ def chat_text(
     """The text of a conversation; names of marks in its contents carry `guard`.
 
     think: the template's `thinking`. ask: end with the opening of the assistant's next answer.
-    Raises ValueError for a template that cannot be read, or refuses the messages, or has marks
-    that are no tokens.
+    Raises ValueError for a template that cannot be read, refuses the messages or leaves a system
+    message out, or has marks that are no tokens.
     """
     known = tokenizer.conventions
-    try:
-        text = _compiled(known.template or BUILT_IN).render(
+
+    def render(messages: Sequence[Mapping[str, Any]]) -> str:
+        return _compiled(known.template or BUILT_IN).render(
             messages=[_laid_out(tokenizer, message, guard) for message in messages],
             bos_token=known.bos,
             eos_token=known.eos,
@@ -128,10 +130,24 @@ def chat_text(
             tools=None,
             documents=None,
         )
+
+    try:
+        text = render(messages)
     except Exception as error:  # a template is a program of others
         raise ValueError(
             f"the chat template of the tokenizer's folder cannot lay out the conversation: {error}"
         ) from None
+    for at, message in enumerate(messages):
+        if message["role"] != "system" or not message["content"].strip():
+            continue
+        without = ""
+        with contextlib.suppress(Exception):  # it may ask for one
+            without = render([*messages[:at], *messages[at + 1 :]])
+        if without == text:
+            raise ValueError(
+                f"the chat template of the tokenizer's folder leaves message {at}, of role system, "
+                "out; put what it says into the user's"
+            )
     for name in set(re.findall(MARK, text)):
         if known.template and name in (THINK, END_THINK):
             continue  # a folder's template may speak of them without having the tokens

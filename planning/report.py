@@ -288,21 +288,31 @@ def traffic_lines(report: Report) -> list[str]:
     return lines
 
 
+def _scaled(value: float) -> str:
+    """A number in thousands, millions or billions, where it is as large: `2.664 M `."""
+    for factor, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if value >= factor:
+            return f"{value / factor:.4g} {letter} "
+    return f"{value:.3g} "
+
+
 def time_lines(report: Report) -> list[str]:
     """Time, part by part, and what follows."""
     step = report.step_seconds
+    unit, scale = ("s", 1.0) if step >= 1 else ("ms", 1e3)
     parts = sorted(report.parts_seconds.items(), key=lambda part: -part[1])
     shown = [
-        f"  {name:12} {seconds:9.3f} s {seconds / step:6.1%}"
+        f"  {name:12} {seconds * scale:9.3f} {unit} {seconds / step:6.1%}"
         for name, seconds in parts
         if seconds > 5e-4 * step
     ]
     return [
-        f"time of a step, seconds of the busiest rank ({CLOSED})",
+        f"time of a step, of the busiest rank ({CLOSED})",
         *shown,
-        f"  {'step':12} {step:9.3f} s, of all ranks' time {report.bubble_fraction:.1%} is bubble",
+        f"  {'step':12} {step * scale:9.3f} {unit}, of all ranks' time "
+        f"{report.bubble_fraction:.1%} is bubble",
         f"  {report.tokens_per_s_per_gpu:,.1f} tokens/s/GPU; MFU {report.mfu[0]:.2%} causal, "
         f"{report.mfu[1]:.2%} non-causal, of the BF16 peak",
-        f"  {report.tokens / 1e12:,.3g} T tokens: {report.gpu_hours / 1e3:,.4g} K GPU hours, "
-        f"{report.cost / 1e6:,.4g} M$ at {report.dollars_per_hour:g} $ an hour",
+        f"  {_scaled(report.tokens)}tokens: {_scaled(report.gpu_hours)}GPU hours, "
+        f"{_scaled(report.cost)}$ at {report.dollars_per_hour:g} $ an hour",
     ]

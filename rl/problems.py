@@ -45,8 +45,9 @@ def split_problems(
 ) -> tuple[list[Problem], list[Problem]]:
     """Problems to train on and problems held out, both in the order given.
 
-    Where the hash leaves a side empty, the problem of the lowest hash is held out, with all that
-    share its key. Raises ValueError if share > 0 and there are no two problems.
+    Where the hash would hold out none, the problem of the lowest hash is held out; where it would
+    hold out all, that of the highest is not; with all that share its key. Raises ValueError if
+    share > 0 and there are no two problems.
     """
     problems = list(problems)
     sides = {problem.key: held_out(problem, share) for problem in problems}
@@ -56,7 +57,8 @@ def split_problems(
                 f"{len(problems)} prompts about {len(sides)} problem cannot be split; add prompts "
                 "about others, or give --rl.held-out 0 to go without evaluation"
             )
-        lowest = min(sides, key=lambda key: unit_hash(key, "held-out"))
-        sides = {key: key == lowest for key in sides}
+        by_hash = sorted(sides, key=lambda key: unit_hash(key, "held-out"))
+        kept = set(by_hash[:-1] if all(sides.values()) else by_hash[:1])
+        sides = {key: key in kept for key in sides}
     train = [problem for problem in problems if not sides[problem.key]]
     return train, [problem for problem in problems if sides[problem.key]]

@@ -219,6 +219,17 @@ def test_templates_that_cannot_be_used_are_named(template, message):
         encode_chat(with_template(template), [USER], False)
 
 
+def test_a_system_message_that_a_template_leaves_out_is_named():
+    system = {"role": "system", "content": "the cat"}
+    deaf = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    with pytest.raises(ValueError, match="leaves message 0, of role system, out"):
+        encode_chat(with_template(deaf), [system, USER], False)
+    last_alone = TEMPLATES["v3"]  # of two it keeps the second
+    with pytest.raises(ValueError, match="leaves message 0"):
+        encode_chat(with_template(last_alone), [system, {**system, "content": "sat"}, USER], False)
+    assert len(encode_chat(with_template(last_alone), [system, USER], False))
+
+
 @pytest.mark.parametrize(
     ("template", "message", "why"),
     [

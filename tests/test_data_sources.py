@@ -257,6 +257,15 @@ def test_a_cut_or_altered_compressed_file_is_named(tmp_path, packed, cut):
     named = [name for names in report.names.values() for name in names if ":" not in name]
     assert sorted(named) == [f"cut.jsonl{packed}", f"no.txt{packed}"]
     assert all("cut or damaged" in reason for reason in report.skipped if "line" not in reason)
+    assert packed == ".zst" or len(found) > 900  # what comes before the damage
+
+
+@pytest.mark.parametrize("first", [b'{"text": "caf\xe9"}', b'{"text": ', b"[1"])
+def test_a_broken_first_line_of_json_lines_costs_no_other(tmp_path, first):
+    (tmp_path / "a.json").write_bytes(first + b'\n{"text": "b"}\n{"text": "c"}\n')
+    found, report = read(tmp_path)
+    assert [d.text for d in found] == ["b", "c"]
+    assert [name for names in report.names.values() for name in names] == ["a.json:1"]
 
 
 def test_bad_json_and_csv_are_named_and_cost_no_other_document(tmp_path):

@@ -254,6 +254,8 @@ def test_names_of_marks_in_a_text_are_told(trained):
         ({"tokenizer_config.json": {"add_bos_token": False}}, []),
         ({"tokenizer_config.json": {"prompt_begins_with": EOS}}, [1]),
         ({"tokenizer_config.json": {"prompt_begins_with": ""}}, []),
+        ({"tokenizer_config.json": {"bos_token": None, "eos_token": EOS}}, []),  # as Qwen's
+        ({"tokenizer_config.json": {"eos_token": EOS}, "config.json": {"model_type": "qwen2"}}, []),
         ({"special_tokens_map.json": {"bos_token": EOS, "eos_token": BOS}}, [0]),
     ],
 )

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 import generate
+import plan
 import train
 from configs import PRESETS, preset
 from configs.command import parse
@@ -131,6 +132,32 @@ def test_a_warm_up_that_is_held_may_end_anywhere_before_the_run_does():
     assert ends_elsewhere(train, BatchPlan(train)) == []
     short = dataclasses.replace(train, steps=10)
     assert "learning_rate ends at step 20" in ends_elsewhere(short, BatchPlan(short))[0]
+
+
+@pytest.mark.parametrize(
+    ("main", "words"),
+    [
+        (plan.main, "tiny --json none/a.json"),
+        (plan.main, "tiny --html none/a.html"),
+        (generate.main, "--checkpoint none --prompt a --save-expert-load none/a.npy"),
+        (generate.main, "--checkpoint none --draw a --ids-out none/a.npy"),
+    ],
+)
+def test_a_file_that_cannot_be_written_at_the_end_is_told_at_the_start(main, words, capsys):
+    assert main(words.split()) == 2
+    option = words.split()[-2]
+    assert f"{option} none/a" in (said := capsys.readouterr().err)
+    assert "there is no folder" in said
+
+
+@pytest.mark.parametrize("stage", ["sft", "distill"])
+def test_weights_that_are_tuned_do_not_take_the_rate_of_pretraining(stage):
+    tuned = parse(["--config", "v2_lite", "--stage", stage, "--init-from", "x"]).run.train
+    assert knobs_at(tuned, BatchPlan(tuned), 500)["learning_rate"] == 5e-5
+    from_random = parse(["--config", "v2_lite", "--stage", stage]).run.train
+    assert from_random == preset("v2_lite").train
+    own = parse(["--config", "r1_cold", "--stage", stage, "--init-from", "x"]).run.train
+    assert own == preset("r1_cold").train
 
 
 def test_stage_rl_does_not_take_the_rate_of_pretraining():

@@ -213,7 +213,9 @@ def test_neighbours_of_a_refused_layout_are_legal():
 def test_json_has_the_documented_keys_and_adds_up(tmp_path, capsys):
     file = tmp_path / "plan.json"
     assert entry.main(["tiny", "--gpus", "8", "--json", str(file), "--no-advice"]) == 0
-    capsys.readouterr()
+    said = capsys.readouterr().out  # a small model: milliseconds, not 0.000 s and 1e-7 T tokens
+    assert re.search(r"step +\d+\.\d{3} ms", said)
+    assert re.search(r"819 K tokens: 0\.\d+ GPU hours", said)
     found = json.loads(file.read_text())
     assert found.keys() >= KEYS
     memory = found["memory_gib"]

@@ -33,7 +33,7 @@ def test_an_unchanged_configuration_says_nothing():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("stage", "sft"), ("seed", 1), ("train.seq_len", 128), ("model.experts_per_token", 2),
+        ("stage", "sft"), ("seed", 1), ("model.experts_per_token", 2),
         ("model.routed_scaling_factor", 1.0), ("model.scoring", "softmax"), ("data.held_out", 0.1),
     ],
 )  # fmt: skip
@@ -73,6 +73,14 @@ def test_other_changes_are_said_with_both_values():
         "changed since step 9: --model.max-position 256 -> 512; --train.batch-size 8 -> 16; "
         "--train.learning-rate.2.value 0.0003 -> 1"
     )
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "distill", "images"])
+def test_another_length_goes_on_and_says_that_rows_are_cut_anew(stage):
+    run = changed(TINY, "stage", stage)
+    said = check_changes(asdict(run), asdict(changed(run, "train.seq_len", 128)), 9, "runs/x")
+    assert said[0] == "changed since step 9: --train.seq-len 256 -> 128"
+    assert "may come again" in said[1]
 
 
 def test_another_mixture_says_that_rows_come_in_another_order():

@@ -399,6 +399,12 @@ def test_a_small_file_of_prompts_holds_out_one_problem_at_least(count, share):
         split_problems(problems[:2], share)
 
 
+def test_a_share_that_would_take_all_problems_leaves_one():
+    problems = [Problem(f"prompt {i}", {"answer": "1"}) for i in range(5)]
+    train, kept = split_problems(problems, 0.9999)
+    assert (len(train), len(kept)) == (1, 4)
+
+
 def test_messages_are_split_by_their_content():
     one = Problem([{"role": "user", "content": "hi"}], {})
     same = Problem([{"content": "hi", "role": "user"}], {"answer": "other"})

@@ -219,16 +219,24 @@ def test_another_batch_goes_on_from_the_tokens_and_rows_behind_it(size, length):
     """4 rows of 10 tokens for 10 steps, then other sizes, then the first again."""
     past = constant().history(10)
     plan = BatchPlan(TrainConfig(steps=100, seq_len=length, batch_size=size), past, 10)
-    assert [plan.at(step).first_sequence for step in (0, 9, 10, 12)] == [0, 36, 40, 40 + 2 * size]
+    rows = 400 // length  # of the new length
+    assert [plan.at(step).first_sequence for step in (0, 9, 10, 12)] == [
+        0,
+        36,
+        rows,
+        rows + 2 * size,
+    ]
     assert plan.tokens_before(10) == 400
     assert plan.tokens_before(12) == 400 + 2 * size * length
     assert plan.steps_at(200) == 5
     assert plan.steps_at(400 + size * length) == 11
     assert plan.tokens_at(9.5) == 380
     back = BatchPlan(TrainConfig(steps=100, seq_len=10, batch_size=4), plan.history(12), 12)
-    assert back.at(13).first_sequence == 40 + 2 * size + 4
+    assert back.at(13).first_sequence == 40 + 2 * size * length // 10 + 4
     assert back.tokens_before(13) == 400 + 2 * size * length + 40
     assert back.at(5) == constant().at(5)  # the past stays
+    uneven = BatchPlan(TrainConfig(steps=100, seq_len=7, batch_size=4), past, 10)
+    assert (uneven.at(10).first_sequence, uneven.tokens_before(10)) == (58, 400)
 
 
 def test_a_schedule_in_tokens_goes_on_and_a_warm_up_in_steps_keeps_its_tokens():

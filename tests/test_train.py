@@ -259,12 +259,17 @@ def test_a_checkpoint_without_batches_goes_on_from_those_of_its_configuration(
     training.run.check_resumed(config, lines.append)
     assert "--train.batch-size 8 -> 16" in lines[0]
     assert lines[1] == "  goes on from 768 tokens and 24 rows"
+    longer = parse([*options, "--run-dir", str(folder), "--train.seq-len", "64"]).run
+    lines.clear()
+    training.run.check_resumed(longer, lines.append)
+    assert training.run.plan_of(longer).tokens_before(4) == 768 + 64 * 8
+    assert "may come again" in lines[1]
+    assert lines[2] == "  goes on from 768 tokens and 12 rows of 64 tokens"
 
 
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--train.seq-len", "16"], "--train.seq-len 32 -> 16: rows of the data would be cut anew"),
         (["--seed", "7"], "--seed 0 -> 7: the order of the data would be another"),
         (["--model.routed-scaling-factor", "1"], "--model.routed-scaling-factor 2.5 -> 1.0"),
         (["--data.tokenizer", "TOKENIZER"], "id 3 is '!' there and 'a' here"),

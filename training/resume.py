@@ -1,15 +1,15 @@
 """What a resumed run keeps of its past, and which settings may have changed since.
 
 A step is a function of the state and of the position: rows and tokens behind it. The position is
-part of a checkpoint (`training/schedule.py:Plateau`), so another batch size goes on from where the
-run is. A setting that would rewrite the past is refused; every other change is said.
+part of a checkpoint (`training/schedule.py:Plateau`), so another batch size or sequence length goes
+on from where the run is. A setting that would rewrite the past is refused; every other change is
+said.
 """
 
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-_ROWS = "rows of the data would be cut anew: some text would come twice and some never"
 _SPLIT = "texts that were trained on would be held out"
 _PROMPTS = "prompts that were asked would be asked again, or others left out"
 
@@ -20,12 +20,9 @@ FIXED = {
         "seed": "the order of the data would be another, and texts of this epoch come again",
     },
     "pretrain": {
-        "train.seq_len": _ROWS,
         "data.held_out": _SPLIT,
         "data.held_out_tokens": _SPLIT,
     },
-    "sft": {"train.seq_len": _ROWS},
-    "distill": {"train.seq_len": _ROWS},
     "rl": {
         "train.batch_size": _PROMPTS,
         "rl.prompts_per_step": _PROMPTS,
@@ -39,7 +36,7 @@ FREE = ("model.init_std", "model.max_position", "model.yarn", "model.rope_theta"
 """Fields of the model that may change: it is trained to longer texts by them."""
 UNSAID = ("run_dir",)
 """Fields whose change is not worth a word: the place of the run."""
-NEW_ORDER = ("data", "task", "sft", "rl.prompts")
+NEW_ORDER = ("data", "task", "sft", "images", "rl.prompts", "train.seq_len")
 """Parts of the configuration that say what rows there are, and in which order."""
 NO_ORDER = ("data.cache_dir", "data.tokenizer", "data.vocab_size")
 """Fields among these that do not: a run keeps its tokenizer."""
@@ -63,7 +60,7 @@ def check_changes(
     Raises ValueError that lists the changes that would rewrite the past.
     """
     changed = [change for change in changes(recorded, today) if change[0] not in UNSAID]
-    fixed = FIXED[""] | FIXED[today["stage"]]
+    fixed = FIXED[""] | FIXED.get(today["stage"], {})
     refused = [
         f"{_option(name)} {_shown(then)} -> {_shown(now)}: {why}"
         for name, then, now in changed
@@ -81,7 +78,9 @@ def check_changes(
     if changed:
         listed = (f"{_option(name)} {_shown(then)} -> {_shown(now)}" for name, then, now in changed)
         lines.append(f"changed since step {step}: {'; '.join(listed)}")
-    if any(_within(name, NEW_ORDER) and not _within(name, NO_ORDER) for name, _, _ in changed):
+    # The prompts of stage rl are no rows: their order does not know how long a row is.
+    same = (*NO_ORDER, "train.seq_len") if today["stage"] == "rl" else NO_ORDER
+    if any(_within(name, NEW_ORDER) and not _within(name, same) for name, _, _ in changed):
         lines.append(f"  {ANOTHER_ORDER}")
     return lines
 

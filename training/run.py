@@ -225,9 +225,12 @@ def check_resumed(run: Run, say: Say) -> None:
     today = dataclasses.asdict(run)  # pyright: ignore[reportArgumentType]
     for line in check_changes(meta["config"], today, meta["step"], run.run_dir):
         say(line)
+    past = past_of(meta)
     then, now = (plan.at(meta["step"]) for plan in (plan_of(run), BatchPlan(run.train)))
-    if then.first_sequence != now.first_sequence:
-        say(f"  goes on from {then.tokens_before:,} tokens and {then.first_sequence:,} rows")
+    length = run.train.seq_len
+    if (then.first_sequence, then.tokens_before) != (now.first_sequence, now.tokens_before):
+        of = f" of {length} tokens" if past and past[-1].seq_len != length else ""
+        say(f"  goes on from {then.tokens_before:,} tokens and {then.first_sequence:,} rows{of}")
 
 
 def check_stores(run: Run, stores: Mapping[str, str], say: Say) -> None:

@@ -48,7 +48,8 @@ class BatchPlan:
     plateau has no end, so steps beyond `train.steps` can be asked for too.
 
     A run that was resumed after `done` steps has a past that no configuration changes: its plateaus
-    (`history`), from whose end the plan goes on in the sizes of `train`.
+    (`history`), from whose end the plan goes on in the sizes of `train`: at its token, and at the
+    row that this token lies in or ends before, if rows have another length now.
 
     Errors: ValueError when a batch is not a whole number of micro batches or the ramp falls.
     """
@@ -159,6 +160,8 @@ def _plateaus(train: TrainConfig, past: list[Plateau], done: int) -> list[Platea
         first_step, first_sequence, first_token, batch_size, seq_len = past[-1]
         sequences = (done - first_step) * batch_size
         step, sequence, token = done, first_sequence + sequences, first_token + sequences * seq_len
+        if seq_len != train.seq_len:  # the same tokens behind it, in rows of today's length
+            sequence = -(-token // train.seq_len)
 
     def add(batch_size: int) -> None:
         # The size of the steps before goes on: no border where nothing changes.

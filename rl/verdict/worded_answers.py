@@ -11,7 +11,7 @@ from fractions import Fraction
 
 from rl.verdict.mathematics.expressions import MAX_CHARS
 from rl.verdict.mathematics.quantities import TEXT_COMMAND, plain, read_number
-from rl.verdict.words import pattern
+from rl.verdict.words import clause, pattern, says
 
 MAX_TEXT = 20_000
 """Characters of a word answer, sequence or set that are compared."""
@@ -23,6 +23,12 @@ _CHOICE_IN_TEXT = re.compile(
     rf"(?!\W{{0,5}}{pattern('or', 'and').pattern}|\s*[,&/]\s*\(?[A-Z](?![A-Za-z]))",
     re.IGNORECASE,
 )
+
+_CHOICE_FIRST = re.compile(
+    rf"(?<![A-Za-z])([A-Z])(?:\s|\W){{1,4}}(?:{pattern('is').pattern})\s+(?:the\s+)?"
+    rf"(?:correct|right|{pattern('answer').pattern})"
+)
+"""B is correct."""
 
 
 def same_choice(expected: str, given: str, choices: Sequence[str] = ()) -> bool:
@@ -43,7 +49,10 @@ def same_choice(expected: str, given: str, choices: Sequence[str] = ()) -> bool:
     match = _CHOICE.fullmatch(given.rstrip("."))
     if match:
         return match[1].upper() == wanted
-    return set(_CHOICE_IN_TEXT.findall(given)) == {wanted}
+    found = [*_CHOICE_IN_TEXT.finditer(given), *_CHOICE_FIRST.finditer(given)]
+    denied = any(says(" ; ".join(clause(given, *match.span())), "not", "wrong") for match in found)
+    denied |= any(says(match[0], "not", "wrong") for match in found)
+    return not denied and {match[1] for match in found} == {wanted}
 
 
 def same_sequence(expected: Sequence[object] | str, given: str) -> bool:

@@ -119,7 +119,7 @@ def clause(text: str, begin: int, end: int) -> tuple[str, str]:
 def doubtful(before: str, after: str) -> bool:
     """Whether a clause denies the answer in it, names another, or says half of it or the like."""
     near = re.split(rf"[\d=]|{pattern('is').pattern}", before, flags=re.IGNORECASE)[-1]
-    beside = f"{' '.join(near.split()[-4:])} 1 {' '.join(after.split()[:2])}"
+    beside = f"{' '.join(near.split()[-4:])} 1 {' '.join(after.split()[:4])}"
     return says(f"{before} ; {after}", "not", "or", "unsure", "wrong") or changes(beside)
 
 

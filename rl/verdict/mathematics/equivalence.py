@@ -41,6 +41,7 @@ from rl.verdict.mathematics.quantities import (
     plain,
     read_number,
     tidy,
+    ungrouped,
 )
 from rl.verdict.mathematics.symbolic import symbolically_equal
 from rl.verdict.mathematics.units import other_unit, quantity
@@ -72,7 +73,7 @@ _JOINED = re.compile(
     re.IGNORECASE,
 )
 """What goes on with the number after it: a sum, a ratio, f(5), values of one name, a list."""
-_GOES_ON = re.compile(r"\s*(?:[-+*/^×·]\s*(?:[a-z](?![a-z])|\d|\\)|([b-z])(?![a-z'’]))")
+_GOES_ON = re.compile(r"\s*(?:[‰‱…]|\.\.|[-+*/^×·]\s*(?:[a-z](?![a-z])|\d|\\)|([b-z])(?![a-z'’]))")
 _NUMBER_IN_TEXT = re.compile(
     r"(?<![A-Za-z\d_.^{])[-+]?\s?[$€£¥]?(?:\d{1,3}(?:,\d{3})++(?!\d)|\d++)(?:[.,]\d++)?"
     r"(?:\s*/\s*\d++(?!\.))?(?!\s?(?:[eE]|\^|\*\*)[-+{]?\d|\s*[\^}_]|\s*\\[a-z])(?:\s*%)?"
@@ -96,12 +97,12 @@ def same_number(expected: str, given: str, marked: bool = True, tolerance: float
     ValueError if `expected` is no number; rl.verdict.mathematics.symbolic.UndecidedError if sympy
     reaches no verdict.
     """
-    wanted = read_number(plain(expected))
+    wanted = read_number(ungrouped(plain(expected)))
     if wanted is None:
         raise ValueError(f"the expected answer {expected[:80]!r} is no number")
     if len(given) > MAX_CHARS:
         return False
-    given = plain(given)
+    given = ungrouped(plain(given))
     if other_angle(plain(expected), given) or other_unit(plain(expected), given):
         return False
     if not marked and re.search(LETTER, given):
@@ -288,7 +289,7 @@ def same_maths(expected: str, given: str, marked: bool = True) -> bool:
     """
     if max(len(expected), len(given)) > 2 * MAX_CHARS:
         return squeezed(expected) == squeezed(given[: 2 * len(expected) + MAX_CHARS]) != ""
-    given = formula(given, marked)
+    expected, given = ungrouped(expected), ungrouped(formula(given, marked))
     if re.search(r"\\neq?(?![A-Za-z])|≠", expected):
         given = given.replace("!=", r"\ne ")
     plain_a, plain_b = plain(expected), plain(given)
@@ -303,8 +304,10 @@ def same_maths(expected: str, given: str, marked: bool = True) -> bool:
     parts_a = parts(a) or inequality(a)
     if parts_a and len(parts_a.letters) > 1 and says(given, "or"):
         return False  # x = 1 or y = 2
-    if squeezed(a) == squeezed(b) or _same_word(a, b):
+    if squeezed(a) == squeezed(b) or _same_word(a, b) or _spelled(expected) == _spelled(given):
         return bool(squeezed(a))
+    if r"\emptyset" in (squeezed(unassigned(a)), squeezed(unassigned(b))):
+        return squeezed(unassigned(a)) == squeezed(unassigned(b))
     if max(len(a), len(b)) > MAX_CHARS:
         return False
     wanted = read_number(a) or (read_number(core(a)[0]) if quantity(plain_a) else None)
@@ -322,7 +325,7 @@ def same_maths(expected: str, given: str, marked: bool = True) -> bool:
     if (found := read_number(b)) and not _has_variables(a):
         return bool(_has_value(found, a, Fraction(0), any_form=True))
     bare_a, bare_b = unassigned(a), unassigned(b)
-    if (bare_a, bare_b) != (a, b) and same_maths(bare_a, bare_b):
+    if (bare_a, bare_b) != (a, b) and not _other_name(a, b) and same_maths(bare_a, bare_b):
         return True
     if "=" in a and "=" in b:
         return _same_equation(a, b)
@@ -350,6 +353,25 @@ def _has_variables(text: str) -> bool:
         return False
 
 
+def _spelled(text: str) -> str:
+    r"""Without \text{} and spaces: 3\text{ hours }20\text{ minutes} is 3 hours 20 minutes."""
+    return squeezed(TEXT_COMMAND.sub(r"\1", plain(text))).strip("$.")
+
+
+def _other_name(a: str, b: str) -> bool:
+    """Whether two texts say two variables of an expression: z = 2x is not y = 2x, y = 2x is 2x."""
+    names = [
+        text.partition("=")[0].strip()
+        for text in (a, b)
+        if "=" in text and _has_variables(unassigned(text))
+    ]
+    return (
+        len(names) == 2
+        and names[0] != names[1]
+        and all(re.fullmatch("[a-z]", name) for name in names)
+    )
+
+
 def _same_equation(a: str, b: str) -> bool:
     sides_a, sides_b = a.split("="), b.split("=")
     if len(sides_a) != 2 or len(sides_b) != 2:
@@ -374,8 +396,12 @@ def _same_word(a: str, b: str) -> bool:
     # Yes is yes; A and a are names of two things, and so may be Ab and ab.
     if not (a + b).isascii():
         return a.casefold() == b.casefold() and a.replace(" ", "").isalpha()
-    word = re.fullmatch(r"[A-Za-z][a-z\s]{2,}", a)
-    return word is not None and a[0].lower() + a[1:] == b[:1].lower() + b[1:]
+    words = [
+        [word if len(word) == 1 else word[0].lower() + word[1:] for word in text.split()]
+        for text in (a, b)
+    ]
+    known = all(re.fullmatch(r"[A-Za-z][a-z]*", word) for word in words[0]) and len(a) > 2
+    return known and any(len(word) > 2 for word in words[0]) and words[0] == words[1]
 
 
 def _same_named(a: Parts, b: Parts) -> bool:

@@ -50,7 +50,7 @@ _SPELLINGS = (
     (re.compile(r"\\[dtc](?=frac)"), "\\\\"), (re.compile(r"_\{(\d+|\w)\}"), r"_\1"),
     (re.compile(r"\^\{(\w)\}"), r"^\1"), (re.compile(r"≤|\\leq(?:slant)?(?![A-Za-z])"), r"\\le"),
     (re.compile(r"≥|\\geq(?:slant)?(?![A-Za-z])"), r"\\ge"),
-    (re.compile(r"\\varnothing|∅"), r"\\emptyset"), (re.compile("∪"), r"\\cup"),
+    (re.compile(r"\\varnothing|∅|\\\{\\\}|^\{\}$"), r"\\emptyset"), (re.compile("∪"), r"\\cup"),
 )  # fmt: skip
 
 

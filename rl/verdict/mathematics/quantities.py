@@ -31,12 +31,16 @@ _VULGAR = "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
 _SHIFTED = re.compile(f"([{_RAISED}]+)|([{_LOWERED}]+)|([{_VULGAR}])")
 _SEPARATOR = r"(?:,\s*\\!\s*|\{\\?,\}|\\[,!;: ]|[\u00a0\u2009\u202f'’~])"
 _GROUPED = re.compile(rf"(?<![\d.,])([1-9]\d{{0,2}})((?:{_SEPARATOR}\d{{3}})++)(?!\d)")
+_SPACED = re.compile(
+    r"(?<![\d.,])(?<!\d )[1-9]\d{0,2}(?: \d{3})++(?! ?[\d/])"
+    r"|(?<![\d.,])[1-9]\d{0,2}(?:\.\d{3}){2,}+(?![\d.])"
+)
 _BRACED_COMMA = re.compile(r"(?<=\d)\{,\}(?=\d)")
 _WIDE = str.maketrans({
     "，": ", ", "、": ", ", "。": ". ", "∶": ":", "￥": "¥", "º": "°", "㎡": "m^2", "㎠": "cm^2",
     "㎢": "km^2", "㎥": "m^3", **dict.fromkeys("【】∴“”「」『』", " "),
 })  # fmt: skip
-_SIGNS = str.maketrans({"−": "-", "–": "-", "⁄": "/", "’": "'"})
+_SIGNS = str.maketrans({"−": "-", "–": "-", "⁄": "/", "’": "'", "⩽": "≤", "⩾": "≥"})
 _MICRO = re.compile(r"\\mu\s*\\(?:text|mathrm|rm)\s*\{\s*([A-Za-z]{1,2})\s*\}")
 _OHM = re.compile(r"(?:\\(?:text|mathrm)\s*\{\s*[kM]\s*\}\s*)?\\Omega(?![A-Za-z])")
 
@@ -74,7 +78,7 @@ _CURRENCY = re.compile(
 )
 
 _SCIENTIFIC = re.compile(
-    r"([-+]?[\d.,]{1,200})(?:[eE]|\s*(?:\\times|\\cdot|\\ast|[*x×])\s*10\s*(?:\^|\*\*))\s*"
+    r"([-+]?[\d.,]{1,200})(?:[eE]|\s*(?:\\times|\\cdot|\\ast|[*x×·])\s*10\s*(?:\^|\*\*))\s*"
     r"(?:\{\s*([-+]?\d{1,9})\s*\}|([-+]?\d{1,9}))"
 )
 _MIXED = re.compile(r"([-+]?)\s*(\d{1,100})\s+(\d{1,100})\s*/\s*(\d{1,100})")
@@ -120,6 +124,12 @@ def plain(text: str) -> str:
     text = _OHM.sub(r"\\text{Ω}", _MICRO.sub(r"\\text{μ\1}", text))
     text = unicodedata.normalize("NFKC", text).translate(_SIGNS)
     return _STYLED.sub(_unstyled, _SKIPS.sub(lambda match: match[1] or " ", text))
+
+
+def ungrouped(text: str) -> str:
+    """Groups of three digits without what keeps them apart in Russian, French, Spanish, German:
+    `14 916`, `1.234.567`. Not for lists of numbers between spaces."""
+    return _SPACED.sub(lambda match: re.sub(r"\D", "", match.group()), text)
 
 
 def _unstyled(match: re.Match[str]) -> str:
