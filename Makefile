@@ -25,7 +25,7 @@ SEED ?= 0
 # Compiling dominates the tests, so a worker per core pays; a file stays whole for its fixtures, and
 # the longest come first (tests/conftest.py). A worker that crashes ends the run: the others would
 # wait for its tests forever.
-PYTEST_FLAGS ?= -n logical --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+PYTEST_FLAGS ?= --durations 20 -n logical --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 PY = $(VENV)/bin/python
 PIP_INSTALL = -m pip --disable-pip-version-check install --quiet --progress-bar off
