@@ -58,6 +58,7 @@ def page_of(plans: Sequence[Mapping[str, Any]]) -> str:
         plain=plain,
         scaled=scaled,
         colors=COLORS,
+        parts=PARTS,
         kinds=KINDS,
         names=NAMES,
         data=markupsafe.Markup(data),
@@ -109,7 +110,7 @@ def stacked(
     limits: Sequence[float] = (),
 ) -> markupsafe.Markup:
     """Bars of parts, one for each plan; `limits` are lines that they should not pass."""
-    figure, axes = _figure(10, 0.7 + 0.42 * len(rows) + 0.5 * (not limits))
+    figure, axes = _figure(10, 0.7 + 0.42 * len(rows))
     tips = {}
     for row, parts in enumerate(rows):
         left = 0.0
@@ -120,8 +121,6 @@ def stacked(
             bar = axes.barh(row, size, left=left, color=color, height=0.7)[0]
             bar.set_gid(f"{unit}-{row}-{name}")
             tips[f"{unit}-{row}-{name}"] = f"{name}: {size:.4g} {unit}"
-            if not limits and row == 0:
-                bar.set_label(name)
             if size > 0.06 * sum(parts.values()):
                 ink = "white" if name != "bubble" else "black"
                 axes.text(left + size / 2, row, f"{size:.3g}", color=ink, **CENTRE)
@@ -130,9 +129,6 @@ def stacked(
             line = axes.plot([limits[row]] * 2, [row - 0.42, row + 0.42], color="#b3261e", lw=2)[0]
             line.set_gid(f"limit-{row}")
             tips[f"limit-{row}"] = f"limit: {limits[row]:.4g} {unit}"
-    if not limits:
-        below = (0.5, -0.35 / max(1, 0.42 * len(rows)))
-        axes.legend(loc="upper center", bbox_to_anchor=below, ncols=6, frameon=False, fontsize=8)
     axes.set_yticks(range(len(rows)), [str(n + 1) for n in range(len(rows))])
     axes.set_xlabel(unit)
     axes.invert_yaxis()

@@ -303,7 +303,7 @@ def time_lines(report: Report) -> list[str]:
     return [
         f"time of a step, seconds of the busiest rank ({CLOSED})",
         *shown,
-        f"  {'step':12} {plain(step, 3):>9} s, bubble {report.bubble_fraction:.1%} of all ranks'",
+        f"  {'step':12} {plain(step, 3):>9} s; all ranks: {report.bubble_fraction:.1%} bubble",
         f"  {report.tokens_per_s_per_gpu:,.1f} tokens/s/GPU; MFU {report.mfu[0]:.2%} causal, "
         f"{report.mfu[1]:.2%} non-causal, of the BF16 peak",
         f"  {scaled(report.tokens)} tokens: {scaled(report.gpu_hours)} GPU hours, "

@@ -183,7 +183,10 @@ def _held(case: Case) -> Held:
         plan = blueprint(case.model)
         copies, sums = copied_bytes(weights, plan.params_axes, case.layout)
         experts = device_bytes(expert_weights(case.state["params"]))
-        return Held(copies, experts, 0.0, sums - experts, experts, 0.0)
+        # Experts are not gathered, but a step holds them in its type.
+        item = max((w.dtype.itemsize for w in expert_weights(weights)), default=0)
+        dense = max(0.0, copies - experts / 4 * item)
+        return Held(dense, experts, 0.0, sums - experts, experts, 0.0)
     held = stage_weights(case)
     experts = expert_weights(held.layers)
     fp32 = {leaf.dtype.itemsize for leaf in experts} or {4}
