@@ -10,6 +10,8 @@ from runtime.interpreter import check_interpreter
 check_interpreter()  # in one line, before an import fails
 
 import dataclasses
+import json
+import math
 import os
 import sys
 
@@ -23,10 +25,21 @@ def main(arguments: list[str] | None = None) -> int:
     command = parse_plan(arguments)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:
+        check(command)
         return run(command)
     except (ValueError, OSError) as error:
         print(f"plan.py: {error}", file=sys.stderr)
         return 2
+
+
+def check(command: PlanCommand) -> None:
+    """ValueError for numbers that are none, and for files that cannot be written."""
+    for name in ("top", "max_tensor", "max_pipe", "max_sequences"):
+        if getattr(command, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(command, name)}: give 1 or more")
+    for name in filter(None, (command.json, command.html)):
+        if os.path.isdir(name) or not os.access(os.path.dirname(name) or ".", os.W_OK):
+            raise ValueError(f"no file can be written at {name}; name another")
 
 
 def run(command: PlanCommand) -> int:
@@ -53,18 +66,12 @@ def run(command: PlanCommand) -> int:
     if command.advice:
         report = dataclasses.replace(report, advice=advise(case, report))
     print("\n".join(text_of(report)))
-    if command.json:
-        report.write(command.json)
-    if command.html:
-        from planning.page import write_page
-
-        write_page(command.html, [report.to_json()])
-    return 0
+    return keep(command, report.to_json())
 
 
 def search(command: PlanCommand) -> int:
     """Rank layouts, or find the fewest GPUs."""
-    from planning.search import Limits, fewest, ranked, table
+    from planning.search import Limits, compiled, fewest, ranked, table
 
     limits = Limits(command.max_tensor, command.max_pipe, command.max_sequences)
     hardware, name = hardware_of(command), name_of(command)
@@ -73,16 +80,20 @@ def search(command: PlanCommand) -> int:
     else:
         found = ranked(command.run, hardware, gpus_of(command), limits, name)
     if command.compile:
-        from planning.search import compiled
-
         found = compiled(found, command.top, command.cache)
     print("\n".join(table(found, command.top)))
+    return keep(command, found.to_json())
+
+
+def keep(command: PlanCommand, figures: dict) -> int:
+    """Write the files that the command asks for."""
     if command.json:
-        found.write(command.json)
+        with open(command.json, "w") as file:
+            json.dump(figures, file, indent=1)
     if command.html:
         from planning.page import write_page
 
-        write_page(command.html, found.to_json()["best"])
+        write_page(command.html, figures.get("best", [figures]))
     return 0
 
 
@@ -95,13 +106,9 @@ def hardware_of(command: PlanCommand):
 
 def gpus_of(command: PlanCommand) -> int:
     """How many GPUs: as said, or as the layout has."""
-    if command.gpus:
-        return command.gpus
     sizes = [getattr(command.run.mesh, axis) for axis in AXES]
-    used = 1
-    for size in sizes:
-        used *= max(size, 1)
-    return max(used, 8) if -1 in sizes else used
+    used = math.prod(max(size, 1) for size in sizes)
+    return command.gpus or (max(used, 8) if -1 in sizes else used)
 
 
 def micro_batch(command: PlanCommand) -> int | None:

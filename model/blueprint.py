@@ -107,7 +107,7 @@ def prepare_parts(config: ModelConfig, *more: str) -> None:
 
 @functools.cache
 def _abstract_part(config: ModelConfig, name: str):
-    return _split(nnx.eval_shape(lambda: getattr(config.module()(config, nnx.Rngs(0)), name)))
+    return _split(getattr(nnx.merge(*_abstract(config)), name))
 
 
 def _fill(state: nnx.State, values: Tree) -> nnx.State:

@@ -8,6 +8,9 @@ from planning.case import Case, make_case
 from planning.memory import memory_of
 from planning.report import GIB, Report, report_of
 
+BY_BUBBLE = ("gpipe", "1f1b", "interleaved", "zb1p", "dualpipe", "dualpipev")
+"""Schedules, those that leave ranks idle longest first."""
+
 
 def advise(case: Case, report: Report, most: int = 3) -> tuple[str, ...]:
     """Lines: what limits, then changes by their effect."""
@@ -23,17 +26,12 @@ def _make_it_fit(case: Case, report: Report, most: int) -> tuple[str, ...]:
         f"does not fit by {missing:.1f} GiB; most of it is {largest[0]}, {largest[1] / GIB:.1f} GiB"
     ]
     saved = []
-    for what, changed in changes(case):
+    for what, changed in changes(case, to_fit=True):
         memory = memory_of(changed)
         gain = (report.memory.total - memory.total) / GIB
         if gain > 0.05:
-            saved.append(
-                (
-                    not memory.fits,
-                    -gain,
-                    f"{what} saves {gain:.1f} GiB" + (", and then it fits" if memory.fits else ""),
-                )
-            )
+            then = ", and then it fits" if memory.fits else ""
+            saved.append((not memory.fits, -gain, f"{what} saves {gain:.1f} GiB{then}"))
     saved.sort()
     return (*lines, *(line for _, _, line in saved[:most])) + (
         () if saved else ("no single change saves memory here; take more GPUs: --fits-on",)
@@ -50,7 +48,7 @@ def _make_it_faster(case: Case, report: Report, most: int) -> tuple[str, ...]:
         exposed = sum(one.exposed_seconds for one in sent)
         lines.append(f"{exposed / whole:.0%} of the exchange with experts is exposed")
     gains = []
-    for what, changed in changes(case):
+    for what, changed in changes(case, to_fit=False):
         other = report_of(changed, report.name)
         gain = other.tokens_per_s_per_gpu / report.tokens_per_s_per_gpu - 1
         if gain > 0.01 and other.memory.fits:
@@ -59,61 +57,68 @@ def _make_it_faster(case: Case, report: Report, most: int) -> tuple[str, ...]:
     return (*lines, *(line for _, line in gains[:most]))
 
 
-def changes(case: Case) -> Iterator[tuple[str, Case]]:
-    """Cases one step away, with what was changed; only those that can work."""
-    mesh, train = case.mesh, case.train
-    shards = mesh.data * mesh.fsdp * mesh.expert
-    proposals: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
-    if train.remat != "full":
-        proposals.append(("remat full", {}, {"remat": "full"}))
-    if train.remat != "selective":
-        proposals.append(("remat selective", {}, {"remat": "selective"}))
-    if train.dtype == "float32":
-        proposals.append(("dtype bfloat16", {}, {"dtype": "bfloat16"}))
-    if not train.fp8 and train.dtype == "bfloat16":
-        proposals.append(("FP8 products", {}, {"fp8": True}))
-    if case.rows > 1:
-        proposals.append(
-            ("half the micro batch", {}, {"micro_batch_size": shards * case.rows // 2})
-        )
-    proposals.append(("twice the micro batch", {}, {"micro_batch_size": shards * case.rows * 2}))
-    if mesh.expert > 1 and mesh.exchange == "dense":
-        proposals.append(("exchange ragged", {"exchange": "ragged"}, {}))
-    if mesh.expert > 1 and not mesh.exchange_dtype and train.dtype == "bfloat16":
-        proposals.append(("tokens travel in FP8", {"exchange_dtype": "float8_e4m3fn"}, {}))
-    if mesh.expert > 1 and not mesh.exchange_capacity:
-        proposals.append(("exchange_capacity 1.5", {"exchange_capacity": 1.5}, {}))
-    if mesh.exchange_capacity > 1.25:
-        proposals.append(("exchange_capacity 1.25", {"exchange_capacity": 1.25}, {}))
-    if mesh.pipe > 1:
-        for name in ("1f1b", "zb1p", "dualpipe", "dualpipev"):
-            if name != mesh.schedule:
-                proposals.append((f"schedule {name}", {"schedule": name, "pipe_chunks": 1}, {}))
-    elif mesh.expert > 1 and not mesh.overlap:
-        proposals.append(("overlap (micro batches in pairs)", {"overlap": True}, {}))
-    if mesh.tensor > 1 and not mesh.sequence:
-        proposals.append(("sequence parallelism", {"sequence": True}, {}))
-    for grown, shrunk in (
-        ("fsdp", "data"),
-        ("expert", "data"),
-        ("expert", "fsdp"),
-        ("pipe", "data"),
-        ("data", "pipe"),
-        ("fsdp", "tensor"),
-    ):
-        size = getattr(mesh, shrunk)
-        if size % 2 == 0:
-            sizes = {grown: 2 * getattr(mesh, grown), shrunk: size // 2}
-            if "expert" in sizes:
-                inner = mesh.context * mesh.tensor
-                nodes = max(1, sizes["expert"] * inner // case.hardware.per_node)
-                sizes["expert_nodes"] = nodes if mesh.expert_nodes > 1 or nodes > 1 else 1
-            what = ", ".join(f"{name} {size}" for name, size in sizes.items())
-            proposals.append((what, sizes, {}))
-    for what, of_mesh, of_train in proposals:
+Proposal = tuple[str, dict[str, Any], dict[str, Any]]
+"""A change in words, its fields of the mesh, and of the training."""
+
+
+def changes(case: Case, to_fit: bool) -> Iterator[tuple[str, Case]]:
+    """Cases one step away, with what was changed; only those that can work.
+
+    to_fit: whether memory is wanted, else speed; what cannot bring it is left out.
+    """
+    for what, of_mesh, of_train in (*_settings(case, to_fit), *_sizes(case)):
         changed = _changed(case, of_mesh, of_train)
         if changed is not None:
             yield what, changed
+
+
+def _settings(case: Case, to_fit: bool) -> list[Proposal]:
+    """Other options on the same mesh."""
+    mesh, train, rows = case.mesh, case.train, case.rows
+    one = mesh.data * mesh.fsdp * mesh.expert
+    exchanges, bf16 = mesh.expert > 1 and case.model.has_experts, train.dtype == "bfloat16"
+    less = "none" if to_fit else "full"
+    room = 1.25 if mesh.exchange_capacity > 1.25 else 0.0 if mesh.exchange_capacity else 1.5
+    sent = {"exchange_dtype": "float8_e4m3fn"}
+    options: list[tuple[bool, str, dict[str, Any], dict[str, Any]]] = [
+        (to_fit and train.remat != "full", "remat full", {}, {"remat": "full"}),
+        (train.remat == less, "remat selective", {}, {"remat": "selective"}),
+        (not bf16, "dtype bfloat16", {}, {"dtype": "bfloat16"}),
+        (bf16 and not train.fp8, "FP8 products", {}, {"fp8": True}),
+        (to_fit and rows > 1, "half the micro batch", {}, {"micro_batch_size": one * rows // 2}),
+        (not to_fit, "twice the micro batch", {}, {"micro_batch_size": one * rows * 2}),
+        (exchanges and mesh.exchange == "dense", "exchange ragged", {"exchange": "ragged"}, {}),
+        (exchanges and bf16 and not mesh.exchange_dtype, "tokens travel in FP8", sent, {}),
+        (exchanges and bool(room), f"exchange_capacity {room}", {"exchange_capacity": room}, {}),
+        (
+            exchanges and mesh.pipe == 1 and not mesh.overlap,
+            "overlap (micro batches in pairs)",
+            {"overlap": True},
+            {},
+        ),
+        (mesh.tensor > 1 and not mesh.sequence, "sequence parallelism", {"sequence": True}, {}),
+    ]
+    for name in BY_BUBBLE if mesh.pipe > 1 else ():
+        slower = BY_BUBBLE.index(name) <= BY_BUBBLE.index(mesh.schedule)
+        wanted = name not in ("gpipe", "interleaved", mesh.schedule) and (to_fit or not slower)
+        options.append((wanted, f"schedule {name}", {"schedule": name, "pipe_chunks": 1}, {}))
+    return [proposal for wanted, *proposal in options if wanted]  # pyright: ignore
+
+
+def _sizes(case: Case) -> Iterator[Proposal]:
+    """Meshes of as many GPUs with one axis twice as long and another half."""
+    mesh = case.mesh
+    pairs = ("fsdp data", "expert data", "expert fsdp", "pipe data", "data pipe", "fsdp tensor")
+    for grown, shrunk in map(str.split, pairs):
+        size = getattr(mesh, shrunk)
+        if size % 2:
+            continue
+        sizes = {grown: 2 * getattr(mesh, grown), shrunk: size // 2}
+        what = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        if grown == "expert":
+            inner = mesh.context * mesh.tensor
+            sizes["expert_nodes"] = max(1, sizes["expert"] * inner // case.hardware.per_node)
+        yield what, sizes, {}
 
 
 def _changed(case: Case, of_mesh: dict[str, Any], of_train: dict[str, Any]) -> Case | None:

@@ -12,8 +12,8 @@ from planning.case import Case, make_case
 from planning.hardware import Hardware, make_hardware
 from planning.legal import describe_refusal
 from planning.report import Report, report_of
-from sharding.config import LAYOUTS, MeshConfig
-from sharding.mesh import axis_sizes, named_layout, resolve
+from sharding.config import MeshConfig
+from sharding.mesh import named_layout, resolve
 from training.schedule import BatchPlan
 
 
@@ -82,7 +82,7 @@ def settle(
     run = preset(name) if name else run
     assert isinstance(run, RunConfig)
     tokens = float(BatchPlan(run.train).tokens_before(run.train.steps))
-    if layout is None and name == "v3_671b" and gpus == size_of(LAYOUTS["deepseek"]):
+    if layout is None and name == "v3_671b" and gpus == 2048:
         layout = "deepseek"
         derived.append("layout deepseek: V3's own, of as many GPUs")
     if isinstance(layout, str):
@@ -98,18 +98,10 @@ def settle(
         with contextlib.suppress(ValueError):  # what the mesh's sizes contradict is said later
             run, lines = fitting_batch(run, gpus)
             derived += lines
+    if run.stage != "pretrain":
+        derived.append(f"stage {run.stage}: a training step on full rows; what is sampled, scored "
+                       "or read besides is not counted")  # fmt: skip
     return run, tuple(derived), tokens
-
-
-def size_of(mesh: MeshConfig) -> int:
-    """GPUs of a mesh; -1 if an axis is open."""
-    sizes = list(axis_sizes(mesh).values())
-    if -1 in sizes:
-        return -1
-    found = 1
-    for size in sizes:
-        found *= size
-    return found
 
 
 def fitting_batch(run: RunConfig, gpus: int) -> tuple[RunConfig, list[str]]:
@@ -117,7 +109,8 @@ def fitting_batch(run: RunConfig, gpus: int) -> tuple[RunConfig, list[str]]:
     mesh, train = resolve(run.mesh, gpus), run.train
     shards = mesh.data * mesh.fsdp * mesh.expert
     micro = train.micro_batch_size or train.batch_size
-    if micro % shards == 0 and train.batch_size % micro == 0:
+    whole = micro % shards == 0 and train.batch_size % micro == 0
+    if whole or shards > train.batch_size:  # then there are more devices than work, and no plan
         return run, []
     batch = -(-train.batch_size // shards) * shards
     derived = [f"micro_batch_size {shards}: one sequence per device, since {micro} sequences do "

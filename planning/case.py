@@ -112,7 +112,7 @@ class Case:
     def placement(self) -> Placement:
         """Layers of every rank."""
         assert self.schedule is not None
-        return place_layers(self.schedule, self.model.num_moe_layers, *stage_costs(self.model))
+        return place_layers(self.schedule, self.model.stack_size, *stage_costs(self.model))
 
     @functools.cached_property
     def state(self) -> Any:
@@ -125,8 +125,9 @@ class Case:
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
         )
 
-    def kept(self, stack: str = "moe_layers") -> tuple[Kept, ...]:
-        """What a layer of a stack leaves for its backward pass, per sequence."""
+    def kept(self, stack: str = "") -> tuple[Kept, ...]:
+        """What a layer of a stack, else of the one that a pipeline cuts, leaves for its backward
+        pass, per sequence."""
         # Backends that leave nothing, or nothing else, are taken where they are traced fastest.
         attention = self.recipe.kernels.attention
         experts = "portable" if self.recipe.remat == "none" else "reference"
@@ -145,7 +146,9 @@ class Case:
             )
         devices = config.data * config.expert * context
         probe = _probe(config, devices, planned_device(self.hardware.gpu_name))
-        return kept_by_layer(self.model, recipe, self.train.seq_len, probe, stack)
+        return kept_by_layer(
+            self.model, recipe, self.train.seq_len, probe, stack or self.model.stack
+        )
 
     @functools.cached_property
     def exchange(self) -> Rows:
@@ -184,6 +187,12 @@ def _state_shapes(model: ModelConfig, optimizer: Any, averaged: bool) -> Any:
     return jax.eval_shape(trainer.fresh_state, plan.params, plan.router_bias)
 
 
+def whole_state(model: ModelConfig, train: TrainConfig) -> int:
+    """Bytes of a training state on all devices together."""
+    leaves = jax.tree.leaves(_state_shapes(model, train.optimizer, bool(train.ema_decay)))
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+
+
 def planned_device(gpu: str) -> PlannedDevice:
     """A GPU by name as a layout sees it."""
     capability = {"a100": "8.0", "b200": "10.0", "gb200": "10.0"}.get(gpu, "9.0")
@@ -202,11 +211,13 @@ def make_case(
     Raises:
         ValueError: the layout, the batch or the kernels cannot work, with the reason.
     """
-    if not run.model.num_moe_layers:
+    if run.stage == "images":
         raise ValueError(
-            "plans are of models with experts; for a dense model, `python -m bench.gpu_programs` "
-            "compiles its step and says its memory and collectives"
+            "plans are of language models; what reads and draws images has parts that they lack"
         )
+    sizes = axis_sizes(run.mesh).values()
+    if min(sizes) > 0 and math.prod(sizes) != gpus:
+        raise ValueError(f"the layout has {math.prod(sizes)} GPUs, and --gpus says {gpus}")
     mesh = resolve(run.mesh, gpus)
     layout = planned_layout(mesh, gpus, planned_device(hardware.gpu_name))
     micro = run.train.micro_batch_size or run.train.batch_size

@@ -5,6 +5,13 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from sharding.config import AXES
+
+FIGURES = (
+    "step_seconds", "tokens_per_s_per_gpu", "mfu_causal", "mfu_noncausal", "bubble_fraction",
+    "gpu_hours", "cost",
+)  # fmt: skip
+
 
 def compare(paths: Sequence[str]) -> list[str]:
     """A table of two plans and their difference, line by line.
@@ -16,7 +23,9 @@ def compare(paths: Sequence[str]) -> list[str]:
         raise ValueError(f"--compare takes two files, got {len(paths)}")
     first, second = (read(path) for path in paths)
     lines = [f"{'':34} {_short(first, paths[0]):>24} {_short(second, paths[1]):>24} {'change':>10}"]
-    lines.append(f"{'layout':34} {_layout(first):>24} {_layout(second):>24}")
+    rows = {"plan": lambda plan: plan["name"], "layout": _layout, "by": lambda plan: plan["engine"]}
+    for name, words in rows.items():
+        lines.append(f"{name:34} {words(first)[:24]:>24} {words(second)[:24]:>24}")
     lines.append(
         f"{'fits':34} {'yes' if first['fits'] else 'no':>24} "
         f"{'yes' if second['fits'] else 'no':>24}"
@@ -26,15 +35,7 @@ def compare(paths: Sequence[str]) -> list[str]:
         for name in names:
             values = first[section].get(name, 0.0), second[section].get(name, 0.0)
             lines.append(_line(f"{name}, {unit}", *values))
-    for name in (
-        "step_seconds",
-        "tokens_per_s_per_gpu",
-        "mfu_causal",
-        "mfu_noncausal",
-        "bubble_fraction",
-        "gpu_hours",
-        "cost",
-    ):
+    for name in FIGURES:
         lines.append(_line(name, first[name], second[name]))
     return lines
 
@@ -45,7 +46,9 @@ def read(path: str) -> dict[str, Any]:
         found = json.loads(pathlib.Path(path).read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"--compare {path}: {error}") from None
-    missing = {"memory_gib", "parts_seconds", "step_seconds"} - set(found)
+    keys = {"name", "engine", "gpu", "gpus", "layout", "fits", "memory_gib", "parts_seconds"}
+    keys |= {*FIGURES}
+    missing = keys - set(found) if isinstance(found, dict) else keys
     if missing:
         raise ValueError(f"--compare {path} is no plan: it has no {', '.join(sorted(missing))}")
     return found
@@ -56,10 +59,9 @@ def _short(plan: dict[str, Any], path: str) -> str:
 
 
 def _layout(plan: dict[str, Any]) -> str:
-    axes = ("pipe", "data", "fsdp", "expert", "context", "tensor")
     sizes = plan["layout"]
-    words = [f"{axis[0]}{sizes[axis]}" for axis in axes if sizes.get(axis, 1) != 1]
-    return f"{plan['gpus']} {plan['gpu']} {' '.join(words)}"[:24]
+    words = [f"{axis[0]}{sizes[axis]}" for axis in AXES if sizes.get(axis, 1) != 1]
+    return f"{plan['gpus']} {plan['gpu']} {' '.join(words)}"
 
 
 def _line(name: str, first: float, second: float) -> str:

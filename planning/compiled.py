@@ -20,8 +20,8 @@ from typing import Any
 import jax
 
 from planning.case import Case
-from planning.report import GIB, Report
-from planning.traffic import link_seconds
+from planning.report import GIB, Report, collective_json
+from planning.traffic import Collective, link_seconds
 from training.step import Trainer
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -45,17 +45,9 @@ def with_compiled(
     for op, axes, times, size in found["collectives"]:
         names = tuple(axis.strip("~?") for axis in axes.split("+"))
         link, seconds = link_seconds(case, op, names, size)
-        sent.append(
-            {
-                "op": op,
-                "axis": axes,
-                "times": times,
-                "gib": size / GIB,
-                "link": link,
-                "seconds": seconds,
-                "exposed_seconds": seconds * _exposed(report, op, names),
-            }
-        )
+        exposed = seconds * _exposed(report, names)
+        one = Collective(op, axes, times, size, link, seconds, exposed, "")
+        sent.append(collective_json(one))
     compiled = {
         "memory_gib": memory,
         "collectives": sent,
@@ -65,7 +57,7 @@ def with_compiled(
     return dataclasses.replace(report, compiled=compiled)
 
 
-def _exposed(report: Report, op: str, axes: tuple[str, ...]) -> float:
+def _exposed(report: Report, axes: tuple[str, ...]) -> float:
     """Share of such a collective that the closed form finds exposed."""
     alike = [one for one in report.collectives if one.axis == "+".join(axes) and one.seconds]
     whole = sum(one.seconds for one in alike)
@@ -76,49 +68,54 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def figures(case: Case, cache: str, say: Callable[[str], None]) -> dict[str, Any]:
-    """Parts of memory in bytes, and collectives, of a case's program."""
-    kept = pathlib.Path(cache) / f"{key_of(case)}.json" if cache else None
-    if kept is not None and kept.is_file():
-        return json.loads(kept.read_text())
+def figures(
+    case: Case, cache: str, say: Callable[[str], None], whole: bool = False
+) -> dict[str, Any]:
+    """Parts of memory in bytes, and collectives, of a case's program.
+
+    whole: every kind of pass of a pipeline, not only the one that decides (`programs/plan.py`).
+    """
+    kept = pathlib.Path(cache) / f"{key_of(case, whole)}.json" if cache else None
+    if kept is not None and (found := _kept(kept)):
+        return found
     if not (ROOT / os.environ.get("GPU_COMPILER", COMPILER) / "jax_plugins").is_dir():
         raise ValueError(
             "--compile needs XLA's compiler for GPUs; `make gpu-compiler` installs it. Everything "
             "else works without"
         )
-    found = _compile(case, say)
+    found = _compile(case, say, whole)
     if kept is not None:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(found))
+        try:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text(json.dumps(found))
+        except OSError as error:
+            say(f"these figures are not kept: {error}")
     return found
 
 
-def key_of(case: Case) -> str:
+def key_of(case: Case, whole: bool) -> str:
     """Name of a program: by its configuration, its GPUs, the code and the compiler."""
-    state = repr(
-        (
-            case.model,
-            case.train,
-            case.mesh,
-            case.recipe,
-            case.hardware.gpu_name,
-            case.hardware.per_node,
-            jax.__version__,
-        )
-    )
-    digest = hashlib.sha256(state.encode())
+    digest = hashlib.sha256(repr((*_plain(case, whole), jax.__version__)).encode())
     for folder in ("model", "sharding", "training", "pallas_kernels", "programs"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:20]
 
 
-def _compile(case: Case, say: Callable[[str], None]) -> dict[str, Any]:
+def _kept(path: pathlib.Path) -> dict[str, Any]:
+    """Figures of an earlier compilation; none from a file that was not written to its end."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _compile(case: Case, say: Callable[[str], None], whole: bool) -> dict[str, Any]:
     started = time.monotonic()
     say(f"compiling the program for {case.gpus} GPUs until buffers are assigned …")
     with tempfile.TemporaryDirectory() as folder:
         given, taken = pathlib.Path(folder, "case"), pathlib.Path(folder, "figures.json")
-        given.write_bytes(pickle.dumps(_plain(case)))
+        given.write_bytes(pickle.dumps(_plain(case, whole)))
         environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PJRT_NPROC")}
         compiler = str(ROOT / os.environ.get("GPU_COMPILER", COMPILER))
         environment |= {"PYTHONPATH": compiler, "JAX_PLATFORMS": "cpu"}
@@ -138,39 +135,34 @@ def _compile(case: Case, say: Callable[[str], None]) -> dict[str, Any]:
     return found | {"seconds": time.monotonic() - started}
 
 
-def _plain(case: Case) -> dict[str, Any]:
-    """A case without what holds devices."""
-    return {
-        "model": case.model,
-        "train": case.train,
-        "recipe": case.recipe,
-        "mesh": case.mesh,
-        "gpu": case.hardware.gpu_name,
-        "per_node": case.hardware.per_node,
-        "gpus": case.gpus,
-    }
+def _plain(case: Case, whole: bool) -> tuple[Any, ...]:
+    """What `compile_here` takes: a case without what holds devices."""
+    hardware = case.hardware
+    of_run = case.model, case.train, case.recipe, case.mesh
+    return (*of_run, hardware.gpu_name, hardware.per_node, case.gpus, whole)
 
 
-def compile_here(plain: dict[str, Any]) -> dict[str, Any]:
+def compile_here(
+    model: Any, train: Any, recipe: Any, mesh: Any, gpu: str, per_node: int, gpus: int, whole: bool
+) -> dict[str, Any]:
     """Compile in this process, which alone sees the compiler; it must end with `os._exit`."""
-    from programs.absent_gpus import GPUS, INSPECTION, absent_gpus
+    from programs.absent_gpus import GPUS, absent_gpus, inspection_options
+    from programs.plan import plan_of
     from programs.scheduled import until_scheduled
     from programs.step import lower, read, rows_of
-    from sharding.devices import schedule_options
     from sharding.mesh import make_layout
 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
-    gpus, gpu = plain["gpus"], plain["gpu"]
-    per_node = min(8, plain["per_node"])  # as hosts have them; links are the plan's own matter
-    nodes = -(-gpus // per_node)
+    per_node = min(8, per_node)  # as hosts have them; links are the plan's own matter
     if gpu not in GPUS:
         raise ValueError(f"no program can be compiled for {gpu}; there are {', '.join(GPUS)}")
-    devices = absent_gpus(nodes, per_node, gpu)[:gpus]
-    layout = make_layout(plain["mesh"], devices)
-    trainer = Trainer(plain["model"], plain["train"], plain["recipe"], layout)
-    flags = INSPECTION | schedule_options(layout.config)
-    report = read(until_scheduled(lower(trainer), flags), layout.mesh, rows_of(trainer))
+    layout = make_layout(mesh, absent_gpus(-(-gpus // per_node), per_node, gpu)[:gpus])
+    trainer = Trainer(model, train, recipe, layout)
+    planned, left_out = (trainer, 0) if whole else plan_of(trainer)
+    program = until_scheduled(lower(planned), inspection_options(layout.config))
+    program = program._replace(temporaries=program.temporaries + left_out)
+    report = read(program, layout.mesh, rows_of(trainer))
     return {"parts": report.parts, "collectives": report.collectives}
 
 
@@ -178,7 +170,7 @@ def main() -> None:
     """Child process: a pickled case in, figures out."""
     given, taken = map(pathlib.Path, sys.argv[1:])
     try:
-        found = compile_here(pickle.loads(given.read_bytes()))
+        found = compile_here(*pickle.loads(given.read_bytes()))
     except Exception as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         os._exit(1)

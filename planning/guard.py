@@ -21,8 +21,6 @@ def memory_line(run: RunConfig, gpu: str, gpus: int) -> tuple[str, str]:
     A run is refused where the closed form is above the limit by more than it was ever above a
     compiled program; without such programs, where the carried bytes alone are above it.
     """
-    if not run.model.num_moe_layers:
-        return "memory       not planned: plans are of models with experts", ""
     case = make_case(run, make_hardware(gpu), gpus)
     memory = memory_of(case)
     parts = ", ".join(

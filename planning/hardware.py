@@ -8,9 +8,11 @@ otherwise, and taken over to other GPUs as shares: where a GPU has figures of it
 """
 
 import dataclasses
+import functools
 import json
 import math
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -153,17 +155,17 @@ class Hardware:
 
     def product(self, M: int, N: int, K: int, fp8: bool) -> float:
         """FLOP/s of a dense product [M, K] x [K, N]."""
-        own = self._own("products", f"{M}x{N}x{K}{' fp8' * fp8}")
+        own = self._own_shapes["products", fp8]
         if own:
-            return own
+            return near(own, N, K) * filled(M, N, self.gpu.cores)
         peak, table = self._peak(fp8), FP8_PRODUCTS if fp8 and self.gpu.fp8 else BF16_PRODUCTS
         return peak * near(table, N, K) * filled(M, N, self.gpu.cores)
 
     def grouped(self, rows: float, N: int, K: int, fp8: bool, weights: bool = False) -> float:
         """FLOP/s of products of experts with `rows` rows each; `weights`: their gradient."""
-        own = self._own("grouped", f"{N}x{K}{' fp8' * fp8}")
+        own = self._own_shapes["grouped", fp8]
         if own:
-            return own
+            return near(own, N, K) * min(1.0, rows / 256)
         if fp8 and self.gpu.fp8:
             many, few = near(FP8_GROUPED, N, K), near(FP8_GROUPED_256, N, K)
             share = min(max(math.log(max(rows, 1) / 256) / math.log(4096 / 256), 0.0), 1.0)
@@ -207,14 +209,15 @@ class Hardware:
 
     def exchange(self, link: str, experts: int) -> float:
         """Bytes a second and GPU of an exchange with `experts` shards of experts."""
-        own = self._own("exchange", f"{link} {experts}")
-        if own:
-            return own
-        if link == "nvlink":
+        own = {
+            int(key.split()[1]): float(speed)
+            for key, speed in self.measured.get("exchange", {}).items()
+            if key.startswith(link)
+        }
+        if not own and link == "nvlink":
             return EXCHANGE_NVLINK.value * self.gpu.nvlink
-        sizes = sorted(EXCHANGE_NETWORK)
-        size = min(sizes, key=lambda n: abs(math.log(n / max(experts, 1))))
-        return EXCHANGE_NETWORK[size] * self.network
+        table = own or {n: share * self.network for n, share in EXCHANGE_NETWORK.items()}
+        return table[min(table, key=lambda n: abs(math.log(n / max(experts, 1))))]
 
     # -- memory
 
@@ -239,6 +242,17 @@ class Hardware:
 
     def _peak(self, fp8: bool) -> float:
         return self.gpu.fp8 if fp8 and self.gpu.fp8 else self.gpu.bf16
+
+    @functools.cached_property
+    def _own_shapes(self) -> dict[tuple[str, bool], dict[Shape, float]]:
+        """Measured products by table, and whether they are of FP8."""
+        found = {(table, fp8): {} for table in ("products", "grouped") for fp8 in (False, True)}
+        for table, _ in found:
+            for key, speed in self.measured.get(table, {}).items():
+                sizes, _, kind = key.partition(" ")
+                N, K = map(int, sizes.split("x")[-2:])
+                found[table, kind == "fp8"][Shape(N, K)] = float(speed)
+        return found
 
     def _own(self, table: str, key: str) -> float | None:
         found = self.measured.get(table, {}).get(key)
@@ -286,22 +300,59 @@ def make_hardware(
     if gpu.lower() not in GPUS:
         raise ValueError(f"--gpu {gpu}: there are {', '.join(GPUS)}")
     found = GPUS[gpu.lower()]
+    for option, value in (("--per-node", per_node), ("--network", network)):
+        if not 0 <= value < math.inf:
+            raise ValueError(
+                f"{option} {value:g}: give a positive number, or 0 for the data sheet's"
+            )
     own = read_measured(measured) if measured else {}
+    kind = own.get("device", {}).get("kind", "")
+    if kind and GPUS[gpu.lower()].name not in kind.upper().replace("-", " ").split():
+        raise ValueError(f"--measured {measured} is of {kind}, and --gpu is {gpu}; name that GPU")
     bytes_per_s = network * 1e9 / 8 if network else found.network
     return Hardware(gpu.lower(), per_node or found.domain, bytes_per_s, own)
 
 
+MEASURED: Mapping[str, str] = {
+    "products": r"(\d+x)?\d+x\d+( fp8)?", "grouped": r"\d+x\d+( fp8)?",
+    "attention": "forward|backward", "memory": "bandwidth", "nvlink": "collective",
+    "network": "collective", "exchange": r"(nvlink|network) \d+",
+}  # fmt: skip
+"""Tables of a file of own figures, and what their keys look like."""
+
+
 def read_measured(path: str) -> dict[str, Any]:
-    """Own figures from a file: tables by name, each FLOP/s or bytes a second by key."""
-    tables = ("products", "grouped", "attention", "memory", "nvlink", "network", "exchange")
+    """Own figures from a file: tables by name, each FLOP/s or bytes a second by key.
+
+    Raises:
+        ValueError: no such file, a table, key or number that is none, or figures of a dry run.
+    """
     try:
         found = json.loads(pathlib.Path(path).read_text())
+        if not isinstance(found, dict):
+            raise ValueError("it holds no tables by name")
+        for name, table in found.items():
+            _check_table(name, table)
     except (OSError, ValueError) as error:
         raise ValueError(f"--measured {path}: {error}") from None
-    unknown = set(found) - {*tables, "dollars_per_gpu_hour", "device"}
-    if unknown:
-        raise ValueError(
-            f"--measured {path}: no table {', '.join(sorted(unknown))}; there are "
-            f"{', '.join(tables)}, and dollars_per_gpu_hour"
-        )
     return found
+
+
+def _check_table(name: str, table: Any) -> None:
+    if name == "device":
+        if not isinstance(table, dict) or table.get("dry"):
+            raise ValueError("it was made without a GPU, so its figures mean nothing")
+        return
+    if name == "dollars_per_gpu_hour":
+        name, table = "", {name: table}
+    elif name not in MEASURED:
+        raise ValueError(
+            f"no table {name}; there are {', '.join(MEASURED)}, and dollars_per_gpu_hour"
+        )
+    if not isinstance(table, dict):
+        raise ValueError(f"{name} is no table of numbers by key")
+    for key, value in table.items():
+        if name and not re.fullmatch(MEASURED[name], key):
+            raise ValueError(f"{name} has no key {key!r}; keys look like {MEASURED[name]}")
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ValueError(f"{name} {key} is {value!r}, no positive number".lstrip())

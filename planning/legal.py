@@ -1,16 +1,17 @@
 """What a layout may be: the legal ones of a number of GPUs, and the nearest to one that is not."""
 
 import dataclasses
-import difflib
+import math
 from collections.abc import Iterator
 
 from configs.schema import RunConfig
 from planning.case import make_case
 from planning.hardware import Hardware
-from sharding.config import MeshConfig
+from sharding.config import AXES, MeshConfig
 
-AXES = ("pipe", "data", "fsdp", "expert", "context", "tensor")
 NEIGHBOURS = 3
+TRIES = 12
+"""Layouts and batches that are tried for them: an answer takes no longer than a plan."""
 
 
 def describe_refusal(reason: str, run: RunConfig, hardware: Hardware, gpus: int) -> str:
@@ -25,6 +26,7 @@ def _neighbours(run: RunConfig, hardware: Hardware, gpus: int) -> Iterator[str]:
     """What differs in a legal plan, nearest first; a bounded search."""
     mesh, train = run.mesh, run.train
     seen: set[str] = set()
+    tries = 0
     for candidate in _near(mesh, gpus):
         shards = candidate.data * candidate.fsdp * candidate.expert
         for count in _counts(candidate, train.batch_size // shards):
@@ -38,6 +40,9 @@ def _neighbours(run: RunConfig, hardware: Hardware, gpus: int) -> Iterator[str]:
             micro = train.micro_batch_size or train.batch_size
             if micro % shards == 0 and train.batch_size % micro == 0:
                 settled = train
+            tries += 1
+            if tries > TRIES:
+                return
             try:
                 make_case(dataclasses.replace(run, mesh=candidate, train=settled), hardware, gpus)
             except ValueError:
@@ -67,14 +72,14 @@ def _near(mesh: MeshConfig, gpus: int) -> Iterator[MeshConfig]:
         )
         return changed, ratio
 
-    options = [mesh] if _product(sizes) == gpus else []
+    options = [mesh] if math.prod(sizes.values()) == gpus else []
     for axis in AXES:
-        rest = _product(sizes) // sizes[axis]
+        rest = math.prod(sizes.values()) // sizes[axis]
         if gpus % rest == 0:
             options.append(_with(mesh, **{axis: gpus // rest}))
         for other in AXES:
             if other != axis:
-                rest = _product(sizes) // sizes[axis] // sizes[other]
+                rest = math.prod(sizes.values()) // sizes[axis] // sizes[other]
                 for factor in (sizes[axis] * 2, sizes[axis] // 2, 1):
                     if factor and gpus % (rest * factor) == 0:
                         options.append(_with(mesh, **{axis: factor, other: gpus // rest // factor}))
@@ -86,13 +91,6 @@ def _with(mesh: MeshConfig, **sizes: int) -> MeshConfig:
     whole = {axis: max(1, getattr(mesh, axis)) for axis in AXES} | sizes
     nodes = mesh.expert_nodes if whole["expert"] % mesh.expert_nodes == 0 else 1
     return dataclasses.replace(mesh, **whole, expert_nodes=nodes)
-
-
-def _product(sizes: dict[str, int]) -> int:
-    found = 1
-    for size in sizes.values():
-        found *= size
-    return found
 
 
 def _difference(run: RunConfig, mesh: MeshConfig, micro: int, batch: int) -> str:
@@ -107,9 +105,3 @@ def _difference(run: RunConfig, mesh: MeshConfig, micro: int, batch: int) -> str
     if batch != train.batch_size:
         changed.append(f"batch_size={batch}")
     return ", ".join(changed) or "as it is"
-
-
-def near_names(word: str, known: tuple[str, ...]) -> str:
-    """A hint at names that are alike."""
-    near = difflib.get_close_matches(word, known, n=2, cutoff=0.4)
-    return f"; did you mean {' or '.join(near)}?" if near else ""

@@ -20,8 +20,7 @@ from model.config import ModelConfig
 from model.recipe import Recipe
 from model.stages import hold, split_weights
 from planning.case import Case
-from planning.workspace import Terms, Workspace, workspace_of
-from sharding.experts.sizes import Rows
+from planning.workspace import Workspace, stacks, workspace_of
 from sharding.partition import pipeline_ranks
 from sharding.pipeline.rank import stash_shapes
 from sharding.pipeline.stage_weights import Weights, held_shapes
@@ -74,7 +73,7 @@ class Memory(NamedTuple):
 def memory_of(case: Case) -> Memory:
     """Memory of a step."""
     carried = carried_by(case)
-    found = workspace_of(terms_of(case), case)
+    found = workspace_of(case)
     limit, explained = case.hardware.limit(groups_of(case))
     return Memory(
         **carried,
@@ -166,71 +165,9 @@ def layer_stash(case: Case) -> float:
     return found
 
 
-def stacks(case: Case) -> tuple[tuple[str, int], ...]:
-    """Stacks of layers and how many there are of each."""
-    model = case.model
-    return ("dense_layers", model.num_dense_layers), ("moe_layers", model.num_moe_layers)
-
-
-def alone(case: Case) -> int:
-    """Bytes that stacks of one layer keep, without a pipeline."""
-    if case.mesh.pipe > 1:
-        return 0
-    single = [stack for stack, count in stacks(case) if count == 1]
-    return sum(k.device_bytes(case.layout, case.rows) for stack in single for k in case.kept(stack))
-
-
 def groups_of(case: Case) -> int:
     """Groups of devices that a step has collectives on: axes larger than one, and all together."""
     mesh = case.mesh
     sizes = (mesh.pipe, mesh.data, mesh.fsdp, mesh.expert, mesh.context, mesh.tensor)
     used = sum(size > 1 for size in sizes) + (mesh.expert_nodes > 1)
     return used + 2 * (used > 1)
-
-
-def terms_of(case: Case) -> Terms:
-    """Sizes that a step's workspace is made of, in bytes."""
-    model, mesh, rows = case.model, case.mesh, case.exchange
-    item = case.recipe.activation_dtype.itemsize
-    tokens, d, f = case.tokens, model.hidden_size, model.expert_ffn_size // mesh.tensor
-    heads = model.num_heads // mesh.tensor
-    layer = _layer_parameters(case)
-    vocab = model.vocab_size // mesh.tensor * d
-    square = case.train.seq_len**2 // mesh.context * heads * case.rows
-    portable = case.recipe.kernels.attention == "portable"
-    return Terms(
-        sorted_in=rows.sorted * d * item,
-        sorted_hidden=rows.sorted * f * item,
-        received=rows.received * d * item * (mesh.expert > 1),
-        across=rows.across * d * item,
-        stream=tokens * d * item,
-        heads=tokens * heads * (model.qk_head_dim + model.v_head_dim) * item,
-        layer=layer * item,
-        dense=3 * d * model.dense_ffn_size // mesh.tensor * item * (model.num_dense_layers > 0),
-        hidden=tokens * model.dense_ffn_size // mesh.tensor * item * (model.num_dense_layers > 0),
-        vocabulary=vocab * 4,
-        attention=square * 4 * portable * 17 // 32,
-        kept=sum(k.device_bytes(case.layout, case.rows) for k in case.kept(_stack(case))),
-        gradients=device_bytes(case.state["params"]),
-        experts=model.num_experts * tokens * 4,
-        alone=alone(case),
-    )
-
-
-def _stack(case: Case) -> str:
-    return "moe_layers" if case.model.num_moe_layers else "dense_layers"
-
-
-def _layer_parameters(case: Case) -> int:
-    """Parameters of a MoE layer that a device computes with."""
-    model, mesh = case.model, case.mesh
-    d, f = model.hidden_size, model.expert_ffn_size
-    of_layer = blueprint(model).params.get("moe_layers", {})
-    if not of_layer:
-        return 0
-    total = sum(math.prod(x.shape[1:]) for x in jax.tree.leaves(of_layer))
-    routed = model.num_experts * 3 * d * f
-    return (total - routed) // mesh.tensor + routed // (mesh.expert * mesh.tensor)
-
-
-__all__ = ["Memory", "Rows", "carried_by", "memory_of", "terms_of"]

@@ -14,6 +14,8 @@ from typing import Any
 import jinja2
 import markupsafe
 
+from planning.report import axes_of, plain, scaled
+
 COLORS = {
     "weights": "#2f5d8a", "gradients": "#5b8db8", "optimizer": "#9dbfd9", "stash": "#d08c38",
     "exchange": "#7a5aa6", "workspace": "#a9b0bd",
@@ -28,6 +30,7 @@ NAMES = {
     "F": "forward", "B": "backward", "FB": "a forward and a backward pass together",
     "I": "gradient of the input", "W": "gradient of the weights",
 }  # fmt: skip
+CENTRE: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8}
 MOST = 24
 """Layouts that are drawn."""
 
@@ -52,7 +55,10 @@ def page_of(plans: Sequence[Mapping[str, Any]]) -> str:
     limits = [p["memory_gib"]["limit"] for p in shown]
     return environment.get_template("page.html.jinja").render(
         plans=shown,
+        plain=plain,
+        scaled=scaled,
         colors=COLORS,
+        parts=PARTS,
         kinds=KINDS,
         names=NAMES,
         data=markupsafe.Markup(data),
@@ -66,12 +72,9 @@ def page_of(plans: Sequence[Mapping[str, Any]]) -> str:
 def words(plan: Mapping[str, Any]) -> str:
     """A layout in words."""
     sizes = plan["layout"]
-    axes = ("pipe", "data", "fsdp", "expert", "context", "tensor")
-    found = [f"{axis} {sizes[axis]}" for axis in axes if sizes.get(axis, 1) > 1] or ["one GPU"]
-    if sizes.get("pipe", 1) > 1:
-        found.append(str(sizes.get("schedule", "1f1b")))
     more = f"remat {sizes['remat']}, {sizes['micro_batches']} micro batches of "
-    return ", ".join(found) + f", {more}{sizes['sequences_per_gpu']} x {sizes['seq_len']}"
+    more += f"{sizes['sequences_per_gpu']} x {sizes['seq_len']}"
+    return ", ".join([*axes_of(sizes), more])
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
@@ -107,7 +110,7 @@ def stacked(
     limits: Sequence[float] = (),
 ) -> markupsafe.Markup:
     """Bars of parts, one for each plan; `limits` are lines that they should not pass."""
-    figure, axes = _figure(10, 0.7 + 0.42 * len(rows) + 0.5 * (not limits))
+    figure, axes = _figure(10, 0.7 + 0.42 * len(rows))
     tips = {}
     for row, parts in enumerate(rows):
         left = 0.0
@@ -118,31 +121,14 @@ def stacked(
             bar = axes.barh(row, size, left=left, color=color, height=0.7)[0]
             bar.set_gid(f"{unit}-{row}-{name}")
             tips[f"{unit}-{row}-{name}"] = f"{name}: {size:.4g} {unit}"
-            if not limits and row == 0:
-                bar.set_label(name)
             if size > 0.06 * sum(parts.values()):
-                axes.text(
-                    left + size / 2,
-                    row,
-                    f"{size:.3g}",
-                    ha="center",
-                    va="center",
-                    color="white" if name != "bubble" else "black",
-                    fontsize=8,
-                )
+                ink = "white" if name != "bubble" else "black"
+                axes.text(left + size / 2, row, f"{size:.3g}", color=ink, **CENTRE)
             left += size
         if limits:
             line = axes.plot([limits[row]] * 2, [row - 0.42, row + 0.42], color="#b3261e", lw=2)[0]
             line.set_gid(f"limit-{row}")
             tips[f"limit-{row}"] = f"limit: {limits[row]:.4g} {unit}"
-    if not limits:
-        axes.legend(
-            loc="upper center",
-            bbox_to_anchor=(0.5, -0.35 / max(1, 0.42 * len(rows))),
-            ncols=6,
-            frameon=False,
-            fontsize=8,
-        )
     axes.set_yticks(range(len(rows)), [str(n + 1) for n in range(len(rows))])
     axes.set_xlabel(unit)
     axes.invert_yaxis()

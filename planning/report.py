@@ -11,9 +11,10 @@ from planning.case import Case
 from planning.memory import Memory, memory_of
 from planning.time import Passing, Tick, passes_of, update_seconds
 from planning.traffic import Collective, traffic_of
-from sharding.mesh import axis_sizes
+from sharding.config import AXES
 
 GIB = 2**30
+ERROR = ("kind", "low", "high", "programs")
 CLOSED = "closed form"
 COMPILED = "compiled program"
 
@@ -93,12 +94,7 @@ class Report:
             "fits": self.fits,
             "memory_gib": closed,
             "memory_limit": list(memory.explained),
-            "memory_error": {
-                "kind": memory.error.kind,
-                "low": memory.error.low,
-                "high": memory.error.high,
-                "programs": memory.error.programs,
-            },
+            "memory_error": {key: getattr(memory.error, key) for key in ERROR},
             "collectives": sent,
             "step_seconds": self.step_seconds,
             "parts_seconds": dict(self.parts_seconds),
@@ -207,13 +203,29 @@ def options_of(case: Case) -> dict[str, Any]:
 # ---- for people ---------------------------------------------------------------------------------
 
 
+def plain(value: float, digits: int = 2) -> str:
+    """A number with so many decimals, or three digits where these say nothing."""
+    return f"{value:.{digits}f}" if not value or abs(value) >= 10**-digits * 10 else f"{value:.3g}"
+
+
+def scaled(value: float) -> str:
+    """A number in thousands, millions, billions or trillions."""
+    units = ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " K"))
+    size, unit = next(((size, unit) for size, unit in units if value >= size), (1.0, ""))
+    return f"{value / size:.4g}{unit}"
+
+
+def axes_of(sizes: Mapping[str, Any]) -> list[str]:
+    """Axes of a layout in words, and the schedule of its pipeline."""
+    found = [f"{axis} {sizes[axis]}" for axis in AXES if sizes.get(axis, 1) > 1] or ["one GPU"]
+    return [*found, str(sizes.get("schedule", "1f1b"))] if sizes.get("pipe", 1) > 1 else found
+
+
 def text_of(report: Report) -> list[str]:
     """The report, line by line."""
     sizes = report.layout
-    axes = [name for name in axis_names() if name in sizes]
-    layout = " x ".join(f"{name} {sizes[name]}" for name in axes) or "one GPU"
     lines = [
-        f"{report.name}: {report.gpus} x {report.gpu.upper()}, {layout}",
+        f"{report.name}: {report.gpus} x {report.gpu.upper()}, {', '.join(axes_of(sizes))}",
         f"  {sizes['micro_batches']} micro batches of {sizes['sequences_per_gpu']} x "
         f"{sizes['seq_len']} tokens a GPU, {sizes['dtype']}{', FP8 products' * sizes['fp8']}, "
         f"remat {sizes['remat']}, attention by {sizes['attention']}",
@@ -230,14 +242,6 @@ def text_of(report: Report) -> list[str]:
     return lines
 
 
-def axis_names() -> tuple[str, ...]:
-    """Axes of a layout as people name them."""
-    from sharding.config import AXES, MeshConfig
-
-    assert set(axis_sizes(MeshConfig())) == set(AXES)
-    return AXES
-
-
 def memory_lines(report: Report) -> list[str]:
     """Memory, part by part, against the limit; closed form and compiled program side by side."""
     memory, compiled = report.memory, report.compiled
@@ -246,8 +250,8 @@ def memory_lines(report: Report) -> list[str]:
     lines = [head + (f"   {COMPILED}" if compiled else "")]
     rows = [*memory.parts().items(), ("total", memory.total)]
     for name, size in rows:
-        other = f"{compiled['memory_gib'][name]:14.2f}" if compiled else ""
-        lines.append(f"  {name:36} {size / GIB:12.2f}{other}")
+        other = f"{plain(compiled['memory_gib'][name]):>14}" if compiled else ""
+        lines.append(f"  {name:36} {plain(size / GIB):>12}{other}")
     total = compiled["memory_gib"]["total"] * GIB if compiled else memory.total
     left = (memory.limit - total) / GIB
     lines.append(
@@ -273,46 +277,35 @@ def traffic_lines(report: Report) -> list[str]:
         f"  {'operation':20} {'axis':26} {'times':>8} {'GiB':>9}  {'link':8} {'s':>8} "
         f"{'exposed':>8}  what",
     ]
-    for one in report.collectives:
-        lines.append(
-            f"  {one.op:20} {one.axis:26} {one.times:8} {one.bytes / GIB:9.3f}  {one.link:8} "
-            f"{one.seconds:8.3f} {one.exposed_seconds:8.3f}  {one.what}"
-        )
+    lines += [_sent(collective_json(one)) for one in report.collectives]
     if report.compiled:
-        lines += ["  of the compiled program:"]
-        for one in report.compiled["collectives"]:
-            lines.append(
-                f"  {one['op']:20} {one['axis']:26} {one['times']:8} {one['gib']:9.3f}  "
-                f"{one['link']:8} {one['seconds']:8.3f} {one['exposed_seconds']:8.3f}"
-            )
+        lines += ["  of the compiled program:", *map(_sent, report.compiled["collectives"])]
     return lines
 
 
-def _scaled(value: float) -> str:
-    """A number in thousands, millions or billions, where it is as large: `2.664 M `."""
-    for factor, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if value >= factor:
-            return f"{value / factor:.4g} {letter} "
-    return f"{value:.3g} "
+def _sent(one: Mapping[str, Any]) -> str:
+    figures = (plain(one[name], 3) for name in ("seconds", "exposed_seconds"))
+    return (
+        f"  {one['op']:20} {one['axis']:26} {one['times']:8} {plain(one['gib'], 3):>9}  "
+        f"{one['link']:8} {' '.join(f'{figure:>8}' for figure in figures)}  {one['what']}"
+    )
 
 
 def time_lines(report: Report) -> list[str]:
     """Time, part by part, and what follows."""
     step = report.step_seconds
-    unit, scale = ("s", 1.0) if step >= 1 else ("ms", 1e3)
     parts = sorted(report.parts_seconds.items(), key=lambda part: -part[1])
     shown = [
-        f"  {name:12} {seconds * scale:9.3f} {unit} {seconds / step:6.1%}"
+        f"  {name:12} {plain(seconds, 3):>9} s {seconds / step:6.1%}"
         for name, seconds in parts
         if seconds > 5e-4 * step
     ]
     return [
-        f"time of a step, of the busiest rank ({CLOSED})",
+        f"time of a step, seconds of the busiest rank ({CLOSED})",
         *shown,
-        f"  {'step':12} {step * scale:9.3f} {unit}, of all ranks' time "
-        f"{report.bubble_fraction:.1%} is bubble",
+        f"  {'step':12} {plain(step, 3):>9} s; all ranks: {report.bubble_fraction:.1%} bubble",
         f"  {report.tokens_per_s_per_gpu:,.1f} tokens/s/GPU; MFU {report.mfu[0]:.2%} causal, "
         f"{report.mfu[1]:.2%} non-causal, of the BF16 peak",
-        f"  {_scaled(report.tokens)}tokens: {_scaled(report.gpu_hours)}GPU hours, "
-        f"{_scaled(report.cost)}$ at {report.dollars_per_hour:g} $ an hour",
+        f"  {scaled(report.tokens)} tokens: {scaled(report.gpu_hours)} GPU hours, "
+        f"{scaled(report.cost)} $ at {report.dollars_per_hour:g} $ an hour",
     ]

@@ -7,8 +7,6 @@ a run. The best are compiled where that is asked for.
 
 import dataclasses
 import itertools
-import json
-import pathlib
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
@@ -16,9 +14,9 @@ from typing import Any, Literal, NamedTuple
 from rich.progress import track
 
 from configs.schema import RunConfig
-from planning.case import Case, make_case
+from planning.case import Case, make_case, whole_state
 from planning.hardware import Hardware
-from planning.report import GIB, Report, report_of
+from planning.report import GIB, Report, axes_of, report_of
 from sharding.config import MeshConfig
 from training.schedule import BatchPlan
 
@@ -69,16 +67,12 @@ class Found:
             "front": [report.to_json() for report in self.front],
         }
 
-    def write(self, path: str) -> None:
-        """Write the JSON to a file."""
-        pathlib.Path(path).write_text(json.dumps(self.to_json(), indent=1))
-
 
 def candidates(
     run: RunConfig, hardware: Hardware, gpus: int, limits: Limits
 ) -> Iterator[RunConfig]:
     """Runs on all meshes of `gpus` GPUs under the limits; not all of them are legal."""
-    experts = run.model.num_experts
+    experts = max(1, run.model.num_experts)
     for pipe, tensor, context, expert in itertools.product(
         divisors(gpus, limits.max_pipe),
         divisors(gpus, min(limits.max_tensor, hardware.per_node)),
@@ -194,6 +188,9 @@ def fewest(
         ValueError: not even MOST_GPUS suffice.
     """
     gpus, last = 1, ""
+    state = whole_state(run.model, run.train)
+    while state / gpus > hardware.limit(0)[0]:  # fewer cannot hold it, however it is cut
+        gpus *= 2
     while gpus <= MOST_GPUS:
         batch = -(-run.train.batch_size // gpus) * gpus
         train = dataclasses.replace(run.train, batch_size=batch)
@@ -230,12 +227,8 @@ def compiled(found: Found, count: int, cache: str) -> Found:
 def describe(report: Report) -> str:
     """A layout in words."""
     sizes = report.layout
-    axes = ("pipe", "data", "fsdp", "expert", "context", "tensor")
-    words = [f"{axis} {sizes[axis]}" for axis in axes if sizes.get(axis, 1) > 1] or ["one GPU"]
-    if sizes.get("pipe", 1) > 1:
-        words.append(str(sizes.get("schedule", "1f1b")))
-    words.append(f"remat {sizes['remat']}")
-    return f"{', '.join(words)}, {sizes['sequences_per_gpu']} x {sizes['seq_len']}"
+    words = [*axes_of(sizes), f"remat {sizes['remat']}"]
+    return ", ".join([*words, f"{sizes['sequences_per_gpu']} x {sizes['seq_len']}"])
 
 
 def table(found: Found, count: int) -> list[str]:

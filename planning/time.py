@@ -20,10 +20,11 @@ from planning.work import (
     dense_layer,
     embedding,
     head,
-    moe_layer,
     mtp_module,
     paired,
+    stack_layer,
 )
+from sharding.pipeline.schedule import spans
 from sharding.pipeline.stages import ends_of
 from sharding.pipeline.ticks import CODES
 from sharding.sizes import device_bytes
@@ -61,9 +62,13 @@ def passes_of(case: Case) -> Passing:
 
 
 def _ends(case: Case) -> tuple[Passes, Passes]:
-    """What is computed before the MoE layers and after them, embedding and head left out."""
-    before = dense_layer(case).times(case.model.num_dense_layers)
-    after = mtp_module(case).times(case.model.mtp_depth)
+    """What is computed before the stack of layers and after it, embedding and head left out."""
+    before = EMPTY
+    if case.model.num_moe_layers:
+        before = dense_layer(case).times(case.model.num_dense_layers)
+    after = EMPTY
+    if case.model.mtp_depth:
+        after = mtp_module(case).times(case.model.mtp_depth)
     if case.mesh.pipe > 1 and not case.ways.vocabulary_on_ranks:
         count = 1 + case.model.mtp_depth
         return before + embedding(case), after + head(case).times(count)
@@ -83,9 +88,9 @@ def _parts(work: Seconds) -> dict[str, float]:
 
 
 def _sequence(case: Case) -> Passing:
-    layer = moe_layer(case)
+    layer = stack_layer(case)
     before, after = _ends(case)
-    layers = layer.times(case.model.num_moe_layers)
+    layers = layer.times(case.model.stack_size)
     count = case.micro_batches
     work = (before + after + layers + _vocabulary(case)).times(count)
     total = work.F + work.B
@@ -121,17 +126,23 @@ def _pipeline(case: Case) -> Passing:
     table, chunks = case.table, _chunks(case)
     busy, parts, exposed, travelled = _durations(case, chunks)
     ends = np.zeros(table.code.shape[1])
-    spans = np.zeros((2, *table.code.shape))
+    runs = np.zeros((2, *table.code.shape))
     meets = np.zeros(table.ticks, bool)
     if case.ways.vocabulary_on_ranks:
         meets = _common(case, busy, parts)
-    for tick, durations in enumerate(busy):
+    for tick, durations in enumerate(busy if case.ways.in_step else ()):
         ready = np.maximum(ends, np.maximum(np.roll(ends, 1), np.roll(ends, -1)))
         if meets[tick]:
             ready = np.full_like(ends, ends.max())
         ends = ready + durations
-        spans[:, tick] = ready, ends
-    seconds = float(ends.max())
+        runs[:, tick] = ready, ends
+    if not case.ways.in_step:
+        works = table.code > 0
+        left = [iter(busy[works[:, rank], rank]) for rank in range(len(ends))]
+        assert case.schedule is not None
+        for rank, found in enumerate(spans(case.schedule, lambda rank, _: float(next(left[rank])))):
+            runs[:, works[:, rank], rank] = np.transpose(found)
+    seconds = float(runs.max())
     worked = busy.sum(0)
     rank = int(worked.argmax())
     bubble = 1 - float(worked.sum()) / (seconds * len(worked))
@@ -139,19 +150,12 @@ def _pipeline(case: Case) -> Passing:
     found |= {"exchange": float(exposed[:, rank].sum()), "bubble": seconds - float(worked[rank])}
     kinds = {code: kind for kind, code in CODES.items()}
     timeline = tuple(
-        Tick(kinds[int(code)], float(spans[0, t, rank]), float(spans[1, t, rank]))
+        Tick(kinds[int(code)], float(runs[0, t, rank]), float(runs[1, t, rank]))
         for t, code in enumerate(table.code[:, rank])
         if code
     )
-    return Passing(
-        seconds,
-        found,
-        bubble,
-        float(exposed[:, rank].sum()),
-        float(travelled[:, rank].sum()),
-        timeline,
-        moe_layer(case),
-    )
+    sent = float(exposed[:, rank].sum()), float(travelled[:, rank].sum())
+    return Passing(seconds, found, bubble, *sent, timeline, stack_layer(case))
 
 
 def _common(case: Case, busy: np.ndarray, parts: dict[str, np.ndarray]) -> np.ndarray:
@@ -176,7 +180,7 @@ def _common(case: Case, busy: np.ndarray, parts: dict[str, np.ndarray]) -> np.nd
 
 def _chunks(case: Case) -> dict[tuple[int, int], _Chunk]:
     """Work of every rank's chunk in a pass of each kind."""
-    layer, (before, after) = moe_layer(case), _ends(case)
+    layer, (before, after) = stack_layer(case), _ends(case)
     placement, found = case.placement, {}
     for rank, chunk in np.ndindex(placement.is_first.shape):
         count = int((placement.layer_of[rank, chunk] >= 0).sum())
@@ -199,23 +203,19 @@ def _durations(case: Case, chunks: dict[tuple[int, int], _Chunk]):
     busy, exposed, travelled = np.zeros(shape), np.zeros(shape), np.zeros(shape)
     names = [name for name in Seconds._fields if name != "exchange"]
     parts = {name: np.zeros(shape) for name in names}
-    cache: dict[tuple[int, ...], tuple[float, Seconds]] = {}
-    for tick, rank in np.argwhere(table.code):
-        key = tuple(
-            int(column[tick, rank]) for column in (table.code, table.f_chunk, table.b_chunk)
-        )
-        found = cache.get((rank, *key))
-        if found is None:
-            found = cache[rank, *key] = _tick(case, chunks, int(rank), *key)
-        seconds, work = found
-        slower = (seconds - max(0.0, seconds - work.compute - work.tensor)) / max(
-            work.compute + work.tensor, 1e-12
-        )
-        busy[tick, rank] = seconds
-        exposed[tick, rank] = max(0.0, seconds - work.compute - work.tensor)
-        travelled[tick, rank] = work.exchange
+    ranks = np.broadcast_to(np.arange(shape[1]), shape)
+    columns = np.stack([ranks, table.code, table.f_chunk, table.b_chunk], -1)
+    alike, which = np.unique(columns.reshape(-1, 4), axis=0, return_inverse=True)
+    for number, (rank, code, f, b) in enumerate(alike.tolist()):
+        if not code:
+            continue
+        seconds, work = _tick(case, chunks, rank, code, f, b)
+        own = work.compute + work.tensor
+        where = (which == number).reshape(shape)
+        busy[where], travelled[where] = seconds, work.exchange
+        exposed[where] = max(0.0, seconds - own)
         for name in names:
-            parts[name][tick, rank] = getattr(work, name) * slower
+            parts[name][where] = getattr(work, name) * min(seconds, own) / max(own, 1e-12)
     return busy, parts, exposed, travelled
 
 

@@ -14,9 +14,9 @@ from model.stages import ROUTED
 from planning.case import Case
 from planning.memory import held_weights, stage_weights
 from planning.time import Passing
-from planning.work import exchange_levels, exchange_ways, wire_bytes
+from planning.work import exchange_levels, exchange_ways, key_numbers, wire_bytes
 from sharding.rules import COPIED
-from sharding.sizes import copied_bytes, device_bytes
+from sharding.sizes import activation_shards, copied_bytes, device_bytes
 
 ORDER = ("pipe", "data", "fsdp", "expert_nodes", "expert", "context", "tensor")
 
@@ -100,7 +100,7 @@ def layer_passes(case: Case) -> float:
 
 
 def _exchange(case: Case, passing: Passing) -> list[Collective]:
-    if case.mesh.expert == 1:
+    if case.mesh.expert == 1 or not case.model.has_experts:
         return []
     found, exchange = [], case.mesh.exchange
     ways = exchange_ways(case)
@@ -114,19 +114,9 @@ def _exchange(case: Case, passing: Passing) -> list[Collective]:
         per = case.mesh.expert if axis == "expert_nodes" else _size(case, "expert")
         link = case.hardware.link(per * inner)
         ops = {"dense": "all-to-all", "ragged": "ragged-all-to-all", "gather": "all-gather"}
-        seconds = size / speed
-        found.append(
-            Collective(
-                ops[exchange],
-                axis,
-                round((there + back) * layer_passes(case)),
-                size,
-                link,
-                seconds,
-                seconds * (1 - hidden),
-                "rows of tokens to their experts and back",
-            )
-        )
+        times, seconds = round((there + back) * layer_passes(case)), size / speed
+        shown, what = seconds * (1 - hidden), "rows of tokens to their experts and back"
+        found.append(Collective(ops[exchange], axis, times, size, link, seconds, shown, what))
     return found
 
 
@@ -166,7 +156,7 @@ def _weights(case: Case, passing: Passing) -> list[Collective]:
     if case.mesh.data > 1 and case.mesh.zero1:
         stored = device_bytes(case.state["params"])
         found.append(_one(case, "all-gather", ("data",), 1, stored, "updated weights (ZeRO-1)"))
-    return found + _of_fsdp(case, passing)
+    return found + _of_fsdp(case, held, passing)
 
 
 class Held(NamedTuple):
@@ -193,7 +183,10 @@ def _held(case: Case) -> Held:
         plan = blueprint(case.model)
         copies, sums = copied_bytes(weights, plan.params_axes, case.layout)
         experts = device_bytes(expert_weights(case.state["params"]))
-        return Held(copies, experts, 0.0, sums - experts, experts, 0.0)
+        # Experts are not gathered, but a step holds them in its type.
+        item = max((w.dtype.itemsize for w in expert_weights(weights)), default=0)
+        dense = max(0.0, copies - experts / 4 * item)
+        return Held(dense, experts, 0.0, sums - experts, experts, 0.0)
     held = stage_weights(case)
     experts = expert_weights(held.layers)
     fp32 = {leaf.dtype.itemsize for leaf in experts} or {4}
@@ -206,14 +199,8 @@ def _held(case: Case) -> Held:
     ends = [held.first, held.last]
     outer = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(ends))
     expert_sums = of_experts / item * 4
-    return Held(
-        dense,
-        of_experts,
-        device_bytes(ends),
-        numbers * 4 - expert_sums,
-        expert_sums,
-        outer * 4,
-    )
+    sums = numbers * 4 - expert_sums
+    return Held(dense, of_experts, device_bytes(ends), sums, expert_sums, outer * 4)
 
 
 def expert_weights(params: Any) -> list[Any]:
@@ -228,43 +215,21 @@ def expert_weights(params: Any) -> list[Any]:
     ]
 
 
-def _of_fsdp(case: Case, passing: Passing) -> list[Collective]:
+def _of_fsdp(case: Case, held: "Held", passing: Passing) -> list[Collective]:
     """Weights gathered layer by layer, forward and backward, and their gradients reduced."""
     fsdp = case.mesh.fsdp
     if fsdp == 1:
         return []
-    item, count = case.recipe.activation_dtype.itemsize, case.micro_batches
-    stored = device_bytes(case.state["params"])
-    whole = (
-        stored
-        * fsdp
-        / 4
-        * math.prod(_size(case, axis) for axis in COPIED if _share_dense(case) == 1.0)
-    )
-    gather = _one(
-        case, "all-gather", ("fsdp",), 2 * count, 2 * count * whole * item, "weights of layers"
-    )
-    reduce = _one(
-        case, "reduce-scatter", ("fsdp",), count, count * whole * item, "gradients of layers"
-    )
+    count, over = case.micro_batches, ("fsdp",)
+    size = count * held.sums(1.0) / 4 * fsdp * case.recipe.activation_dtype.itemsize
+    gather = _one(case, "all-gather", over, 2 * count, 2 * size, "weights of layers")
+    reduce = _one(case, "reduce-scatter", over, count, size, "gradients of layers")
     # The compiler fetches a layer's weights beside the layer before.
     seconds = gather.seconds + reduce.seconds
-    over = max(0.0, seconds - passing.seconds)
+    shown = max(0.0, 1 - passing.seconds / seconds)
     return [
-        dataclasses.replace(one, exposed_seconds=over * one.seconds / seconds)
-        for one in (gather, reduce)
+        dataclasses.replace(one, exposed_seconds=shown * one.seconds) for one in (gather, reduce)
     ]
-
-
-def _share_dense(case: Case) -> float:
-    """Part of a MoE layer's weights on a device that other devices of `expert` hold as well."""
-    plan: Any = blueprint(case.model).params.get("moe_layers", {})
-    if not plan:
-        return 1.0
-    total = sum(math.prod(x.shape) for x in jax.tree.leaves(plan))
-    moe = plan["moe"]
-    routed = sum(math.prod(moe[name].shape) for name in ("w_gate", "w_up", "w_down"))
-    return (total - routed) / (total - routed + routed / case.mesh.expert)
 
 
 def _tensor(case: Case) -> list[Collective]:
@@ -288,17 +253,16 @@ def _dense_passes(case: Case) -> float:
 
 
 def _context(case: Case) -> list[Collective]:
-    mesh, model = case.mesh, case.model
+    mesh = case.mesh
     if mesh.context == 1:
         return []
-    latents = model.kv_lora_rank + model.qk_rope_head_dim
     item = case.recipe.activation_dtype.itemsize
     again = 1 + (case.recipe.remat == "full")
     passes = (again + 3) * (layer_passes(case) + _dense_passes(case))
     times = passes * (mesh.context - 1)
     op = "collective-permute" if mesh.context_exchange == "ring" else "all-gather"
-    size = times * case.tokens * latents * item
-    return [_one(case, op, ("context",), times, size, "latents of other parts of a sequence")]
+    size = times * case.tokens * key_numbers(case) * item
+    return [_one(case, op, ("context",), times, size, "keys of other parts of a sequence")]
 
 
 def _pipe(case: Case) -> list[Collective]:
@@ -309,11 +273,7 @@ def _pipe(case: Case) -> list[Collective]:
         used for name, used in table.channels._asdict().items() if not name.endswith("_same")
     )
     times = ways * table.ticks
-    tokens = (
-        case.rows
-        * case.train.seq_len
-        // (case.mesh.context * (case.mesh.tensor if case.mesh.sequence else 1))
-    )
+    tokens = case.rows * case.train.seq_len // activation_shards(case.layout, "stream")
     x = tokens * case.model.hidden_size * item
     # Embeddings looked up (twice those of the first stage), their gradients, hidden states to the
     # head's parts, and their gradients: a sum over all ranks each.

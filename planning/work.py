@@ -136,6 +136,11 @@ class _Work:
         return Passes(self.passes["F"], self.passes["I"], self.passes["W"])
 
 
+def stack_layer(case: Case) -> Passes:
+    """A layer of the stack that a pipeline cuts: with experts, where the model has any."""
+    return moe_layer(case) if case.model.num_moe_layers else dense_layer(case)
+
+
 def moe_layer(case: Case) -> Passes:
     """A layer with experts."""
     work = _Work(case)
@@ -189,6 +194,17 @@ def mtp_module(case: Case) -> Passes:
 # ---- parts of a layer ---------------------------------------------------------------------------
 
 
+def key_numbers(case: Case) -> int:
+    """Numbers of a token from which a device makes keys and values: the latent and the key's
+    rotary part, or all channels of its key heads."""
+    model = case.model
+    if model.attention == "grouped":
+        heads, cut = model.num_kv_heads, case.mesh.tensor
+        held = heads // cut if heads % cut == 0 else heads
+        return held * (model.qk_head_dim + model.v_head_dim)
+    return model.kv_lora_rank + model.qk_rope_head_dim
+
+
 def _attention(work: _Work) -> None:
     model, case = work.case.model, work.case
     d, tokens, item = model.hidden_size, work.N, work.item
@@ -199,9 +215,13 @@ def _attention(work: _Work) -> None:
     else:
         work.product(d, model.q_lora_rank, recomputed=False)
         work.product(model.q_lora_rank, queries, recomputed=True)
-    work.product(d, model.kv_lora_rank + model.qk_rope_head_dim, recomputed=False)
-    expanded = heads * (model.qk_nope_head_dim + model.v_head_dim)
-    work.product(model.kv_lora_rank, expanded, recomputed=True)
+    if model.attention == "grouped":
+        expanded = key_numbers(case)
+        work.product(d, expanded, recomputed=True)
+    else:
+        work.product(d, key_numbers(case), recomputed=False)
+        expanded = heads * (model.qk_nope_head_dim + model.v_head_dim)
+        work.product(model.kv_lora_rank, expanded, recomputed=True)
     work.product(values, d, recomputed=False)
     # Causal: half of the square. Backward are five products of the forward pass's two.
     flops = 2.0 * tokens * case.train.seq_len * heads * (model.qk_head_dim + model.v_head_dim) / 2
@@ -244,7 +264,9 @@ def _experts(work: _Work) -> None:
     local = model.num_experts // case.mesh.expert
     M, each = rows.computed, rows.computed / local
     speed, fp8 = case.hardware.grouped, work.fp8
-    for K, N, recomputed in ((d, 2 * f, True), (f, d, False)):
+    if case.ways.grouped and not fp8:
+        speed = lambda *_, **__: case.hardware.gpu.bf16 * case.ways.grouped  # noqa: E731
+    for K, N, recomputed in ((d, 2 * f, case.ways.recomputes_experts), (f, d, False)):
         flops = 2.0 * M * K * N
         work.add(work.again(recomputed), experts=flops / speed(each, N, K, fp8))
         work.add("I", experts=flops / speed(each, K, N, fp8))
@@ -312,8 +334,8 @@ def _exchange(work: _Work) -> None:
 
 
 def _over_tensor(work: _Work) -> None:
-    """Sums of the attention's and the MLP's outputs, forward, and of their inputs, backward; the
-    latents of other shards of the sequence."""
+    """Sums of the attention's and the MLP's outputs, forward, and of their inputs, backward; keys
+    and values of other shards of the sequence."""
     case, mesh = work.case, work.case.mesh
     hardware, model = case.hardware, case.model
     if mesh.tensor > 1:
@@ -322,8 +344,7 @@ def _over_tensor(work: _Work) -> None:
         work.add(work.again(True), tensor=seconds)
         work.add("I", tensor=seconds)
     if mesh.context > 1:
-        latents = model.kv_lora_rank + model.qk_rope_head_dim
-        size = (mesh.context - 1) * work.N * latents * work.item
+        size = (mesh.context - 1) * work.N * key_numbers(case) * work.item
         speed = hardware.collective(hardware.link(mesh.context * mesh.tensor))
         work.add(work.again(False), tensor=size / speed)
         work.add("I", tensor=3 * size / speed)

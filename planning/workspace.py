@@ -1,48 +1,20 @@
 """A step's workspace: what XLA keeps alive at its peak besides what is carried.
 
 XLA decides how many buffers of rows overlap and which copies live. Which terms there are is known
-from the program (`Terms`); how often each counts is learned from compiled programs, once per kind
-of step, by `python -m bench.plan --learn`; `learned.json` says when, and of which version.
+from the program (`terms_of`); how often each counts is learned from compiled programs, once per
+kind of step, by `python -m bench.plan --learn`; `learned.json` says when, and of which version.
 """
 
 import json
+import math
 import pathlib
 from typing import Any, NamedTuple
 
+import jax
 
-class Terms(NamedTuple):
-    """Sizes, bytes."""
-
-    sorted_in: int
-    """Rows sorted by expert, [M, D]."""
-    sorted_hidden: int
-    """The same inside of the experts, [M, F]."""
-    received: int
-    """Rows received from other devices, [Q, D]."""
-    across: int
-    """Rows received from other nodes."""
-    stream: int
-    """The residual stream of a micro batch, [N, D]."""
-    heads: int
-    """Queries and values of all heads."""
-    layer: int
-    """Weights of a MoE layer in the type of activations."""
-    dense: int
-    """Weights of a dense layer's MLP."""
-    hidden: int
-    """Activations inside of it."""
-    vocabulary: int
-    """The head or the embedding in fp32."""
-    attention: int
-    """Blocks of probabilities of portable attention, fp32."""
-    kept: int
-    """What one layer keeps."""
-    gradients: int
-    """A gradient of all weights as they are stored, fp32."""
-    experts: int
-    """Router scores, fp32."""
-    alone: int
-    """What stacks of one layer keep."""
+from model.blueprint import blueprint
+from planning.case import Case
+from sharding.sizes import device_bytes
 
 
 class Workspace(NamedTuple):
@@ -62,54 +34,89 @@ class Workspace(NamedTuple):
     """Compiled programs of the class."""
 
 
-GROUPS: dict[str, tuple[str, ...]] = {
-    "rows": ("sorted_in", "sorted_hidden", "received", "across"),
-    "activations": ("stream", "heads", "hidden", "kept", "experts"),
-    "attention": ("attention",),
-    "layers": ("layer", "dense"),
-    "vocabulary": ("vocabulary",),
-    "gradients": ("gradients",),
-    "alone": ("alone",),
-    "fixed": (),
-}
-"""Terms that are counted together: a class has too few programs to tell more apart."""
 FIXED = 32 * 2**20
 """cuBLAS's own workspace, bytes (XLA's constant for Hopper)."""
-
-
-def _learned() -> dict[str, Any]:
-    path = pathlib.Path(__file__).with_name("learned.json")
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
-LEARNED = _learned()
-"""When, of which version, the counts by class of layout, and the errors of the closed form."""
+_FILE = pathlib.Path(__file__).with_name("learned.json")
+LEARNED: dict[str, Any] = json.loads(_FILE.read_text()) if _FILE.is_file() else {}
+"""When, of which version, the counts by class of layout, the errors of the closed form, and the
+programs that they are of."""
 GUESS = {"rows": 3.0, "activations": 2.0, "attention": 1.0, "layers": 2.0, "vocabulary": 1.0,
          "gradients": 0.5, "alone": 1.0, "fixed": 1.0}  # fmt: skip
 """Counts where no program of a class was compiled."""
 
 
-def kind_of(case: Any) -> str:
+def kind_of(case: Case) -> str:
     """Class of a layout: how its step is built."""
     mesh, kernels = case.mesh, case.recipe.kernels
     way = "pipeline" if mesh.pipe > 1 else "sequential"
-    by = "kernels" if kernels.attention == "mosaic" else "portable"
+    by = "portable" if kernels.attention == "portable" else "kernels"
     again = "" if case.recipe.remat != "none" else ", nothing recomputed"
-    return f"{way}, {by}{again}"
+    dense = "" if case.model.has_experts else ", dense"
+    return f"{way}, {by}{dense}{again}"
 
 
-def sizes_of(terms: Terms) -> dict[str, float]:
-    """Bytes of every group."""
-    sizes = terms._asdict()
-    found = {group: float(sum(sizes[name] for name in names)) for group, names in GROUPS.items()}
-    return found | {"fixed": float(FIXED)}
+def terms_of(case: Case) -> dict[str, float]:
+    """Bytes that a step's workspace is made of, by groups that are counted together: a class has
+    too few programs to tell more apart."""
+    model, mesh, rows = case.model, case.mesh, case.exchange
+    item, tokens, d = case.recipe.activation_dtype.itemsize, case.tokens, model.hidden_size
+    f, heads = model.expert_ffn_size // mesh.tensor, model.num_heads // mesh.tensor
+    inner = model.dense_ffn_size // mesh.tensor * (model.num_dense_layers > 0)
+    kept = sum(k.device_bytes(case.layout, case.rows) for k in case.kept())
+    # Weights of a layer with experts, and of one without, in the type of activations.
+    weights = _layer_parameters(case) + 3 * d * inner * (model.num_moe_layers > 0)
+    square = case.train.seq_len**2 // mesh.context * heads * case.rows
+    received = rows.received * (mesh.expert > 1)
+    return {
+        # Sorted by expert, inside of the experts, and received from other devices and nodes.
+        "rows": item * (rows.sorted * (d + f) + (received + rows.across) * d),
+        # The stream, queries and values, insides of a dense layer, what a layer keeps, scores.
+        "activations": item * tokens * (d + heads * (model.qk_head_dim + model.v_head_dim) + inner)
+        + kept
+        + 4 * model.num_experts * tokens,
+        # Blocks of probabilities, fp32.
+        "attention": square * 4 * (case.recipe.kernels.attention == "portable") * 17 // 32,
+        "layers": item * weights,
+        # The head or the embedding in fp32.
+        "vocabulary": 4 * model.vocab_size // mesh.tensor * d,
+        # A gradient of all weights as they are stored.
+        "gradients": device_bytes(case.state["params"]),
+        "alone": alone(case),
+        "fixed": FIXED,
+    }
 
 
-def workspace_of(terms: Terms, case: Any) -> Workspace:
-    """Workspace of a step with these sizes."""
+GROUPS = tuple(GUESS)
+
+
+def stacks(case: Case) -> tuple[tuple[str, int], ...]:
+    """Stacks of layers and how many there are of each."""
+    model = case.model
+    return ("dense_layers", model.num_dense_layers), ("moe_layers", model.num_moe_layers)
+
+
+def alone(case: Case) -> int:
+    """Bytes that stacks of one layer keep, without a pipeline."""
+    if case.mesh.pipe > 1:
+        return 0
+    single = [stack for stack, count in stacks(case) if count == 1]
+    return sum(k.device_bytes(case.layout, case.rows) for stack in single for k in case.kept(stack))
+
+
+def _layer_parameters(case: Case) -> int:
+    """Parameters of a layer, with experts where there are any, that a device computes with."""
+    model, mesh = case.model, case.mesh
+    of_layer = blueprint(model).params[model.stack]
+    total = sum(math.prod(x.shape[1:]) for x in jax.tree.leaves(of_layer))
+    routed = model.num_experts * 3 * model.hidden_size * model.expert_ffn_size
+    return (total - routed) // mesh.tensor + routed // (mesh.expert * mesh.tensor)
+
+
+def workspace_of(case: Case) -> Workspace:
+    """Workspace of a step."""
     kind = kind_of(case)
     counts = LEARNED.get("counts", {}).get(kind, GUESS)
-    parts = {group: counts[group] * size for group, size in sizes_of(terms).items()}
+    parts = {group: counts[group] * size for group, size in terms_of(case).items()}
     low, high, programs = LEARNED.get("errors", {}).get(kind, (0.0, 0.0, 0))
     exchange = parts.pop("rows")
     return Workspace(exchange, sum(parts.values()), kind, low, high, programs)

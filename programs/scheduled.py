@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import jax
 
 POLL_S = 0.05
-STEADY_S = 0.5
-"""How long a file must keep its size to be taken for whole; XLA writes each at one go."""
+TEXT = "*_gpu_after_optimizations.txt"
+LAST = "*.debug_options"
+"""A file that XLA begins when those on the scheduled program are written."""
 
 
 class Scheduled(NamedTuple):
@@ -56,29 +57,23 @@ def until_scheduled(lowered: jax.stages.Lowered, options: Mapping[str, Any]) -> 
                 ended.append(error)
 
         threading.Thread(target=compile_all, daemon=True).start()
-        text = _whole(pathlib.Path(folder), "*_gpu_after_optimizations.txt", ended)
-        found = (
-            _whole(pathlib.Path(folder), f"*_gpu_after_optimizations-{name}.txt", ended)
-            for name in ("buffer-assignment", "live-range")
-        )
-        buffers, live_ranges = found
-    return Scheduled(text, *read_allocations(buffers), buffers, live_ranges)
+        stem = _written(pathlib.Path(folder), ended)
+        names = ("", "-buffer-assignment", "-live-range")
+        text, buffers, lives = (pathlib.Path(f"{stem}{n}.txt").read_text() for n in names)
+    return Scheduled(text, *read_allocations(buffers), buffers, lives)
 
 
-def _whole(folder: pathlib.Path, pattern: str, ended: list[BaseException | None]) -> str:
-    """The text of the one file of this name, once it has ceased to grow."""
-    size, since = -1, time.monotonic()
+def _written(folder: pathlib.Path, ended: list[BaseException | None]) -> str:
+    """What the names of its files begin with, once all are whole: one that merely ceases to grow
+    may wait for a busy machine."""
     while True:
         if ended and ended[0] is not None:
             raise ended[0]
-        found = list(folder.glob(pattern))
-        now = found[0].stat().st_size if found else 0
-        if now != size or not now:
-            size, since = now, time.monotonic()
-        elif ended or time.monotonic() - since > STEADY_S:
-            return found[0].read_text()
-        if ended and not now:
-            raise ValueError(f"XLA wrote no {pattern}: this is not a program for GPUs")
+        found = list(folder.glob(TEXT))
+        if found and (ended or list(folder.glob(LAST))):
+            return str(found[0]).removesuffix(".txt")
+        if ended:
+            raise ValueError(f"XLA wrote no {TEXT}: this is not a program for GPUs")
         time.sleep(POLL_S)
 
 

@@ -80,7 +80,7 @@ def rows_of(trainer: Trainer) -> list[tuple[int, int]]:
         row_bytes,
     )
     # Sorted rows begin every expert's at a tile.
-    found = [(rows.sorted, rows.sorted + rows.sorted // 16 + 512)]
+    found = [(rows.sorted, rows.sorted + rows.sorted // 16 + 512)] if rows.sorted else []
     return found + [(n, n) for n in (rows.across, rows.inside) if n]
 
 

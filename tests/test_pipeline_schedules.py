@@ -139,7 +139,7 @@ def test_nothing_starts_before_what_it_needs():
     """Written out once more, apart from the function that `spans` uses."""
     schedule = make_schedule("dualpipev", 3, 8)
     times = {"F": 3, "B": 5, "FB": 6, "I": 3, "W": 2}
-    found = spans(schedule, lambda op: times[op.kind])
+    found = spans(schedule, lambda _, op: times[op.kind])
     span = {}
     for rank, order in enumerate(schedule.orders):
         for op, (start, end) in zip(order, found[rank], strict=True):

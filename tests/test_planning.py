@@ -11,6 +11,7 @@ import re
 import pytest
 
 import plan as entry
+from bench.gpu_proof import Proof, measured
 from configs import preset
 from planning import plan
 from planning.api import case_of
@@ -128,6 +129,29 @@ def test_v3_in_deepseeks_ways_is_as_fast_as_published():
     assert own.tokens_per_s_per_gpu < report.tokens_per_s_per_gpu
 
 
+def test_a_dense_model_of_one_node_worked_out_by_hand():
+    """Qwen2.5-7B, 7,615,616,512 parameters, over fsdp 8: a GPU stores an eighth in fp32, its
+    moments in bf16, and sums of gradients as they are stored. A layer keeps its input, and
+    attention's output with a log-sum for each of its 28 heads, and positions."""
+    case = case_of("qwen25_7b", H100, 8, MeshConfig(fsdp=8), 8, batch_size=16, seq_len=4096)
+    assert carried_by(case) == {
+        "weights": pytest.approx(7_615_616_512 * 4 / 8, rel=1e-3),
+        "optimizer": pytest.approx(7_615_616_512 * 4 / 8, rel=1e-3),
+        "gradients": pytest.approx(7_615_616_512 * 4 / 8, rel=1e-3),
+        "stash": pytest.approx(28 * 4096 * (2 * (3584 + 28 * 128) + 4 * (28 + 1)), rel=1e-4),
+    }
+    passing = passes_of(case)
+    assert passing.exchange == 0
+    assert {one.axis for one in traffic_of(case, passing)} == {"fsdp"}
+
+
+def test_a_dense_model_in_a_pipeline_is_cut_evenly():
+    mesh = MeshConfig(pipe=4, fsdp=2)
+    case = case_of("qwen25_7b", H100, 8, mesh, 2, batch_size=32)
+    assert (case.placement.layer_of >= 0).sum() == 28
+    assert passes_of(case).bubble > 0
+
+
 # ---- hardware -----------------------------------------------------------------------------------
 
 
@@ -155,9 +179,60 @@ def test_own_measurements_override(tmp_path):
     own = make_hardware("h100", measured=str(file))
     assert own.memory_speed == 1e12
     assert own.dollars_per_hour == 3
-    file.write_text(json.dumps({"memry": {}}))
-    with pytest.raises(ValueError, match="no table memry; there are products"):
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        ({"memry": {}}, "no table memry; there are products"),
+        ({"memory": {"bandwith": 1e12}}, "memory has no key 'bandwith'; keys look like bandwidth"),
+        ({"products": {"4096x7168 fp4": 1e12}}, "products has no key '4096x7168 fp4'"),
+        ({"attention": {"forward": 0}}, "attention forward is 0, no positive number"),
+        ({"attention": {"forward": "fast"}}, "attention forward is 'fast'"),
+        ({"dollars_per_gpu_hour": -2}, "dollars_per_gpu_hour is -2"),
+        ([], "it holds no tables by name"),
+        ({"memory": 3e12}, "memory is no table"),
+        ({"device": {"dry": True}}, "made without a GPU"),
+        ({"device": {"kind": "NVIDIA H200"}}, "is of NVIDIA H200, and --gpu is h100"),
+    ],
+)
+def test_a_file_of_measurements_that_says_nothing_is_refused(tmp_path, found, message):
+    file = tmp_path / "measured.json"
+    file.write_text(json.dumps(found))
+    with pytest.raises(ValueError, match=re.escape(message)):
         make_hardware("h100", measured=str(file))
+
+
+def test_the_proof_of_a_gpu_writes_measurements(tmp_path):
+    """What `make gpu-proof` writes is what plans read: each speed where it was measured, and
+    between shapes by the nearest."""
+    proof = Proof(1.0, dry=False)
+    times = {
+        ("any", "product 4096x24576x1536", "both"): (2.0, 700e12),
+        ("any", "copy", "both"): (0.001, 4.4e12),
+        ("V3", "attention", "forward"): (0.01, 600e12),
+        ("V3", "attention", "both"): (0.04, 500e12),
+        ("V3", "experts", "both"): (0.1, 640e12),
+        ("V3", "experts, FP8", "both"): (0.06, 1000e12),
+    }
+    proof.times = [
+        {"model": model, "path": path, "by": "mosaic", "passes": passes, "seconds": seconds,
+         "flop_per_s": speed}
+        for (model, path, passes), (seconds, speed) in times.items()
+    ]  # fmt: skip
+    found = measured(proof)
+    assert found["device"].pop("kind") == "cpu"
+    file = tmp_path / "proof.json"
+    file.write_text(json.dumps(found))
+    own = make_hardware("h200", measured=str(file))
+    assert own.product(4096, 24576, 1536, fp8=False) == 700e12
+    assert own.product(4096, 4096, 7168, fp8=False) == 700e12, "the nearest that was measured"
+    assert own.product(4096, 24576, 1536, fp8=True) == pytest.approx(1212e12), "not measured"
+    assert own.memory_speed == 4.4e12
+    assert own.grouped(4096, 4096, 7168, fp8=True) == 1000e12
+    assert own.grouped(4096, 2048, 7168, fp8=False) == 640e12
+    assert own.attention(4096, backward=False) == 600e12
+    assert own.attention(4096, backward=True) == pytest.approx(2.5 * 600e12 * 0.01 / 0.03)
 
 
 def test_kinds_of_devices_are_known_by_their_words():
@@ -178,6 +253,15 @@ def test_kinds_of_devices_are_known_by_their_words():
         ("tiny --gpus 0 --gpu h100 --mesh.expert 16 --mesh.data -2", "must be positive"),
         ("tiny --gpu h100 --measured nowhere.json", "--measured nowhere.json"),
         ("tiny --compare a.json", "--compare takes two files"),
+        ("tiny --gpus 1000", "Legal and near: "),
+        ("tiny --gpus -8", "--gpus -8: give 1 or more"),
+        ("tiny --gpus 8 --network -5", "--network -5"),
+        ("tiny --gpus 8 --per-node -1", "--per-node -1"),
+        ("tiny --gpus 8 --json nowhere/a.json", "no file can be written at nowhere/a.json"),
+        ("tiny --gpus 8 --html .", "no file can be written at ."),
+        ("tiny --search --gpus 8 --top 0", "--top 0"),
+        ("tiny --search --gpus 8 --max-tensor 0", "--max-tensor 0"),
+        ("janus_tiny --gpus 8", "plans are of language models"),
     ],
 )
 def test_what_cannot_work_is_refused(capsys, words, message):
@@ -213,9 +297,9 @@ def test_neighbours_of_a_refused_layout_are_legal():
 def test_json_has_the_documented_keys_and_adds_up(tmp_path, capsys):
     file = tmp_path / "plan.json"
     assert entry.main(["tiny", "--gpus", "8", "--json", str(file), "--no-advice"]) == 0
-    said = capsys.readouterr().out  # a small model: milliseconds, not 0.000 s and 1e-7 T tokens
-    assert re.search(r"step +\d+\.\d{3} ms", said)
-    assert re.search(r"819 K tokens: 0\.\d+ GPU hours", said)
+    said = capsys.readouterr().out  # a small model: three digits, not 0.000 s and 1e-7 T tokens
+    assert re.search(r"step +0\.000[1-9]\d\d s", said)
+    assert re.search(r"819\.2 K tokens: 0\.\d+ GPU hours", said)
     found = json.loads(file.read_text())
     assert found.keys() >= KEYS
     memory = found["memory_gib"]
@@ -266,9 +350,10 @@ def test_two_plans_side_by_side(tmp_path):
     lines = compare(names)
     assert "fsdp" in lines[0]
     assert any(line.startswith("tokens_per_s_per_gpu") for line in lines)
-    (tmp_path / "fsdp.json").write_text("{}")
-    with pytest.raises(ValueError, match="is no plan"):
-        compare(names)
+    for text in ("{}", "[]", '"plan"', json.dumps({"best": [], "front": []})):
+        (tmp_path / "fsdp.json").write_text(text)
+        with pytest.raises(ValueError, match="is no plan: it has no "):
+            compare(names)
 
 
 def test_a_plan_that_does_not_fit_is_told_what_helps():

@@ -36,7 +36,7 @@ QUICK = TEN[:2]
 )
 def test_what_is_carried_is_what_the_program_carries(name, tmp_path):
     case = COMPILED[name].case()
-    found = figures(case, str(tmp_path), lambda line: None)["parts"]
+    found = figures(case, str(tmp_path), print, whole=True)["parts"]
     closed = carried_by(case)
     theirs = sum(found[part] for part in CARRIED)
     assert sum(closed.values()) == pytest.approx(theirs, rel=5e-3), (closed, found)

@@ -32,7 +32,10 @@ def exchange_rows(
     groups: tuple[int, int],
     row_bytes: int,
 ) -> Rows:
-    """Rows of an exchange of devices with `tokens` tokens each (`sharding/experts/dispatch.py`)."""
+    """Rows of an exchange of devices with `tokens` tokens each (`sharding/experts/dispatch.py`);
+    none of a model without experts."""
+    if not experts:
+        return Rows(0, 0, 0, 0, 0.0, 0.0, 0.0)
     shards = config.expert_nodes, config.expert // config.expert_nodes
     found = buffers(experts, shards, tokens, choices, groups, row_bytes, config)
     if config.exchange == "gather" and config.expert > 1:

@@ -8,6 +8,7 @@ the stages along a route.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -83,6 +84,7 @@ def parts(op: Op) -> tuple[Part, ...]:
     return (*forward, Part("B" if op.kind == "FB" else op.kind, op.chunk_b, op.micro_b))
 
 
+@functools.lru_cache(maxsize=64)
 def make_schedule(name: str, ranks: int, micro_batches: int, chunks: int = 1) -> Schedule:
     """The schedule of this name.
 
@@ -303,9 +305,10 @@ def _eight_steps(queue: _Queue, half: int, near: int, per_direction: int) -> lis
 
 
 def spans(
-    schedule: Schedule, duration: Callable[[Op], float]
+    schedule: Schedule, duration: Callable[[int, Op], float]
 ) -> tuple[tuple[tuple[float, float], ...], ...]:
-    """(start, end) of each rank's ops: each as early as the rank and what it needs allow.
+    """(start, end) of each rank's ops: each as early as the rank and what it needs allow. An op's
+    duration is asked for once, a rank's in their order.
 
     A forward pass needs that of the stage before; a backward pass needs its own forward pass and
     the backward pass (I or B) of the stage after; W needs its I. Messages take no time.
@@ -324,7 +327,7 @@ def spans(
                     break
                 free = found[rank][-1][1] if found[rank] else 0
                 start = max([free, *(ended[need] for need in needs)])
-                end = start + duration(op)
+                end = start + duration(rank, op)
                 found[rank].append((start, end))
                 for kind, chunk, micro in parts(op):
                     # I and B send the same; W sends nothing and nothing needs it
@@ -378,4 +381,4 @@ def check(schedule: Schedule) -> None:
                 )
     if done:
         raise ValueError(f"schedule {schedule.name}: passes off their routes: {sorted(done)}")
-    spans(schedule, lambda op: 1)
+    spans(schedule, lambda *_: 1)

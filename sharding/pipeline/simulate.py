@@ -69,7 +69,7 @@ def simulate(schedule: Schedule, costs: Costs = UNIT_COSTS) -> Simulation:
     if not (costs.F > 0 and 0 < costs.W < costs.B and costs.FB > 0):
         raise ValueError(f"{costs}: F and FB must be above 0, and W between 0 and B, which has it")
     times = {"F": costs.F, "B": costs.B, "W": costs.W, "I": costs.B - costs.W, "FB": costs.FB}
-    found = spans(schedule, lambda op: times[op.kind])
+    found = spans(schedule, lambda _, op: times[op.kind])
     makespan = max(rank[-1][1] for rank in found)
     busy = tuple(sum(times[op.kind] for op in order) for order in schedule.orders)
     bubble = tuple(makespan - time for time in busy)

@@ -131,7 +131,7 @@ def tick_table(schedule: Schedule) -> Table:
     A slot is free again after its last reading. Slots are handed out greedily in the order of
     writing, so as many are needed as are in use at once on the fullest rank.
     """
-    starts = [[int(start) for start, _ in rank] for rank in spans(schedule, lambda op: 1)]
+    starts = [[int(start) for start, _ in rank] for rank in spans(schedule, lambda *_: 1)]
     shape = (1 + max(rank[-1] for rank in starts), schedule.ranks)
     columns = {name: np.zeros(shape, np.int32) for name in _COLUMNS}
     slots: dict[str, _Slots] = {}
