@@ -134,10 +134,10 @@ def parse(arguments: Sequence[str]) -> Generate | Score:
     if scores:
         default = Score(checkpoint=tyro.MISSING, tokens=tyro.MISSING, mesh=mesh)
         return parse_options(default, rest, "generate.py score")
-    # And so does what the folder says about sampling.
-    default = Generate(
-        checkpoint=tyro.MISSING, mesh=mesh, sampling=folder_sampling(early.checkpoint)
-    )
+    # And so does what the folder says about sampling text; codes of images are drawn as published.
+    draws = any(word.startswith("--draw") for word in rest)
+    sampling = Sampling() if draws else folder_sampling(early.checkpoint)
+    default = Generate(checkpoint=tyro.MISSING, mesh=mesh, sampling=sampling)
     return parse_options(default, rest, "generate.py")
 
 
@@ -207,6 +207,15 @@ def check_options(options: Generate) -> None:
         "--save-expert-load": options.experts.save_expert_load,
     })  # fmt: skip
     if options.pictures.draws:
+        given = {
+            "--chat": options.chat, "--special": options.special, "--stop": options.stop,
+            "--max-new-tokens": options.max_new_tokens is not None,
+            "--speculate": options.speculate != "off",
+        }  # fmt: skip
+        if idle := [name for name, value in given.items() if value]:
+            raise ValueError(
+                f"{', '.join(idle)}: --draw writes no text; leave out one or the other"
+            )
         return
     if options.special and options.chat:
         raise ValueError("--special is for texts, not for a conversation; leave out --chat or it")
@@ -362,12 +371,9 @@ def generate(options: Generate, source: "Weights", layout: "Layout") -> int:
         return tokenizer.decode([i for i in ids if i not in eos_ids], skip_special=True)
 
     streams = [TextStream(decode, stops) for _ in prompts]
+    see = images_to_read(options, config, prompts)
     weights = generator.prepare(source.load(generator.abstract_weights), consume=True)
-    given = None
-    if options.pictures.image:
-        from vision.command import read_images
-
-        given = read_images(options.pictures.image, generator, weights, prompts, note)
+    given = see(generator, weights)
     drawn_by = options.sampling, new_tokens, eos_ids, speculate
     session = generator.start(weights, prompts, *drawn_by, given)
     first = "," if options.prompt_ids else ""
@@ -388,6 +394,17 @@ def generate(options: Generate, source: "Weights", layout: "Layout") -> int:
             experts.write_load(saved, session.expert_load)
             note(f"wrote {saved}: tokens per expert {list(session.expert_load.shape)}")
     return 0
+
+
+def images_to_read(options: Generate, config: "ModelConfig", prompts: "list[np.ndarray]"):
+    """A function from generator and weights to what prompts read in their image places. The files
+    are read at once: what is wrong with them need not wait for the weights."""
+    from vision.command import read_images, seen_by_all
+
+    if not options.pictures.image:
+        return lambda generator, weights: None
+    pixels_NCHW = read_images(options.pictures.image, config, prompts, note)
+    return lambda generator, weights: seen_by_all(generator, weights, prompts, pixels_NCHW)
 
 
 def draw(options: Generate, source: "Weights", layout: "Layout") -> int:

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from checkpoint import fp8, hf_names, safetensors
+from checkpoint import fp8, hf_names, janus_config, safetensors
 from checkpoint.hf_config import from_hf_config
 from checkpoint.safetensors import TensorInfo
 from model.config import ModelConfig
@@ -271,10 +271,10 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _check_sizes(config: ModelConfig, infos: dict[str, TensorInfo]) -> None:
     """Raise ValueError for more layers or experts than the files can hold, before any is listed."""
     most = max((size for info in infos.values() for size in info.shape), default=0)
-    layers = config.num_layers + config.mtp_depth
     for name, value, limit in (
-        ("num_hidden_layers with MTP layers", layers, len(infos)),
+        ("num_hidden_layers with MTP layers", config.num_layers + config.mtp_depth, len(infos)),
         ("n_routed_experts", config.num_experts if config.num_moe_layers else 0, most),
+        *((key, count, len(infos)) for key, count in janus_config.depths(config).items()),
     ):
         if value > limit:
             raise ValueError(

@@ -7,7 +7,7 @@ implemented, or known to have no effect; any other key is an error.
 import dataclasses
 from typing import Any
 
-from checkpoint.hf_values import require
+from checkpoint.hf_values import number, require
 from model.config import ModelConfig
 from vision.config import EncoderConfig, JanusConfig, TokenizerConfig
 
@@ -80,10 +80,10 @@ def from_janus_config(hf: dict[str, Any], language: ModelConfig) -> JanusConfig:
     if unknown := sorted(hf.keys() - _TOP):
         raise ValueError(f"config.json: unknown keys {', '.join(unknown)}")
     classes = hf.get("architectures") or [CLASS]
-    require(CLASS in classes, "architectures", classes, f"model_type janus is {CLASS}")
+    ok = isinstance(classes, list) and CLASS in classes
+    require(ok, "architectures", classes, f"model_type janus is {CLASS}")
     encoder, seen = _part(hf, "vision_config", _ENCODER, EncoderConfig)
-    ratio = seen.pop("mlp_ratio", 4.0)
-    require(_is_number(ratio), "vision_config.mlp_ratio", ratio, "must be a positive number")
+    ratio = number("vision_config.mlp_ratio", seen.pop("mlp_ratio", 4.0), above=0.0)
     encoder = dataclasses.replace(encoder, ffn_size=int(encoder.width * ratio))
     tokenizer, drawn = _part(hf, "vq_config", _TOKENIZER, TokenizerConfig)
     for part, key, found in (
@@ -126,7 +126,7 @@ def _part(hf: dict[str, Any], name: str, fields: dict[str, str], kind: type) -> 
             require(ok, f"{name}.{key}", value, "must be a list of integers")
             value = tuple(value)
         elif key == "layer_norm_eps":
-            require(_is_number(value), f"{name}.{key}", value, "must be a positive number")
+            value = number(f"{name}.{key}", value, above=0.0)
         else:
             wanted = f"must be {'true or false' if default is True else 'an integer'}"
             require(type(value) is type(default), f"{name}.{key}", value, wanted)
@@ -134,8 +134,18 @@ def _part(hf: dict[str, Any], name: str, fields: dict[str, str], kind: type) -> 
     return kind(**values), left
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+def depths(config: ModelConfig) -> dict[str, int]:
+    """How many of a kind there are beside the language model's layers, by key: each has a tensor of
+    its own."""
+    if not isinstance(config, JanusConfig):
+        return {}
+    tokenizer = config.tokenizer
+    return {
+        "vision_config.num_hidden_layers": config.encoder.num_layers,
+        "vision_config.depth": config.aligner_depth,
+        "vq_config.num_hidden_layers": config.drawing_depth,
+        "vq_config.num_res_blocks": tokenizer.num_blocks * len(tokenizer.multipliers),
+    }
 
 
 def language_of(config: JanusConfig) -> ModelConfig:

@@ -8,6 +8,7 @@ pre-training recipe is not published: Llama's kind of schedule stands in for it.
 """
 
 import dataclasses
+from typing import Any
 
 from checkpoint.config import CheckpointConfig
 from configs import r1
@@ -21,35 +22,32 @@ from training.config import Phase, TrainConfig
 # ---- Shapes --------------------------------------------------------------------------------------
 
 
-def dense_model(
+def dense_fields(
     layers: int, width: int, heads: int, kv_heads: int, ffn: int, vocabulary: int
-) -> ModelConfig:
+) -> dict[str, Any]:
     """What all of them share: grouped attention, half-split pairs, no experts."""
-    head = width // heads
-    return ModelConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        num_layers=layers,
-        num_dense_layers=layers,
-        num_heads=heads,
-        attention="grouped",
-        num_kv_heads=kv_heads,
-        qk_rope_head_dim=head,
-        v_head_dim=head,
-        dense_ffn_size=ffn,
-        rope_interleaved=False,
-        init_std=0.02,
-    )
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "num_layers": layers,
+        "num_dense_layers": layers,
+        "num_heads": heads,
+        "attention": "grouped",
+        "num_kv_heads": kv_heads,
+        "qk_rope_head_dim": width // heads,
+        "v_head_dim": width // heads,
+        "dense_ffn_size": ffn,
+        "rope_interleaved": False,
+        "init_std": 0.02,
+    }
 
 
 def qwen25_model(
     layers: int, width: int, heads: int, kv_heads: int, ffn: int, vocabulary: int, eps: float
 ) -> ModelConfig:
     """Qwen2.5: biases on queries, keys and values."""
-    shape = dense_model(layers, width, heads, kv_heads, ffn, vocabulary)
-    return dataclasses.replace(
-        shape, qkv_bias=True, rope_theta=1e6, norm_eps=eps, max_position=131072
-    )
+    shape = dense_fields(layers, width, heads, kv_heads, ffn, vocabulary)
+    return ModelConfig(**shape, qkv_bias=True, rope_theta=1e6, norm_eps=eps, max_position=131072)
 
 
 def qwen25_1_5b_model() -> ModelConfig:
@@ -75,10 +73,9 @@ def qwen25_32b_model() -> ModelConfig:
 
 def llama3_model(layers: int, width: int, heads: int, ffn: int) -> ModelConfig:
     """Llama 3.1 and 3.3, at 128K: eight key heads, frequencies by bands."""
-    shape = dense_model(layers, width, heads, 8, ffn, 128256)
-    return dataclasses.replace(
-        shape, rope_theta=5e5, bands=BandsConfig(), norm_eps=1e-5, max_position=131072
-    )
+    shape = dense_fields(layers, width, heads, 8, ffn, 128256)
+    bands = BandsConfig()
+    return ModelConfig(**shape, rope_theta=5e5, bands=bands, norm_eps=1e-5, max_position=131072)
 
 
 def llama31_8b_model() -> ModelConfig:
@@ -254,10 +251,9 @@ def tiny_dense() -> RunConfig:
     bands, a tied head.
     """
     steps = 300
-    shape = dense_model(4, 128, 8, 2, 384, 2048)
     return RunConfig(
-        model=dataclasses.replace(
-            shape,
+        model=ModelConfig(
+            **dense_fields(4, 128, 8, 2, 384, 2048),
             qkv_bias=True,
             tie_embeddings=True,
             bands=BandsConfig(factor=4.0, original_max_position=64),
@@ -282,8 +278,9 @@ def tiny_dense() -> RunConfig:
 
 def small_student() -> ModelConfig:
     """Shape of the dense student of the permutation task: 0.2 M parameters, as its MLA twin has."""
-    shape = dense_model(2, 64, 4, 2, 384, r1.VOCABULARY)
-    return dataclasses.replace(shape, qk_norm=True, max_position=256, init_std=0.125)
+    shape = dense_fields(2, 64, 4, 2, 384, r1.VOCABULARY)
+    model = ModelConfig(**shape, qk_norm=True, max_position=256)
+    return dataclasses.replace(model, init_std=0.125)
 
 
 def r1_student_dense() -> RunConfig:

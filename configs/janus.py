@@ -5,6 +5,7 @@ or what was not seen in the released files, is marked unverified.
 """
 
 from checkpoint.config import CheckpointConfig
+from configs.dense import dense_fields
 from configs.schema import RunConfig
 from data.config import DataConfig
 from sharding.config import MeshConfig
@@ -17,21 +18,7 @@ ADAMW = OptimizerConfig(weight_decay=0.0)
 
 def model(size: int, layers: int, heads: int, ffn: int) -> JanusConfig:
     """Janus-Pro around a language model of these sizes."""
-    return JanusConfig(
-        vocab_size=102400,
-        hidden_size=size,
-        num_layers=layers,
-        num_dense_layers=layers,
-        num_heads=heads,
-        attention="grouped",
-        num_kv_heads=heads,
-        qk_rope_head_dim=size // heads,
-        v_head_dim=size // heads,
-        dense_ffn_size=ffn,
-        rope_interleaved=False,
-        max_position=4096,
-        init_std=0.02,
-    )
+    return JanusConfig(**dense_fields(layers, size, heads, heads, ffn, 102400))
 
 
 def _stage(
@@ -150,19 +137,8 @@ TINY_TOKENIZER_STEPS, TINY_STEPS = 400, 1000
 def tiny_model() -> JanusConfig:
     """Reads and draws 32 x 32 pixels: 16 patches, 16 codes."""
     return JanusConfig(
-        vocab_size=VOCAB,
-        hidden_size=128,
-        num_layers=4,
-        num_dense_layers=4,
-        num_heads=4,
-        attention="grouped",
-        num_kv_heads=4,
-        qk_rope_head_dim=32,
-        v_head_dim=32,
-        dense_ffn_size=384,
-        rope_interleaved=False,
+        **dense_fields(4, 128, 4, 4, 384, VOCAB),
         max_position=256,
-        init_std=0.02,
         encoder=EncoderConfig(64, 2, 4, 192, image_size=32, patch_size=8),
         tokenizer=TokenizerConfig(
             num_codes=256, latent_width=32, base_width=32, multipliers=(1, 1, 2, 2), num_blocks=1

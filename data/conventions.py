@@ -81,7 +81,7 @@ def end_ids(files: Mapping[str, str]) -> tuple[int, ...]:
         found = _json(files, name).get("eos_token_id")
         ids = found if isinstance(found, list) else [found]
         if found is not None:
-            known = tuple(i for i in ids if type(i) is int and i >= 0)
+            known = tuple(i for i in ids if type(i) is int and 0 <= i < 2**31)
             if len(known) < len(ids):
                 raise ValueError(f"{name}: eos_token_id is {found!r}, not a token id")
             return known
@@ -114,7 +114,7 @@ def _json(files: Mapping[str, str], name: str) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(files[name])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is not JSON ({error})") from None
     if not isinstance(found, dict):
         raise ValueError(f"{name} holds no object {{..}}")

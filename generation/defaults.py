@@ -36,11 +36,13 @@ def folder_sampling(folder: Path) -> Sampling:
         return Sampling(temperature=0.0)
     found = {name: given[name] for name in _FIELDS if given.get(name) is not None}
     for name, value in found.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"{file}: {name} is {value!r}; it must be a number")
+        whole = name == "top_k"
+        if type(value) is not int and (whole or type(value) is not float):
+            wanted = "an integer" if whole else "a number"
+            raise ValueError(f"{file}: {name} is {value!r}; it must be {wanted}")
     try:
-        return Sampling(**found)
-    except ValueError as error:
+        return Sampling(**{k: v if k == "top_k" else float(v) for k, v in found.items()})
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"{file}: {error}") from None
 
 
@@ -69,7 +71,7 @@ def _read(folder: Path) -> tuple[Path, dict[str, Any]]:
         if file.is_file():
             try:
                 found = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{file} is not JSON ({error})") from None
             if not isinstance(found, dict):
                 raise ValueError(f"{file} holds no object {{..}}")

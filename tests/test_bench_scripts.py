@@ -39,7 +39,7 @@ OPTIONS = {
     "r1": "--folder {}",
     "tiny": "--run-dir {}",
 }
-SCRIPTS_OF_RUNS = ("distill", "kernels", "recipe", "routing_replay", "search")
+SCRIPTS_OF_RUNS = ("distill", "janus", "kernels", "recipe", "routing_replay", "search")
 """Scripts that take minutes at any size: here they only start."""
 ELSEWHERE = {"hf", "import_share"}
 """Run by `step` and `decode` under PyTorch's interpreter; and by tests/test_import_share.py."""

@@ -278,10 +278,12 @@ def test_ends_of_generation_config_count(trained):
     both = ends(config={"eos_token_id": 5}, generation_config={"eos_token_id": [7, 1], "top_p": 1})
     assert (both.end_ids, both.end_id) == ((7, 1), 1)
     assert json.loads(both.files["generation_config.json"]) == {"eos_token_id": [7, 1], "top_p": 1}
-    with pytest.raises(ValueError, match="not a token id"):
-        ends(generation_config={"eos_token_id": "<end>"})
-    with pytest.raises(ValueError, match=r"generation_config\.json is not JSON"):
-        Tokenizer(trained.json, {"generation_config.json": "{"})
+    for end in ("<end>", 10**12):
+        with pytest.raises(ValueError, match="not a token id"):
+            ends(generation_config={"eos_token_id": end})
+    for text in ("{", "[" * 100_000):
+        with pytest.raises(ValueError, match=r"generation_config\.json is not JSON"):
+            Tokenizer(trained.json, {"generation_config.json": text})
 
 
 def test_a_beginning_without_a_token_is_named(trained, tmp_path):

@@ -235,6 +235,8 @@ def test_sampling_of_a_folder(tmp_path, given, sampling, words):
         ({"do_sample": 1}, "do_sample is 1"),
         ({"do_sample": True, "temperature": "hot"}, "temperature is 'hot'"),
         ({"do_sample": True, "top_p": 2.0}, "top_p is 2.0"),
+        ({"do_sample": True, "top_k": 1.5}, "top_k is 1.5; it must be an integer"),
+        ({"do_sample": True, "temperature": 10**400}, "too large"),
     ],
 )
 def test_sampling_that_no_one_can_follow(tmp_path, given, words):

@@ -2,12 +2,19 @@
 
 import functools
 import itertools
+import json
+import math
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+import generate
+from checkpoint.hf_config import from_hf_config, to_hf_config
+from checkpoint.hf_reader import HuggingFaceFolder
 from configs import preset
 from data.tokenizer import train_tokenizer
+from generation.config import Sampling
 from vision.batches import MixedRows, PictureRows, draw_example
 from vision.config import JanusConfig
 from vision.drawing import DrawingTokens, without_text
@@ -212,6 +219,7 @@ def test_pixels_of_another_shape_are_refused(tmp_path):
     [
         (ImageOptions(draw=("x",)), "say where drawn images go"),
         (ImageOptions(greedy=True), "nothing is drawn"),
+        (ImageOptions(images=3, guidance=2.0), "--images, --guidance: nothing is drawn"),
         (ImageOptions(draw=("x",), draw_ids="1"), "leave out --draw or it"),
         (ImageOptions(draw=("x",), images=0), "say where|at least 1"),
     ],
@@ -219,3 +227,40 @@ def test_pixels_of_another_shape_are_refused(tmp_path):
 def test_options_without_effect_are_refused(options, said):
     with pytest.raises(ValueError, match=said):
         options.check(prompts=False)
+
+
+def test_drawing_takes_no_option_of_text(tmp_path):
+    """Nor the folder's: its top_k and top_p are of text, and codes are drawn from all."""
+    sampling = {"do_sample": True, "top_p": 0.5, "temperature": 0.3}
+    (tmp_path / "generation_config.json").write_text(json.dumps(sampling))
+    words = ["--checkpoint", str(tmp_path), "--draw", "x", "--out", str(tmp_path)]
+    assert generate.parse(words).sampling == Sampling()
+    with pytest.raises(ValueError, match="--stop, --max-new-tokens: --draw writes no text"):
+        generate.check_options(generate.parse([*words, "--max-new-tokens", "3", "--stop", "."]))
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "said"),
+    [
+        ("", {"architectures": "NoJanusForConditionalGeneration"}, "architectures is 'No"),
+        ("", {"architectures": 7}, "architectures is 7"),
+        ("vision_config", {"mlp_ratio": math.inf}, "mlp_ratio is inf"),
+        ("vision_config", {"layer_norm_eps": "small"}, "layer_norm_eps is 'small'"),
+    ],
+)
+def test_files_of_models_that_cannot_be_are_refused(part, change, said):
+    hf = to_hf_config(CONFIG)
+    assert from_hf_config(hf).encoder == CONFIG.encoder
+    with pytest.raises(ValueError, match=said):
+        from_hf_config(hf | ({part: hf[part] | change} if part else change))
+
+
+def test_more_parts_than_the_files_hold_are_not_listed(tmp_path):
+    """A billion layers in a few bytes of JSON."""
+    hf = to_hf_config(CONFIG)
+    hf["vision_config"]["num_hidden_layers"] = 10**9
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    few = {str(number): np.zeros(3, np.float32) for number in range(20)}
+    save_file(few, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="num_hidden_layers is 1000000000; the files hold 20 tens"):
+        HuggingFaceFolder(tmp_path)

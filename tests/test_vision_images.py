@@ -21,7 +21,7 @@ from vision.images import (
     read_image,
     to_bytes,
 )
-from vision.records import FileSource, read_records
+from vision.records import FileSource, Record, read_records
 from vision.sheet import contact_sheet, write_png
 
 
@@ -66,6 +66,7 @@ def png(image: np.ndarray) -> bytes:
         (b"", "empty"),
         (b"not an image at all", "no image"),
         (b"GIF89a", "no image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no image"),  # runs Ghostscript
         (png(np.zeros((64, 64, 3), np.uint8))[:60], "broken"),
         (bomb(), "too large"),
         (None, "unreadable"),
@@ -78,6 +79,13 @@ def test_what_is_no_image_is_refused_by_name(tmp_path, content, kind):
     with pytest.raises(ImageError, match=r"x\.png") as found:
         read_image(file)
     assert found.value.kind == kind
+
+
+@pytest.mark.parametrize("name", ["a\0.png", "\ud800.png", "x" * 300, "."])
+def test_names_that_no_image_has_are_refused(tmp_path, name):
+    with pytest.raises(ImageError) as found:
+        read_image(tmp_path / name)
+    assert found.value.kind == "unreadable"
 
 
 def test_a_picture_above_the_limit_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
@@ -136,6 +144,10 @@ def test_preparing_to_draw_cuts_the_middle():
     assert pixels.shape == (3, 8, 8)
     assert (pixels == 1).all()
     assert (to_bytes(pixels) == 255).all()
+    # Not scaled up as a whole: that would be 16 million pixels.
+    thin = np.zeros((20_000, 1, 3), np.uint8)
+    thin[9_000:11_000] = 255
+    assert (prepare_to_draw(thin, 28) == 1).all()
     # The published way back cuts fractions off.
     again = to_bytes(prepare_to_draw(picture(9, 9), 9))
     assert np.abs(again.astype(int) - picture(9, 9)).max() <= 1
@@ -160,11 +172,12 @@ def test_records_name_what_they_leave_out(tmp_path):
         "not json\n"
         '{"image": "good.png"}\n'
         '{"messages": [{"role": "assistant", "content": "!"}]}\n'
+        '{"text": "\\ud800"}\n' + "[" * 100_000
     )
     findings = Findings()
     records = read_records(tmp_path / "lines.jsonl", findings)
     assert [record.kind for record in records] == ["draw", "read", "text"]
-    assert findings.counts["line that is no record"] == 3
+    assert findings.counts["line that is no record"] == 5
     assert "lines.jsonl:4" in findings.report()[0]
 
 
@@ -192,6 +205,10 @@ def test_broken_images_are_left_out_of_training(tmp_path):
     for seed in range(4):
         assert source.image(np.random.default_rng(seed)).shape == (3, 4, 4)
     assert findings.counts == {"empty": 1}
+    talk = Record("read", "", messages=({"role": "user", "content": "?"},) * 2)  # of no image
+    source = FileSource([*records, talk], MODEL, None, None, 0.0, Findings())  # pyright: ignore
+    for seed in range(8):
+        assert source.image(np.random.default_rng(seed)).shape == (3, 4, 4)
     only = FileSource(records[:1], MODEL, None, None, 0.0, Findings())  # pyright: ignore
     with pytest.raises(ValueError, match="whose images can be read"):
         only.image(np.random.default_rng(0))

@@ -73,27 +73,31 @@ def pixels_to_score(
 
 
 def read_images(
-    paths: Sequence[Path],
-    generator: Generator,
-    weights: Tree,
-    prompts: Sequence[np.ndarray],
-    say: Say,
-) -> list[tuple[np.ndarray, np.ndarray]] | None:
-    """What every prompt reads in its image places: all the images, the same for each.
+    paths: Sequence[Path], model: ModelConfig, prompts: Sequence[np.ndarray], say: Say
+) -> np.ndarray:
+    """The images as the encoder reads them, float32 [N, 3, H, W].
 
     ValueError for a file that cannot be used and for prompts with other numbers of places.
     """
-    config, findings = janus_config(generator.config), Findings()
+    config, findings = janus_config(model), Findings()
     side = config.encoder.image_size
     pictures = [prepare_to_read(read_image(path, findings), side) for path in paths]
     for line in findings.report():
         say(f"images: {line}")
     for prompt in prompts:
         images_of_rows(prompt[None], len(pictures), config)
-    once = given_vectors(generator, weights, prompts[:1], np.stack(pictures))
+    return np.stack(pictures)
+
+
+def seen_by_all(
+    generator: Generator, weights: Tree, prompts: Sequence[np.ndarray], pixels_NCHW: np.ndarray
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """What every prompt reads in its image places: all the images, the same for each."""
+    once = given_vectors(generator, weights, prompts[:1], pixels_NCHW)
     assert once is not None
     ((_, vectors_ND),) = once
-    places = [np.flatnonzero(prompt == config.image_token_id) for prompt in prompts]
+    image_token = janus_config(generator.config).image_token_id
+    places = [np.flatnonzero(prompt == image_token) for prompt in prompts]
     return [(at, vectors_ND) for at in places]
 
 

@@ -17,6 +17,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 64_000_000
 """Images with more are refused before they are decoded: a file of a few bytes may claim them."""
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+"""What files may be. Of the other kinds that Pillow knows, some run a program to be decoded."""
+LONGEST = 8
+"""Sides of a picture to draw: the long one in short ones; the ends of a longer picture would be
+cut off anyway, once they had been scaled up."""
 MAX_BYTES = 256 << 20
 """Files with more are refused unread."""
 MIN_SIDE = 14
@@ -64,14 +69,15 @@ def read_image(path: Path, findings: Findings | None = None) -> np.ndarray:
 
     EXIF rotation is undone, transparency is laid on white, CMYK, palettes and 16-bit greys become
     RGB, and of an animation the first frame is taken; `findings` counts these. ImageError for what
-    is missing, empty, no image, broken, or claims more than MAX_PIXELS.
+    is missing, empty, none of FORMATS, broken, or claims more than MAX_PIXELS.
     """
     findings, name = findings or Findings(), str(path)
     try:
         size = path.stat().st_size
         content = path.read_bytes() if 0 < size <= MAX_BYTES else b""
-    except OSError as error:
-        raise ImageError("unreadable", f"{name}: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        why = getattr(error, "strerror", None) or error
+        raise ImageError("unreadable", f"{name!r}: {why}") from None
     if not size:
         raise ImageError("empty", f"{name} has no bytes")
     if size > MAX_BYTES:
@@ -81,9 +87,10 @@ def read_image(path: Path, findings: Findings | None = None) -> np.ndarray:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return _decode(io.BytesIO(content), name, findings)
-    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
-        bomb = isinstance(error, Image.DecompressionBombError)
-        raise ImageError("too large" if bomb else "no image", f"{name}: {error}") from None
+    except UnidentifiedImageError:
+        raise ImageError("no image", f"{name} is none of {', '.join(FORMATS)}") from None
+    except Image.DecompressionBombError as error:
+        raise ImageError("too large", f"{name}: {error}") from None
     except ImageError:
         raise
     except (MemoryError, KeyboardInterrupt):
@@ -94,7 +101,7 @@ def read_image(path: Path, findings: Findings | None = None) -> np.ndarray:
 
 
 def _decode(content: io.BytesIO, name: str, findings: Findings) -> np.ndarray:
-    with Image.open(content) as image:
+    with Image.open(content, formats=FORMATS) as image:
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise ImageError(
@@ -147,6 +154,9 @@ def prepare_to_read(image_HWC: np.ndarray, side: int) -> np.ndarray:
 def prepare_to_draw(image_HWC: np.ndarray, side: int) -> np.ndarray:
     """What the image tokenizer encodes, float32 [3, S, S]: short side scaled to `side`, the middle
     cut out, -1 .. 1."""
+    most = LONGEST * min(image_HWC.shape[:2])
+    top, left = (max(size - most, 0) // 2 for size in image_HWC.shape[:2])
+    image_HWC = image_HWC[top : top + most, left : left + most]
     height, width = image_HWC.shape[:2]
     scale = side / min(height, width)
     size = (max(round(width * scale), side), max(round(height * scale), side))

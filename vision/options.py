@@ -46,7 +46,9 @@ class ImageOptions:
             raise ValueError("say where drawn images go: --out DIR, --ids-out or --pixels-out FILE")
         if self.images < 1:
             raise ValueError(f"--images is {self.images}; give at least 1")
-        given = [name for name in ("out", "ids_out", "pixels_out", "greedy") if getattr(self, name)]
+        drawing = ("images", "out", "guidance", "greedy", "ids_out", "pixels_out")
+        plain = ImageOptions()
+        given = [name for name in drawing if getattr(self, name) != getattr(plain, name)]
         if given and not self.draws:
             names = ", ".join("--" + name.replace("_", "-") for name in given)
             raise ValueError(f"{names}: nothing is drawn; add --draw TEXT")

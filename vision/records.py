@@ -80,8 +80,11 @@ def _lines(file: Path, findings: Findings) -> Iterator[Record]:
             continue
         where = f"{file}:{number}"
         try:
-            yield _record(json.loads(line), file.parent, where)
-        except ValueError as error:
+            fields = json.loads(line)
+            # JSON can spell half of a surrogate pair, which is no text.
+            json.dumps(fields, ensure_ascii=False).encode()
+            yield _record(fields, file.parent, where)
+        except (ValueError, RecursionError) as error:
             findings.add("line that is no record", f"{where} ({error})")
 
 
@@ -145,7 +148,7 @@ class FileSource:
 
     def image(self, rng: np.random.Generator) -> np.ndarray:
         """A random image prepared for the image tokenizer."""
-        record = self._pick(("draw", "read"), rng)
+        record = self._pick(("draw", "read"), rng, seen=True)
         return prepare_to_draw(self._read(record.images[0]), self.paint_side)
 
     @property
@@ -169,9 +172,10 @@ class FileSource:
         blank = bool(rng.random() < self._drop)
         return draw_example(self._talk, record.text, self._codes[path], blank)
 
-    def _pick(self, kinds: tuple[str, ...], rng: np.random.Generator) -> Record:
-        """A random record whose images can be read; what cannot is named once, and skipped."""
-        records = [record for kind in kinds for record in self._records[kind]]
+    def _pick(self, kinds: tuple[str, ...], rng: np.random.Generator, seen: bool = False) -> Record:
+        """A random record whose images can be read, `seen`: of which there is one; what cannot is
+        named once, and skipped."""
+        records = [r for kind in kinds for r in self._records[kind] if r.images or not seen]
         for place in rng.permutation(len(records)) if records else ():
             record = records[place]
             if all(self._readable(path) for path in record.images):
