@@ -341,7 +341,7 @@ def test_copies_lie_on_the_devices_of_several_processes(call, run, tmp_path):
         (["--redundant-experts", -1], "--redundant-experts is -1; give 0 or more"),
         (["--expert-load", "load.npy"], "has no effect without copies; add --redundant-experts"),
         (["--save-expert-load", "load.txt"], "load.txt: the name must end in .npy or .json"),
-        (["--save-expert-load", "nowhere/load.npy"], "there is no folder nowhere"),
+        (["--save-expert-load", "nowhere/load.npy"], "nowhere; make it, or give another place"),
         (
             ["--redundant-experts", 4, "--expert-load", "nowhere.npy"],
             "--expert-load nowhere.npy: no such file; --save-expert-load writes one",
