@@ -332,13 +332,15 @@ def test_own_prompts_and_rewards_train(folder):
 def test_the_lines_of_the_document_for_own_prompts(tmp_path):
     """As they stand in docs/r1.md, with a narrower model and fewer steps behind them."""
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/r1.md").read_text(), re.DOTALL)
-    (block,) = (block for block in blocks if "runs/own_prompts.jsonl" in block)
+    block, talks = (block for block in blocks if "runs/own_base" in block)
     base = "--train.eval-every 0 --train.steps 2 --train.seq-len 64"
     narrow = (
         "--model.hidden-size 32 --model.num-layers 2 --model.num-heads 2 --model.dense-ffn-size 32 "
         f"--model.expert-ffn-size 16 --compilation-cache {tmp_path}/programs"
     )
-    lines = block.replace("--run-dir runs/own_base", f"--run-dir runs/own_base {narrow} {base}")
+    lines = (block + talks).replace(
+        "--run-dir runs/own_base", f"--run-dir runs/own_base {narrow} {base}"
+    )
     lines = lines.replace("--train.steps 20", f"--train.steps 2 {narrow}").replace(
         "eval-every 10", "eval-every 2"
     )
@@ -354,6 +356,8 @@ def test_the_lines_of_the_document_for_own_prompts(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"held out, \d+ prompts: mean reward at temperature 1: [01]\.", done.stdout)
     assert (tmp_path / "own" / "rl.png").exists()
+    assert "3 examples of" in done.stdout
+    assert (tmp_path / "own_sft" / "loss.png").exists()
 
 
 def test_the_document_shows_what_a_reward_gets(tmp_path, folder):
