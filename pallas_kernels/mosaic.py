@@ -80,8 +80,7 @@ _made: dict[Any, Callable] = {}
 def once(parts: Any, make: Callable[[], Callable]) -> Callable:
     """`make()`, a kernel, traced and lowered once for all calls whose `parts` are alike.
 
-    A step holds a kernel a dozen times, in layers, in their derivatives and in rounds of experts,
-    and half of the time to lower V3's step was kernels that were made before.
+    A step holds a kernel many times, in layers, in their derivatives and in rounds of experts.
     """
     key = _alike(parts)
     if key not in _made:

