@@ -36,7 +36,6 @@ from bench.report import ROOT
 from configs import preset
 from model.config import ModelConfig
 from model.kernels import choose
-from model.recipe import Recipe
 from programs.absent_gpus import GPUS, absent_gpus, inspection_options
 from programs.plan import plan_of
 from programs.scheduled import until_scheduled
@@ -45,6 +44,7 @@ from runtime.outputs import check_outputs
 from sharding.config import MeshConfig
 from sharding.mesh import axis_sizes, make_layout, named_layout, resolve
 from sharding.partition import batch_shards
+from training.recipe import recipe_of
 from training.step import Trainer
 
 GIB = 2**30
@@ -136,15 +136,16 @@ def trainer_of(options: argparse.Namespace) -> Trainer:
     rows = batch_shards(layout) * options.sequences
     train = dataclasses.replace(
         train,
+        fp8=options.fp8,
         batch_size=rows * options.micro_batches,
         micro_batch_size=rows,
         batch_ramp_from=0,
         batch_ramp_tokens=0,
     )
-    choice = choose(options.kernels, model, train.dtype, layout)
+    choice = choose(options.kernels, model, train.dtype, layout, train.fp8)
     for line in choice.describe():
         print(f"kernels: {line}", file=sys.stderr)
-    return Trainer(model, train, Recipe(train.dtype, train.remat, choice.kernels), layout)
+    return Trainer(model, train, recipe_of(train, choice.kernels), layout)
 
 
 def resized(model: ModelConfig, options: argparse.Namespace) -> ModelConfig:
@@ -325,6 +326,7 @@ def parser() -> Command:
     found.add_argument("--dense-layers", type=int, default=0, help="0: the preset's")
     found.add_argument("--experts", type=int, default=0, help="routed experts; 0: the preset's")
     found.add_argument("--kernels", default="portable", help="as of train.py")
+    found.add_argument("--fp8", action="store_true", help="as of train.py")
     found.add_argument(
         "--memory-only",
         action=argparse.BooleanOptionalAction,

@@ -13,8 +13,11 @@ from flax import nnx
 
 from model.recipe import Recipe
 from pallas_kernels.fp8 import fp8_linears
+from pallas_kernels.fp8.quantize import Prepared, Quantized
 from pallas_kernels.mosaic import Backend
-from sharding.partition import Names, as_cut, constrain, on_shards, sum_over
+from sharding.blocks import scale_names
+from sharding.held import is_held, values_of
+from sharding.partition import Names, active_layout, as_cut, constrain, on_shards, sum_over
 
 LATENT_EPS = 1e-6
 """Epsilon of the two latent norms in the released code, whatever the model's `norm_eps` says."""
@@ -86,8 +89,13 @@ def _in_type(w: nnx.Param, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
 
     A gradient has the type of what it is of: that of a copy in bf16 would be rounded to bf16 before
     micro batches and devices are added up. So the copy has none, and the master weight, which
-    forward passes do not read, stands for it.
+    forward passes do not read, stands for it; or a stand-in, where a step holds copies.
     """
+    held: Any = w.get_value()
+    if is_held(held):
+        names = _axes(w, held.value)
+        value = jax.lax.stop_gradient(held.value)
+        return constrain(value, *names), constrain(held.stand_in, *names)
     master = as_computed(w)
     if master.dtype == dtype:
         return jax.lax.stop_gradient(master), master
@@ -119,22 +127,44 @@ def _fp8_on_shards(
     A scale spans 128 entries of what the device holds. Where a part is no multiple of 128 (widths
     cut by `tensor`, tokens by the batch axes), scales, not sums, differ from those of one device.
     """
-    values = [w[...] for w in weights]
-    names = [_axes(w, value) for w, value in zip(weights, values, strict=True)]
+    values: list[Any] = [w.get_value() for w in weights]
+    names = [_axes(w, values_of(value)) for w, value in zip(weights, values, strict=True)]
     lead, inner = ("batch", tokens), names[0][:contracted]
+    parts = [fp8_parts(*pair) for pair in zip(values, names, strict=True)]
+    arrays, structure = jax.tree.flatten([arrays for arrays, _ in parts])
 
-    def on_shard(x, *ws):
+    def on_shard(x, *arrays):
         B, T = x.shape[:2]
         x_MK = x.reshape(B * T, -1)
-        ys = fp8_linears(x_MK, [w.reshape(x_MK.shape[1], -1) for w in ws], backend=backend)
+        ws = [fp8_weight(part) for part in jax.tree.unflatten(structure, arrays)]
+        shapes = [part[-1].shape[contracted:] for part in jax.tree.unflatten(structure, arrays)]
+        flat = jax.tree.map(lambda w: w if w.ndim == 2 else w.reshape(x_MK.shape[1], -1), ws)
+        ys = fp8_linears(x_MK, flat, backend=backend)
         cut = tuple(name for name in inner if name)
         return tuple(
-            sum_over(y_MN.reshape(B, T, *w.shape[contracted:]), *cut)
-            for y_MN, w in zip(ys, ws, strict=True)
+            sum_over(y_MN.reshape(B, T, *shape), *cut)
+            for y_MN, shape in zip(ys, shapes, strict=True)
         )
 
     outs = tuple((*lead, *axes[contracted:]) for axes in names)
-    return on_shards(on_shard, ((*lead, *inner), *names), outs)(x, *values)
+    ins = (axes for _, of_weight in parts for axes in of_weight)
+    return on_shards(on_shard, ((*lead, *inner), *ins), outs)(x, *arrays)
+
+
+def fp8_parts(value: Any, names: Names) -> tuple[tuple[jax.Array, ...], tuple[Names, ...]]:
+    """Arrays of a weight for FP8 products, and their axes; the last is what its gradient is of."""
+    if not is_held(value):
+        return (value,), (names,)
+    stopped = map(jax.lax.stop_gradient, (value.value, value.scale))
+    return (*stopped, value.stand_in), (names, scale_names(names, active_layout()), names)
+
+
+def fp8_weight(parts: Sequence[jax.Array]) -> Any:
+    """The weight that products take, of a device's parts of `fp8_parts`."""
+    if len(parts) == 1:
+        return parts[0]
+    q, scale, stand_in = parts
+    return Prepared(Quantized(q, scale), stand_in)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -32,6 +32,7 @@ from pallas_kernels.attention import Stash, mla_attention, starts_of_segments
 from pallas_kernels.decode import mla_decode
 from pallas_kernels.mosaic import Backend
 from sharding.context import sequence_shards
+from sharding.held import master
 from sharding.partition import constrain, on_shards, sum_over
 
 HEADS = ("batch", "seq", "heads", "head_dim")
@@ -86,7 +87,7 @@ class MLA(nnx.Module):
         latents_BTL = self.latents(down_BTL, *cos_sin)
         if sequence_shards() > 1:
             form = Form(softmax_scale(c), c.qk_nope_head_dim, recipe.stash)
-            weights = (self.w_ukv[...],)
+            weights = (master(self.w_ukv.get_value()),)
             o_BTNV = context_attention(q_BTNH, (latents_BTL,), weights, segments_BT, form)
         else:
             c_kv_BTC, k_rope_BTR = jnp.split(latents_BTL, [c.kv_lora_rank], axis=-1)

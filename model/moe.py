@@ -13,13 +13,23 @@ import jax.numpy as jnp
 from flax import nnx
 
 from model.config import ModelConfig
-from model.layers import SwiGLU, as_computed, from_stream, router_bias, to_stream, weight
+from model.layers import (
+    SwiGLU,
+    as_computed,
+    fp8_parts,
+    fp8_weight,
+    from_stream,
+    router_bias,
+    to_stream,
+    weight,
+)
 from model.recipe import Recipe, keep
 from model.router import affinities, balance_loss, expert_counts, select
 from pallas_kernels.fp8 import fp8_expert_ffn
 from pallas_kernels.grouped import combine_rows, expert_sums, gather_rows, part_of, sort_by_expert
 from sharding.experts.dispatch import Local, exchange
 from sharding.experts.rounds import Count, Span, in_rounds
+from sharding.held import is_held, values_of
 from sharding.partition import Names, as_term, constrain, max_over, on_shards, sum_over, vary
 
 W_IN = ("experts", "embed", "expert_ffn")
@@ -114,13 +124,18 @@ class MoE(nnx.Module):
 
     def routed(self, x_BTD, ids_BTK, weights_BTK, recipe: Recipe) -> tuple[jax.Array, Served]:
         """Weighted sum of the chosen experts' outputs [B, T, D], and how it came about."""
-        params = tuple(w.get_value() for w in (self.w_gate, self.w_up, self.w_down))
+        params: Any = tuple(w.get_value() for w in (self.w_gate, self.w_up, self.w_down))
         names = W_IN, W_IN, W_OUT
-        if params[0].dtype != x_BTD.dtype and not recipe.fp8:
-            # Copies to multiply by, and master weights, which no forward pass reads, for gradients
-            # in fp32 (model/layers.py:_in_type). FP8 is made of the master weights.
-            copies = tuple(jax.lax.stop_gradient(w).astype(x_BTD.dtype) for w in params)
-            params, names = (*copies, *params), 2 * names
+        if recipe.fp8:
+            parts = [fp8_parts(*pair) for pair in zip(params, names, strict=True)]
+            params = tuple(x for arrays, _ in parts for x in arrays)
+            names = tuple(axes for _, of_weight in parts for axes in of_weight)
+        elif is_held(params[0]) or params[0].dtype != x_BTD.dtype:
+            # Copies to multiply by, and master weights or stand-ins, which no forward pass reads,
+            # for gradients in fp32 (model/layers.py:_in_type).
+            copies = (jax.lax.stop_gradient(values_of(w)).astype(x_BTD.dtype) for w in params)
+            masters = (w.stand_in if is_held(w) else w for w in params)
+            params, names = (*copies, *masters), 2 * names
         groups = self.config.num_expert_groups, self.config.groups_per_token
         local = functools.partial(_local_experts, recipe)
         rows = x_BTD, ids_BTK, weights_BTK
@@ -165,13 +180,22 @@ def _experts_on_shard(x_BTD, ids_BTK, weights_BTK, *params, local, groups):
 def _local_experts(recipe: Recipe, params, x_ND, ids_NK, weights_NK, rows: int):
     """`weighted_sums` over stacked weights: gate and up [E, D, F], down [E, F, D].
 
-    `params` may have six entries, the last three standing for the first in gradients.
+    `params` may have six entries, the last three standing for the first in gradients; with FP8
+    those of `fp8_parts` of every weight.
     """
     backend = recipe.kernels.experts
     sums = functools.partial(expert_sums, backend=backend)
     if recipe.fp8:
-        sums = sums_by(functools.partial(fp8_expert_ffn, backend=backend))
+        sums = sums_by(functools.partial(_fp8_experts, backend=backend))
     return weighted_sums(sums, params, x_ND, ids_NK, weights_NK, rows)
+
+
+def _fp8_experts(x_MD, *arrays, backend):
+    """`fp8_expert_ffn` of the parts of three weights."""
+    *parts, sizes_E = arrays
+    count = len(parts) // 3
+    weights = (fp8_weight(parts[i * count : (i + 1) * count]) for i in range(3))
+    return fp8_expert_ffn(x_MD, *weights, sizes_E, backend=backend)
 
 
 def sums_by(ffn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:

@@ -23,7 +23,8 @@ from model.loss import (
 )
 from model.moe import MoEStats
 from model.recipe import Recipe
-from sharding.partition import Names, constrain
+from sharding.held import master
+from sharding.partition import constrain
 from sharding.pipeline.stage_weights import Weights
 from sharding.pipeline.stages import Stages
 
@@ -40,18 +41,6 @@ def split_weights(config: ModelConfig, params: Tree, router_bias: Tree) -> Weigh
     first = {name: around.pop(name) for name in config.first_parts if name in around}
     bias = {name: part for name, part in router_bias.items() if name != stack}
     return Weights(vocab, first, around, params[stack], bias, router_bias.get(stack, {}))
-
-
-def hold(w: jax.Array, names: Names, recipe: Recipe) -> jax.Array:
-    """A weight in the type in which a step holds it: that of its products.
-
-    A matrix is converted where it is used, so it may as well be before it is gathered: half the
-    bytes, and the same numbers. Not converted are gains, the router, and what FP8 products read.
-    """
-    is_matrix = sum(name != "layers" for name in names) > 1
-    if not is_matrix or "router" in names or recipe.fp8:
-        return w
-    return w.astype(recipe.activation_dtype)
 
 
 def join_weights(config: ModelConfig, weights: Weights) -> Tree:
@@ -105,7 +94,7 @@ def pipeline_stages(config: ModelConfig, recipe: Recipe, balance_weight: float) 
     def loss(vocab: Tree, hidden_BTD: jax.Array, micro, k: jax.Array):
         targets_BT, weights_BT = micro[0].targets_KBT[k], micro[0].weights_KBT[k]
         tied = config.tie_embeddings
-        kernel = vocab["embed"]["table"].T if tied else vocab["head"]["kernel"]
+        kernel = master(vocab["embed"]["table"]).T if tied else master(vocab["head"]["kernel"])
         arrays = hidden_BTD, kernel, targets_BT, weights_BT
         return loss_of_hidden(*arrays, k, weights_of(micro), config, recipe)
 

@@ -20,6 +20,7 @@ from model.mla import MLA
 from model.moe import MoE, MoEStats, Routed
 from model.recipe import Recipe
 from sharding.context import balance, restore
+from sharding.held import master
 from sharding.partition import constrain, on_shards, shard_index, sum_over
 
 
@@ -114,15 +115,14 @@ class Embedding(nnx.Module):
         tokens = ("batch", "seq")
         look_up = partial(_look_up, recipe.activation_dtype)
         run = on_shards(look_up, (("vocab", "embed"), tokens), ((*tokens, "embed"),))
-        return constrain(run(self.table[...], ids_BT)[0], "batch", "stream", "embed")
+        return constrain(run(master(self.table.get_value()), ids_BT)[0], "batch", "stream", "embed")
 
 
 def _look_up(dtype: jnp.dtype, table_VD: jax.Array, ids_BT: jax.Array) -> tuple[jax.Array]:
     """Rows of a table of which this device holds a part: x[B, T, D]{U_vocab} -> AllReduce -> x.
 
     fp32 rows are cast, not the table: so the gradient is added up in fp32. A token that occurs a
-    thousand times in a batch adds a thousand terms to its row, and a sum in bf16 stops growing. So
-    too where a step holds the table in bf16: then the sum is rounded, once.
+    thousand times in a batch adds a thousand terms to its row, and a sum in bf16 stops growing.
     """
     local_BT = ids_BT - shard_index("vocab") * table_VD.shape[0]
     here_BT = (local_BT >= 0) & (local_BT < table_VD.shape[0])
@@ -272,8 +272,8 @@ class DeepSeekV3(nnx.Module):
     def head_kernel(self) -> jax.Array:
         """The output projection [D, V], fp32: the head's, or the transposed embedding table."""
         if self.head is not None:
-            return self.head.kernel[...]
-        return constrain(self.embed.table[...].T, "embed", "vocab")
+            return master(self.head.kernel.get_value())
+        return constrain(master(self.embed.table.get_value()).T, "embed", "vocab")
 
     def after(
         self,

@@ -9,6 +9,8 @@ Shape letters: M rows, N columns and K contraction of one product.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from types import FunctionType
 from typing import Any, Literal
 
 import jax
@@ -45,17 +47,22 @@ def mosaic_kernel(
     columns of a product need none. `options` are those of `plgpu.kernel`: grid, grid_names,
     num_threads, thread_name, scratch_types, cluster and others.
     """
-    kernel = plgpu.kernel(
-        body,
-        out_type=out_type,
-        interpret=plgpu.InterpretGPUParams(detect_races=True) if emulated else False,
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
-            approx_math=True,
-            reduction_scratch_bytes=reduction_scratch_bytes,
-        ),
-        **options,
-    )
+
+    def make() -> Callable:
+        return plgpu.kernel(
+            body,
+            out_type=out_type,
+            interpret=plgpu.InterpretGPUParams(detect_races=True) if emulated else False,
+            compiler_params=plgpu.CompilerParams(
+                lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+                approx_math=True,
+                reduction_scratch_bytes=reduction_scratch_bytes,
+            ),
+            **options,
+        )
+
+    parts = body, out_type, reduction_scratch_bytes, options
+    kernel = make() if emulated else once(parts, make)
 
     def call(*operands: Array) -> Any:
         # Inside `jax.shard_map` a result varies over every axis that an operand varies over, which
@@ -65,6 +72,37 @@ def mosaic_kernel(
         return jax.lax.pcast(result, tuple(sorted(axes)), to="varying") if axes else result
 
     return call
+
+
+_made: dict[Any, Callable] = {}
+
+
+def once(parts: Any, make: Callable[[], Callable]) -> Callable:
+    """`make()`, a kernel, traced and lowered once for all calls whose `parts` are alike.
+
+    A step holds a kernel many times, in layers, in their derivatives and in rounds of experts.
+    """
+    key = _alike(parts)
+    if key not in _made:
+        _made[key] = jax.jit(make())
+    return _made[key]
+
+
+def _alike(x: Any) -> Any:
+    """What is equal for values that make the same kernel: of functions their code and what they
+    close over. An array makes TypeError: a kernel takes arrays as operands."""
+    if isinstance(x, jax.Array):
+        raise TypeError(f"a kernel closes over {x}; make it an operand")
+    if isinstance(x, partial):
+        return partial, _alike(x.func), _alike(x.args), _alike(x.keywords)
+    if isinstance(x, FunctionType):
+        cells = tuple(_alike(cell.cell_contents) for cell in x.__closure__ or ())
+        return x.__module__, x.__code__, cells, _alike(x.__defaults__), _alike(x.__kwdefaults__)
+    if isinstance(x, dict):
+        return dict, _alike(tuple(x.items()))
+    if isinstance(x, (list, tuple)):
+        return type(x), *map(_alike, x)
+    return type(x), x
 
 
 def tiled(columns: int, dtype: Any) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:

@@ -17,11 +17,12 @@ import jax
 
 from model.blueprint import blueprint
 from model.config import ModelConfig
+from model.held import hold_all, shape_of_held
 from model.recipe import Recipe
-from model.stages import hold, split_weights
+from model.stages import split_weights
 from planning.case import Case
 from planning.workspace import Workspace, stacks, workspace_of
-from sharding.partition import pipeline_ranks
+from sharding.partition import Layout, pipeline_ranks, use_layout
 from sharding.pipeline.rank import stash_shapes
 from sharding.pipeline.stage_weights import Weights, held_shapes
 from sharding.sizes import activation_shards, copied_bytes, device_bytes, rank_bytes
@@ -99,7 +100,7 @@ def carried_by(case: Case) -> dict[str, float]:
             "stash": pipeline_stash(case),
         }
     plan = blueprint(case.model)
-    copies, sums = copied_bytes(held_weights(case), plan.params_axes, case.layout)
+    copies, sums = copied_bytes(held_weights(case)[0], plan.params_axes, case.layout)
     return {
         "weights": weights + copies,
         "gradients": sums,
@@ -110,25 +111,22 @@ def carried_by(case: Case) -> dict[str, float]:
 
 def stage_weights(case: Case) -> Weights:
     """What the ranks of a pipeline hold to compute with."""
-    plan = blueprint(case.model)
-    held = split_weights(case.model, held_weights(case), plan.router_bias)
-    axes: Any = split_weights(case.model, plan.params_axes, plan.router_bias_axes)
+    plan, (weights, names) = blueprint(case.model), held_weights(case)
+    held = split_weights(case.model, weights, plan.router_bias)
+    axes: Any = split_weights(case.model, names, plan.router_bias_axes)
     return held_shapes(held, axes, case.placement, case.layout)
 
 
-def held_weights(case: Case) -> Any:
-    """Shapes of all weights, in the types in which a step holds them."""
-    return _held_weights(case.model, case.recipe)
+def held_weights(case: Case) -> tuple[Any, Any]:
+    """Shapes of all weights, in the types in which a step holds them, and their logical axes."""
+    return _held_weights(case.model, case.recipe, case.layout)
 
 
 @functools.cache
-def _held_weights(model: ModelConfig, recipe: Recipe) -> Any:
+def _held_weights(model: ModelConfig, recipe: Recipe, layout: Layout) -> tuple[Any, Any]:
     plan = blueprint(model)
-
-    def held(params: Any) -> Any:
-        return jax.tree.map(lambda w, names: hold(w, names, recipe), params, plan.params_axes)
-
-    return jax.eval_shape(held, plan.params)
+    with use_layout(layout):
+        return hold_all(plan.params, plan.params_axes, recipe, how=shape_of_held)
 
 
 def pipeline_stash(case: Case) -> float:

@@ -15,6 +15,7 @@ from planning.case import Case
 from planning.memory import held_weights, stage_weights
 from planning.time import Passing
 from planning.work import exchange_levels, exchange_ways, key_numbers, wire_bytes
+from sharding.held import values_of
 from sharding.rules import COPIED
 from sharding.sizes import activation_shards, copied_bytes, device_bytes
 
@@ -179,7 +180,7 @@ class Held(NamedTuple):
 
 def _held(case: Case) -> Held:
     if case.mesh.pipe == 1:
-        weights = held_weights(case)
+        weights, _ = held_weights(case)
         plan = blueprint(case.model)
         copies, sums = copied_bytes(weights, plan.params_axes, case.layout)
         experts = device_bytes(expert_weights(case.state["params"]))
@@ -188,15 +189,16 @@ def _held(case: Case) -> Held:
         dense = max(0.0, copies - experts / 4 * item)
         return Held(dense, experts, 0.0, sums - experts, experts, 0.0)
     held = stage_weights(case)
-    experts = expert_weights(held.layers)
+    numbered = values_of(held)
+    experts = expert_weights(numbered.layers)
     fp32 = {leaf.dtype.itemsize for leaf in experts} or {4}
     of_experts, item = device_bytes(experts), max(fp32)
     dense = device_bytes([held.layers, held.vocab]) - of_experts
     numbers = sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape))
-        for leaf in jax.tree.leaves([held.layers, held.vocab])
+        for leaf in jax.tree.leaves([numbered.layers, numbered.vocab])
     )
-    ends = [held.first, held.last]
+    ends = [numbered.first, numbered.last]
     outer = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(ends))
     expert_sums = of_experts / item * 4
     sums = numbers * 4 - expert_sums

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from sharding.held import values_of
 from sharding.partition import Layout, Names, along_axes, moment_spec, stored_spec
 from sharding.rules import axes_of, spec
 
@@ -34,12 +35,6 @@ def copying_axes(layout: Layout) -> tuple[str, ...]:
 def reduces_once(layout: Layout) -> bool:
     """Whether gradients are added up over the devices once a step, and there is something to."""
     return layout.config.reduce == "step" and bool(copying_axes(layout))
-
-
-def sums_on_the_way(layout: Layout) -> bool:
-    """Whether gradients are also added up over devices before the end of a step, with every micro
-    batch: over `fsdp` and `context`. Copies in a small type would have sums in that type."""
-    return any(layout.mesh.shape[axis] > 1 for axis in ("fsdp", "context"))
 
 
 def held_spec(layout: Layout, names: Names) -> PartitionSpec:
@@ -59,9 +54,10 @@ def gather(x: jax.Array, names: Names, layout: Layout) -> jax.Array:
 
 
 def is_gathered(x: jax.Array, names: Names, layout: Layout) -> bool:
-    """Whether a step makes copies of a stored weight."""
+    """Whether a step makes copies of a stored weight: devices hold less than they compute with."""
     stored = itertools.chain(*map(axes_of, stored_spec(layout, x.shape, names)))
-    return not set(stored) <= set(cutting_axes(layout, names))
+    cut = {axis for axis in stored if layout.mesh.shape[axis] > 1}
+    return not cut <= set(cutting_axes(layout, names))
 
 
 def gather_copies(x: jax.Array, stored: PartitionSpec, cutting: tuple[str, ...]) -> jax.Array:
@@ -141,7 +137,8 @@ def sum_of_shards(
     Args:
         fn: run once per device of `copying_axes`, on its rows of the batch; sums of any structure.
             What it adds up over the batch are terms of the result, not whole sums.
-        weights: stored weights, and their logical axes; differentiated by `fn`.
+        weights: stored weights, which may be copies (`sharding/held.py`), and their logical axes,
+            scales included; `fn` gives the gradient of each weight alone.
         constants: the same of weights that have no gradient.
         batch: arrays [micro batches, sequences, ...].
         shared: whole on every device.
@@ -172,6 +169,7 @@ def sum_of_shards(
         sums, gradients = fn(weights, constants, batch, shared)
         return lax.psum(sums, axes), jax.tree.map(lambda g: g.astype(jnp.float32)[None], gradients)
 
-    outs = whole, names_of(*weights, part)
+    plain = values_of(weights[0]), values_of(weights[1])
+    outs = whole, names_of(*plain, part)
     sums, gradients = along_axes(on_shard, axes, (*specs, rows, whole), outs)(*held, batch, shared)
-    return sums, jax.tree.map(lambda g, n: add_up(g, n, layout, axes), gradients, weights[1])
+    return sums, jax.tree.map(lambda g, n: add_up(g, n, layout, axes), gradients, plain[1])

@@ -54,6 +54,11 @@ def use_layout(layout: Layout | None) -> Generator[None]:
         _active.reset(token)
 
 
+def active_layout() -> Layout | None:
+    """The layout that the functions here act on."""
+    return _active.get()
+
+
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Tell XLA how an activation with these logical axes is laid out."""
     layout = _active.get()
@@ -286,14 +291,14 @@ def stored_spec(layout: Layout, shape: tuple[int, ...], names: Names) -> Partiti
 
     ZeRO: of `layout.copied`, the axes that do not cut the matrix yet go to a dimension that they
     divide: one that the table cuts over `fsdp`, or else the first. In it they stand before `pipe`,
-    so that the shards of a pipeline's ranks are neighbours. A matrix without one, and a vector per
-    layer, stay copies.
+    so that the shards of a pipeline's ranks are neighbours. A matrix without one, a vector per
+    layer, and scales of blocks stay copies.
     """
     names = fitting(names, shape, layout.stored, layout.mesh.shape)
     cut = [axes_of(entry) for entry in spec(names, layout.stored)]
     extra = tuple(axis for axis in layout.copied if all(axis not in axes for axes in cut))
     ways = math.prod(layout.mesh.shape[axis] for axis in extra)
-    own = [dim for dim, name in enumerate(names) if name != "layers"]
+    own = [dim for dim, name in enumerate(names) if name not in ("layers", "blocks")]
     if ways > 1 and len(own) > 1:
         takers = (dim for dim in own if names[dim] != "vocab")  # a pipeline's ranks cut that
         for dim in sorted(takers, key=lambda dim: "fsdp" not in cut[dim]):

@@ -32,6 +32,7 @@ STORED: Rules = {
     "router": (),
     "experts": ("expert_nodes", "expert"),
     "expert_ffn": ("tensor",),
+    "blocks": (),
     **dict.fromkeys(IMAGES, ()),
 }
 """Parameters, and gradients and optimizer state with them."""
@@ -62,6 +63,7 @@ COMPUTED: Rules = {
     "experts_of_node": ("expert",),
     "expert_ffn": ("tensor",),
     "choices": (),
+    "blocks": (),
     **dict.fromkeys(IMAGES, ()),
 }
 """Activations, and weights as a sharded region receives them.

@@ -7,6 +7,7 @@ import jax
 from jax.sharding import NamedSharding
 
 from sharding.copies import held_spec, is_gathered, reduces_once
+from sharding.held import is_held, values_of, without_scales
 from sharding.partition import Layout, Names, moment_spec
 from sharding.pipeline.arena import Arena
 from sharding.pipeline.stage_weights import Placement, Weights
@@ -31,12 +32,11 @@ def rank_bytes(held: Weights, placement: Placement, layout: Layout) -> tuple[int
     at_first, at_last = placement.is_first.any(1), placement.is_last.any(1)
     layer_of = placement.layer_of.reshape(len(placement.layer_of), -1)
     arena = Arena(layers, first, last, layer_of, at_first, at_last, whole=is_whole)
-    stored = jax.tree.leaves(
-        (arena.shapes(layers, first, last), jax.tree.map(_on_device, held.vocab))
-    )
+    stored = arena.shapes(layers, first, last), jax.tree.map(_on_device, held.vocab)
     constants = jax.tree.leaves((held.end_constants, held.layer_constants))
-    weights = sum(leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in stored)
-    return weights + device_bytes(constants), sum(4 * math.prod(leaf.shape) for leaf in stored)
+    weights = sum(leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in jax.tree.leaves(stored))
+    sums = sum(4 * math.prod(leaf.shape) for leaf in jax.tree.leaves(without_scales(stored)))
+    return weights + device_bytes(constants), sums
 
 
 def _on_device(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -46,7 +46,7 @@ def _on_device(leaf: Any) -> jax.ShapeDtypeStruct:
 def copied_bytes(shapes: Any, axes: Any, layout: Layout) -> tuple[int, int]:
     """Bytes on one device of what a step outside of a pipeline holds besides its state: weights of
     which it makes copies (of the types of `shapes`), and their fp32 sums of gradients, which lie as
-    a step holds them.
+    a step holds them. `axes` are those of the weights, scales of FP8 copies aside.
 
     Where gradients are reduced in every backward pass, sums lie as the moments are stored.
     """
@@ -54,14 +54,15 @@ def copied_bytes(shapes: Any, axes: Any, layout: Layout) -> tuple[int, int]:
 
     def add(x: Any, names: Names) -> None:
         nonlocal weights, sums
+        quantized, x = is_held(x) and x.scale is not None, values_of(x)
         held = NamedSharding(layout.mesh, held_spec(layout, names))
         size = math.prod(held.shard_shape(x.shape))
-        if is_gathered(x, names, layout) and once:
+        if quantized or (is_gathered(x, names, layout) and once):
             weights += size * x.dtype.itemsize
         moments = NamedSharding(layout.mesh, moment_spec(layout, x.shape, names))
         sums += 4 * (size if once else math.prod(moments.shard_shape(x.shape)))
 
-    jax.tree.map(add, shapes, axes)
+    jax.tree.map(add, shapes, axes, is_leaf=is_held)
     return weights, sums
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from model.blueprint import Tree, bind, blueprint
 from model.config import ModelConfig
+from model.held import hold_all, is_quantized
 from model.loss import (
     LossParts,
     LossWeights,
@@ -21,7 +22,6 @@ from model.loss import (
 )
 from model.recipe import Recipe
 from model.stages import (
-    hold,
     join_weights,
     merge_parts,
     pipeline_stages,
@@ -29,7 +29,8 @@ from model.stages import (
     stage_costs,
 )
 from model.transformer import DeepSeekV3
-from sharding.copies import is_gathered, sum_of_shards, sums_on_the_way
+from sharding.copies import is_gathered, sum_of_shards
+from sharding.held import gradients_of, values_of, with_stand_ins
 from sharding.partition import Layout, pipeline_ranks, stored_axes
 from sharding.pipeline.executor import Result, run
 from sharding.pipeline.schedule import Schedule, make_schedule
@@ -62,22 +63,16 @@ def gradients_of_shards(
 ) -> tuple[jax.Array, LossParts, Tree]:
     """`accumulated_gradients`, of every device's own rows, added up once over the devices."""
     plan = blueprint(config)
-    axes = stored_axes(layout, plan.params, plan.params_axes)
 
     def of_rows(params: Tree, router_bias: Tree, batch: Batch, weights: LossWeights):
         inputs = params, router_bias, batch, weights
         loss, parts, grads = accumulated_gradients(config, recipe, *inputs, in_pairs)
         return (loss, parts), grads
 
-    held = jax.tree.map(
-        lambda w, names: _held(w, names, recipe, layout) if is_gathered(w, names, layout) else w,
-        params,
-        axes,
-    )
     (loss, parts), grads = sum_of_shards(
         of_rows,
         layout,
-        (held, axes),
+        copies(config, recipe, layout, params, gathered=True),
         (router_bias, plan.router_bias_axes),
         batch,
         jax.tree.map(jnp.float32, weights),
@@ -85,9 +80,18 @@ def gradients_of_shards(
     return loss, parts, grads
 
 
-def _held(w: jax.Array, names: Any, recipe: Recipe, layout: Layout) -> jax.Array:
-    """A weight as a step holds it; its gradients have the same type until they are accumulated."""
-    return w if sums_on_the_way(layout) else hold(w, names, recipe)
+def copies(
+    config: ModelConfig, recipe: Recipe, layout: Layout, params: Tree, gathered: bool = False
+) -> tuple[Tree, Tree]:
+    """Weights as a step outside of a pipeline holds them, and their logical axes: copies of what
+    products read in FP8, which is then quantised once, and, if asked, of what devices gather."""
+    plan = blueprint(config)
+    axes = stored_axes(layout, plan.params, plan.params_axes)
+
+    def is_copied(w: jax.Array, names: Any) -> bool:
+        return is_quantized(w, names, recipe) or (gathered and is_gathered(w, names, layout))
+
+    return hold_all(params, axes, recipe, is_copied)
 
 
 def accumulated_gradients(
@@ -98,6 +102,7 @@ def accumulated_gradients(
     """Loss, its parts and its gradient (fp32 sums), one micro batch at a time or two.
 
     Args:
+      params: may be copies (`sharding/held.py`); the gradient is of the weights.
       micro_loss: instead of `training_loss`, whose parts are LossParts.
       add: the parts of two micro batches together, where they are not sums; zeros change nothing.
     """
@@ -113,7 +118,11 @@ def accumulated_gradients(
         pair = [{name: rows[i] for name, rows in micro.items()} for i in range(2)]
         return _loss_of_pair(model, pair, weights, recipe)
 
-    grad_of = jax.value_and_grad(loss_of, has_aux=True)
+    def grad_of(params, micro: Batch):
+        found, cotangents = jax.value_and_grad(loss_of, has_aux=True)(params, micro)
+        return found, values_of(gradients_of(cotangents))
+
+    params = with_stand_ins(params)
 
     def body(total, micro: Batch):
         ((loss, parts), grads), ((more, others), more_grads) = total, grad_of(params, micro)
@@ -214,8 +223,8 @@ def run_pipeline(
     placement = place_layers(schedule, config.stack_size, *stage_costs(config))
     plan = blueprint(config)
     params_axes = stored_axes(layout, plan.params, plan.params_axes)
-    held = jax.tree.map(lambda w, names: _held(w, names, recipe, layout), params, params_axes)
-    axes: Any = split_weights(config, params_axes, plan.router_bias_axes)
+    held, held_axes = hold_all(params, params_axes, recipe)
+    axes: Any = split_weights(config, held_axes, plan.router_bias_axes)
     table = tick_table(schedule)
     if change is not None:
         table = change(table)

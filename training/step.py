@@ -42,6 +42,7 @@ from training.config import TrainConfig
 from training.gradients import (
     accumulated_gradients,
     check_micro_batches,
+    copies,
     gradients_of_shards,
     loss_weights,
     pipelined_gradients,
@@ -223,15 +224,15 @@ class Trainer:
     def gradients(self, state: State, batch: Batch, knobs: Knobs) -> Gradients:
         """Gradient of the loss over all micro batches (fp32 sums), traced; a loss overrides it."""
         weights = loss_weights(batch, knobs["mtp_weight"], self.train.balance_weight)
-        inputs = state["params"], state["router_bias"], batch, weights
+        params, inputs = state["params"], (state["router_bias"], batch, weights)
+        how, in_pairs = (self.model, self.recipe, self.layout), self.layout.config.overlap
         if pipeline_ranks(self.layout) > 1:
-            found = self.gradients_in_pipeline(*inputs)
+            found = self.gradients_in_pipeline(params, *inputs)
+        elif reduces_once(self.layout):
+            found = gradients_of_shards(*how, params, *inputs, in_pairs)
         else:
-            in_pairs = self.layout.config.overlap
-            if reduces_once(self.layout):
-                found = gradients_of_shards(self.model, self.recipe, self.layout, *inputs, in_pairs)
-            else:
-                found = accumulated_gradients(self.model, self.recipe, *inputs, in_pairs)
+            held, _ = copies(*how, params)
+            found = accumulated_gradients(self.model, self.recipe, held, *inputs, in_pairs)
         loss, parts, grads = found
         return Gradients(loss, grads, parts.counts_LE, loss_metrics(parts))
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from model.blueprint import Tree, bind_around, bind_part, prepare_parts
 from model.recipe import Recipe
+from sharding.held import master
 from sharding.partition import constrain
 from sharding.pipeline.stages import Stages
 from vision.config import JanusConfig
@@ -61,7 +62,7 @@ def janus_stages(config: JanusConfig, recipe: Recipe) -> Stages:
 
     def loss(vocab: Tree, hidden_BTD: jax.Array, micro, _):
         tied, counts = config.tie_embeddings, Counts(*micro[1])
-        kernel = vocab["embed"]["table"].T if tied else vocab["head"]["kernel"]
+        kernel = master(vocab["embed"]["table"]).T if tied else master(vocab["head"]["kernel"])
         nats = text_loss(hidden_BTD, kernel, micro[0], recipe)
         return nats / counts.total, mixed_parts(nats, 0 * nats, counts)
 

@@ -78,10 +78,10 @@ def launch(
         plan: its shapes.
     """
     operands = [x for x in arrays if not isinstance(x, jax.ShapeDtypeStruct)]
+    memory, buffers, count = type(arrays), type(scratch), len(arrays)
 
     def body(*refs: Any) -> None:
-        global_memory = type(arrays)(*refs[: len(arrays)])
-        shared = type(scratch)(*refs[len(arrays) :])
+        global_memory, shared = memory(*refs[:count]), buffers(*refs[count:])
         warpgroup = lax.axis_index("warpgroup")
 
         @pl.when(warpgroup == COMPUTE)

@@ -35,12 +35,13 @@ from pallas_kernels.fp8.grouped import (
     pad_rows,
     unpad_rows,
 )
-from pallas_kernels.fp8.linear import fitting
+from pallas_kernels.fp8.linear import as_gradients, fitting
 from pallas_kernels.fp8.quantize import (
     TILE,
+    Prepared,
     Quantized,
+    both_layouts,
     dequantize,
-    quantize_blocks_both,
     quantize_both,
     quantize_tiles,
     quantize_tiles_transposed,
@@ -54,9 +55,9 @@ from pallas_kernels.swiglu import swiglu_vjp
 
 def fp8_expert_ffn(
     x_MD: Array,
-    w_gate_EDF: Array,
-    w_up_EDF: Array,
-    w_down_EFD: Array,
+    w_gate_EDF: Array | Prepared,
+    w_up_EDF: Array | Prepared,
+    w_down_EFD: Array | Prepared,
     group_sizes_E: Array,
     *,
     backend: Backend = "portable",
@@ -69,7 +70,8 @@ def fp8_expert_ffn(
 
     Args:
         x_MD: rows sorted by expert, bf16 or fp32 [M, D].
-        w_gate_EDF: bf16 or fp32 [E, D, F], like the other weights; give the master weights.
+        w_gate_EDF: bf16 or fp32 [E, D, F], like the other weights; give the master weights. Or all
+            three quantised before.
         w_up_EDF: [E, D, F].
         w_down_EFD: [E, F, D].
         group_sizes_E: rows of each expert, int [E]; their sum must not exceed M (a run-time value:
@@ -80,20 +82,22 @@ def fp8_expert_ffn(
     Raises:
         ValueError: shapes or types do not fit each other or, for the kernels, the machine.
     """
-    E, D, F = w_gate_EDF.shape
-    if w_up_EDF.shape != (E, D, F) or w_down_EFD.shape != (E, F, D):
+    weights = w_gate_EDF, w_up_EDF, w_down_EFD
+    gate, up, down = (w.stand_in if isinstance(w, Prepared) else w for w in weights)
+    E, D, F = gate.shape
+    if up.shape != (E, D, F) or down.shape != (E, F, D):
         raise ValueError(
-            f"w_gate is {w_gate_EDF.shape}; w_up must be alike and w_down {(E, F, D)}, "
-            f"but they are {w_up_EDF.shape} and {w_down_EFD.shape}"
+            f"w_gate is {gate.shape}; w_up must be alike and w_down {(E, F, D)}, "
+            f"but they are {up.shape} and {down.shape}"
         )
     # Types may differ; XLA drops the cast, whose result is not used.
-    check_operands(x_MD, group_sizes_E, w_gate=w_gate_EDF.astype(x_MD.dtype))
+    check_operands(x_MD, group_sizes_E, w_gate=gate.astype(x_MD.dtype))
     if backend in ("mosaic", "emulated") and (reason := unsupported(D, F)):
         raise ValueError(f"no FP8 kernel: {reason}, or use backend 'portable'")
     if x_MD.shape[0] == 0:
         return x_MD
-    static = backend, w_gate_EDF.dtype
-    return _expert_ffn(static, x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E)
+    static = backend, gate.dtype, isinstance(w_gate_EDF, Prepared)
+    return _expert_ffn(static, x_MD, *weights, group_sizes_E)
 
 
 def unsupported(D: int, F: int) -> str | None:
@@ -116,7 +120,7 @@ class _Saved(NamedTuple):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _expert_ffn(static, x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E) -> Array:
-    """`static` are the backend and the type of the weights' gradients."""
+    """`static` is as in `fp8/linear.py`."""
     weights = w_gate_EDF, w_up_EDF, w_down_EFD
     padding = pad_groups(group_sizes_E, x_MD.shape[0])
     x = quantize_tiles(pad_rows(x_MD, padding), backend=static[0])
@@ -125,7 +129,7 @@ def _expert_ffn(static, x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E) -
 
 def _forward(backend: Backend, x: Quantized, weights, group_sizes_E, padding, dtype):
     """y [M, D], gate and up [P, F], and the weights as they are, in FP8."""
-    gate_w, up_w, down_w = (quantize_blocks_both(w, backend=backend) for w in weights)
+    gate_w, up_w, down_w = (both_layouts(w, backend) for w in weights)
     rows = partial(_rows, group_sizes_E=group_sizes_E, dtype=dtype, backend=backend)
     gate_PF, up_PF = rows(x, gate_w[1]), rows(x, up_w[1])
     y_PD = rows(swiglu_quantize(gate_PF, up_PF, backend=backend), down_w[1])
@@ -133,7 +137,7 @@ def _forward(backend: Backend, x: Quantized, weights, group_sizes_E, padding, dt
 
 
 def _expert_ffn_fwd(static, x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E):
-    backend, _ = static
+    backend = static[0]
     weights = w_gate_EDF, w_up_EDF, w_down_EFD
     padding = pad_groups(group_sizes_E, x_MD.shape[0])
     x, x_transposed = quantize_both(pad_rows(x_MD, padding), backend=backend)
@@ -145,7 +149,7 @@ def _expert_ffn_fwd(static, x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_
 
 
 def _expert_ffn_bwd(static, saved: _Saved, dy_MD: Array):
-    (backend, w_dtype), sizes_E, dtype = static, saved.group_sizes_E, dy_MD.dtype
+    (backend, w_dtype, prepared), sizes_E, dtype = static, saved.group_sizes_E, dy_MD.dtype
     rows = partial(_rows, group_sizes_E=sizes_E, dtype=dtype, backend=backend)
     weights = partial(_weights, group_sizes_E=sizes_E, dtype=w_dtype, backend=backend)
     w_gate, w_up, w_down = saved.weights
@@ -158,13 +162,12 @@ def _expert_ffn_bwd(static, saved: _Saved, dy_MD: Array):
     dgate, dgate_transposed = quantize_both(dgate_PF, backend=backend)
     dup, dup_transposed = quantize_both(dup_PF, backend=backend)
     dx_PD = rows(dgate, w_gate) + rows(dup, w_up)
-    return (
-        unpad_rows(dx_PD, padding),
+    dw = (
         weights(saved.x_transposed, dgate_transposed),
         weights(saved.x_transposed, dup_transposed),
         weights(h_transposed, dy_transposed),
-        None,
     )
+    return unpad_rows(dx_PD, padding), *as_gradients(dw, prepared), None
 
 
 _expert_ffn.defvjp(_expert_ffn_fwd, _expert_ffn_bwd)

@@ -14,7 +14,8 @@ fp32. y and dx have the type of x, dw that of w: a master weight in fp32 gets it
 Of x only the form that dw reads is kept: 1.03 bytes an element, as much as V3's 1 x 128 tiles,
 which are dequantised, transposed and quantised again in the backward pass. Both layouts in forward
 move 4.06 bytes an element; V3's way moves 3.03 + 2.06 and rounds x twice. The weight is kept in FP8
-too, 1.03 bytes an element, where bf16 products keep a copy of 2.
+too, 1.03 bytes an element, where bf16 products keep a copy of 2. It may be quantised before, once a
+step: then its transpose alone is made here.
 
 Roofline: 6 M N K FLOPs at 1979 TFLOP/s, 1.46 ms for M = 4096 and 16384 x 7168. Quantising moves
 4.06 M (K + N) + 6.06 K N bytes, 0.23 ms at 4.8 TB/s.
@@ -33,15 +34,16 @@ from jax import Array
 from pallas_kernels.fp8.matmul import fp8_matmul, fp8_matmul_tiles
 from pallas_kernels.fp8.quantize import (
     TILE,
+    Prepared,
     Quantized,
-    quantize_blocks_both,
+    both_layouts,
     quantize_both,
     quantize_tiles,
 )
 from pallas_kernels.mosaic import Backend
 
-Static = tuple[Backend, Any]
-"""Backend, and the type of the weight's gradient."""
+Static = tuple[Backend, Any, bool]
+"""Backend, the type of the weights' gradients, and whether they were quantised before."""
 
 
 def fp8_linear(x_MK: Array, w_KN: Array, *, backend: Backend = "portable") -> Array:
@@ -50,7 +52,7 @@ def fp8_linear(x_MK: Array, w_KN: Array, *, backend: Backend = "portable") -> Ar
 
 
 def fp8_linears(
-    x_MK: Array, weights: Sequence[Array], *, backend: Backend = "portable"
+    x_MK: Array, weights: Sequence[Array | Prepared], *, backend: Backend = "portable"
 ) -> tuple[Array, ...]:
     """y = x w [M, N] for every weight, in the type of x, by FP8 products; so are its gradients.
 
@@ -59,26 +61,28 @@ def fp8_linears(
 
     Args:
         x_MK: bf16 or fp32 [M, K]. Kernels get zeros up to `fitting` sizes.
-        weights: bf16 or fp32 [K, N] each; quantised from what they are, so give master weights.
+        weights: [K, N] each, all bf16 or fp32, quantised from what they are, so give master
+            weights; or all quantised before.
         backend: see `mosaic.Backend`. All quantise alike; "portable" multiplies in bf16,
             "reference" in fp32.
 
     Raises:
         ValueError: shapes or types do not fit each other or, for the kernels, the machine.
     """
-    for w_KN in weights:
+    masters = [w.stand_in if isinstance(w, Prepared) else w for w in weights]
+    for w_KN in masters:
         if x_MK.ndim != 2 or w_KN.ndim != 2 or x_MK.shape[1] != w_KN.shape[0]:
             raise ValueError(f"no product of {x_MK.shape} and {w_KN.shape}; give [M, K] and [K, N]")
-    static: Static = backend, weights[0].dtype
+    static: Static = backend, masters[0].dtype, isinstance(weights[0], Prepared)
     if backend not in ("mosaic", "emulated"):
         return _linears(static, x_MK, tuple(weights))
-    for dtype in (x_MK.dtype, *(w.dtype for w in weights)):
+    for dtype in (x_MK.dtype, *(w.dtype for w in masters)):
         if reason := unsupported(dtype):
             raise ValueError(f"no FP8 kernel: {reason}")
     M, K = x_MK.shape
-    padded = tuple(_pad(w, K, w.shape[1]) for w in weights)
+    padded = tuple(_padded(w) for w in weights)
     found: Any = _linears(static, _pad(x_MK, M, K), padded)
-    return tuple(y[:M, : w.shape[1]] for y, w in zip(found, weights, strict=True))
+    return tuple(y[:M, : w.shape[1]] for y, w in zip(found, masters, strict=True))
 
 
 def unsupported(dtype: Any) -> str | None:
@@ -102,28 +106,34 @@ def _pad(x_RC: Array, R: int, C: int) -> Array:
     return jnp.pad(x_RC, ((0, fitting(R) - R), (0, fitting(C) - C)))
 
 
+def _padded(w: Array | Prepared) -> Array | Prepared:
+    """Sizes that kernels take; it has as many blocks as before."""
+    if not isinstance(w, Prepared):
+        return _pad(w, *w.shape)
+    blocks = Quantized(_pad(w.blocks.q, *w.blocks.q.shape), w.blocks.scale)
+    return Prepared(blocks, _pad(w.stand_in, *w.stand_in.shape))
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linears(static: Static, x_MK: Array, weights: tuple[Array, ...]) -> tuple[Array, ...]:
-    backend, _ = static
+def _linears(static: Static, x_MK: Array, weights: tuple[Any, ...]) -> tuple[Array, ...]:
+    backend = static[0]
     x = quantize_tiles(x_MK, backend=backend)
     return tuple(
-        fp8_matmul(
-            x, quantize_blocks_both(w, backend=backend)[1], dtype=x_MK.dtype, backend=backend
-        )
+        fp8_matmul(x, both_layouts(w, backend)[1], dtype=x_MK.dtype, backend=backend)
         for w in weights
     )
 
 
-def _forward(static: Static, x_MK: Array, weights: tuple[Array, ...]):
-    backend, _ = static
+def _forward(static: Static, x_MK: Array, weights: tuple[Any, ...]):
+    backend = static[0]
     x, x_transposed = quantize_both(x_MK, backend=backend)
-    both = [quantize_blocks_both(w, backend=backend) for w in weights]
+    both = [both_layouts(w, backend) for w in weights]
     ys = tuple(fp8_matmul(x, w[1], dtype=x_MK.dtype, backend=backend) for w in both)
     return ys, (x_transposed, [w[0] for w in both])
 
 
 def _backward(static: Static, saved: tuple[Quantized, list[Quantized]], dys: tuple[Array, ...]):
-    (backend, w_dtype), (x_transposed, weights) = static, saved
+    (backend, w_dtype, prepared), (x_transposed, weights) = static, saved
     dtype = dys[0].dtype
     part = dtype if len(dys) == 1 else jnp.float32
     dx_MK, dw = [], []
@@ -131,7 +141,12 @@ def _backward(static: Static, saved: tuple[Quantized, list[Quantized]], dys: tup
         dy, dy_transposed = quantize_both(dy_MN, backend=backend)
         dx_MK.append(fp8_matmul(dy, w, dtype=part, backend=backend))
         dw.append(fp8_matmul_tiles(x_transposed, dy_transposed, dtype=w_dtype, backend=backend))
-    return sum(dx_MK[1:], dx_MK[0]).astype(dtype), tuple(dw)
+    return sum(dx_MK[1:], dx_MK[0]).astype(dtype), as_gradients(dw, prepared)
+
+
+def as_gradients(dw: Sequence[Array], prepared: bool) -> tuple[Any, ...]:
+    """Gradients of weights, of the structure that they have."""
+    return tuple(Prepared(Quantized(None, None), g) if prepared else g for g in dw)  # pyright: ignore[reportArgumentType]
 
 
 _linears.defvjp(_forward, _backward)

@@ -98,10 +98,10 @@ def product_kernel(
         b_in_tiles: b has 1 x 128 tiles and not 128 x 128 blocks.
         emulated: on CPU.
     """
-    programs = min(blocks.programs, num_tiles)
+    programs, num_arrays = min(blocks.programs, num_tiles), len(operands) + 1
 
     def body(*refs):
-        gmem, smem = refs[: len(operands) + 1], refs[len(operands) + 1 :]
+        gmem, smem = refs[:num_arrays], refs[num_arrays:]
         warpgroup, program = lax.axis_index("warpgroup"), lax.axis_index("program")
         count = lax.div(num_tiles - program + programs - 1, jnp.int32(programs))
 

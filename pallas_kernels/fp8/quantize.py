@@ -20,7 +20,7 @@ Shape letters: M rows (tokens), K and N widths, E experts, F width of an expert;
 and so on: tiles along that axis.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +41,15 @@ class Quantized(NamedTuple):
 
     q: Array
     scale: Array
+
+
+class Prepared(NamedTuple):
+    """A weight that was quantised before its products, once for many of them."""
+
+    blocks: Quantized
+    """In 128 x 128 blocks [..., K, N]."""
+    stand_in: Array
+    """fp32 [..., K, N], which nothing reads: its gradient is the weight's."""
 
 
 def quantize_tiles(
@@ -134,6 +143,25 @@ def quantize_blocks_both(
     """
     as_is, transposed = _quantize_blocks(w_EKN, True, power_of_two, backend)
     return as_is, transposed
+
+
+def block_scale(largest: Array) -> Array:
+    """fp32 scales of blocks whose largest magnitudes are given, as `quantize_blocks` makes them."""
+    return tile_scale(largest, False)
+
+
+def with_block_scale(x: Array, scale: Array, spread: Callable[[Array], Array]) -> Array:
+    """E4M3 values as `quantize_blocks` makes them; spread(s) has a block's s at each entry of x."""
+    return (x.astype(jnp.float32) * spread(reciprocal(scale))).astype(E4M3)
+
+
+def both_layouts(w: Array | Prepared, backend: Backend) -> tuple[Quantized, Quantized]:
+    """`quantize_blocks_both` of a weight, which may have been quantised: blocks are square, so that
+    the transpose has their scales too."""
+    if not isinstance(w, Prepared):
+        return quantize_blocks_both(w, backend=backend)
+    q, scale = w.blocks
+    return w.blocks, Quantized(q.mT, scale.mT)
 
 
 def unsupported(

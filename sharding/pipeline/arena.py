@@ -7,8 +7,8 @@ rows in one flat array, and at the ends matrices of `first` and `last` lie in th
 empty there; what finds no room there lies behind the slots. An array of fp32 like it holds the
 gradients.
 
-Small arrays (gains, the router) stay by themselves, and so do all where mesh axes inside of a rank
-cut the weights. Letters: W slots of a rank, R rows of a slot, C columns.
+Small arrays (gains, the router, scales of blocks) stay by themselves, and so do all where mesh axes
+inside of a rank cut the weights. Letters: W slots of a rank, R rows of a slot, C columns.
 """
 
 import math
@@ -73,7 +73,7 @@ class Arena:
         self.whole = whole
         self.layers, self.rows_of_slot = self._slot(layers)
         runs = [_free(held, self.rows_of_slot) for held in layer_of]
-        ends = jax.tree.leaves((first, last), is_leaf=lambda leaf: leaf is None)
+        ends = jax.tree.leaves((first, last))
         here = [at_first] * len(jax.tree.leaves(first)) + [at_last] * len(jax.tree.leaves(last))
         places: list[_Place | None] = [None] * len(ends)
         behind = [self.slots * self.rows_of_slot] * len(runs)
@@ -250,7 +250,7 @@ def _map(fn: Any, places: Tree, tree: Tree) -> Tree:
 def _pairs(places: Tree, tree: Tree) -> list[tuple[_Place, jax.Array]]:
     """Matrices that are laid together, with their places."""
     found = jax.tree.leaves(places, is_leaf=_is_place)
-    pairs = zip(found, jax.tree.leaves(tree), strict=True)
+    pairs = zip(found, jax.tree.leaves(tree, is_leaf=lambda leaf: leaf is None), strict=True)
     return [(place, x) for place, x in pairs if place is not None]
 
 

@@ -31,6 +31,7 @@ from sharding.copies import (
     only,
     summed_axes,
 )
+from sharding.held import values_of
 from sharding.partition import Layout, Names, along_axes, use_layout
 from sharding.pipeline.arena import Arena
 from sharding.pipeline.rank import Rank
@@ -69,7 +70,8 @@ def run(
 ) -> Result:  # fmt: skip
     """Gradients of the sum of all objectives over the micro batches of `batch` [N, B, ...].
 
-    `axes` holds the logical axes of every weight; constants outside the layers are whole.
+    Weights may be held as copies (`sharding/held.py`). `axes` holds the logical axes of every
+    weight, and of its scales; constants outside the layers are whole.
     `shared` is a tree that all micro batches see; a stage function's `micro` is (micro, shared)
     with an entry of what `stages.prepare` returns. Each device of the batch axes runs on its own
     rows, and adds its gradients up by itself until the end. With `every_slot` empty slots are
@@ -126,6 +128,7 @@ def run(
 
         return jax.tree.map(place, tree, names, placed)
 
+    plain, plain_axes = values_of(weights), values_of(axes)
     whole: Any = PartitionSpec()
     ranks: Any = PartitionSpec(AXIS)
     ticks = PartitionSpec(None, AXIS)
@@ -138,10 +141,10 @@ def run(
         ranks,
     )
     gradients: Any = Weights(
-        parts_of(weights.vocab, axes.vocab, placed.vocab),
-        parts_of(weights.first, axes.first, placed.first, AXIS),
-        parts_of(weights.last, axes.last, placed.last, AXIS),
-        parts_of(weights.layers, axes.layers, placed.layers),
+        parts_of(plain.vocab, plain_axes.vocab, values_of(placed.vocab)),
+        parts_of(plain.first, plain_axes.first, values_of(placed.first), AXIS),
+        parts_of(plain.last, plain_axes.last, values_of(placed.last), AXIS),
+        parts_of(plain.layers, plain_axes.layers, values_of(placed.layers)),
         whole,
         whole,
     )
@@ -164,10 +167,10 @@ def run(
     return result._replace(
         stats=jax.tree.map(lambda x: by_layer(x, placement), result.stats),
         gradients=Weights(
-            send_vocabulary(g.vocab, axes.vocab, layout, copies),
-            jax.tree.map(at_end, g.first, axes.first),
-            jax.tree.map(at_end, g.last, axes.last),
-            send_back(g.layers, axes.layers, placement, layout, copies),
+            send_vocabulary(g.vocab, plain_axes.vocab, layout, copies),
+            jax.tree.map(at_end, g.first, plain_axes.first),
+            jax.tree.map(at_end, g.last, plain_axes.last),
+            send_back(g.layers, plain_axes.layers, placement, layout, copies),
             (),
             (),
         ),

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from sharding.held import gradients_of, values_of, with_stand_ins, without_scales
 from sharding.pipeline.arena import Arena, Stored
 from sharding.pipeline.entries import add_entries, entry, put_entry, zeros_like_shapes
 from sharding.pipeline.schedule import Kind
@@ -122,11 +123,15 @@ class Rank:
         stash = zeros_like_shapes(stash_shapes(self.table, self.slots, self.x, self.one.saved))
         (_, total), _ = lax.scan(self._tick, (stash, self._zero_total()), (columns, ends))
         layers, first, last = self.arena.unpack(total.gradients, self.rank, self.at_ends)
-        return total, Weights(total.vocab, first, last, layers, (), ())
+        return total, values_of(Weights(total.vocab, first, last, layers, (), ()))
 
     def _weights(self, end: str) -> Tree:
-        """Weights of `first` or `last`, on a rank that is there."""
-        return self.arena.end(end, self.stored, self.rank)
+        """Weights of `first` or `last`, on a rank that is there, as derivatives are taken of."""
+        return with_stand_ins(self.arena.end(end, self.stored, self.rank))
+
+    def _layer_weights(self, row: jax.Array) -> Tree:
+        """Those of the layer in a slot."""
+        return with_stand_ins(self.arena.layer(self.stored, row))
 
     def _asks(self, *kinds: Kind) -> bool:
         """Whether the table has a tick of one of these kinds."""
@@ -204,15 +209,15 @@ class Rank:
             zero,
             zeros_like_shapes(self.loss_parts),
             jax.tree.map(lambda s: jnp.zeros((rows, *s.shape), s.dtype), self.one.stats),
-            sums(self.vocab),
-            sums(self.stored),
+            sums(without_scales(self.vocab)),
+            sums(without_scales(self.stored)),
         )
 
     # -- layers
 
     def _run_layer(self, row: jax.Array, x: jax.Array, micro: Tree) -> tuple[jax.Array, _Layer]:
         """One layer forward, and what its backward pass needs besides the weights."""
-        weights, constants = self.arena.layer(self.stored, row), entry(self.layer_constants, row)
+        weights, constants = self._layer_weights(row), entry(self.layer_constants, row)
 
         def layer(weights, x):
             return self.stages.layer(weights, constants, x, micro)
@@ -231,11 +236,12 @@ class Rank:
         x, leaves = saved
         opaque, structured = jax.tree.unflatten(self._pull_tree, leaves)
         pull = self._pull.replace(
-            args_res=[self.arena.layer(self.stored, row), x],
+            args_res=[self._layer_weights(row), x],
             opaque_residuals=opaque,
             structured_residuals=structured,
         )
-        return pull((dy, jnp.float32(1.0)))
+        d_weights, dx = pull((dy, jnp.float32(1.0)))
+        return gradients_of(d_weights), dx
 
     def _layers(self, stash, row, x: jax.Array, dy: jax.Array, d_layers: Tree):
         """All layers of the chunks that a tick names: forward in their order, backward against it.
@@ -408,7 +414,8 @@ class Rank:
             opaque_residuals=opaque,
             structured_residuals=structured,
         )
-        return pull((d_hidden, jnp.float32(1.0)))
+        d_weights, dx, d_more = pull((d_hidden, jnp.float32(1.0)))
+        return gradients_of(d_weights), dx, d_more
 
     def _loss(self, hidden: jax.Array, last: Ends, total: Total) -> tuple[jax.Array, Total]:
         """The head's part of the loss of all ends, one hidden state after the other, by all ranks
@@ -429,7 +436,7 @@ class Rank:
                 h = self.stages.place(lax.psum(mine, AXIS))
                 objective, pull, parts = jax.vjp(
                     lambda vocab, h: self.stages.loss(vocab, h, micro, k),
-                    self.vocab,
+                    with_stand_ins(self.vocab),
                     h,
                     has_aux=True,
                 )
@@ -466,7 +473,8 @@ class Rank:
                 lambda w, e: self._first(w, e, micro), self._weights("first"), embedded
             )
             d_first, d_embedded = pull(dx)
-            gradients = self.arena.add_end("first", total.gradients, d_first, self.rank)
+            new = gradients_of(d_first)
+            gradients = self.arena.add_end("first", total.gradients, new, self.rank)
             return self.stages.place(d_embedded), total._replace(gradients=gradients)
 
         def none():  # placed like the other, or XLA refuses the two as branches
@@ -481,7 +489,7 @@ class Rank:
             def add(total: Total):
                 # The derivative of the sum over ranks is a sum over ranks: one has a gradient.
                 mine = jnp.where(at == rank, entry(d_all, place), 0)
-                _, pull = jax.vjp(lambda vocab: self._embed(vocab, ids), self.vocab)
+                _, pull = jax.vjp(lambda v: self._embed(v, ids), with_stand_ins(self.vocab))
                 return self._add_vocab(total, pull(mine)[0])
 
             return lax.cond(active, add, lambda total: total, total), None
@@ -489,4 +497,6 @@ class Rank:
         return lax.scan(one, total, self._stacked(needs))[0]
 
     def _add_vocab(self, total: Total, d_vocab: Tree) -> Total:
-        return total._replace(vocab=jax.tree.map(jnp.add, total.vocab, d_vocab))
+        """With what is of `with_stand_ins` added."""
+        new = gradients_of(d_vocab)
+        return total._replace(vocab=jax.tree.map(jnp.add, total.vocab, new))
