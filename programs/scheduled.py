@@ -70,7 +70,8 @@ def _written(folder: pathlib.Path, ended: list[BaseException | None]) -> str:
         if ended and ended[0] is not None:
             raise ended[0]
         found = list(folder.glob(TEXT))
-        if found and (ended or list(folder.glob(LAST))):
+        last = LAST.replace("*", found[0].name.split(".sm_")[0]) if found else LAST
+        if found and (ended or list(folder.glob(last))):
             return str(found[0]).removesuffix(".txt")
         if ended:
             raise ValueError(f"XLA wrote no {TEXT}: this is not a program for GPUs")
