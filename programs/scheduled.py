@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import jax
 
-POLL_S = 0.05
 TEXT = "*_gpu_after_optimizations.txt"
 LAST = "*.debug_options"
 """A file that XLA begins when those on the scheduled program are written."""
@@ -75,7 +74,7 @@ def _written(folder: pathlib.Path, ended: list[BaseException | None]) -> str:
             return str(found[0]).removesuffix(".txt")
         if ended:
             raise ValueError(f"XLA wrote no {TEXT}: this is not a program for GPUs")
-        time.sleep(POLL_S)
+        time.sleep(0.05)
 
 
 def read_allocations(text: str) -> tuple[int, int]:
