@@ -16,10 +16,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-POLL_S = 0.05
 TEXT = "*_gpu_after_optimizations.txt"
-LAST = "*.debug_options"
-"""A file that XLA begins when those on the scheduled program are written."""
+"""The largest of XLA's files on a scheduled program, and the last to be whole."""
 
 
 class Scheduled(NamedTuple):
@@ -64,17 +62,18 @@ def until_scheduled(lowered: jax.stages.Lowered, options: Mapping[str, Any]) -> 
 
 
 def _written(folder: pathlib.Path, ended: list[BaseException | None]) -> str:
-    """What the names of its files begin with, once all are whole: one that merely ceases to grow
-    may wait for a busy machine."""
+    """What the names of its files begin with, once all are whole. On a busy machine a file ceases
+    to grow and goes on; the text ends with the program's entry, and nothing else tells."""
     while True:
         if ended and ended[0] is not None:
             raise ended[0]
-        found = list(folder.glob(TEXT))
-        if found and (ended or list(folder.glob(LAST))):
-            return str(found[0]).removesuffix(".txt")
+        for path in folder.glob(TEXT):
+            text = path.read_text()
+            if ended or ("\nENTRY " in text and text.endswith("}\n\n")):
+                return str(path).removesuffix(".txt")
         if ended:
             raise ValueError(f"XLA wrote no {TEXT}: this is not a program for GPUs")
-        time.sleep(POLL_S)
+        time.sleep(0.2)
 
 
 def read_allocations(text: str) -> tuple[int, int]:
