@@ -165,7 +165,7 @@ def _tiny(learned: Learned, steps: int, batch: int, rate: float) -> RunConfig:
             eval_every=0,
             log_every=10,
         ),
-        images=ImageTraining(learned=learned, images_per_row=2, read=3, draw=2),
+        images=ImageTraining(learned=learned, images_per_row=2, read=1, draw=2),
         data=DataConfig(vocab_size=VOCAB),
         mesh=MeshConfig(fsdp=-1),
         checkpoint=CheckpointConfig(every=0, keep=1),
@@ -184,6 +184,6 @@ def janus_tiny() -> RunConfig:
     """Janus, tiny: reads and draws scenes of coloured shapes on a CPU.
 
     `make janus` learns its image tokenizer first (`janus_tiny_tokenizer`) and then, in one stage
-    from random weights, all else: questions about pictures and drawing from captions, 3 : 2.
+    from random weights, all else: questions about pictures and drawing from captions, 1 : 2.
     """
     return _tiny("reading", TINY_STEPS, 24, 2e-3)
