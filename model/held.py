@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from model.recipe import Recipe
-from pallas_kernels.fp8.quantize import block_scale, with_block_scale
-from pallas_kernels.scales import E4M3, TILE
+from pallas_kernels.fp8 import E4M3, TILE, block_scale, with_block_scale
 from sharding.blocks import in_blocks, scale_names, scale_shape
 from sharding.context import sequence_shards
 from sharding.held import Held, is_held

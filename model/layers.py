@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from model.recipe import Recipe
-from pallas_kernels.fp8 import fp8_linears
-from pallas_kernels.fp8.quantize import Prepared, Quantized
+from pallas_kernels.fp8 import Prepared, Quantized, fp8_linears
 from pallas_kernels.mosaic import Backend
 from sharding.blocks import scale_names
 from sharding.held import is_held, values_of

@@ -193,9 +193,9 @@ def _local_experts(recipe: Recipe, params, x_ND, ids_NK, weights_NK, rows: int):
 def _fp8_experts(x_MD, *arrays, backend):
     """`fp8_expert_ffn` of the parts of three weights."""
     *parts, sizes_E = arrays
-    count = len(parts) // 3
-    weights = (fp8_weight(parts[i * count : (i + 1) * count]) for i in range(3))
-    return fp8_expert_ffn(x_MD, *weights, sizes_E, backend=backend)
+    n = len(parts) // 3
+    gate, up, down = (fp8_weight(parts[i * n : (i + 1) * n]) for i in range(3))
+    return fp8_expert_ffn(x_MD, gate, up, down, sizes_E, backend=backend)
 
 
 def sums_by(ffn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:

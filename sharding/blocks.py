@@ -9,7 +9,7 @@ Letters: K rows and N columns of the matrix on a device, k and n its blocks alon
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -115,7 +115,7 @@ def in_blocks(
     return run(x)
 
 
-def _convert(scale_of, convert, x: Array, lead: int, cuts: tuple[Cut, Cut], block: int):
+def _convert(scale_of, convert, x: Array, lead: int, cuts: Sequence[Cut], block: int):
     """The same of this device's shard."""
     x_KN = x.reshape(*x.shape[:lead], *(_size(x, cut) for cut in cuts))
     largest, spreads = jnp.abs(x_KN.astype(jnp.float32)), []
