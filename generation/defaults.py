@@ -41,7 +41,8 @@ def folder_sampling(folder: Path) -> Sampling:
             wanted = "an integer" if whole else "a number"
             raise ValueError(f"{file}: {name} is {value!r}; it must be {wanted}")
     try:
-        return Sampling(**{k: v if k == "top_k" else float(v) for k, v in found.items()})
+        typed: dict[str, Any] = {k: v if k == "top_k" else float(v) for k, v in found.items()}
+        return Sampling(**typed)
     except (ValueError, OverflowError) as error:
         raise ValueError(f"{file}: {error}") from None
 
