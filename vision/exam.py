@@ -58,13 +58,12 @@ def judge_drawing(
 ) -> tuple[list[bool], np.ndarray]:
     """Which captions were drawn right by vision/scenes.py, and the pixels [N, 3, H, W].
 
-    Drawn at temperature 1 without guidance. A caption of a scene leaves next to nothing open, and
-    the published guidance of 5 then takes codes that are likely neither with the caption nor
-    without it: 16% of drawings were right with it, 75% without (docs/janus.md).
+    Drawn greedily and without guidance. A caption of a scene leaves next to nothing open, and the
+    published guidance of 5 then takes codes that are likely neither with the caption nor without.
     """
     generator, talk = _generator(trainer), source.talk
     prepared = generator.prepare(weights)
-    painter = Painter(generator, Brush(guidance=1.0, seed=seed))
+    painter = Painter(generator, Brush(guidance=1.0, temperature=0.0, seed=seed))
     prompts = [talk.caption(scene.caption) for scene in scenes]
     *_, codes_NP = painter.draw(prepared, prompts, talk.drawing)
     pixels_NCHW = decode_images(generator, prepared, codes_NP)
