@@ -37,14 +37,15 @@ def check(command: PlanCommand) -> None:
     for name in ("top", "max_tensor", "max_pipe", "max_sequences"):
         if getattr(command, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(command, name)}: give 1 or more")
-    for name in filter(None, (command.json, command.html)):
-        if os.path.isdir(name) or not os.access(os.path.dirname(name) or ".", os.W_OK):
-            raise ValueError(f"no file can be written at {name}; name another")
+    outputs = {"--json": command.json, "--html": command.html}
+    check_outputs(outputs)
+    for option, name in outputs.items():
+        if name and (os.path.isdir(name) or not os.access(os.path.dirname(name) or ".", os.W_OK)):
+            raise ValueError(f"{option} {name}: no file can be written there; name another")
 
 
 def run(command: PlanCommand) -> int:
     """Do what the command asks."""
-    check_outputs({"--json": command.json, "--html": command.html})
     if command.compare:
         from planning.compare import compare
 

@@ -8,6 +8,7 @@ registers, so `add_products` is the only place where the two differ.
 Shape letters: M rows, N columns and K contraction of one product.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import FunctionType
@@ -102,6 +103,8 @@ def _alike(x: Any) -> Any:
         return dict, _alike(tuple(x.items()))
     if isinstance(x, (list, tuple)):
         return type(x), *map(_alike, x)
+    if dataclasses.is_dataclass(x) and not isinstance(x, type):
+        return type(x), *(_alike(getattr(x, field.name)) for field in dataclasses.fields(x))
     return type(x), x
 
 

@@ -201,7 +201,9 @@ def test_lowers_for_cuda():
     weights = [shape((E, D, F)), shape((E, D, F)), shape((E, F, D))]
     sizes = jax.ShapeDtypeStruct((E,), jnp.int32)
     program = lower(compiled(expert_ffn, backend="mosaic"), x, weights, x, sizes)
-    assert program.count("custom_call @mosaic_gpu") == 7
+    # Seven products; two of them, of alike shapes, are one kernel that is called twice.
+    assert program.count("call @wrapper") == 7
+    assert program.count("custom_call @mosaic_gpu") == 6
 
 
 def test_blocks_fit_the_machine():
