@@ -6,6 +6,7 @@ of an expert's, whose products follow each other.
 """
 
 import dataclasses
+import itertools
 from functools import cache, partial
 
 import jax
@@ -378,28 +379,31 @@ def test_a_step_on_a_mesh_is_that_of_one_device(mesh, loss, gradients):
     assert many.metrics["moe/dropped_tokens"] == 0
 
 
-def losses(recipe, steps):
-    """A short training run on sequences that count in steps of 1 to 7."""
+def losses(recipe, steps, streams=3):
+    """Short training runs [streams, steps] on sequences that count in steps of 1 to 7."""
     config = dataclasses.replace(WIDE, init_std=0.05)
     train = dataclasses.replace(WIDE_TRAIN, balance_weight=1e-4, optimizer=OptimizerConfig())
     trainer = Trainer(config, train, recipe, layout_of(ONE_DEVICE))
-    state, found = jax.device_put(start(trainer), trainer.shardings), []
-    for step in range(steps):
-        rng = np.random.default_rng(step)
+    found = []
+    for stream, step in itertools.product(range(streams), range(steps)):
+        if step == 0:
+            state = jax.device_put(start(trainer), trainer.shardings)
+        rng = np.random.default_rng(1000 * stream + step)
         first, jump = rng.integers(0, 64, (8, 1)), rng.integers(1, 8, (8, 1))
         tokens = ((first + jump * np.arange(33)) % 64).astype(np.int32)[None]
         rate = np.float32(3e-3 * min(1, (step + 1) / 10))
         state, metrics = trainer.step(state, {"tokens": tokens}, KNOBS | {"learning_rate": rate})
         found.append(float(metrics["train/loss"]))
-    return np.array(found)
+    return np.array(found).reshape(streams, steps)
 
 
 @pytest.mark.slow
 def test_training_in_fp8_follows_bf16():
-    """Measured over 80 steps: mean loss 0.39 % from bf16's, which is 0.04 % from fp32's. (The V3
-    report has less than 0.25 % on runs of a trillion tokens.)"""
+    """Mean loss over 40 steps of three streams: 0.73 % above bf16's. One stream says little: 0.18,
+    0.88 and 1.13 %, and -0.54 % with a program of other fusions. (The V3 report has less than
+    0.25 % on runs of a trillion tokens.)"""
     fp8, bf16 = losses(FP8, 40), losses(BF16, 40)
-    assert bf16[-5:].mean() < 0.25 * bf16[0], "nothing was learnt: nothing is compared"
+    assert bf16[:, -5:].mean() < 0.25 * bf16[:, 0].mean(), "nothing was learnt: nothing is compared"
     assert abs(fp8.mean() / bf16.mean() - 1) < 0.01
 
 
