@@ -202,16 +202,16 @@ def check_options(options: Generate) -> None:
         )
     asks = bool(options.prompt or options.prompts or options.prompt_ids)
     options.pictures.check(asks)
-    check_outputs({
-        "--ids-out": options.pictures.ids_out, "--pixels-out": options.pictures.pixels_out,
-        "--save-expert-load": options.experts.save_expert_load,
-    })  # fmt: skip
+    outputs = {"--ids-out": options.pictures.ids_out, "--pixels-out": options.pictures.pixels_out}
+    check_outputs(outputs | {"--save-expert-load": options.experts.save_expert_load})
     if options.pictures.draws:
         given = {
-            "--chat": options.chat, "--special": options.special, "--stop": options.stop,
+            "--chat": options.chat,
+            "--special": options.special,
+            "--stop": options.stop,
             "--max-new-tokens": options.max_new_tokens is not None,
             "--speculate": options.speculate != "off",
-        }  # fmt: skip
+        }
         if idle := [name for name, value in given.items() if value]:
             raise ValueError(
                 f"{', '.join(idle)}: --draw writes no text; leave out one or the other"

@@ -38,8 +38,8 @@ def report(runs: dict[int, dict[str, float]]) -> list[str]:
     exams = ("tokenizer", "understanding", "drawing")
     return [
         "Shares of 120 held-out scenes: told from the pixels of their codes; questions answered",
-        "word by word; captions drawn right, guidance 5, temperature 1. Seconds are of both runs,",
-        "exams included.",
+        "word by word; captions drawn right, greedily and without guidance. Seconds are of both",
+        "runs, exams included.",
         "",
         "| seed | tokenizer | understanding | drawing | seconds | processor s |",
         "|---:|---:|---:|---:|---:|---:|",

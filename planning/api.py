@@ -99,8 +99,10 @@ def settle(
             run, lines = fitting_batch(run, gpus)
             derived += lines
     if run.stage != "pretrain":
-        derived.append(f"stage {run.stage}: a training step on full rows; what is sampled, scored "
-                       "or read besides is not counted")  # fmt: skip
+        said = (
+            "a training step on full rows; what is sampled, scored or read besides is not counted"
+        )
+        derived.append(f"stage {run.stage}: {said}")
     return run, tuple(derived), tokens
 
 

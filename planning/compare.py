@@ -8,9 +8,14 @@ from typing import Any
 from sharding.config import AXES
 
 FIGURES = (
-    "step_seconds", "tokens_per_s_per_gpu", "mfu_causal", "mfu_noncausal", "bubble_fraction",
-    "gpu_hours", "cost",
-)  # fmt: skip
+    "step_seconds",
+    "tokens_per_s_per_gpu",
+    "mfu_causal",
+    "mfu_noncausal",
+    "bubble_fraction",
+    "gpu_hours",
+    "cost",
+)
 
 
 def compare(paths: Sequence[str]) -> list[str]:

@@ -109,10 +109,10 @@ class PolicyTrainer(Trainer):
     def gradients(self, state: State, batch: Batch, knobs: Knobs) -> Gradients:
         """Gradient of the policy's loss; metrics: `Metrics` of the objective, and the loss."""
         denominator: Any = loss_denominator(batch["mask"], self.objective)
+        inputs = state["params"], state["router_bias"], batch, denominator
         loss, (metrics, counts_LE), grads = accumulated_gradients(
-            self.model, self.recipe, state["params"], state["router_bias"], batch, denominator,
-            micro_loss=self._loss, add=_add,
-        )  # fmt: skip
+            self.model, self.recipe, *inputs, micro_loss=self._loss, add=_add
+        )
         return Gradients(loss, grads, counts_LE, {"objective": metrics, "train/loss": loss})
 
     def _loss(self, model: DeepSeekV3, micro: Batch, denominator: Any):

@@ -121,9 +121,17 @@ def test_a_copy_gives_its_gradient_to_a_stand_in_in_fp32():
 # ---- whole steps ---------------------------------------------------------------------------------
 
 WIDE = dataclasses.replace(
-    SHALLOW, hidden_size=128, num_heads=8, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16,
-    q_lora_rank=64, kv_lora_rank=32, expert_ffn_size=64, init_std=0.08,
-)  # fmt: skip
+    SHALLOW,
+    hidden_size=128,
+    num_heads=8,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=16,
+    v_head_dim=16,
+    q_lora_rank=64,
+    kv_lora_rank=32,
+    expert_ffn_size=64,
+    init_std=0.08,
+)
 """Blocks of 128 that shards of it cut."""
 STEP = dataclasses.replace(TRAIN, dtype="bfloat16")
 MESHES = {

@@ -215,10 +215,10 @@ def test_the_proof_of_a_gpu_writes_measurements(tmp_path):
         ("V3", "experts, FP8", "both"): (0.06, 1000e12),
     }
     proof.times = [
-        {"model": model, "path": path, "by": "mosaic", "passes": passes, "seconds": seconds,
-         "flop_per_s": speed}
-        for (model, path, passes), (seconds, speed) in times.items()
-    ]  # fmt: skip
+        dict(zip(("model", "path", "passes"), key, strict=True))
+        | {"by": "mosaic", "seconds": seconds, "flop_per_s": speed}
+        for key, (seconds, speed) in times.items()
+    ]
     found = measured(proof)
     assert found["device"].pop("kind") == "cpu"
     file = tmp_path / "proof.json"
