@@ -4,7 +4,7 @@ Here layers are separate modules, not a scanned stack: a scan slices every layer
 the stack, which is a copy of all experts per token where a token reads eight of them.
 
 Letters: B batch, T prompt, Q new tokens of a row, S slots of the cache, D hidden width,
-V vocabulary, K heads of keys, L cached channels (latent and rotary key; or value and key).
+V vocabulary, K heads of keys, L cached channels (latent and rotary key).
 """
 
 import dataclasses
@@ -27,9 +27,9 @@ from pallas_kernels.grouped import separate_experts
 STACKS = ("dense_layers", "moe_layers", "mtp")
 EXPERT_WEIGHTS = ("w_gate", "w_up", "w_down")
 EXPERTS = tuple(f"/moe/{name}" for name in EXPERT_WEIGHTS)
-Cache = list[jax.Array]
-"""Per layer [B, S, L], or [B, K, S, L] of grouped attention; the MTP module's own last, if it
-runs."""
+Cache = list[Any]
+"""Per layer latents [B, S, L], or the arrays of grouped attention, whose first axes are rows and
+key heads; the MTP module's own last, if it runs."""
 
 
 def unstack(
@@ -192,16 +192,14 @@ class Decoder:
         for number, (block, halves, routed) in enumerate(layers):
             normed_BTD = block.attn_norm(x_BTD)
             if isinstance(cache, int):
-                y_BTD, rows_BTL = block.attn.expanded(normed_BTD, positions_BT, None, self.recipe)
-                spare = (0, cache - rows_BTL.shape[-2])
-                outer = ((0, 0),) * (rows_BTL.ndim - 2)
-                entries_BSL = jnp.pad(rows_BTL, (*outer, spare, (0, 0)))
+                y_BTD, kept = block.attn(normed_BTD, positions_BT, None, self.recipe)
+                entries = block.attn.cache(kept, cache, self.recipe)
             else:
-                y_BTD, entries_BSL = block.attn.over_cache(
+                y_BTD, entries = block.attn.over_cache(
                     normed_BTD, positions_BT, cache[number], halves, self.recipe
                 )
             x_BTD, found = block.feed_forward(x_BTD + y_BTD, valid_BT, self.recipe, routed=routed)
-            new.append(entries_BSL)
+            new.append(entries)
             stats += [] if found is None else [found]
         return x_BTD, new, stats
 

@@ -1,6 +1,6 @@
 """The compiled programs of generation: prompts to a first token, then some steps at a time.
 
-State (arrays of B rows): `cache`, one [B, S, L] per layer (or [B, K, S, L] of K key heads);
+State (arrays of B rows): `cache`, per layer (`generation/decode.py:Cache`);
 `lengths_B`, tokens in the cache; `pending_B`, the last token drawn, not in the cache yet; `left_B`,
 tokens a row may still give; `finished_B`; `streams_B`, numbers that tell the rows' draws apart;
 `key`. Speculation adds `mtp_cache`, `draft_B` (a guess for the token after pending) and, unless it

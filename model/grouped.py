@@ -5,9 +5,10 @@ heads. Where `tensor` has more shards than there are key heads, every device hol
 takes those of its own queries.
 
 Letters: B batch, T query and S key positions, D hidden width, N heads, K heads of keys and values,
-H channels of a head, L = 2 H channels of a slot of the cache: value, then key.
+H channels of a head.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ from model.layers import RMSNorm, from_stream, project, to_stream, weight
 from model.recipe import KEPT, PLAIN, Recipe
 from model.rope import rotate, rotation, softmax_scale
 from pallas_kernels.attention import Stash, grouped_attention, starts_of_segments
-from pallas_kernels.decode import grouped_decode
+from pallas_kernels.decode import grouped_decode, kept, slot_axis
 from pallas_kernels.mosaic import Backend
 from sharding.context import sequence_shards
 from sharding.partition import as_cut, constrain, on_shards, shard_index, sum_over
@@ -30,7 +31,7 @@ HEADS = ("batch", "seq", "heads", "head_dim")
 KEY_HEADS = ("batch", "seq", "kv_heads", "head_dim")
 """Logical axes of keys and values."""
 CACHE = ("batch", "kv_heads", None, None)
-"""Logical axes of the cache [B, K, S, L]."""
+"""Logical axes of the cache's arrays (`pallas_kernels/decode/grouped.py:kept`)."""
 
 
 class GroupedAttention(nnx.Module):
@@ -58,47 +59,13 @@ class GroupedAttention(nnx.Module):
         positions_BT: jax.Array,
         segments_BT: jax.Array | None,
         recipe: Recipe = PLAIN,
-    ) -> jax.Array:
-        """Causal attention [B, T, D] within each segment (everything is one segment if None).
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """Causal attention [B, T, D] within each segment (everything is one segment if None), and
+        keys and values [B, T, K, H], which a cache keeps.
 
         On a mesh that cuts sequences, tokens come in balanced order (sharding/context.py).
         """
-        return self._attend(self.heads(x_BTD, positions_BT, recipe), segments_BT, recipe)
-
-    def expanded(
-        self,
-        x_BTD: jax.Array,
-        positions_BT: jax.Array,
-        segments_BT: jax.Array | None,
-        recipe: Recipe = PLAIN,
-    ) -> tuple[jax.Array, jax.Array]:
-        """Causal attention [B, T, D], and what a cache keeps of these tokens [B, K, T, L]."""
-        heads = self.heads(x_BTD, positions_BT, recipe)
-        return self._attend(heads, segments_BT, recipe), _slots(*heads[1:])
-
-    def over_cache(
-        self,
-        x_BTD: jax.Array,
-        positions_BT: jax.Array,
-        cache_BKSL: jax.Array,
-        halves: None,
-        recipe: Recipe = PLAIN,
-    ) -> tuple[jax.Array, jax.Array]:
-        """Attention [B, T, D] of T new tokens over a cache, and the cache with them in.
-
-        A token's place in the cache is its position; positions of one row are consecutive. Slots
-        beyond a query's own position may hold anything finite. There are no `halves` here.
-        """
-        q_BTNH, *kv = self.heads(x_BTD, positions_BT, recipe)
-        put = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (0, at, 0)))
-        new_BKTL = _slots(*kv).astype(cache_BKSL.dtype)
-        cache_BKSL = constrain(put(cache_BKSL, new_BKTL, positions_BT[:, 0]), *CACHE)
-        arrays = q_BTNH, cache_BKSL, positions_BT[:, -1] + 1
-        o_BTNH = _decode_on_shards(*arrays, softmax_scale(self.config), recipe.kernels.decode)
-        return self.output(o_BTNH, recipe), cache_BKSL
-
-    def _attend(self, heads, segments_BT: jax.Array | None, recipe: Recipe) -> jax.Array:
-        q_BTNH, k_BTKH, v_BTKH = heads
+        q_BTNH, k_BTKH, v_BTKH = self.heads(x_BTD, positions_BT, recipe)
         scale = softmax_scale(self.config)
         if sequence_shards() > 1:
             form = Form(scale, self.config.num_heads, as_cut(KEY_HEADS, k_BTKH.shape), recipe.stash)
@@ -106,7 +73,45 @@ class GroupedAttention(nnx.Module):
         else:
             arrays = q_BTNH, k_BTKH, v_BTKH, segments_BT
             o_BTNH = _attend_on_shards(*arrays, scale, recipe)
-        return self.output(o_BTNH, recipe)
+        return self.output(o_BTNH, recipe), (k_BTKH, v_BTKH)
+
+    def cache(
+        self, kv: tuple[jax.Array, jax.Array], slots: int, recipe: Recipe
+    ) -> tuple[jax.Array, ...]:
+        """A cache with room for so many tokens that begins with these keys and values."""
+        axis = slot_axis(recipe.kernels.decode)
+
+        def with_room(x: jax.Array) -> jax.Array:
+            spare = [(0, slots - x.shape[axis]) if i == axis else (0, 0) for i in range(x.ndim)]
+            return constrain(jnp.pad(x, spare), *CACHE)
+
+        return tuple(with_room(x) for x in kept(*kv, recipe.kernels.decode))
+
+    def over_cache(
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        cache: tuple[jax.Array, ...],
+        halves: None,
+        recipe: Recipe = PLAIN,
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """Attention [B, T, D] of T new tokens over a cache, and the cache with them in.
+
+        A token's place in the cache is its position; positions of one row are consecutive. Slots
+        beyond a query's own position may hold anything finite. There are no `halves` here.
+        """
+        q_BTNH, k_BTKH, v_BTKH = self.heads(x_BTD, positions_BT, recipe)
+        backend = recipe.kernels.decode
+        put = jax.vmap(
+            functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=slot_axis(backend) - 1)
+        )
+        cache = tuple(
+            constrain(put(held, new.astype(held.dtype), positions_BT[:, 0]), *CACHE)
+            for held, new in zip(cache, kept(k_BTKH, v_BTKH, backend), strict=True)
+        )
+        arrays = q_BTNH, cache, positions_BT[:, -1] + 1
+        o_BTNH = _decode_on_shards(*arrays, softmax_scale(self.config), backend)
+        return self.output(o_BTNH, recipe), cache
 
     def heads(
         self, x_BTD: jax.Array, positions_BT: jax.Array, recipe: Recipe
@@ -151,21 +156,16 @@ def _attend_on_shards(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale: float, recipe:
     return on_shards(on_shard, names, (HEADS,))(*arrays)[0]
 
 
-def _slots(k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
-    """Slots of the cache [B, K, T, L]."""
-    return constrain(jnp.concatenate([v_BTKH, k_BTKH], axis=-1).swapaxes(1, 2), *CACHE)
-
-
-def _decode_on_shards(q_BTNH, cache_BKSL, lengths_B, scale: float, backend: Backend) -> jax.Array:
+def _decode_on_shards(q_BTNH, cache, lengths_B, scale: float, backend: Backend) -> jax.Array:
     """Attention over the cache [B, T, N, H], each device on its own rows and heads."""
-    total, cache = q_BTNH.shape[2], as_cut(CACHE, cache_BKSL.shape)
+    total, names = q_BTNH.shape[2], as_cut(CACHE, cache[0].shape)
 
-    def on_shard(q_BTNH, cache_BKSL, lengths_B):
-        cache_BKSL = own_heads(cache_BKSL, q_BTNH.shape[2], total, cache, axis=1)
-        return (grouped_decode(q_BTNH, cache_BKSL, lengths_B, scale=scale, backend=backend),)
+    def on_shard(q_BTNH, lengths_B, *cache):
+        own = tuple(own_heads(x, q_BTNH.shape[2], total, names, axis=1) for x in cache)
+        return (grouped_decode(q_BTNH, own, lengths_B, scale=scale, backend=backend),)
 
-    run = on_shards(on_shard, (HEADS, cache, ("batch",)), (HEADS,))
-    return run(q_BTNH, cache_BKSL, lengths_B)[0]
+    run = on_shards(on_shard, (HEADS, ("batch",), *(names for _ in cache)), (HEADS,))
+    return run(q_BTNH, lengths_B, *cache)[0]
 
 
 def own_heads(kv: jax.Array, here: int, total: int, names, axis: int = 2) -> jax.Array:

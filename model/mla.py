@@ -65,21 +65,12 @@ class MLA(nnx.Module):
         positions_BT: jax.Array,
         segments_BT: jax.Array | None,
         recipe: Recipe = PLAIN,
-    ) -> jax.Array:
-        """Causal attention within each segment (everything is one segment if None).
+    ) -> tuple[jax.Array, jax.Array]:
+        """Expanded: causal attention [B, T, D] within each segment (everything is one segment if
+        None), and what a cache keeps of these tokens [B, T, L].
 
         On a mesh that cuts sequences, tokens come in balanced order (sharding/context.py).
         """
-        return self.expanded(x_BTD, positions_BT, segments_BT, recipe)[0]
-
-    def expanded(
-        self,
-        x_BTD: jax.Array,
-        positions_BT: jax.Array,
-        segments_BT: jax.Array | None,
-        recipe: Recipe = PLAIN,
-    ) -> tuple[jax.Array, jax.Array]:
-        """Causal attention [B, T, D], and what a cache keeps of these tokens [B, T, L]."""
         c = self.config
         cos_sin = rotation(c, positions_BT)
         x_q, down_BTL = self.down(x_BTD, recipe)
@@ -94,6 +85,10 @@ class MLA(nnx.Module):
             arrays = q_BTNH, self.keys_values(c_kv_BTC, recipe), k_rope_BTR, segments_BT
             o_BTNV = _attend_on_shards(*arrays, softmax_scale(c), recipe)
         return self.output(o_BTNV, recipe), latents_BTL
+
+    def cache(self, latents_BTL: jax.Array, slots: int, recipe: Recipe) -> jax.Array:
+        """A cache with room for so many tokens [B, S, L] that begins with these."""
+        return jnp.pad(latents_BTL, ((0, 0), (0, slots - latents_BTL.shape[1]), (0, 0)))
 
     def keys_values(self, c_kv_BTC: jax.Array, recipe: Recipe) -> jax.Array:
         """Per head its key without rotation, then its value [B, T, N, W] (eq. 2, 5)."""

@@ -85,7 +85,8 @@ class Block(nnx.Module):
     ):
         """Next hidden state [B, T, D] and the layer's MoEStats (None for a dense layer)."""
         normed_BTD = self.attn_norm(x_BTD)
-        x_BTD = x_BTD + self.attn(normed_BTD, tokens.positions_BT, tokens.segments_BT, recipe)
+        y_BTD, _ = self.attn(normed_BTD, tokens.positions_BT, tokens.segments_BT, recipe)
+        x_BTD = x_BTD + y_BTD
         return self.feed_forward(x_BTD, tokens.valid_BT, recipe, replayed_BTK)
 
     def feed_forward(

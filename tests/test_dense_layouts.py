@@ -136,7 +136,7 @@ def test_decoded_positions_have_the_logits_of_the_full_forward_pass():
     ids = np.random.default_rng(0).integers(3, 64, 24).astype(np.int32)
     positions = jnp.arange(24)[None]
     hidden, cache, _ = decoder.read(ids[None, :9], positions[:, :9], 32)
-    assert sum(entry.size for entry in cache) / 32 * 2 == cache_bytes_per_token(MODEL)
+    assert sum(x.size for x in jax.tree.leaves(cache)) / 32 * 2 == cache_bytes_per_token(MODEL)
     found = [decoder.logits(hidden[0])]
     for at in range(9, 24, 3):  # three tokens at a time
         part = slice(at, at + 3)

@@ -39,7 +39,7 @@ def test_golden_file_is_of_its_case(ref):
 
 
 def test_attention(ref):
-    out = ref.layer(0).attn(jnp.asarray(ref["attn_in"]), ref.tokens.positions_BT, None)
+    out, _ = ref.layer(0).attn(jnp.asarray(ref["attn_in"]), ref.tokens.positions_BT, None)
     close(out, ref["attn_out"], BLOCK_ATOL)
 
 
@@ -91,7 +91,7 @@ def test_attention_notices(case, change):
     if isinstance(value, dict):
         change = {field: dataclasses.replace(getattr(config, field), **value)}
     changed = dataclasses.replace(ref, config=dataclasses.replace(config, **change))
-    out = changed.layer(0).attn(jnp.asarray(ref["attn_in"]), ref.tokens.positions_BT, None)
+    out, _ = changed.layer(0).attn(jnp.asarray(ref["attn_in"]), ref.tokens.positions_BT, None)
     assert np.abs(np.asarray(out) - ref["attn_out"]).max() > 10 * BLOCK_ATOL
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.attention import grouped_attention
-from pallas_kernels.decode import grouped_decode
+from pallas_kernels.decode import grouped_decode, kept
 
 SCALE = 0.25
 
@@ -57,10 +57,10 @@ def test_decoding_is_the_reference(backend, dtype, atol):
     B, S, N, K, H, Q = 2, 64, 4, 2, 32, 2
     rng = np.random.default_rng(1)
     q = jnp.asarray(rng.normal(size=(B, Q, N, H)), dtype)
-    cache = jnp.asarray(rng.normal(size=(B, K, S, 2 * H)), dtype)
+    kv = [jnp.asarray(rng.normal(size=(B, S, K, H)), dtype) for _ in range(2)]
     lengths = jnp.asarray([9, 40], jnp.int32)
-    found = grouped_decode(q, cache, lengths, scale=SCALE, backend=backend)
-    values, keys = (np.asarray(x, np.float64) for x in jnp.split(cache, 2, axis=-1))
+    found = grouped_decode(q, kept(*kv, backend), lengths, scale=SCALE, backend=backend)
+    keys, values = (np.asarray(x, np.float64).swapaxes(1, 2) for x in kv)
     for b in range(B):
         for i in range(Q):
             seen = int(lengths[b]) - (Q - 1 - i)

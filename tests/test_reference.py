@@ -78,7 +78,7 @@ def test_golden_file_is_of_its_case(ref):
 
 def test_attention(ref):
     x_BTD = jnp.asarray(ref["attn_in"])
-    out = ref.layer(0).attn(x_BTD, ref.tokens.positions_BT, None)
+    out, _ = ref.layer(0).attn(x_BTD, ref.tokens.positions_BT, None)
     close(out, ref["attn_out"], BLOCK_ATOL)
 
 
@@ -220,7 +220,7 @@ def test_attention_notices(case, change):
     if change.get("yarn"):
         change = {"yarn": dataclasses.replace(ref.config.yarn, **change["yarn"])}
     changed = dataclasses.replace(ref, config=dataclasses.replace(ref.config, **change))
-    out = changed.layer(0).attn(jnp.asarray(ref["attn_in"]), ref.tokens.positions_BT, None)
+    out, _ = changed.layer(0).attn(jnp.asarray(ref["attn_in"]), ref.tokens.positions_BT, None)
     assert np.abs(np.asarray(out) - ref["attn_out"]).max() > 10 * BLOCK_ATOL
 
 
