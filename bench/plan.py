@@ -277,6 +277,15 @@ PUBLISHED = (
         {"batch_size": 256, "fp8": False}, 8667, "torchtitan #1610, FlexAttention, EP 8",
         "theirs waits for the host, and its attention is no kernel for these heads", TORCHTITAN,
     ),
+    Published(
+        "Llama 3.1 405B, 16,384 H100, BF16", "llama31_405b", make_hardware("h100"), 16384,
+        MeshConfig(
+            pipe=16, fsdp=128, tensor=8, sequence=True, schedule="interleaved", pipe_chunks=4
+        ),
+        128, {"batch_size": 2048}, 140.5,
+        "model card: 30.84 M GPU hours for 15.6 T tokens",
+        "the card's hours hold long contexts and lost time; chunks were of one layer", MEGATRON,
+    ),
 )  # fmt: skip
 
 

@@ -111,7 +111,7 @@ def _sizes(case: Case) -> Iterator[Proposal]:
     pairs = ("fsdp data", "expert data", "expert fsdp", "pipe data", "data pipe", "fsdp tensor")
     for grown, shrunk in map(str.split, pairs):
         size = getattr(mesh, shrunk)
-        if size % 2:
+        if size % 2 or (grown == "expert" and not case.model.has_experts):
             continue
         sizes = {grown: 2 * getattr(mesh, grown), shrunk: size // 2}
         what = ", ".join(f"{name} {size}" for name, size in sizes.items())

@@ -28,6 +28,8 @@ def _neighbours(run: RunConfig, hardware: Hardware, gpus: int) -> Iterator[str]:
     seen: set[str] = set()
     tries = 0
     for candidate in _near(mesh, gpus):
+        if candidate.expert > 1 and not run.model.has_experts:
+            continue
         shards = candidate.data * candidate.fsdp * candidate.expert
         for count in _counts(candidate, train.batch_size // shards):
             settled = dataclasses.replace(
