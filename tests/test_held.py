@@ -153,7 +153,7 @@ def quantised_once(mesh: MeshConfig):
     return gradients(mesh, FP8)
 
 
-DEFAULT = ("one device", "pipe x expert")
+DEFAULT = ("one device",)
 
 
 @pytest.mark.parametrize(
