@@ -19,6 +19,7 @@ from model.kernels import choose
 from model.recipe import Kernels, Recipe
 from model.stages import stage_costs
 from planning.hardware import Hardware
+from planning.stretch import planned_table
 from planning.ways import OWN, Ways
 from runtime.gpus import GPUS
 from sharding.config import MeshConfig
@@ -28,7 +29,7 @@ from sharding.mesh import axis_sizes, planned_layout, resolve
 from sharding.partition import Layout, batch_shards, pipeline_ranks
 from sharding.pipeline.schedule import Schedule
 from sharding.pipeline.stage_weights import Placement, place_layers
-from sharding.pipeline.ticks import Table, tick_table
+from sharding.pipeline.ticks import Table
 from training.config import TrainConfig
 from training.gradients import make_pipeline_schedule
 from training.recipe import recipe_of
@@ -106,7 +107,8 @@ class Case:
     def table(self) -> Table:
         """The schedule in ticks, with its slots."""
         assert self.schedule is not None
-        return _table(self.mesh.schedule, self.mesh.pipe, self.micro_batches, self.mesh.pipe_chunks)
+        mesh = self.mesh
+        return planned_table(mesh.schedule, mesh.pipe, self.micro_batches, mesh.pipe_chunks)
 
     @functools.cached_property
     def placement(self) -> Placement:
@@ -168,13 +170,6 @@ class Case:
 @functools.cache
 def _probe(config: MeshConfig, devices: int, device: PlannedDevice) -> Layout:
     return planned_layout(config, devices, device)
-
-
-@functools.lru_cache(maxsize=256)
-def _table(name: str, ranks: int, micro_batches: int, chunks: int) -> Table:
-    from sharding.pipeline.schedule import make_schedule
-
-    return tick_table(make_schedule(name, ranks, micro_batches, chunks))
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from rich.progress import track
 from configs.schema import RunConfig
 from planning.case import Case, make_case, whole_state
 from planning.hardware import Hardware
+from planning.memory import memory_of
 from planning.report import GIB, Report, axes_of, report_of
 from sharding.config import MeshConfig
 from training.schedule import BatchPlan
@@ -24,6 +25,8 @@ SCHEDULES: tuple[Literal["1f1b", "zb1p", "dualpipe", "dualpipev"], ...] = (
     "1f1b", "zb1p", "dualpipe", "dualpipev",
 )  # fmt: skip
 REMAT: tuple[Literal["selective", "full"], ...] = ("selective", "full")
+MOST_BEST = 64
+"""Layouts that a search keeps."""
 MOST_GPUS = 1 << 14
 """Where `fewest` gives up."""
 
@@ -52,7 +55,7 @@ class Found:
     best: tuple[Report, ...]
     """Of those that fit, the fastest first; where none fits, the smallest first."""
     front: tuple[Report, ...]
-    """Layouts that no other beats in both memory and speed."""
+    """Those that fit and that no other beats in both memory and speed."""
     cases: tuple[Case, ...] = dataclasses.field(default=(), repr=False)
     """Those of `best`."""
 
@@ -140,24 +143,29 @@ def ranked(
     """
     tokens = float(BatchPlan(run.train).tokens_before(run.train.steps))
     tried = list(candidates(run, hardware, gpus, limits))
-    pairs, reason = [], "no mesh divides them"
+    fitting: list[tuple[Report, Case]] = []
+    others: list[Case] = []
+    reason = "no mesh divides them"
     bar: Callable[..., Any] = track if show and sys.stderr.isatty() else _plainly
     for candidate in bar(tried, description=f"{len(tried)} layouts"):
         try:
             case = make_case(candidate, hardware, gpus, total_tokens=tokens)
-            pairs.append((report_of(case, name), case))
+            if memory_of(case).fits:
+                fitting.append((report_of(case, name), case))
+            else:
+                others.append(case)
         except ValueError as error:
             reason = str(error)
-    if not pairs:
+    legal = len(fitting) + len(others)
+    if not legal:
         raise ValueError(f"no layout of {gpus} GPUs is legal under the limits: {reason}")
-    fitting = [pair for pair in pairs if pair[0].memory.fits]
-    if fitting:
-        fitting.sort(key=lambda pair: -pair[0].tokens_per_s_per_gpu)
-    else:
-        fitting = sorted(pairs, key=lambda pair: pair[0].memory.total)
-    front = pareto([report for report, _ in pairs])
-    best, cases = zip(*fitting[:64], strict=True)
-    return Found(name, gpus, len(tried), len(pairs), best, tuple(front), cases)
+    fitting.sort(key=lambda pair: -pair[0].tokens_per_s_per_gpu)
+    if not fitting:
+        others.sort(key=lambda case: memory_of(case).total)
+        fitting = [(report_of(case, name), case) for case in others[:MOST_BEST]]
+    front = pareto([report for report, _ in fitting])
+    best, cases = zip(*fitting[:MOST_BEST], strict=True)
+    return Found(name, gpus, len(tried), legal, best, tuple(front), cases)
 
 
 def _plainly(items: list[RunConfig], description: str) -> Iterator[RunConfig]:

@@ -17,7 +17,7 @@ CORE = ("model", "sharding", "programs", "runtime", "training", "data", "checkpo
 """Together with the entry points they are one part."""
 BUDGETS = {
     "core": 14_500, "pallas_kernels": 6_400, "rl": 8_000, "bench": 3_600, "configs": 950,
-    "planning": 3_300, "vision": 3_150,
+    "planning": 3_360, "vision": 3_150,
 }  # fmt: skip
 """Lines of Python, docstrings and blank lines included."""
 STANDS_AT = {

@@ -8,6 +8,7 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
 
 import plan as entry
@@ -22,14 +23,16 @@ from planning.memory import carried_by
 from planning.page import page_of
 from planning.report import GIB
 from planning.search import Limits, pareto, ranked
+from planning.stretch import planned_table
 from planning.time import passes_of
 from planning.traffic import traffic_of
 from planning.ways import DEEPSEEK
 from programs.absent_gpus import GPUS as COMPILED_FOR
 from runtime.gpus import GPUS
 from sharding.config import LAYOUTS, MeshConfig
-from sharding.pipeline.schedule import make_schedule
+from sharding.pipeline.schedule import SCHEDULES, make_schedule
 from sharding.pipeline.simulate import Costs, simulate
+from sharding.pipeline.ticks import tick_table
 from training.throughput import PEAK_BF16_TFLOPS
 
 H100 = make_hardware("h100")
@@ -372,6 +375,20 @@ def test_search_ranks_legal_layouts_and_keeps_the_front():
     assert speeds == sorted(speeds, reverse=True)
     assert found.front == tuple(pareto(list(found.front)))
     assert {report.gpus for report in found.best} == {4}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_long_schedule_is_planned_as_it_is(name):
+    """The block of ticks that repeats is found; ops, chunks and slots are those of the whole."""
+    chunks = 3 if name == "interleaved" else 1
+    for ranks, micro_batches in [(2, 14), (4, 24), (6, 60)]:
+        whole = tick_table(make_schedule(name, ranks, micro_batches, chunks))
+        found = planned_table(name, ranks, micro_batches, chunks)
+        for column in ("code", "f_chunk", "b_chunk"):
+            np.testing.assert_array_equal(getattr(found, column), getattr(whole, column))
+        assert found[len(whole.columns()) :] == whole[len(whole.columns()) :], "slots and channels"
+        repeated = (found.f_micro != whole.f_micro).any()
+        assert repeated == (name != "gpipe"), "of few micro batches, but for gpipe"
 
 
 def test_memory_line_of_a_run_and_its_refusal():

@@ -58,8 +58,12 @@ class Schedule:
     routes: tuple[Route, ...]
     route_of: tuple[int, ...]
     """Per micro-batch, the route that it takes."""
-    orders: tuple[tuple[Op, ...], ...]
-    """Per rank, its ops in the order of execution."""
+
+    @functools.cached_property
+    def orders(self) -> tuple[tuple[Op, ...], ...]:
+        """Per rank, its ops in the order of execution."""
+        sizes = self.ranks, self.micro_batches, self.chunks
+        return tuple(tuple(_order(self.name, rank, *sizes)) for rank in range(self.ranks))
 
     @property
     def num_stages(self) -> int:
@@ -118,8 +122,7 @@ def make_schedule(name: str, ranks: int, micro_batches: int, chunks: int = 1) ->
     else:
         routes = (tuple((rank, chunk) for chunk in range(held) for rank in range(ranks)),)
         route_of = (0,) * micro_batches
-    orders = tuple(tuple(_order(name, rank, ranks, micro_batches, held)) for rank in range(ranks))
-    return Schedule(name, ranks, held, micro_batches, routes, route_of, orders)
+    return Schedule(name, ranks, held, micro_batches, routes, route_of)
 
 
 def _check_sizes(name: str, ranks: int, micro_batches: int, chunks: int) -> None:
