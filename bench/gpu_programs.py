@@ -48,9 +48,29 @@ from training.recipe import recipe_of
 from training.step import Trainer
 
 GIB = 2**30
-V3 = "--config v3_671b --nodes 256"
-FSDP = f"{V3} --mesh fsdp=32,expert=64,expert_nodes=8"
-PAPER = f"{V3} --mesh pipe=16,data=2,expert=64,expert_nodes=8,schedule=dualpipe --micro-batches"
+FSDP = "--config v3_671b --nodes 256 --mesh fsdp=32,expert=64,expert_nodes=8"
+V3 = "--config v3_671b --kernels mosaic --gpu h800"
+PAPER = f"{V3} --layout deepseek --micro-batches"
+FIT = {
+    "V3, pipe 16, data 2, expert 64, dualpipe, 32 micro batches": f"{PAPER} 32",
+    "the same, 120 micro batches": f"{PAPER} 120",
+    "the same in FP8, 32": f"{PAPER} 32 --fp8",
+    "the same in FP8, 120": f"{PAPER} 120 --fp8",
+    "V3, pipe 16, data 2, expert 64, dualpipev, 32": f"{V3} --micro-batches 32 "
+    "--mesh pipe=16,data=2,expert=64,expert_nodes=8,schedule=dualpipev",
+    "V3, pipe 16, data 2, expert 64, interleaved by 3, 32": f"{V3} --micro-batches 32 "
+    "--mesh pipe=16,data=2,expert=64,expert_nodes=8,schedule=interleaved,pipe_chunks=3",
+    "V3 in FP8, pipe 8, expert 64, dualpipe, 32": f"{V3} --micro-batches 32 --fp8 "
+    "--mesh pipe=8,expert=64,expert_nodes=8,schedule=dualpipe",
+    "V3 in FP8, pipe 8, expert 32, dualpipev, 60": f"{V3} --micro-batches 60 --fp8 "
+    "--mesh pipe=8,expert=32,expert_nodes=4,schedule=dualpipev",
+    "V3 in FP8, no pipeline: fsdp 16, expert 32, 4": f"{V3} --micro-batches 4 --fp8 "
+    "--mesh fsdp=16,expert=32,expert_nodes=4 --remat full",
+    "V3 in FP8, no pipeline: fsdp 8, expert 32, 4": f"{V3} --micro-batches 4 --fp8 "
+    "--mesh fsdp=8,expert=32,expert_nodes=4 --remat full",
+    "V2-Lite, expert 8, 2 sequences a GPU, 2": "--config v2_lite --kernels mosaic --gpu h100 "
+    "--mesh expert=8 --sequences 2",
+}
 STACK = (
     "--config v3_671b --per-node 1 --mesh data=1 --kernels mosaic --micro-batches 1 "
     "--dense-layers 1 --experts 16 --moe-layers"
@@ -74,16 +94,13 @@ LAYOUTS = {
     "tiny, fsdp 8": "--mesh fsdp=8",
     "tiny, tensor 4, expert 2, sequence": "--mesh tensor=4,expert=2,sequence=true",
     "v2_lite, expert 8, overlap": "--config v2_lite --mesh expert=8,overlap=true --micro-batches 4",
-    "v2_lite, expert 8, 2 sequences a GPU, kernels": "--config v2_lite --kernels mosaic --gpu h100 "
-    "--mesh expert=8 --sequences 2",
-    "V3, pipe 16, data 2, expert 64, 32 micro batches": f"{PAPER} 32",
-    "V3, the same, 128 micro batches": f"{PAPER} 128",
     "V3, fsdp 32, expert 64, 4 MoE layers": f"{FSDP} --moe-layers 4",
     "V3, fsdp 32, expert 64": FSDP,
 }
 TABLES = {
     "layouts": ("Train steps compiled for absent H200s", LAYOUTS),
     "kernels": ("Train steps through the kernels, compiled for absent H200s", THROUGH_KERNELS),
+    "fit": ("What fits GPUs of 80 GB, compiled for absent ones", FIT),
 }
 """Sections of the results: title, and of each row its name and options."""
 
@@ -137,6 +154,7 @@ def trainer_of(options: argparse.Namespace) -> Trainer:
     train = dataclasses.replace(
         train,
         fp8=options.fp8,
+        remat=options.remat or train.remat,
         batch_size=rows * options.micro_batches,
         micro_batch_size=rows,
         batch_ramp_from=0,
@@ -293,19 +311,41 @@ def row(name: str, report: Report, seconds: Seconds) -> str:
     )
 
 
+COLUMNS = (
+    "layout", "GPUs", "lower, s", "compile, s", "processor, s", "state, GiB", "temporaries, GiB",
+    "exchanges beside the other's products", "collectives: op, axes, executions",
+    "calls in the text",
+)  # fmt: skip
+PARTS = ("weights", "gradients", "optimizer", "stash", "workspace")
+COLUMNS_OF_FIT = (
+    "layout, micro batches", "GPUs", "state and batch, GiB", "temporaries, GiB", "together",
+    *PARTS, "sums over expert and data, GB a step", "processor, s",
+)  # fmt: skip
+
+
+def row_of_fit(name: str, report: Report, seconds: Seconds) -> str:
+    """A line of the table of what fits."""
+    sums = sum(
+        size
+        for op, axes, _, size in report.collectives
+        if op in ("all-reduce", "reduce-scatter") and re.fullmatch(r"[^?~]*(data|expert)", axes)
+    )
+    both = (report.arguments, report.temporaries, report.arguments + report.temporaries)
+    sizes = (*both, *(report.parts.get(part, 0) for part in PARTS))
+    cells = [name, str(report.devices), *(f"{size / GIB:.2f}" for size in sizes)]
+    return f"| {' | '.join([*cells, f'{sums / 1e9:.1f}', f'{seconds.processor:.0f}'])} |"
+
+
 def table(cases: dict[str, str]) -> list[str]:
     """Every case, each in a process of its own."""
-    columns = ("layout", "GPUs", "lower, s", "compile, s", "processor, s")
-    columns += ("state, GiB", "temporaries, GiB")
-    columns += ("exchanges beside the other's products", "collectives: op, axes, executions")
-    columns += ("calls in the text",)
+    columns, line = (COLUMNS_OF_FIT, row_of_fit) if cases is FIT else (COLUMNS, row)
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, arguments in cases.items():
         with tempfile.NamedTemporaryFile(suffix=".json") as file:
             command = [sys.executable, "-m", "bench.gpu_programs", *arguments.split()]
             subprocess.run([*command, "--json", file.name], cwd=ROOT, check=True)
             found = json.load(file)
-        lines.append(row(name, Report(**found["report"]), Seconds(**found["seconds"])))
+        lines.append(line(name, Report(**found["report"]), Seconds(**found["seconds"])))
         print(lines[-1], flush=True)
     return lines
 
@@ -327,6 +367,7 @@ def parser() -> Command:
     found.add_argument("--experts", type=int, default=0, help="routed experts; 0: the preset's")
     found.add_argument("--kernels", default="portable", help="as of train.py")
     found.add_argument("--fp8", action="store_true", help="as of train.py")
+    found.add_argument("--remat", choices=("none", "selective", "full"), help="recomputation")
     found.add_argument(
         "--memory-only",
         action=argparse.BooleanOptionalAction,
