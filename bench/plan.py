@@ -225,11 +225,7 @@ class Published:
 
     def report(self, ways: Ways | None = None) -> Report:
         """Our prediction, with the ways of their system or others."""
-        run: RunConfig = dataclasses.replace(preset(self.preset), kernels="portable")
-        if self.preset == "v3_671b" and self.gpus == 2048:
-            run = preset("v3_671b")
-        if not self.train.get("fp8") and "h" in self.hardware.gpu_name[:1]:
-            run = dataclasses.replace(run, kernels="auto")
+        run: RunConfig = preset(self.preset)
         settings = {"batch_ramp_from": 0, "batch_ramp_tokens": 0.0} | self.train
         case = case_of(run, self.hardware, self.gpus, self.mesh, self.micro_batch_size, **settings)
         return report_of(dataclasses.replace(case, ways=ways or self.ways), self.what)

@@ -5,6 +5,7 @@ kernel or a `keep` decides is counted, and nothing of it is written down twice. 
 traced where all of them are on one device: with recomputation their exchange leaves nothing.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -17,11 +18,15 @@ from model.blueprint import bind_part, blueprint
 from model.config import ModelConfig
 from model.recipe import Recipe
 from model.transformer import Tokens
+from pallas_kernels.mosaic import Backend
 from sharding.devices import num_devices
 from sharding.partition import Layout, use_layout
 from sharding.sizes import activation_shards
 
 STACK = "moe_layers"
+STAND_INS: dict[Backend, Backend] = {"cudnn": "portable", "library": "mosaic"}
+"""Attention that is traced in place of one that needs a GPU or an extra package, and keeps as
+much: cuDNN's the output alone, the library's sums of its rows too, two where ours has one."""
 
 
 class Kept(NamedTuple):
@@ -48,6 +53,10 @@ def kept_by_layer(
     `layout` is the smallest one that takes the same ways: a mesh of two replicas, with `context`
     where sequences are cut; without recomputation one with the experts where they are.
     """
+    stand_in = STAND_INS.get(recipe.kernels.attention)
+    if stand_in is not None:
+        kernels = recipe.kernels._replace(attention=stand_in)
+        recipe = dataclasses.replace(recipe, kernels=kernels)
     return _traced(config, recipe, seq_len, layout, stack)
 
 

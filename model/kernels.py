@@ -128,6 +128,19 @@ def _from_library(
     return Choice(Kernels(**taken), {name: refusals[name] or why for name in paths}, paths)
 
 
+def on_planned_host(
+    requested: Requested, choice: Choice, config: ModelConfig, dtype: str, layout: Layout
+) -> Kernels:
+    """Kernels of a choice for GPUs that are planned: their host has the library, which `make
+    gpu-env` installs, whether this one has it or not."""
+    absent = requested == "auto" and library.missing() and not_hopper(layout)
+    if not absent or choice.kernels.attention != "portable" or config.attention == "grouped":
+        return choice.kernels
+    with use_layout(layout):  # shapes that ours take, so does the library
+        refused = _attention(config, dtype)
+    return choice.kernels if refused else choice.kernels._replace(attention="library")
+
+
 # ---- what stands in a kernel's way ---------------------------------------------------------------
 
 

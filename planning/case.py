@@ -15,7 +15,7 @@ from configs.schema import RunConfig
 from model.blueprint import blueprint
 from model.config import ModelConfig
 from model.kept import Kept, kept_by_layer
-from model.kernels import choose
+from model.kernels import choose, on_planned_host
 from model.recipe import Kernels, Recipe
 from model.stages import stage_costs
 from planning.hardware import Hardware
@@ -190,8 +190,9 @@ def whole_state(model: ModelConfig, train: TrainConfig) -> int:
 
 def planned_device(gpu: str) -> PlannedDevice:
     """A GPU by name as a layout sees it."""
-    capability = {"a100": "8.0", "b200": "10.0", "gb200": "10.0"}.get(gpu, "9.0")
-    return PlannedDevice("cuda", f"NVIDIA {GPUS[gpu].name}", capability)
+    name = GPUS[gpu].name
+    capability = {"A100": "8.0", "L40S": "8.9", "B200": "10.0", "GB200": "10.0", "GB300": "10.3"}
+    return PlannedDevice("cuda", f"NVIDIA {name}", capability.get(name, "9.0"))
 
 
 def make_case(
@@ -223,7 +224,8 @@ def make_case(
         )
     train = dataclasses.replace(run.train, batch_ramp_from=0, batch_ramp_tokens=0)
     choice = choose(run.kernels, run.model, train.dtype, layout, train.fp8)
-    recipe = recipe_of(train, choice.kernels)
+    kernels = on_planned_host(run.kernels, choice, run.model, train.dtype, layout)
+    recipe = recipe_of(train, kernels)
     trainer = Trainer(run.model, train, recipe, layout)
     run = dataclasses.replace(run, train=train, mesh=mesh)
     case = Case(run, hardware, trainer, derived, total_tokens)

@@ -185,7 +185,7 @@ class Hardware:
         low = max((n for n in lengths if n <= length), default=high)
         share = 0.0 if high == low else math.log(length / low) / math.log(high / low)
         speed = ATTENTION_FORWARD[low] + share * (ATTENTION_FORWARD[high] - ATTENTION_FORWARD[low])
-        if self.gpu_name in ("b200", "gb200"):
+        if self.gpu_name in ("b200", "gb200", "gb300"):
             most = BLACKWELL_ATTENTION["backward" if backward else "forward"]
             return self.gpu.bf16 * most * speed / ATTENTION_FORWARD[lengths[-1]]
         return self.gpu.bf16 * speed * (ATTENTION_BACKWARD.value if backward else 1.0)

@@ -147,6 +147,24 @@ def test_a_dense_model_of_one_node_worked_out_by_hand():
     assert {one.axis for one in traffic_of(case, passing)} == {"fsdp"}
 
 
+def test_a_dense_model_whose_attention_is_cudnns_is_planned_without_it():
+    """What a layer keeps is traced, and JAX traces cuDNN's attention where cuDNN is alone."""
+    report = plan("qwen25_1_5b", gpu="a100", gpus=8)
+    assert report.layout["attention"] == "cudnn"
+    # A layer's input and attention's output, 1536 numbers each of 8 x 8192 tokens, in bf16.
+    kept = 28 * 8 * 8192 * 2 * 1536 * 2
+    assert report.memory.stash == pytest.approx(kept, rel=1e-3)  # and positions
+
+
+def test_gpus_that_take_the_library_are_planned_with_it():
+    """Their hosts have it; attention's T x T in XLA's blocks would count for nothing that runs."""
+    for gpu in ("l40s", "a100-80", "b200", "gb300"):
+        report = plan("v2_lite", gpu=gpu, gpus=8, layout=MeshConfig(expert=8))
+        assert report.layout["attention"] == "library"
+    ours = plan("v2_lite", gpu="h200", gpus=8, layout=MeshConfig(expert=8))
+    assert ours.memory.stash == report.memory.stash
+
+
 def test_a_dense_model_in_a_pipeline_is_cut_evenly():
     mesh = MeshConfig(pipe=4, fsdp=2)
     case = case_of("qwen25_7b", H100, 8, mesh, 2, batch_size=32)
@@ -279,7 +297,7 @@ def test_unknown_presets_and_gpus_name_what_there_is(capsys):
         entry.main(["v3"])
     assert ended.value.code == 2
     assert "Known: tiny" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="--gpu h101: there are a100, h100"):
+    with pytest.raises(ValueError, match="--gpu h101: there are a100, l40s, h100"):
         plan("tiny", gpu="h101")
 
 

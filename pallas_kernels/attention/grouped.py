@@ -117,6 +117,12 @@ def _cudnn(
     q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, start_BT: Array | None, scale: float
 ) -> Array:
     mask = None if start_BT is None else pairs(start_BT, 0, q_BTNH.shape[1])
-    return jax.nn.dot_product_attention(
-        q_BTNH, k_BTKH, v_BTKH, mask=mask, scale=scale, is_causal=True, implementation="cudnn"
-    )
+    try:
+        return jax.nn.dot_product_attention(
+            q_BTNH, k_BTKH, v_BTKH, mask=mask, scale=scale, is_causal=True, implementation="cudnn"
+        )
+    except RuntimeError as error:  # JAX asks the library for its version while it traces
+        raise ValueError(
+            f"grouped attention is cuDNN's on this GPU, and there is none here ({error}); "
+            "kernels=portable computes it by XLA, in more memory"
+        ) from None

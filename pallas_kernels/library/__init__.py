@@ -15,7 +15,7 @@ from pallas_kernels.library.grouped import (
     fp8_weights,
     matmul,
 )
-from pallas_kernels.library.installed import by_xla, unusable
+from pallas_kernels.library.installed import by_xla, missing, unusable
 
 __all__ = [
     "attend",
@@ -28,5 +28,6 @@ __all__ = [
     "fp8_rows",
     "fp8_weights",
     "matmul",
+    "missing",
     "unusable",
 ]

@@ -70,8 +70,8 @@ def by_xla() -> Generator[None]:
         _by_xla.reset(token)
 
 
-def unusable(device: Any = None) -> str | None:
-    """Reason why the library cannot serve a device, by default JAX's own; None if it can."""
+def missing() -> str | None:
+    """Reason why the library cannot be called from this environment; None if it can."""
     for name, version in LOCKED.items():
         try:
             found = metadata.version(name)
@@ -79,8 +79,13 @@ def unusable(device: Any = None) -> str | None:
             return f"the library of kernels is not installed ({name}); make gpu-env installs it"
         if found != version:
             return f"{name} is {found}, and is called as {version} has it; install that version"
-    if _by_xla.get():
-        return None
+    return None
+
+
+def unusable(device: Any = None) -> str | None:
+    """Reason why the library cannot serve a device, by default JAX's own; None if it can."""
+    if (why := missing()) or _by_xla.get():
+        return why
     device = device or backend.get_default_device()
     if device.platform not in ("cuda", "gpu"):
         return f"the devices are {device.device_kind}, and the library's kernels are for GPUs"
