@@ -57,7 +57,7 @@ def options_of(size: str, steps: int) -> list[str]:
         --train.bias-update-rate.0.until {0.97 * steps} --train.bias-update-rate.0.value 0.01
         --train.bias-update-rate.1.until {steps} --train.mtp-weight.1.value 0.3
         --train.mtp-weight.0.until {steps / 2} --train.mtp-weight.1.until {steps}
-        --train.eval-every {steps} --train.eval-batches 64 --kernels portable
+        --train.eval-every {steps} --train.eval-batches {min(64, steps)} --kernels portable
         --checkpoint.every 250 --checkpoint.keep 1"""
     return [*words.split(), *SIZES[size].split()]
 

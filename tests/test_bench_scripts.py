@@ -21,28 +21,25 @@ SCRIPTS = {
     "expert_exchange": slow,
     "expert_memory": pytest.mark.gpu_compile,
     "gpu_programs": pytest.mark.gpu_compile,
-    "gpu_proof": slow,
-    "fp8_runs": slow,
     "import_memory": slow,
     "library_kernels": pytest.mark.library,
     "numerics": slow,
     "plan": slow,
-    "r1": slow,
     "scaling": slow,
     "speculation": slow,
     "step": pytest.mark.reference,
-    "tiny": slow,
 }
 """Scripts and the suite that runs each."""
 OPTIONS = {
-    "gpu_proof": "--json {}/proof.json",
-    "r1": "--folder {}",
-    "tiny": "--run-dir {}",
+    "numerics": "--steps 4 --variants 2",
 }
-SCRIPTS_OF_RUNS = ("distill", "janus", "kernels", "recipe", "routing_replay", "search")
+SCRIPTS_OF_RUNS = (
+    "distill", "fp8_runs", "janus", "kernels", "r1", "recipe", "routing_replay", "search", "tiny",
+)  # fmt: skip
 """Scripts that take minutes at any size: here they only start."""
-ELSEWHERE = {"hf", "import_share"}
-"""Run by `step` and `decode` under PyTorch's interpreter; and by tests/test_import_share.py."""
+ELSEWHERE = {"hf", "import_share", "gpu_proof"}
+"""Run by `step` and `decode` under PyTorch's interpreter; by tests/test_import_share.py; and by
+`make gpu-proof`, a phase of CI."""
 
 
 def test_every_script_has_its_run():

@@ -202,7 +202,6 @@ def packed_step(config: MeshConfig, recipe: Recipe = FP32, micro: int = 1):
     ("config", "remat", "micro"),
     [
         (MeshConfig(fsdp=2, context=2, tensor=2, sequence=True), "none", 1),
-        (MeshConfig(fsdp=2, context=2, tensor=2), "full", 2),
         (MeshConfig(fsdp=2, context=2, tensor=2, context_exchange="gather"), "selective", 2),
         (MeshConfig(expert=2, context=4), "none", 1),
         (MeshConfig(context=8), "none", 1),

@@ -137,9 +137,7 @@ STEP = dataclasses.replace(TRAIN, dtype="bfloat16")
 MESHES = {
     "one device": ONE_DEVICE,
     "fsdp x tensor": MeshConfig(fsdp=2, tensor=2),
-    "expert": MeshConfig(expert=2),
     "pipe x expert": MeshConfig(pipe=2, expert=2, schedule="1f1b"),
-    "dualpipe": MeshConfig(pipe=2, schedule="dualpipe"),
 }
 
 

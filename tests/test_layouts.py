@@ -256,7 +256,7 @@ def models(draw) -> ModelConfig:
 
 
 @pytest.mark.slow
-@hypothesis.settings(max_examples=3, phases=[hypothesis.Phase.generate])
+@hypothesis.settings(max_examples=2, phases=[hypothesis.Phase.generate])
 @hypothesis.given(layouts(), models(), st.sampled_from([1, 2]), st.booleans())
 def test_any_layout_of_any_model(layout, model, micro, packed):
     """The property behind the lists here and in tests/test_pipeline.py."""

@@ -195,7 +195,7 @@ SHARDED = ("--mesh.fsdp", "2", "--mesh.expert", "2")
 
 @pytest.fixture(scope="module")
 def run(options, tmp_path_factory):
-    """A complete run of so many processes with one, two or four of the four devices; run once."""
+    """A complete run of so many processes with one or four of the four devices; run once."""
 
     @functools.cache
     def complete(processes: int) -> Ended:
@@ -245,13 +245,13 @@ def assert_same(folder: Path, expected_folder: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [4])
 def test_processes_train_to_the_same_numbers_as_one(run, processes):
     assert_same(run(processes).folder, run(1).folder)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("processes", [1, 4])
 def test_each_process_reads_its_rows_and_no_others(run, processes):
     """Of each batch, the rows of its own devices, each once; together they are the batch."""
     share = BATCH // processes
@@ -273,9 +273,9 @@ def written(folder: Path, part: str = "") -> dict[str, int]:
 def test_each_process_writes_its_shards_and_no_others(run):
     """Every chunk is written once, and by the process whose devices hold it.
 
-    Devices 0 and 1 belong to process 0 of two, and to processes 0 and 1 of four.
+    Devices 0 to 3 belong to process 0 of one, and to processes 0 to 3 of four.
     """
-    parts = {n: [written(run(n).folder, f"ocdbt.process_{i}") for i in range(n)] for n in (1, 2, 4)}
+    parts = {n: [written(run(n).folder, f"ocdbt.process_{i}") for i in range(n)] for n in (1, 4)}
     for n, of_process in parts.items():
         times = collections.Counter(key for part in of_process for key in part)
         assert set(times.values()) == {1}
@@ -283,20 +283,17 @@ def test_each_process_writes_its_shards_and_no_others(run):
         whole = sum(sum(part.values()) for part in of_process)
         for part in of_process:
             assert sum(part.values()) == pytest.approx(whole / n, rel=0.1)
-    sharded = [key for key in parts[2][0] if key.startswith("params/moe_layers")]
-    assert sharded
-    for two, four in ((0, (0, 1)), (1, (2, 3))):
-        assert parts[2][two].keys() == {key for i in four for key in parts[4][i]}
+    assert any(key.startswith("params/moe_layers") for key in parts[4][1])
+    assert parts[1][0].keys() == {key for part in parts[4] for key in part}
 
 
 @pytest.mark.slow
-def test_an_axis_inside_the_batch_spans_processes(options, tmp_path):
+def test_an_axis_inside_the_batch_spans_processes(options, run, tmp_path):
     """Both processes then hold, and read, the same rows."""
-    one = train(options, tmp_path / "one", 1, "--mesh.tensor", "2", devices=2)
     two = train(options, tmp_path / "two", 2, "--mesh.tensor", "2", devices=2)
-    assert (one.status, two.status) == ([0], [0, 0]), one.errors + two.errors
-    assert two.rows(0) == two.rows(1) == one.rows(0) == list(range(STEPS * BATCH))
-    assert_same(two.folder, one.folder)
+    assert two.status == [0, 0], two.errors
+    assert two.rows(0) == two.rows(1) == list(range(STEPS * BATCH))
+    assert_same(two.folder, run(1).folder)
 
 
 # ---- Stopped and lost ----------------------------------------------------------------------------
@@ -343,7 +340,6 @@ def test_it_resumes_with_another_number_of_processes(options, run, broken, tmp_p
     [
         ((0, 1, "SIGKILL"), "process 0 of 2 was lost"),  # the one that coordinates
         ((1, 1, "SIGSTOP"), "process 1 of 2 was lost"),  # hangs, as a dead host with NCCL would
-        ((1, 1, "raise"), "process 1 of 2 failed: row 7 of this host is bad"),
         ((0, 1, "raise"), "process 0 of 2 failed: row 7 of this host is bad"),
     ],
 )

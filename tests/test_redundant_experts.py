@@ -130,9 +130,14 @@ def test_stacked_copies_as_on_a_gpu_give_the_same_logits():
     np.testing.assert_allclose(found, logits(), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("mesh", "extra"), LAYOUTS[1:4])
 @pytest.mark.slow
-@pytest.mark.parametrize("speculate", [False, True])
+@pytest.mark.parametrize(
+    ("mesh", "extra", "speculate"),
+    [
+        pytest.param(*layout.values, speculate, id=f"{layout.id}-{speculate}")
+        for layout, speculate in zip(LAYOUTS[1:4], (True, False, True), strict=True)
+    ],
+)
 def test_greedy_text_is_that_without_copies(mesh, extra, speculate):
     assert text(mesh, extra, speculate)[0] == text()[0]
 

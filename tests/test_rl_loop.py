@@ -580,28 +580,21 @@ def test_first_gradient_on_eight_devices():
 
 @pytest.mark.slow
 def test_it_learns(tmp_path):
-    """From random weights: 30 rollouts turn a base that is right in a third into two thirds; the
-    first is the same on eight devices.
+    """From random weights: 30 rollouts turn a base that is right in a third into two thirds.
 
-    In processes of their own, with the devices that they ask for.
+    In processes of their own, with one device.
     """
-    base = str(tmp_path / "base")
+    base, run = str(tmp_path / "base"), tmp_path / "run"
     train("r1_base", base, "--data.cache-dir", str(tmp_path / "cache"))
-    cut = "--emulate", "8", "--mesh.expert", "4", "--mesh.fsdp", "2"
-    for name, steps, mesh in (("one", "30", ()), ("eight", "1", cut)):
-        rollouts = "--train.steps", steps, "--train.eval-every", "30"
-        train("r1_zero", str(tmp_path / name), "--init-from", base, *rollouts, *mesh)
-    lines = read_metrics(tmp_path / "one")
+    rollouts = "--train.steps", "30", "--train.eval-every", "30"
+    train("r1_zero", str(run), "--init-from", base, *rollouts)
+    lines = read_metrics(run)
     before, after = [line for line in lines if "eval/accuracy" in line]
     assert before["eval/accuracy"] < 0.45
     assert after["eval/accuracy"] >= 0.65
     assert after["eval/accuracy_greedy"] >= 0.65
     assert after["eval/length"] > before["eval/length"] + 5
-    assert (tmp_path / "one" / "rl.png").exists()
-    one, eight = lines[0], read_metrics(tmp_path / "eight")[0]
-    for metric in ("eval/accuracy", "policy/accuracy", "policy/length"):  # the same draws
-        assert eight[metric] == pytest.approx(one[metric], rel=0.02), metric
-    assert eight["train/grad_norm"] == pytest.approx(one["train/grad_norm"], rel=0.02)
+    assert (run / "rl.png").exists()
 
 
 def train(config: str, folder: str, *options: str) -> None:

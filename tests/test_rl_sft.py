@@ -482,7 +482,6 @@ def test_packed_examples_have_the_loss_that_they_have_alone():
     [
         (ONE_DEVICE, 2),
         (MeshConfig(fsdp=2, expert=2, tensor=2), 1),
-        (MeshConfig(context=2, fsdp=2), 1),
         (MeshConfig(pipe=2, fsdp=2), 4),
     ],
 )

@@ -354,7 +354,6 @@ def test_the_sample_is_the_same_on_every_mesh(options):
         "fsdp=2 expert=2 tensor=2",
         "fsdp=2 expert=2 tensor=1 pipe=2",
         "fsdp=2 expert=2 tensor=1 context=2",
-        "fsdp=1 expert=2 tensor=2 data=2",
     ):
         sizes = [word for size in mesh.split() for word in f"--mesh.{size}".split("=")]
         more = ["--model.num-layers", "3", "--train.micro-batch-size", "4"]
@@ -363,7 +362,7 @@ def test_the_sample_is_the_same_on_every_mesh(options):
         texts.append(train.sample_text(trainer, trainer.init(jax.random.key(0)), prepared, "def "))
     assert texts[0].startswith("def ")
     assert len(texts[0]) > len("def ")
-    assert texts == texts[:1] * 4
+    assert texts == texts[:1] * 3
 
 
 @pytest.mark.parametrize(
