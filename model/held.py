@@ -1,7 +1,7 @@
 """Weights as a step holds them: converted once, before they travel to where they are used.
 
 A matrix is converted where it is used, so it may as well be before: half the bytes with BF16, a
-quarter with FP8, and the same numbers. Not converted are gains and the router.
+quarter with FP8, and the same numbers. Not converted are gains, biases and the router.
 """
 
 from collections.abc import Callable
@@ -20,6 +20,8 @@ from sharding.partition import Names, active_layout
 Tree = Any
 PARTS = ("embed", "head", "dense_layers", "moe_layers", "mtp")
 """Parts of a model that read copies; what reads images does not."""
+BIASES = (("heads", "head_dim"), ("kv_heads", "head_dim"))
+"""Axes of what is added to the heads of queries, keys and values."""
 
 
 def hold(w: jax.Array, names: Names, recipe: Recipe) -> Any:
@@ -48,8 +50,8 @@ def held_type(w: Any, names: Names, recipe: Recipe) -> Any:
     Embedding and head are in no FP8 product. Ring attention multiplies by W_UKV itself, in BF16;
     what has the axes of that stays as it is then, and is quantised where it is used.
     """
-    own = [name for name in names if name != "layers"]
-    if len(own) < 2 or "router" in own:
+    own = tuple(name for name in names if name != "layers")
+    if len(own) < 2 or "router" in own or own in BIASES:
         return w.dtype
     if not recipe.fp8 or "vocab" in own:
         return recipe.activation_dtype

@@ -9,6 +9,7 @@ import contextvars
 import dataclasses
 import math
 from collections.abc import Callable, Generator
+from functools import partial
 from typing import Any
 
 import jax
@@ -179,16 +180,33 @@ def vary(x: jax.Array) -> jax.Array:
     return lax.pcast(x, missing, to="varying") if missing else x
 
 
+def reduced(reduce: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """`reduce(x)`, a sum or a maximum over devices.
+
+    XLA's compiler for CPUs ends the process on one of 16-bit numbers inside a region that leaves
+    other axes to it ("Invalid binary instruction opcode copy", jax 0.11.2). It computes in fp32
+    what it does compile, so there x is fp32 on the way.
+    """
+    layout, mesh = _active.get(), jax.sharding.get_abstract_mesh()
+    automatic = any(n > 1 and axis not in mesh.manual_axes for axis, n in mesh.shape.items())
+    if layout is None or not automatic or x.dtype.itemsize != 2:
+        return reduce(x)
+    device = layout.mesh.devices.flat[0] if layout.device is None else layout.device
+    if device.platform != "cpu":
+        return reduce(x)
+    return reduce(x.astype(jnp.float32)).astype(x.dtype)
+
+
 def sum_over(x: jax.Array, *names: str) -> jax.Array:
     """Sum over the devices that share these logical axes: x{U_names} -> AllReduce -> x."""
     axes = _axes(*names)
-    return lax.psum(x, axes) if axes else x
+    return reduced(lambda x: lax.psum(x, axes), x) if axes else x
 
 
 def max_over(x: jax.Array, *names: str) -> jax.Array:
     """Largest value over the devices that share these logical axes, in a region around too."""
     axes = _axes(*names, whole=True)
-    return lax.pmax(x, axes) if axes else x
+    return reduced(lambda x: lax.pmax(x, axes), x) if axes else x
 
 
 def as_term(x: jax.Array) -> jax.Array:
@@ -209,7 +227,8 @@ def gather(x: jax.Array, name: str) -> jax.Array:
 def scatter_sum(x: jax.Array, name: str) -> jax.Array:
     """Sum over the devices of `name`, each keeping its part of dimension 0 (ReduceScatter)."""
     axes = _axes(name)
-    return lax.psum_scatter(x, axes, scatter_dimension=0, tiled=True) if axes else x
+    scatter = partial(lax.psum_scatter, axis_name=axes, scatter_dimension=0, tiled=True)
+    return reduced(scatter, x) if axes else x
 
 
 def all_to_all(x: jax.Array, name: str) -> jax.Array:

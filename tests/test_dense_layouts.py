@@ -18,9 +18,12 @@ from generation.engine import Generator
 from model.blueprint import bind, blueprint
 from model.config import BandsConfig, ModelConfig
 from model.costs import cache_bytes_per_token
+from model.kernels import choose
 from model.recipe import Recipe
 from model.transformer import Tokens
 from sharding.config import MeshConfig
+from sharding.devices import PlannedDevice
+from sharding.mesh import planned_layout
 from tests.layout_helpers import (
     FP32,
     ONE_DEVICE,
@@ -34,6 +37,8 @@ from tests.layout_helpers import (
 )
 from training.config import OptimizerConfig
 from training.optimizer import is_1d, make_optimizer, muon_label
+from training.recipe import recipe_of
+from training.step import Trainer
 
 MODEL = ModelConfig(
     vocab_size=64, hidden_size=32, num_layers=2, num_dense_layers=2, num_heads=4,
@@ -80,6 +85,51 @@ def test_a_step_is_the_one_device_step(name):
     """Gradients of all weights, biases and norms; new parameters, losses and norms."""
     mesh, model, micro = (LAYOUTS | MORE)[name]
     assert_same_step(step_on(mesh, model, micro), step_on(model=model))
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        MeshConfig(pipe=2, tensor=2),
+        pytest.param(MeshConfig(pipe=2, fsdp=2, schedule="zb1p"), marks=pytest.mark.slow),
+        pytest.param(MeshConfig(fsdp=2, tensor=2), marks=pytest.mark.slow),
+    ],
+    ids=["1f1b 2 x tensor 2", "zb1p 2 x fsdp 2", "fsdp 2 x tensor 2"],
+)
+def test_a_step_in_bf16_is_as_near_to_fp32_as_one_devices(mesh):
+    """The worst of all parameters, biases among them: copies of them are not rounded."""
+
+    def errors(result) -> float:
+        want = jax.tree.leaves(jax.device_get(step_on(model=MODEL).state["opt"]))
+        pairs = zip(jax.tree.leaves(result.state["opt"]), want, strict=True)
+        return max(np.linalg.norm(np.asarray(a) - b) / np.linalg.norm(b) for a, b in pairs)
+
+    recipe = Recipe("bfloat16")
+    one = errors(take_step(ONE_DEVICE, model=MODEL, recipe=recipe, micro=4))
+    assert 0.01 < one < 0.04
+    assert errors(take_step(mesh, model=MODEL, recipe=recipe, micro=4)) < 1.5 * one
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize(
+    "mesh",
+    [MeshConfig(pipe=2, fsdp=2), MeshConfig(data=2, tensor=2)],
+    ids=["pipe 2 x fsdp 2", "data 2 x tensor 2"],
+)
+def test_a_step_through_the_kernels_is_traced_on_a_mesh(mesh, fp8):
+    """For Hopper GPUs that are planned: what varies over devices, and what is held, fits."""
+    model = dataclasses.replace(MODEL, vocab_size=256, qk_rope_head_dim=64, v_head_dim=64)
+    train = dataclasses.replace(TRAIN, dtype="bfloat16", fp8=fp8, seq_len=128, micro_batch_size=2)
+    layout = planned_layout(mesh, 4, PlannedDevice("cuda", "NVIDIA H100", "9.0"))
+    kernels = choose("auto", model, train.dtype, layout, fp8).kernels
+    assert kernels.attention == "mosaic"
+    trainer = Trainer(model, train, recipe_of(train, kernels), layout)
+    shape = train.batch_size // train.micro_batch_size, train.micro_batch_size, train.seq_len + 1
+    batch = {"tokens": jax.ShapeDtypeStruct(shape, np.int32)}
+    names = "learning_rate", "bias_update_rate", "mtp_weight"
+    knobs = {name: jax.ShapeDtypeStruct((), np.float32) for name in names}
+    state, _ = trainer.step.trace(trainer.abstract_state, batch, knobs).out_info
+    assert jax.tree.structure(state) == jax.tree.structure(trainer.abstract_state)
 
 
 @pytest.mark.slow

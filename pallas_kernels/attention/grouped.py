@@ -18,6 +18,7 @@ from jax import Array
 from pallas_kernels.attention import blocks
 from pallas_kernels.attention.mla import mla_attention
 from pallas_kernels.attention.portable import by_blocks, by_blocks_vjp, pairs
+from pallas_kernels.grouped.ragged import zeros_varying
 from pallas_kernels.mosaic import Backend
 from pallas_kernels.stash import Stash, through
 
@@ -48,7 +49,7 @@ def grouped_attention(
         group = q_BTNH.shape[2] // k_BTKH.shape[2]
         kv_BTNW = jnp.repeat(jnp.concatenate([k_BTKH, v_BTKH], axis=-1), group, axis=2)
         q_BTNL = jnp.pad(q_BTNH, ((0, 0), (0, 0), (0, 0), (0, ROTARY)))
-        none_BTR = jnp.zeros((*k_BTKH.shape[:2], ROTARY), k_BTKH.dtype)
+        none_BTR = zeros_varying((*k_BTKH.shape[:2], ROTARY), k_BTKH.dtype, (k_BTKH,))
         options = {"scale": scale, "backend": backend, "kept": kept, "stash": stash}
         return mla_attention(q_BTNL, kv_BTNW, none_BTR, start_BT, **options)
     run: Any = {"cudnn": _cudnn, "portable": portable, "reference": reference}[backend]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from sharding.held import gradients_of, values_of, with_stand_ins, without_scales
+from sharding.partition import reduced
 from sharding.pipeline.arena import Arena, Stored
 from sharding.pipeline.entries import add_entries, entry, put_entry, zeros_like_shapes
 from sharding.pipeline.schedule import Kind
@@ -433,7 +434,7 @@ class Rank:
                 micro = self._micro(index)
                 # h[B, T, D] of rank `at` -> Broadcast_pipe
                 mine = jnp.where(at == rank, entry(hidden, k), 0)
-                h = self.stages.place(lax.psum(mine, AXIS))
+                h = self.stages.place(reduced(lambda h: lax.psum(h, AXIS), mine))
                 objective, pull, parts = jax.vjp(
                     lambda vocab, h: self.stages.loss(vocab, h, micro, k),
                     with_stand_ins(self.vocab),
