@@ -69,7 +69,6 @@ def small(**mesh: Any) -> Layout:
     return Layout("small", mesh)
 
 
-PAPER = dataclasses.asdict(LAYOUTS["deepseek"])
 COMPILED: dict[str, Layout] = {
     "expert 8": small(expert=8),
     "data 2, expert 4": small(data=2, expert=4),
@@ -103,13 +102,30 @@ COMPILED: dict[str, Layout] = {
     "dense, pipe 2, fsdp 4": Layout("qwen25_1_5b", {"pipe": 2, "fsdp": 4}, kernels="auto"),
 }
 """Over all axes and schedules, those of most worth first."""
+
+
+def large(fp8: bool, micro_batches: int, remat: str = "selective", **mesh: Any) -> Layout:
+    """V3 on H800s."""
+    mesh |= {"expert_nodes": mesh["expert"] // 8}
+    return Layout("v3_671b", mesh, {"fp8": fp8, "remat": remat}, micro_batches, gpu="h800")
+
+
+PAPER = {"pipe": 16, "data": 2, "expert": 64}
 LARGE: dict[str, Layout] = {
-    "V3, pipe 16, data 2, expert 64, dualpipe": Layout("v3_671b", PAPER, {"fp8": False}, 32),
-    "V3, fsdp 32, expert 64": Layout(
-        "v3_671b", {"fsdp": 32, "expert": 64, "expert_nodes": 8, "exchange_capacity": 2.0},
-        {"fp8": False}, 2,
+    "V3, pipe 16, data 2, expert 64, dualpipe": large(False, 32, schedule="dualpipe", **PAPER),
+    "the same, FP8": large(True, 32, schedule="dualpipe", **PAPER),
+    "V3, pipe 16, data 2, expert 64, dualpipev": large(False, 32, schedule="dualpipev", **PAPER),
+    "V3, pipe 16, data 2, expert 64, interleaved by 3": large(
+        False, 32, schedule="interleaved", pipe_chunks=3, **PAPER
     ),
-}  # fmt: skip
+    "V3, FP8, pipe 8, expert 64, dualpipe": large(True, 32, pipe=8, expert=64, schedule="dualpipe"),
+    "V3, FP8, pipe 8, expert 32, dualpipev": large(
+        True, 60, pipe=8, expert=32, schedule="dualpipev"
+    ),
+    "V3, FP8, fsdp 16, expert 32": large(True, 4, "full", fsdp=16, expert=32),
+    "V3, FP8, fsdp 8, expert 32": large(True, 4, "full", fsdp=8, expert=32),
+    "V2-Lite, expert 8": Layout("v2_lite", {"expert": 8}, gpu="h100"),
+}
 """At V3's size."""
 
 
@@ -353,16 +369,15 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument("--memory", action="store_true", help="memory beside compiled programs")
     command.add_argument("--learn", action="store_true", help="learn the workspace again")
     command.add_argument("--cases", default="", help="only those whose names have this in them")
-    command.add_argument("--large", action="store_true", help="also at V3's size")
+    command.add_argument("--small", action="store_true", help="none of V3's size")
     command.add_argument("--cache", default=CACHE, help="folder of compiled plans")
     command.add_argument("--out", default=str(ROOT / "planning" / "learned.json"))
     options = command.options(arguments)
     started = time.monotonic()
     if not (options.memory or options.learn):
         return command.show("Plans beside published runs", published_table())
-    names = [
-        name for name in (COMPILED | (LARGE if options.large else {})) if options.cases in name
-    ]
+    layouts = COMPILED | ({} if options.small else LARGE)
+    names = [name for name in layouts if options.cases in name]
     rows = compiled_rows(names, options.cache)
     if options.learn:
         pathlib.Path(options.out).write_text(json.dumps(learn(rows), indent=1) + "\n")

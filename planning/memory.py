@@ -22,9 +22,11 @@ from model.recipe import Recipe
 from model.stages import split_weights
 from planning.case import Case
 from planning.workspace import Workspace, stacks, workspace_of
-from sharding.partition import Layout, pipeline_ranks, use_layout
+from sharding.copies import is_gathered
+from sharding.partition import Layout, Names, pipeline_ranks, use_layout
 from sharding.pipeline.rank import stash_shapes
 from sharding.pipeline.stage_weights import Weights, held_shapes
+from sharding.rules import axes_of
 from sharding.sizes import activation_shards, copied_bytes, device_bytes, rank_bytes
 
 GIB = 2**30
@@ -102,11 +104,27 @@ def carried_by(case: Case) -> dict[str, float]:
     plan = blueprint(case.model)
     copies, sums = copied_bytes(held_weights(case)[0], plan.params_axes, case.layout)
     return {
-        "weights": weights + copies,
+        "weights": weights + copies + turned_bytes(case),
         "gradients": sums,
         "optimizer": optimizer,
         "stash": layer_stash(case),
     }
+
+
+def turned_bytes(case: Case) -> int:
+    """Weights that `fsdp` cuts along another dimension than their first, and that micro batches
+    gather: XLA keeps their shards once more through the loop, that dimension first."""
+    if case.mesh.fsdp == 1 or case.micro_batches == 1:
+        return 0
+    axes = blueprint(case.model).params_axes
+
+    def one(weight: Any, names: Names) -> int:
+        cut = [dim for dim, at in enumerate(weight.sharding.spec) if "fsdp" in axes_of(at)]
+        if not cut or cut[0] == (names[0] == "layers") or is_gathered(weight, names, case.layout):
+            return 0
+        return device_bytes(weight)
+
+    return sum(jax.tree.leaves(jax.tree.map(one, case.state["params"], axes)))
 
 
 def stage_weights(case: Case) -> Weights:
@@ -155,11 +173,10 @@ def layer_stash(case: Case) -> float:
 
     A stack of one layer is no loop in the program, and what it keeps counts as workspace.
     """
-    found = 0
+    found, rows = 0, case.rows * (1 + case.mesh.overlap)
     for stack, count in stacks(case):
         if count > 1:
-            kept = case.kept(stack)
-            found += count * sum(k.device_bytes(case.layout, case.rows) for k in kept)
+            found += count * sum(k.device_bytes(case.layout, rows) for k in case.kept(stack))
     return found
 
 

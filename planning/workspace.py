@@ -41,7 +41,7 @@ LEARNED: dict[str, Any] = json.loads(_FILE.read_text()) if _FILE.is_file() else 
 """When, of which version, the counts by class of layout, the errors of the closed form, and the
 programs that they are of."""
 GUESS = {"rows": 3.0, "activations": 2.0, "attention": 1.0, "layers": 2.0, "vocabulary": 1.0,
-         "gradients": 0.5, "alone": 1.0, "fixed": 1.0}  # fmt: skip
+         "gathered": 1.0, "gradients": 0.5, "alone": 1.0, "fixed": 1.0}  # fmt: skip
 """Counts where no program of a class was compiled."""
 
 
@@ -59,14 +59,17 @@ def terms_of(case: Case) -> dict[str, float]:
     """Bytes that a step's workspace is made of, by groups that are counted together: a class has
     too few programs to tell more apart."""
     model, mesh, rows = case.model, case.mesh, case.exchange
-    item, tokens, d = case.recipe.activation_dtype.itemsize, case.tokens, model.hidden_size
+    item, d = case.recipe.activation_dtype.itemsize, model.hidden_size
+    side_by_side = 1 + mesh.overlap
+    tokens = case.tokens * side_by_side
     f, heads = model.expert_ffn_size // mesh.tensor, model.num_heads // mesh.tensor
     inner = model.dense_ffn_size // mesh.tensor * (model.num_dense_layers > 0)
-    kept = sum(k.device_bytes(case.layout, case.rows) for k in case.kept())
+    kept = sum(k.device_bytes(case.layout, case.rows * side_by_side) for k in case.kept())
     # Weights of a layer with experts, and of one without, in the type of activations.
     weights = _layer_parameters(case) + 3 * d * inner * (model.num_moe_layers > 0)
     square = case.train.seq_len**2 // mesh.context * heads * case.rows
     received = rows.received * (mesh.expert > 1)
+    vocabulary = 4 * model.vocab_size // mesh.tensor * d
     return {
         # Sorted by expert, inside of the experts, and received from other devices and nodes.
         "rows": item * (rows.sorted * (d + f) + (received + rows.across) * d),
@@ -78,7 +81,9 @@ def terms_of(case: Case) -> dict[str, float]:
         "attention": square * 4 * (case.recipe.kernels.attention == "portable") * 17 // 32,
         "layers": item * weights,
         # The head or the embedding in fp32.
-        "vocabulary": 4 * model.vocab_size // mesh.tensor * d,
+        "vocabulary": vocabulary,
+        # The same where `fsdp` cuts it, and every micro batch gathers it.
+        "gathered": vocabulary * (mesh.fsdp > 1 and mesh.pipe == 1),
         # A gradient of all weights as they are stored.
         "gradients": device_bytes(case.state["params"]),
         "alone": alone(case),
@@ -99,8 +104,9 @@ def alone(case: Case) -> int:
     """Bytes that stacks of one layer keep, without a pipeline."""
     if case.mesh.pipe > 1:
         return 0
+    rows = case.rows * (1 + case.mesh.overlap)
     single = [stack for stack, count in stacks(case) if count == 1]
-    return sum(k.device_bytes(case.layout, case.rows) for stack in single for k in case.kept(stack))
+    return sum(k.device_bytes(case.layout, rows) for stack in single for k in case.kept(stack))
 
 
 def _layer_parameters(case: Case) -> int:
