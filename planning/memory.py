@@ -17,7 +17,7 @@ import jax
 
 from model.blueprint import blueprint
 from model.config import ModelConfig
-from model.held import hold_all, shape_of_held
+from model.held import hold_all, is_quantized, shape_of_held
 from model.recipe import Recipe
 from model.stages import split_weights
 from planning.case import Case
@@ -116,11 +116,14 @@ def turned_bytes(case: Case) -> int:
     gather: XLA keeps their shards once more through the loop, that dimension first."""
     if case.mesh.fsdp == 1 or case.micro_batches == 1:
         return 0
-    axes = blueprint(case.model).params_axes
+    axes, layout = blueprint(case.model).params_axes, case.layout
 
     def one(weight: Any, names: Names) -> int:
+        with use_layout(layout):
+            if is_quantized(weight, names, case.recipe):  # the loop has those in FP8
+                return 0
         cut = [dim for dim, at in enumerate(weight.sharding.spec) if "fsdp" in axes_of(at)]
-        if not cut or cut[0] == (names[0] == "layers") or is_gathered(weight, names, case.layout):
+        if not cut or cut[0] == (names[0] == "layers") or is_gathered(weight, names, layout):
             return 0
         return device_bytes(weight)
 

@@ -69,7 +69,7 @@ def terms_of(case: Case) -> dict[str, float]:
     weights = _layer_parameters(case) + 3 * d * inner * (model.num_moe_layers > 0)
     square = case.train.seq_len**2 // mesh.context * heads * case.rows
     received = rows.received * (mesh.expert > 1)
-    vocabulary = 4 * model.vocab_size // mesh.tensor * d
+    vocabulary = 4 * model.vocab_size // (mesh.tensor * mesh.pipe) * d
     return {
         # Sorted by expert, inside of the experts, and received from other devices and nodes.
         "rows": item * (rows.sorted * (d + f) + (received + rows.across) * d),
