@@ -176,7 +176,7 @@ def learn(rows: dict[str, Row]) -> dict[str, Any]:
 
 
 ABOVE = 1.005
-"""What the fit aims at, in totals of the programs: a plan that falls short costs its reader more."""
+"""What the fit aims at, in totals of the programs: a plan that falls short costs more."""
 
 
 def fit(members: list[Row]) -> dict[str, float]:

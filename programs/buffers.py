@@ -97,7 +97,10 @@ def _inner_loops(program: Program, loop: Instruction) -> bool:
 
 
 def _stacks(program: Program, loop: Instruction) -> bool:
-    """Whether a loop writes arrays with an entry per round, as one over layers does."""
+    """Whether a loop writes arrays with an entry per round, as one over layers does; not that of
+    the loss over blocks of tokens, which is a region of its own."""
+    if re.search(r"jvp\(\)+/shard_map/while$", loop.source):
+        return False
     rounds = _rounds(loop)
     changed = _changed(program, loop)
     return any(
