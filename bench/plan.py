@@ -1,11 +1,11 @@
 """Plans against compiled programs and published runs.
 
     python -m bench.plan [--write]                      predictions beside published runs
-    python -m bench.plan --memory [--write]             memory beside compiled programs
-    python -m bench.plan --learn                        workspace learned again from them
+    python -m bench.plan --memory [--write]             memory beside the programs learned from
+    python -m bench.plan --learn                        compile them and learn workspace again
 
-The last two need `make gpu-compiler`. They compile every case, which takes half an hour of two
-quiet cores; the last writes `planning/learned.json`, where `planning/workspace.py` finds it.
+The last needs `make gpu-compiler`, and twenty minutes of two quiet cores; it writes
+`planning/learned.json`, where `planning/workspace.py` and --memory find it.
 """
 
 import dataclasses
@@ -110,7 +110,7 @@ def large(fp8: bool, micro_batches: int, remat: str = "selective", **mesh: Any) 
     return Layout("v3_671b", mesh, {"fp8": fp8, "remat": remat}, micro_batches, gpu="h800")
 
 
-PAPER = {"pipe": 16, "data": 2, "expert": 64}
+PAPER: dict[str, Any] = {"pipe": 16, "data": 2, "expert": 64}
 LARGE: dict[str, Layout] = {
     "V3, pipe 16, data 2, expert 64, dualpipe": large(False, 32, schedule="dualpipe", **PAPER),
     "the same, FP8": large(True, 32, schedule="dualpipe", **PAPER),
@@ -382,11 +382,13 @@ def main(arguments: list[str] | None = None) -> None:
         return command.show("Plans beside published runs", published_table())
     layouts = COMPILED | ({} if options.small else LARGE)
     names = [name for name in layouts if options.cases in name]
-    rows = compiled_rows(names, options.cache)
     if options.learn:
+        rows = compiled_rows(names, options.cache)
         pathlib.Path(options.out).write_text(json.dumps(learn(rows), indent=1) + "\n")
         print(f"{len(rows)} programs, {time.monotonic() - started:.0f} s: {options.out}")
         return None
+    kept = {name: LEARNED["programs"][name] for name in names if name in LEARNED["programs"]}
+    rows = {name: (layouts[name].case(), *found.values()) for name, found in kept.items()}
     return command.show("Memory of plans beside compiled programs", memory_table(rows))
 
 
