@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -298,7 +299,7 @@ class CheckpointManager:
         self._retention.forget(step)
         if jax.process_index() == 0:
             for path in unfinished(self._folder):
-                shutil.rmtree(path, ignore_errors=True)
+                _give_back(path)
         self._manager.reload()
 
     def _remove(self, paths: list[Path], why: str) -> None:
@@ -307,6 +308,15 @@ class CheckpointManager:
                 warnings.warn(f"{path}: {why}", stacklevel=3)
                 shutil.rmtree(path)
         _everywhere(True)
+
+
+def _give_back(folder: Path) -> None:
+    """Delete a folder into which threads of the save that failed may still write for a moment."""
+    for _ in range(50):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.1)
 
 
 def _handlers() -> ocp.handlers.DefaultCheckpointHandlerRegistry:

@@ -207,7 +207,7 @@ def test_a_state_that_no_gpu_holds_is_said(capsys):
 @pytest.mark.parametrize(
     ("held", "gpu", "line"),
     [
-        (100e9, "", "A100 (80 GB), H100 (80 GB), H800 (80 GB); spread"),
+        (100e9, "", "of A100 (80 GB), L40S (48 GB), H100 (80 GB), H800 (80 GB); spread"),
         (100e9, "h100", "memory of H100 (80 GB); spread"),
         (41e9, "h200", "93.1 GiB of an H200"),
     ],
