@@ -312,15 +312,15 @@ def row(name: str, report: Report, seconds: Seconds) -> str:
 
 
 COLUMNS = (
-    "layout", "GPUs", "lower, s", "compile, s", "processor, s", "state, GiB", "temporaries, GiB",
-    "exchanges beside the other's products", "collectives: op, axes, executions",
-    "calls in the text",
-)  # fmt: skip
+    "layout | GPUs | lower, s | compile, s | processor, s | state, GiB | temporaries, GiB "
+    "| exchanges beside the other's products | collectives: op, axes, executions "
+    "| calls in the text"
+)
 PARTS = ("weights", "gradients", "optimizer", "stash", "workspace")
 COLUMNS_OF_FIT = (
-    "layout, micro batches", "GPUs", "state and batch, GiB", "temporaries, GiB", "together",
-    *PARTS, "sums over expert and data, GB a step", "processor, s",
-)  # fmt: skip
+    "layout, micro batches | GPUs | state and batch, GiB | temporaries, GiB | together "
+    f"| {' | '.join(PARTS)} | sums over expert and data, GB a step | processor, s"
+)
 
 
 def row_of_fit(name: str, report: Report, seconds: Seconds) -> str:
@@ -339,7 +339,7 @@ def row_of_fit(name: str, report: Report, seconds: Seconds) -> str:
 def table(cases: dict[str, str]) -> list[str]:
     """Every case, each in a process of its own."""
     columns, line = (COLUMNS_OF_FIT, row_of_fit) if cases is FIT else (COLUMNS, row)
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    lines = [f"| {columns} |", "|---" * (1 + columns.count("|")) + "|"]
     for name, arguments in cases.items():
         with tempfile.NamedTemporaryFile(suffix=".json") as file:
             command = [sys.executable, "-m", "bench.gpu_programs", *arguments.split()]

@@ -87,7 +87,7 @@ class Case:
 
     @property
     def rows(self) -> int:
-        """Sequences of a device and micro batch, those side by side with `overlap` included."""
+        """Sequences of a device and micro batch; with `overlap` two such are side by side."""
         micro = self.train.micro_batch_size or self.train.batch_size
         return micro // batch_shards(self.layout)
 

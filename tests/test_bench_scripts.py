@@ -34,8 +34,16 @@ OPTIONS = {
     "numerics": "--steps 4 --variants 2",
 }
 SCRIPTS_OF_RUNS = (
-    "distill", "fp8_runs", "janus", "kernels", "r1", "recipe", "routing_replay", "search", "tiny",
-)  # fmt: skip
+    "distill",
+    "fp8_runs",
+    "janus",
+    "kernels",
+    "r1",
+    "recipe",
+    "routing_replay",
+    "search",
+    "tiny",
+)
 """Scripts that take minutes at any size: here they only start."""
 ELSEWHERE = {"hf", "import_share", "gpu_proof"}
 """Run by `step` and `decode` under PyTorch's interpreter; by tests/test_import_share.py; and by

@@ -23,9 +23,16 @@ from training.step import Trainer
 
 TINY = preset("tiny")
 MODEL = dataclasses.replace(
-    TINY.model, num_layers=2, mtp_depth=0, vocab_size=512, num_heads=2, num_experts=4,
-    experts_per_token=2, num_expert_groups=2, groups_per_token=1,
-)  # fmt: skip
+    TINY.model,
+    num_layers=2,
+    mtp_depth=0,
+    vocab_size=512,
+    num_heads=2,
+    num_experts=4,
+    experts_per_token=2,
+    num_expert_groups=2,
+    groups_per_token=1,
+)
 """`tiny` with one dense and one MoE layer, fewer heads, experts and tokens: every kernel of a step,
 each once. What an emulated kernel takes grows with its blocks."""
 TOKENS, STEPS = 128, 2

@@ -89,9 +89,8 @@ def key_heads(model: ModelConfig, trainer: Trainer) -> list[str]:
 def room(held: int, gpu: str = "") -> list[str]:
     """Whether the memory of GPUs holds `held` bytes of state: a line, or none."""
     small = [(key, known) for key, known in GPUS.items() if held > known.memory]
-    named = dict.fromkeys(
-        known for key, known in small if gpu in ("", key)
-    )  # one may have two names
+    # A GPU may have two names.
+    named = dict.fromkeys(known for key, known in small if gpu in ("", key))
     if named:
         sizes = ", ".join(f"{known.name} ({known.memory / 1e9:.0f} GB)" for known in named)
         return [
