@@ -4,7 +4,6 @@ Needs `make gpu-compiler`; `make gpu-programs` runs it. What reads the assembler
 tested without.
 """
 
-import functools
 import json
 import os
 import pathlib
@@ -46,10 +45,8 @@ def test_reads_the_assembler():
     ]
 
 
-@functools.cache
-def compiled(folder: pathlib.Path) -> list[tuple[Compiled, bool]]:
+def compiled(report: pathlib.Path) -> list[tuple[Compiled, bool]]:
     """Every case compiled, and whether it is part of a forward pass."""
-    report = folder / "kernels.json"
     command = [sys.executable, "-m", "bench.kernels", "--compile", "--json", report]
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PJRT_NPROC")}
     environment |= {"PYTHONPATH": str(COMPILER), "JAX_PLATFORMS": "cpu"}
@@ -63,24 +60,17 @@ def compiled(folder: pathlib.Path) -> list[tuple[Compiled, bool]]:
     ]
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory) -> list[tuple[Compiled, bool]]:
+@pytest.mark.gpu_compile
+def test_kernels_spill_nothing_wait_for_nothing_and_fit(tmp_path):
+    """One test, because every case is compiled once for it: no register of a forward pass is
+    spilled, no product is serialised, and each fits a multiprocessor."""
     if not (COMPILER / "jax_plugins").is_dir():
         pytest.skip(f"{COMPILER.name} holds no compiler for GPUs; make gpu-compiler installs it")
-    return compiled(tmp_path_factory.mktemp("kernels"))
-
-
-@pytest.mark.gpu_compile
-def test_forward_kernels_spill_nothing(kernels):
-    assert [k for k, forward in kernels if forward and k.spilled] == []
+    kernels = compiled(tmp_path / "kernels.json")
     assert any(forward for _, forward in kernels)
-
-
-@pytest.mark.gpu_compile
-def test_no_product_is_serialised(kernels):
-    assert [k for k, _ in kernels if k.serialised] == []
-
-
-@pytest.mark.gpu_compile
-def test_kernels_fit_a_multiprocessor(kernels):
-    assert [k for k, _ in kernels if k.shared_kib > SHARED_KIB or k.registers > 255] == []
+    wrong = {
+        "spilled": [k for k, forward in kernels if forward and k.spilled],
+        "serialised": [k for k, _ in kernels if k.serialised],
+        "too large": [k for k, _ in kernels if k.shared_kib > SHARED_KIB or k.registers > 255],
+    }
+    assert wrong == {"spilled": [], "serialised": [], "too large": []}
