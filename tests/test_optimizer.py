@@ -10,6 +10,8 @@ import numpy as np
 import optax
 import pytest
 
+from configs import preset
+from model.blueprint import blueprint
 from training.config import OptimizerConfig
 from training.optimizer import (
     clip_by_global_norm,
@@ -181,6 +183,19 @@ def test_muon_leaves_embedding_head_router_and_norms_to_adamw():
         assert is_1d(AXES[name]) == (name in NORMS)
     moments = [x for x in jax.tree.leaves(state) if x.dtype == jnp.bfloat16]
     assert len(moments) == 2 * len(ADAMW_UNDER_MUON)
+
+
+def test_muon_takes_a_model_with_eyes_and_a_brush():
+    """Matrices of its attention and adaptors; convolutions, codes and positions stay with AdamW."""
+    axes = blueprint(preset("janus_tiny").model).params_axes
+    state = jax.eval_shape(
+        make_optimizer(OptimizerConfig(name="muon"), axes).init,
+        blueprint(preset("janus_tiny").model).params,
+    )
+    assert jax.tree.leaves(state)
+    assert muon_label(axes["aligner"]["first"]["kernel"]) == "muon"
+    assert muon_label(axes["encoder"]["patches"]["kernel"]) == "adamw"
+    assert muon_label(axes["tokenizer"]["codebook"]) == "adamw"
 
 
 def test_muon_reads_heads_as_one_side():

@@ -36,7 +36,18 @@ from vision.prompts import (
 )
 from vision.reading import images_of_rows, load_pixels, sight_of_rows
 from vision.scene_source import SceneSource
-from vision.scenes import COLOURS, Scene, Thing, all_scenes, read_scene, shows, split
+from vision.scenes import (
+    COLOURS,
+    Scene,
+    Thing,
+    all_scenes,
+    crowd,
+    draw_cells,
+    neighbours,
+    read_scene,
+    shows,
+    split,
+)
 
 CONFIG = preset("janus_tiny").model
 assert isinstance(CONFIG, JanusConfig)
@@ -167,6 +178,19 @@ def test_scenes_are_told_from_their_pixels():
         assert shows(drawn, scene)
         assert shows(drawn, other) == (other.cells in _either(scene))
     assert len({scene.caption for scene in held_out}) == len(held_out)
+
+
+def test_a_crowd_has_no_two_that_are_held_out():
+    """However they are described, and in either lane; what is shown does occur."""
+    shown, held_out = split(0)
+    rng = np.random.default_rng(0)
+    crowds = [crowd(rng, frozenset(held_out)) for _ in range(400)]
+    hidden = [cells for scene in held_out for cells in _either(scene)]
+    assert not any(pair.items() <= cells.items() for cells in crowds for pair in hidden)
+    pairs = {pair for cells in crowds for pair in neighbours(cells)}
+    assert len(pairs & set(shown)) > 150
+    assert {len(cells) for cells in crowds} == {1, 2, 3, 4}
+    assert all(read_scene(draw_cells(cells, 32)) == cells for cells in crowds[:20])
 
 
 def _either(scene: Scene) -> list:

@@ -24,8 +24,9 @@ Axes = tuple[str, ...]
 STACKED = frozenset({"layers", "experts"})
 """Axes that number independent matrices rather than being part of one."""
 
-ADAMW_AXES = frozenset({"vocab", "router"})
-"""A matrix with one of these axes (embedding, head, router) stays with AdamW under Muon."""
+ADAMW_AXES = frozenset({"vocab", "router", "codes", "patches", "window"})
+"""A parameter with one of these axes stays with AdamW under Muon: embedding, head and router; those
+of image codes, positions of patches, and convolutions."""
 
 
 def make_optimizer(config: OptimizerConfig, param_axes: Any) -> optax.GradientTransformation:

@@ -12,7 +12,7 @@ from vision.batches import Example, draw_example, read_example, text_example
 from vision.config import JanusConfig
 from vision.images import prepare_to_draw, prepare_to_read
 from vision.prompts import Conversations
-from vision.scenes import Scene, split
+from vision.scenes import Cells, Scene, crowd, draw_cells, split
 
 AT_ONCE = 80
 """Pictures that become codes together."""
@@ -37,6 +37,7 @@ class SceneSource:
     ):
         self._config, self.talk, self._encode, self._drop = config, talk, encode, drop
         self._shown, self.held_out = split(seed)
+        self._hidden = frozenset(self.held_out)
         self._codes: dict[Scene, np.ndarray] = {}
 
     @property
@@ -46,7 +47,7 @@ class SceneSource:
 
     def to_draw(self, scene: Scene) -> np.ndarray:
         """The scene for the image tokenizer, float32 [3, H, W]."""
-        return prepare_to_draw(scene.draw(self.paint_side), self.paint_side)
+        return self._to_draw(scene.cells)
 
     def to_read(self, scene: Scene) -> np.ndarray:
         """The scene for the encoder, float32 [3, H, W]."""
@@ -54,8 +55,11 @@ class SceneSource:
         return prepare_to_read(scene.draw(side), side)
 
     def image(self, rng: np.random.Generator) -> np.ndarray:
-        """A random scene for the image tokenizer."""
-        return self.to_draw(self._pick(rng))
+        """A random crowd for the image tokenizer, without what is held out."""
+        return self._to_draw(crowd(rng, self._hidden))
+
+    def _to_draw(self, cells: Cells) -> np.ndarray:
+        return prepare_to_draw(draw_cells(cells, self.paint_side), self.paint_side)
 
     def draw(self, kind: str, rng: np.random.Generator) -> Example:
         """A random example of a kind."""

@@ -2,7 +2,8 @@
 
 Two shapes stand in two neighbouring cells of a 2 x 2 grid, so a scene is four choices of two things
 and a relation between them. Some combinations are never shown in training; what is asked and drawn
-at the end are these alone.
+at the end are these alone. The image tokenizer learns from crowds: any number of shapes, without
+two that stand as in a combination that is held out.
 
 Letters: H W height and width, C colours.
 """
@@ -10,6 +11,7 @@ Letters: H W height and width, C colours.
 import dataclasses
 import functools
 import itertools
+from collections.abc import Container, Iterator
 
 import numpy as np
 
@@ -22,6 +24,10 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle")
 RELATIONS = ("above", "below", "left of", "right of")
 BACKGROUND = (245, 245, 245)
+PLACES = tuple(itertools.product(range(2), range(2)))
+"""Cells, (row, column)."""
+CROWDED = 0.6
+"""Share of a crowd's cells that are not empty."""
 HELD_OUT = 6
 """One combination in so many is held out."""
 FAR = 80.0
@@ -41,6 +47,10 @@ class Thing:
 
     def __str__(self) -> str:
         return f"{self.colour} {self.shape}"
+
+
+Cells = dict[tuple[int, int], Thing]
+"""(row, column) -> what stands there."""
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -68,8 +78,8 @@ class Scene:
         return f"a {self.first}"
 
     @property
-    def cells(self) -> dict[tuple[int, int], Thing]:
-        """(row, column) -> what stands there."""
+    def cells(self) -> Cells:
+        """What stands where."""
         vertical = self.relation in ("above", "below")
         places = (0, 1) if self.relation in ("above", "left of") else (1, 0)
         at = [(place, self.lane) if vertical else (self.lane, place) for place in places]
@@ -77,13 +87,18 @@ class Scene:
 
     def draw(self, side: int) -> np.ndarray:
         """The picture, uint8 [side, side, 3]."""
-        picture = np.empty((side, side, 3), np.uint8)
-        picture[:] = BACKGROUND
-        cell = side // 2
-        for (row, column), thing in self.cells.items():
-            part = picture[row * cell : (row + 1) * cell, column * cell : (column + 1) * cell]
-            part[mask_of(thing.shape, cell)] = COLOURS[thing.colour]
-        return picture
+        return draw_cells(self.cells, side)
+
+
+def draw_cells(cells: Cells, side: int) -> np.ndarray:
+    """The picture of things in their cells, uint8 [side, side, 3]."""
+    picture = np.empty((side, side, 3), np.uint8)
+    picture[:] = BACKGROUND
+    cell = side // 2
+    for (row, column), thing in cells.items():
+        part = picture[row * cell : (row + 1) * cell, column * cell : (column + 1) * cell]
+        part[mask_of(thing.shape, cell)] = COLOURS[thing.colour]
+    return picture
 
 
 @functools.cache
@@ -97,10 +112,12 @@ def mask_of(shape: str, cell: int) -> np.ndarray:
     return (abs(x) <= (y + REACH) / 2) & (y <= REACH)
 
 
+THINGS = [Thing(*pair) for pair in itertools.product(COLOURS, SHAPES)]
+
+
 def all_scenes() -> list[Scene]:
     """Every scene of two different things, in lane 0."""
-    things = [Thing(*pair) for pair in itertools.product(COLOURS, SHAPES)]
-    pairs = itertools.permutations(things, 2)
+    pairs = itertools.permutations(THINGS, 2)
     return [Scene(a, relation, b) for (a, b), relation in itertools.product(pairs, RELATIONS)]
 
 
@@ -118,6 +135,24 @@ def split(seed: int) -> tuple[list[Scene], list[Scene]]:
     return sides
 
 
+def crowd(rng: np.random.Generator, hidden: Container[Scene]) -> Cells:
+    """A thing or nothing in every cell, each drawn for itself, but not all empty; neighbours that
+    stand as in one of the `hidden` scenes (of lane 0) are drawn again."""
+    while True:
+        drawn = {place: THINGS[rng.integers(len(THINGS))] for place in PLACES}
+        cells = {place: thing for place, thing in drawn.items() if rng.random() < CROWDED}
+        if cells and not any(scene in hidden for scene in neighbours(cells)):
+            return cells
+
+
+def neighbours(cells: Cells) -> Iterator[Scene]:
+    """Every two things in neighbouring cells as a scene of lane 0."""
+    for (row, column), thing in cells.items():
+        for relation, place in (("above", (row + 1, column)), ("left of", (row, column + 1))):
+            if place in cells:
+                yield Scene(thing, relation, cells[place])
+
+
 def read_scene(picture_HWC: np.ndarray) -> dict[tuple[int, int], Thing | None]:
     """What stands in each cell by the pixels alone; None: something that is no thing. Cells without
     coloured pixels are left out."""
@@ -125,7 +160,7 @@ def read_scene(picture_HWC: np.ndarray) -> dict[tuple[int, int], Thing | None]:
     names = list(COLOURS)
     palette = np.array([BACKGROUND, *COLOURS.values()], np.float64)
     found: dict[tuple[int, int], Thing | None] = {}
-    for row, column in itertools.product(range(2), range(2)):
+    for row, column in PLACES:
         part = picture_HWC[row * cell : (row + 1) * cell, column * cell : (column + 1) * cell]
         distances = np.linalg.norm(part[:, :, None].astype(np.float64) - palette, axis=-1)
         nearest = np.where(distances.min(-1) <= FAR, distances.argmin(-1), -1)
