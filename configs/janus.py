@@ -133,7 +133,7 @@ def janus_pro_7b_stage3() -> RunConfig:
 VOCAB = 512
 TINY_TOKENIZER_STEPS, TINY_STEPS = 800, 1000
 MUON = OptimizerConfig(name="muon", weight_decay=0.1)
-"""By AdamW captions are learned by heart; unseen shapes and colours are paired wrongly (the log)."""
+"""By AdamW captions are learned by heart; unseen shapes and colours are paired wrongly."""
 
 
 def tiny_model() -> JanusConfig:
