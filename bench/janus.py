@@ -59,11 +59,11 @@ def main() -> None:
     options = parser.options()
     folder = Path(options.folder).absolute()
     runs = {seed: run(folder, seed) for seed in options.seeds}
+    parser.show("Janus in small: reading and drawing held-out scenes", report(runs))
     if options.write:
         for name, file in FIGURES.items():
             sheet = folder / f"{name}-{options.seeds[0]}" / "sheet.png"
             shutil.copyfile(sheet, ROOT / "docs" / "figures" / file)
-    parser.show("Janus in small: reading and drawing held-out scenes", report(runs))
 
 
 if __name__ == "__main__":
