@@ -100,6 +100,16 @@ def test_loops_say_what_a_step_carries():
     assert found.stash == KEPT
 
 
+def test_the_loop_of_the_loss_over_blocks_leaves_nothing_for_the_backward_pass():
+    """It writes an entry per block of tokens, as a loop over layers writes one per layer."""
+    loop = next(line for line in STEP.splitlines() if "%forward = " in line)
+    blocks = loop.replace("%forward", "%blocks")
+    both = STEP.replace(loop, f"{loop}\n{blocks}")
+    loss = STEP.replace(loop, f"{loop}\n{blocks.replace('jvp()/while', 'jvp()/shard_map/while')}")
+    assert carried(parse(both), pipeline=False).stash == 2 * KEPT
+    assert carried(parse(loss), pipeline=False) == carried(parse(STEP), pipeline=False)
+
+
 BUFFERS = """\
 allocation 0: size 192, page 0, parameter 0, shape |f32[3,4,4]| at ShapeIndex {}:
  value: <1 a @0> (size=192,offset=0): f32[3,4,4]{2,1,0}
