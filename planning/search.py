@@ -7,8 +7,10 @@ a run. The best are compiled where that is asked for.
 
 import dataclasses
 import itertools
+import os
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
 
 from rich.progress import track
@@ -27,6 +29,8 @@ SCHEDULES: tuple[Literal["1f1b", "zb1p", "dualpipe", "dualpipev"], ...] = (
 REMAT: tuple[Literal["selective", "full"], ...] = ("selective", "full")
 MOST_BEST = 64
 """Layouts that a search keeps."""
+COMPILING_GIB = 8
+"""Main memory that compiling V3's step may take."""
 MOST_GPUS = 1 << 14
 """Where `fewest` gives up."""
 
@@ -217,19 +221,40 @@ def fewest(
 
 
 def compiled(found: Found, count: int, cache: str) -> Found:
-    """The best compiled, and ranked by closed-form speed among those that fit by their program."""
+    """The best compiled, and ranked by closed-form speed among those that fit by their program.
+
+    As many at a time as there are processors and room for in main memory. One whose compilation
+    fails is named on stderr, and left out.
+    """
     from planning.compiled import with_compiled
 
-    reports = []
-    pairs = list(zip(found.best, found.cases, strict=True))[:count]
-    bar: Callable[..., Any] = track if sys.stderr.isatty() else (lambda items, description: items)
-    for report, case in bar(pairs, description="compiling"):
+    def one(number: int, report: Report, case: Case) -> Report | None:
+        def say(line: str) -> None:
+            print(
+                f"{number} of {len(best)}, {describe(report)}: {line}", file=sys.stderr, flush=True
+            )
+
         try:
-            reports.append(with_compiled(report, case, cache))
+            return with_compiled(report, case, cache, say)
         except ValueError as error:
-            print(f"{describe(report)}: {error}", file=sys.stderr, flush=True)
+            return say(str(error))
+
+    best = list(zip(found.best, found.cases, strict=True))[:count]
+    with ThreadPoolExecutor(at_a_time()) as pool:
+        waiting = [pool.submit(one, number, *pair) for number, pair in enumerate(best, 1)]
+        try:
+            reports = [report for job in waiting if (report := job.result()) is not None]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     reports.sort(key=lambda r: (not r.fits, -r.tokens_per_s_per_gpu))
     return dataclasses.replace(found, best=(*reports, *found.best[count:]))
+
+
+def at_a_time() -> int:
+    """Programs to compile beside each other on this host."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(os.cpu_count() or 1, int(memory / GIB) // COMPILING_GIB))
 
 
 def describe(report: Report) -> str:
