@@ -22,7 +22,7 @@ from planning.hardware import FP8_PRODUCTS, MEMORY, Shape, make_hardware, near
 from planning.memory import carried_by
 from planning.page import page_of
 from planning.report import GIB
-from planning.search import Limits, pareto, ranked
+from planning.search import Limits, compiled, describe, pareto, ranked
 from planning.stretch import planned_table
 from planning.time import passes_of
 from planning.traffic import traffic_of
@@ -396,6 +396,29 @@ def test_search_ranks_legal_layouts_and_keeps_the_front():
     assert speeds == sorted(speeds, reverse=True)
     assert found.front == tuple(pareto(list(found.front)))
     assert {report.gpus for report in found.best} == {4}
+
+
+def test_a_search_compiles_the_best_and_names_what_fails(monkeypatch, capsys):
+    """Beside each other; what does not fit by its program goes behind what does."""
+    found = ranked(preset("tiny"), H100, 4, Limits(2, 2, 1), "tiny", show=False)
+    first, second, third, *others = found.best
+
+    def with_compiled(report, case, cache, say):
+        say("compiling")
+        assert case.gpus == 4
+        assert cache == "kept"
+        if report is second:
+            raise ValueError("the compiler has failed")
+        needs = 1e6 if report is first else 1.0
+        return dataclasses.replace(report, compiled={"memory_gib": {"total": needs}})
+
+    monkeypatch.setattr("planning.compiled.with_compiled", with_compiled)
+    best = compiled(found, 3, "kept").best
+    assert [describe(report) for report in best] == [describe(r) for r in (third, first, *others)]
+    assert [report.fits for report in best[:2]] == [True, False]
+    said = capsys.readouterr().err
+    assert f"3 of 3, {describe(third)}: compiling\n" in said
+    assert f"2 of 3, {describe(second)}: the compiler has failed\n" in said
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
