@@ -24,6 +24,7 @@ CONFIG_CLASSES = {
     "deepseek_v2": transformers.DeepseekV2Config,
     "deepseek_v3": transformers.DeepseekV3Config,
     "qwen2": transformers.Qwen2Config,
+    "qwen3": transformers.Qwen3Config,
     "llama": transformers.LlamaConfig,
 }
 Answer = Callable[..., dict[str, float]]

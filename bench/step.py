@@ -1,6 +1,6 @@
 """Train step on CPU against Hugging Face's models: tokens per second, share of the peak.
 
-    python -m bench.step [--rounds 5] [--steps 3] [--write]
+    python -m bench.step [--rounds 5] [--steps 3] [--unroll 4] [--write]
 
 Both sides run forward, backward, clipping and AdamW in fp32 on the same shapes and may use every
 core. Theirs runs under its own interpreter (`bench/hf.py`) with the defaults of transformers, eager
@@ -55,17 +55,18 @@ def cases() -> dict[str, ModelConfig]:
             shape, num_experts=64, experts_per_token=6, num_expert_groups=8, groups_per_token=4
         ),
         "dense: 8 heads on 2, tied": dense.tiny_dense().model,
+        "dense: the student of permutations": dense.small_student(),
     }
 
 
 class Ours:
     """Our step with its state, compiled and warm."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, unroll: int):
         optimizer = OptimizerConfig(moment_dtype="float32")
         train = TrainConfig(steps=1, seq_len=LENGTH, batch_size=SEQUENCES, optimizer=optimizer)
         layout = make_layout(MeshConfig(), jax.devices()[:1])
-        trainer = Trainer(config, train, Recipe(), layout)
+        trainer = Trainer(config, train, Recipe(unroll=unroll), layout)
         shape = (1, SEQUENCES, LENGTH + 1)
         rows = np.random.default_rng(0).integers(0, config.vocab_size, shape)
         self._batch = {"tokens": rows.astype(np.int32)}
@@ -97,7 +98,7 @@ def peak_product():
 
 def measure(name: str, config: ModelConfig, options: argparse.Namespace) -> str:
     """One row of the table."""
-    ours, peak = Ours(config), peak_product()
+    ours, peak = Ours(config, options.unroll), peak_product()
     eager = theirs(config, options.interpreter, False)
     compiled = theirs(config, options.interpreter, True) if options.compile else None
     if compiled is not None and compiled.about.startswith(ABSENT):
@@ -143,7 +144,7 @@ def measure(name: str, config: ModelConfig, options: argparse.Namespace) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Measure every case and print the table."""
     parser = Command(__doc__, rounds=1, steps=1, cases=1, compile=False)
-    parser.add_argument("--cases", type=int, default=3, help="models, the first so many")
+    parser.add_argument("--cases", type=int, default=4, help="models, the first so many")
     parser.add_argument("--first", type=int, default=0, help="models to pass over")
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=True,
@@ -151,6 +152,7 @@ def main(arguments: list[str] | None = None) -> None:
     )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=3, help="steps per round")
+    parser.add_argument("--unroll", type=int, default=1, help="ours, as --train.unroll")
     parser.add_argument("--interpreter", default=str(REFERENCE), help="has torch, transformers")
     options = parser.options(arguments)
     jax.config.update("jax_platforms", "cpu")
@@ -166,9 +168,11 @@ def main(arguments: list[str] | None = None) -> None:
     ]
     lines += [
         "",
+        f"Layers in a round of our loop over them: {options.unroll}. "
         f"Medians of {options.rounds} rounds on {device()}; load averages at the end {load()}.",
     ]
-    parser.show("Train step on CPU against Hugging Face", lines)
+    title = "Train step on CPU against Hugging Face"
+    parser.show(title + (", layers unrolled" if options.unroll > 1 else ""), lines)
 
 
 if __name__ == "__main__":

@@ -251,12 +251,17 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) ->
 
 
 def scan_layers(
-    layers: nnx.Module, x: Any, apply: Callable[..., tuple[Any, Any]], *inputs: Any
+    layers: nnx.Module,
+    x: Any,
+    apply: Callable[..., tuple[Any, Any]],
+    *inputs: Any,
+    unroll: int = 1,
 ) -> tuple[Any, Any]:
     """Run `x, stats = apply(layer, x)` over a stack; stats come back stacked by layer.
 
     With `inputs`, stacked by layer too, it is `apply(layer, x, *inputs of the layer)`.
-    One compiled body serves all layers, so compile time does not grow with depth.
+    One compiled body serves all layers, so compile time does not grow with depth. It is made of
+    `unroll` layers.
     """
     graph, weights = nnx.split(layers)
 
@@ -264,4 +269,4 @@ def scan_layers(
         layer_weights, *layer_inputs = of_layer
         return apply(nnx.merge(graph, layer_weights), x, *layer_inputs)
 
-    return jax.lax.scan(body, x, (weights, *inputs))
+    return jax.lax.scan(body, x, (weights, *inputs), unroll=unroll)

@@ -52,6 +52,8 @@ class Recipe:
     stash: Stash = ""
     """Type that attention's output is held in for the backward pass, which rounds it; "": its own.
     V3 has E5M6 with FP8 (section 3.3.3)."""
+    unroll: int = 1
+    """Layers that one round of the loop over a stack computes."""
 
     def __post_init__(self):
         if self.fp8 and self.dtype != "bfloat16":

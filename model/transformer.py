@@ -240,7 +240,8 @@ class DeepSeekV3(nnx.Module):
     def dense(self, x_BTD: jax.Array, tokens: Tokens, recipe: Recipe) -> jax.Array:
         """The dense layers before the stack, of the embedding."""
         if self.dense_layers is not None and self.config.stack != "dense_layers":
-            x_BTD, _ = scan_layers(self.dense_layers, x_BTD, _one_layer(tokens, recipe))
+            apply, unroll = _one_layer(tokens, recipe), recipe.unroll
+            x_BTD, _ = scan_layers(self.dense_layers, x_BTD, apply, unroll=unroll)
         return x_BTD
 
     def between(
@@ -268,7 +269,7 @@ class DeepSeekV3(nnx.Module):
 
         layers = getattr(self, self.config.stack)
         inputs = () if replayed_LBTK is None else (replayed_LBTK,)
-        return scan_layers(layers, xs, apply, *inputs)
+        return scan_layers(layers, xs, apply, *inputs, unroll=recipe.unroll)
 
     def head_kernel(self) -> jax.Array:
         """The output projection [D, V], fp32: the head's, or the transposed embedding table."""
@@ -309,7 +310,8 @@ class DeepSeekV3(nnx.Module):
             return hidden_BTD, (hidden_BTD, stats)
 
         assert self.mtp is not None
-        _, (hidden, stats) = scan_layers(self.mtp, hidden_BTD, apply, *inputs)
+        unroll = recipe.unroll
+        _, (hidden, stats) = scan_layers(self.mtp, hidden_BTD, apply, *inputs, unroll=unroll)
         return tuple(hidden), stats
 
 

@@ -20,6 +20,7 @@ from model.config import ModelConfig
 from model.recipe import Kernels, Recipe
 from sharding.config import MeshConfig
 from tests.layout_helpers import (
+    FP32,
     LEAN,
     MODEL,
     ONE_DEVICE,
@@ -34,6 +35,8 @@ from tests.layout_helpers import (
     take_step,
 )
 from training.config import OptimizerConfig
+from training.recipe import recipe_of
+from training.schedule import BatchPlan
 from training.step import Trainer
 
 LAYOUTS = {
@@ -273,3 +276,18 @@ def test_any_layout_of_any_model(layout, model, micro, packed):
         take_step(layout, batch, model, micro=micro, train=train),
         take_step(batch=batch, model=model, train=train),
     )
+
+
+def test_layers_unrolled_are_the_same_step():
+    """Both layers with experts are in one round of the loop."""
+    unrolled = take_step(recipe=dataclasses.replace(FP32, unroll=2))
+    assert_same_step(unrolled, step_on())
+
+
+def test_layers_are_not_unrolled_in_a_pipeline():
+    train = dataclasses.replace(TRAIN, unroll=2)
+    with pytest.raises(ValueError, match=r"train.unroll=2, but a pipeline \(mesh.pipe=2\)"):
+        Trainer(MODEL, train, FP32, layout_of(MeshConfig(pipe=2)))
+    assert recipe_of(train, Kernels()).unroll == 2
+    with pytest.raises(ValueError, match="unroll"):
+        BatchPlan(dataclasses.replace(TRAIN, unroll=0))

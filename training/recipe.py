@@ -11,4 +11,5 @@ def recipe_of(train: TrainConfig, kernels: Kernels) -> Recipe:
     if stash == "auto":
         stash = "e5m6" if train.fp8 else "full"
     held = "" if stash == "full" else stash
-    return Recipe(train.dtype, train.remat, kernels, fp8=train.fp8, stash=held)
+    more = {"fp8": train.fp8, "stash": held, "unroll": train.unroll}
+    return Recipe(train.dtype, train.remat, kernels, **more)

@@ -118,7 +118,7 @@ def past_batches(trained: dict[str, Any], done: int) -> list[Plateau]:
 def _check_batches(train: TrainConfig) -> None:
     """Raise ValueError unless start and end of the ramp are whole numbers of micro batches."""
     start, end = train.batch_ramp_from, train.batch_size
-    least = dict.fromkeys(("steps", "seq_len", "batch_size", "log_every"), 1)
+    least = dict.fromkeys(("steps", "seq_len", "batch_size", "log_every", "unroll"), 1)
     least |= dict.fromkeys(("micro_batch_size", "eval_every", "eval_batches", "check_every"), 0)
     least |= dict.fromkeys(("max_skipped_in_row", "ema_decay"), 0)
     for name, low in least.items():
