@@ -166,13 +166,9 @@ def main(arguments: list[str] | None = None) -> None:
         measure(name, config, options)
         for name, config in list(cases().items())[options.first : options.cases]
     ]
-    lines += [
-        "",
-        f"Layers in a round of our loop over them: {options.unroll}. "
-        f"Medians of {options.rounds} rounds on {device()}; load averages at the end {load()}.",
-    ]
-    title = "Train step on CPU against Hugging Face"
-    parser.show(title + (", layers unrolled" if options.unroll > 1 else ""), lines)
+    lines += ["", f"Medians of {options.rounds} rounds on {device()}; load at the ends {load()}."]
+    title = "Train step on CPU against Hugging Face" + ", layers unrolled" * (options.unroll > 1)
+    parser.show(title, lines)
 
 
 if __name__ == "__main__":

@@ -251,17 +251,12 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) ->
 
 
 def scan_layers(
-    layers: nnx.Module,
-    x: Any,
-    apply: Callable[..., tuple[Any, Any]],
-    *inputs: Any,
-    unroll: int = 1,
+    layers: nnx.Module, x: Any, apply: Callable[..., tuple[Any, Any]], *inputs: Any, unroll: int
 ) -> tuple[Any, Any]:
     """Run `x, stats = apply(layer, x)` over a stack; stats come back stacked by layer.
 
     With `inputs`, stacked by layer too, it is `apply(layer, x, *inputs of the layer)`.
-    One compiled body serves all layers, so compile time does not grow with depth. It is made of
-    `unroll` layers.
+    One compiled body of `unroll` layers serves all, so compile time does not grow with depth.
     """
     graph, weights = nnx.split(layers)
 

@@ -310,8 +310,7 @@ class DeepSeekV3(nnx.Module):
             return hidden_BTD, (hidden_BTD, stats)
 
         assert self.mtp is not None
-        unroll = recipe.unroll
-        _, (hidden, stats) = scan_layers(self.mtp, hidden_BTD, apply, *inputs, unroll=unroll)
+        _, (hidden, stats) = scan_layers(self.mtp, hidden_BTD, apply, *inputs, unroll=recipe.unroll)
         return tuple(hidden), stats
 
 

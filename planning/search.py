@@ -223,8 +223,7 @@ def fewest(
 def compiled(found: Found, count: int, cache: str) -> Found:
     """The best compiled, and ranked by closed-form speed among those that fit by their program.
 
-    As many at a time as there are processors and room for in main memory. One whose compilation
-    fails is named on stderr, and left out.
+    As many at a time as processors and main memory allow. One that fails is named and left out.
     """
     from planning.compiled import with_compiled
 

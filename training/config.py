@@ -83,9 +83,8 @@ class TrainConfig:
     remat: Literal["none", "selective", "full"] = "none"
     """Work that the backward pass repeats: none; norms, up-projections, SwiGLU; whole layers."""
     unroll: int = 1
-    """Layers that one round of the loop over them computes: their weights are not cut out of the
-    stack, what they keep is not put together, and more is compiled. Faster for small models on a
-    CPU; not in a pipeline."""
+    """Layers that one round of the loop over them computes: more to compile, less to copy. Faster
+    for small models on a CPU; not in a pipeline."""
     ema_decay: float = 0.0
     """Decay of an exponential moving average of the weights; 0 keeps none."""
     max_skipped_in_row: int = 10

@@ -25,8 +25,7 @@ STACKED = frozenset({"layers", "experts"})
 """Axes that number independent matrices rather than being part of one."""
 
 ADAMW_AXES = frozenset({"vocab", "router", "codes", "patches", "window"})
-"""A parameter with one of these axes stays with AdamW under Muon: embedding, head and router; those
-of image codes, positions of patches, and convolutions."""
+"""Under Muon AdamW's: embedding, head, router; image codes, positions of patches, convolutions."""
 
 
 def make_optimizer(config: OptimizerConfig, param_axes: Any) -> optax.GradientTransformation:

@@ -11,5 +11,4 @@ def recipe_of(train: TrainConfig, kernels: Kernels) -> Recipe:
     if stash == "auto":
         stash = "e5m6" if train.fp8 else "full"
     held = "" if stash == "full" else stash
-    more = {"fp8": train.fp8, "stash": held, "unroll": train.unroll}
-    return Recipe(train.dtype, train.remat, kernels, **more)
+    return Recipe(train.dtype, train.remat, kernels, False, train.fp8, held, train.unroll)

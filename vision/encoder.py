@@ -93,4 +93,4 @@ class Encoder(nnx.Module):
             return layer(x_NPD), None
 
         assert self.layers is not None
-        return self.final_norm(scan_layers(self.layers, x_NPD, apply)[0])
+        return self.final_norm(scan_layers(self.layers, x_NPD, apply, unroll=recipe.unroll)[0])

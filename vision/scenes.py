@@ -1,9 +1,8 @@
 """Drawn scenes: coloured shapes on a grid of cells, captions, questions, and rules for pixels.
 
 Two shapes stand in two neighbouring cells of a 2 x 2 grid, so a scene is four choices of two things
-and a relation between them. Some combinations are never shown in training; what is asked and drawn
-at the end are these alone. The image tokenizer learns from crowds: any number of shapes, without
-two that stand as in a combination that is held out.
+and a relation between them. Some combinations are never shown; what is asked and drawn at the end
+are these alone. The image tokenizer learns from crowds: any number of shapes, none of these pairs.
 
 Letters: H W height and width, C colours.
 """
