@@ -54,7 +54,7 @@ def few_mappings():
 
 
 LONGEST = (
-    "test_pipeline.py", "test_rl_tuning.py", "test_layouts.py", "test_fp8_model.py",
+    "test_kernel_compile.py", "test_pipeline.py", "test_rl_tuning.py", "test_layouts.py", "test_fp8_model.py",
     "test_generate.py", "test_rl_loop.py", "test_processes.py", "test_rl_sft.py",
     "test_context.py", "test_kernel_training.py", "test_rl_own_prompts.py", "test_train.py",
     "test_regressions.py", "test_generation.py", "test_reference.py", "test_kernel_grouped.py",

@@ -4,6 +4,7 @@ Compiled programs: tests/test_planning_compiled.py.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -22,7 +23,7 @@ from planning.hardware import FP8_PRODUCTS, MEMORY, Shape, make_hardware, near
 from planning.memory import carried_by
 from planning.page import page_of
 from planning.report import GIB
-from planning.search import Limits, compiled, describe, pareto, ranked
+from planning.search import Found, Limits, compiled, describe, pareto, ranked
 from planning.stretch import planned_table
 from planning.time import passes_of
 from planning.traffic import traffic_of
@@ -388,9 +389,13 @@ def test_a_plan_that_does_not_fit_is_told_what_helps():
 # ---- search and train.py ------------------------------------------------------------------------
 
 
+@functools.cache
+def searched() -> Found:
+    return ranked(preset("tiny"), H100, 4, Limits(2, 2, 1), "tiny", show=False)
+
+
 def test_search_ranks_legal_layouts_and_keeps_the_front():
-    run = preset("tiny")
-    found = ranked(run, H100, 4, Limits(2, 2, 1), "tiny", show=False)
+    found = searched()
     assert found.legal > 5
     speeds = [report.tokens_per_s_per_gpu for report in found.best]
     assert speeds == sorted(speeds, reverse=True)
@@ -400,7 +405,7 @@ def test_search_ranks_legal_layouts_and_keeps_the_front():
 
 def test_a_search_compiles_the_best_and_names_what_fails(monkeypatch, capsys):
     """Beside each other; what does not fit by its program goes behind what does."""
-    found = ranked(preset("tiny"), H100, 4, Limits(2, 2, 1), "tiny", show=False)
+    found = searched()
     first, second, third, *others = found.best
 
     def with_compiled(report, case, cache, say):
