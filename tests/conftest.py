@@ -54,9 +54,11 @@ def few_mappings():
 
 
 LONGEST = (
-    "test_kernel_compile.py", "test_pipeline.py", "test_rl_tuning.py", "test_layouts.py", "test_fp8_model.py",
-    "test_generate.py", "test_rl_loop.py", "test_processes.py", "test_rl_sft.py",
-    "test_context.py", "test_kernel_training.py", "test_rl_own_prompts.py", "test_train.py",
+    "test_kernel_compile.py", "test_processes.py", "test_rl_loop.py", "test_bench_scripts.py",
+    "test_layouts.py", "test_pipeline.py", "test_fp8_model.py", "test_rl_tuning.py",
+    "test_context.py", "test_rl_own_prompts.py", "test_held.py", "test_reductions.py",
+    "test_train.py", "test_redundant_experts.py", "test_readme.py", "test_collectives.py",
+    "test_rl_traces.py", "test_kernel_training.py", "test_generate.py", "test_rl_sft.py",
     "test_regressions.py", "test_generation.py", "test_reference.py", "test_kernel_grouped.py",
 )  # fmt: skip
 
