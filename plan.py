@@ -10,6 +10,7 @@ from runtime.interpreter import check_interpreter
 check_interpreter()  # in one line, before an import fails
 
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from sharding.config import AXES
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line. 0: planned, whether it fits or not; 2: refused, reason on stderr."""
     command = parse_plan(arguments)
+    gc.set_threshold(100_000, 20, 100)  # traces make many objects and few cycles
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:
         check(command)

@@ -90,10 +90,8 @@ class Trainer:
         check_batch(self.layout, micro)
         self._check_ramp()
         check_sequence(self.layout, self.train.seq_len)
-        ranks = pipeline_ranks(self.layout)
-        if train.unroll > 1 and ranks > 1:
-            why = f"a pipeline (mesh.pipe={ranks}) has a loop of its own over layers; set it to 1"
-            raise ValueError(f"train.unroll={train.unroll}, but {why}")
+        if train.unroll > 1 and pipeline_ranks(self.layout) > 1:
+            raise ValueError(f"train.unroll={train.unroll} is not for pipelines; set it to 1")
 
     def _check_ramp(self) -> None:
         """Raise ValueError unless the layout takes every number of micro batches of the run."""
