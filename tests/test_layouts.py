@@ -286,7 +286,7 @@ def test_layers_unrolled_are_the_same_step():
 
 def test_layers_are_not_unrolled_in_a_pipeline():
     train = dataclasses.replace(TRAIN, unroll=2)
-    with pytest.raises(ValueError, match="train.unroll=2 is not for pipelines"):
+    with pytest.raises(ValueError, match=r"train.unroll=2 is not for pipelines"):
         Trainer(MODEL, train, FP32, layout_of(MeshConfig(pipe=2)))
     assert recipe_of(train, Kernels()).unroll == 2
     with pytest.raises(ValueError, match="unroll"):
