@@ -10,5 +10,5 @@ def recipe_of(train: TrainConfig, kernels: Kernels) -> Recipe:
     stash = train.attention_output
     if stash == "auto":
         stash = "e5m6" if train.fp8 else "full"
-    held = "" if stash == "full" else stash
-    return Recipe(train.dtype, train.remat, kernels, False, train.fp8, held, train.unroll)
+    more = {"fp8": train.fp8, "stash": "" if stash == "full" else stash, "unroll": train.unroll}
+    return Recipe(train.dtype, train.remat, kernels, **more)
